@@ -1,0 +1,184 @@
+"""The typed configuration: what may stand in the section `model.dwnstr_task_validation` of a YAML file.
+
+`read_config.py` makes these from a file. Python users build them directly.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import ConfigError, nearest
+
+LEVELS = ("sequence", "token")
+KINDS = ("classification", "regression")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+STORED_DTYPES = ("float32", "float16")
+BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _key(text: str, default: Any = None, **extra: Any) -> Any:
+    """A field with the line of explanation that `python -m pipeline config --schema` prints."""
+    factory = default if callable(default) else lambda: default
+    return field(default_factory=factory, metadata={"help": text, **extra})
+
+
+@dataclass
+class Files:
+    """File names within a part's folder: `x000`, or a range such as `x[000..049]`, with or without `.csv`."""
+
+    train: str = _key("file or range of files in <dataset_path>/train", "x000")
+    test: str = _key("file or range of files in <dataset_path>/test", "x000")
+    val: str | None = _key("file or range of files in <dataset_path>/val, if there is one")
+
+
+@dataclass
+class Task:
+    """One downstream task: the data, the head and how it is trained."""
+
+    level: str = _key("`sequence` or `token` (or the reference's dotted path)", "sequence", key="class")
+    task_type: str = _key("`classification` or `regression` (`token-level-...` as well)", "regression")
+    task_name: str = _key("name of the task, in tables and metric names", "downstream")
+    infer_target: str = _key(
+        "`auto`, `esm`, `prott5`, `megamolbart`, or the path of an encoder class", "auto"
+    )
+    dataset_path: str = _key("folder that holds train/ and test/ (and val/)", "")
+    dataset: Files = _key("which files of train/, test/ and val/", Files)
+    sequence_column: str = _key("column with the sequences", "sequence")
+    target_column: list[str] = _key("column with the labels, or a list: one head each", list)
+    target_sizes: list[int] | None = _key("number of classes of each target")
+    num_classes: int | None = _key("number of classes of a single target")
+    mask_column: list[str | None] | None = _key("columns of 0/1 masks, one per target; null for none")
+    max_seq_length: int | None = _key("longer sequences are left out; null: as long as the encoder takes")
+    emb_batch_size: int = _key("most sequences in an embedding batch", 128)
+    batch_size: int = _key("sequences in a batch of the head's training", 128)
+    num_epochs: int = _key("epochs of the head's training", 10)
+    shuffle: bool = _key("shuffle the training examples at each epoch", True)
+    random_seed: int = _key("seed of the head's weights, dropout and shuffling", 1234)
+    optim: dict[str, Any] = _key("optimiser: name, lr and its options", lambda: {"name": "adam", "lr": 1e-4})
+
+    @property
+    def kind(self) -> str:
+        """`classification` or `regression`."""
+        return self.task_type
+
+    @property
+    def masks(self) -> list[str | None]:
+        """The mask column of each target."""
+        return self.mask_column or [None] * len(self.target_column)
+
+    @property
+    def sizes(self) -> list[int | None]:
+        """The declared number of classes of each target; None where it is not declared."""
+        return list(self.target_sizes or [self.num_classes] * len(self.target_column))
+
+    def check(self) -> None:
+        """Raises ConfigError where fields contradict one another."""
+        where = f"task '{self.task_name}'"
+        _choice(f"{where}: class", self.level, LEVELS)
+        _choice(f"{where}: task_type", self.task_type, KINDS)
+        _need(
+            bool(self.dataset_path), f"{where}: dataset_path is missing; give the folder of train/ and test/"
+        )
+        _need(bool(self.target_column), f"{where}: target_column is missing; name the column of the labels")
+        targets = len(self.target_column)
+        for key, values in (("target_sizes", self.target_sizes), ("mask_column", self.mask_column)):
+            fits = values is None or len(values) == targets
+            found = 0 if values is None else len(values)
+            _need(fits, f"{where}: {key} has {found} entries for {targets} target columns; give one for each")
+        _need(len(set(self.target_column)) == targets, f"{where}: target_column names a column twice")
+        one = self.level == "token" or targets == 1
+        _need(
+            one,
+            f"{where}: a sequence-level task has one target_column, found {targets}; make it several tasks",
+        )
+        counts = (
+            self.num_classes is None
+            or (self.target_sizes or [self.num_classes]) == [self.num_classes] * targets
+        )
+        _need(counts, f"{where}: num_classes {self.num_classes} contradicts target_sizes {self.target_sizes}")
+        unmasked = self.level == "token" or self.mask_column is None
+        _need(unmasked, f"{where}: mask_column is for token-level tasks; leave it out")
+        for key, least in (
+            ("emb_batch_size", 1),
+            ("batch_size", 1),
+            ("num_epochs", 0),
+            ("max_seq_length", 1),
+        ):
+            value = getattr(self, key)
+            enough = value is None or value >= least
+            _need(enough, f"{where}: {key} is {value}, expected at least {least}")
+        if self.kind == "classification":
+            for size in self.sizes:
+                _need(size is None or size >= 2, f"{where}: a target of {size} classes, expected at least 2")
+
+
+@dataclass
+class Config:
+    """The whole section: the tasks, and how embeddings are made and kept."""
+
+    enabled: bool = _key("the callback measures; the command line always does", True)
+    dataset: list[Task] = _key("the task, or a list of tasks", list)
+    device: str = _key("`auto`, `cpu`, `cuda`, `cuda:1` or `mps`", "auto")
+    precision: str = _key("`auto` (bf16 where a GPU has it, else fp32), `fp32`, `bf16` or `fp16`", "auto")
+    max_batch_tokens: int | None = _key("token budget of an embedding batch; null: by kind of device")
+    embedding_dtype: str = _key("how embeddings are stored: `float32` or `float16`", "float32")
+    store: str = _key("folder of stored embeddings and heads", "~/.cache/downstream-validation")
+    memory_budget: str = _key("embeddings of a task beyond this are read from disk as they are used", "1GB")
+    architecture: str | None = _key("Hugging Face folder or id of a `.ckpt` that does not describe itself")
+    trust_pickle: bool = _key("unpickle a `.ckpt` that holds more than tensors and plain values", False)
+    is_list: bool = field(default=False, metadata={"hidden": True})
+
+    @property
+    def tasks(self) -> Task | list[Task]:
+        """What `validate` takes: a task alone has plain metric names, in a list they carry its name."""
+        return self.dataset if self.is_list else self.dataset[0]
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory_budget` in bytes."""
+        return parse_bytes(self.memory_budget)
+
+    def check(self) -> None:
+        """Raises ConfigError where a value is out of range, or two tasks contradict one another."""
+        _need(bool(self.dataset), "dataset is missing; give a task, or a list of tasks")
+        _choice("device", self.device.split(":")[0], DEVICES)
+        _choice("precision", self.precision, PRECISIONS)
+        _choice("embedding_dtype", self.embedding_dtype, STORED_DTYPES)
+        budget = self.max_batch_tokens
+        _need(budget is None or budget >= 1, f"max_batch_tokens is {budget}, expected at least 1")
+        parse_bytes(self.memory_budget)
+        for task in self.dataset:
+            task.check()
+        names = [task.task_name for task in self.dataset]
+        double = sorted({name for name in names if names.count(name) > 1})
+        _need(
+            not double, f"task_name '{(double or [''])[0]}' is used twice; give each task a name of its own"
+        )
+        targets = sorted({task.infer_target for task in self.dataset})
+        _need(
+            len(targets) <= 1,
+            f"infer_target differs between tasks ({', '.join(targets)}); one checkpoint has one",
+        )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in `500MB`, `2GB`, `1.5GiB` or a plain number. Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
+    if not match or match[2] not in BYTE_UNITS:
+        raise ConfigError(f"memory_budget: expected a size such as 500MB or 2GB, found '{text}'")
+    return int(float(match[1]) * BYTE_UNITS[match[2]])
+
+
+def _choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(
+            f"{key}: expected one of {', '.join(known)}, found '{value}'{nearest(value, known)}"
+        )
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

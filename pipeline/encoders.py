@@ -1,0 +1,157 @@
+"""An `Encoder` gives the hidden states of sequences; this is the protocol, and the one for Hugging Face models.
+
+A user's own encoder is any class with the protocol and the constructors `from_checkpoint(path)` (for the command line)
+and `from_module(module)` (for a live LightningModule); name it in `infer_target`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.tokens import Tokens
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What a configuration holds that does not change a hidden state.
+NEUTRAL_OPTIONS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+class Encoder(Protocol):
+    """What the pipeline needs of a model.
+
+    Attributes:
+        hidden_size: width of a hidden state.
+        max_seq_length: most characters of a sequence, special tokens already counted; None for no limit.
+        digest: changes when a hidden state may change: weights, tokenizer, options, precision.
+        device: where the model is; the batch plan belongs to the kind of device.
+    """
+
+    hidden_size: int
+    max_seq_length: int | None
+    digest: str
+    device: torch.device
+
+    def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
+        """The last hidden states of the real tokens of each sequence, float32, each of shape (tokens, hidden_size)."""
+        ...
+
+    def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
+        """For each sequence, how many of its tokens are unknown, and how many it has."""
+        ...
+
+
+class HuggingFaceEncoder:
+    """A Hugging Face encoder and its tokenizer. See `Encoder` for the attributes.
+
+    Sequences of a batch are padded to the longest; padding is masked, and nothing of it is returned.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, device: str = "auto", precision: str = "auto") -> None:
+        """Takes a model without heads, in its own mode; puts it on `device` and in evaluation mode.
+
+        Raises:
+            CheckpointError: the tokenizer's special tokens are not around the sequence.
+            ConfigError: the device is not there, or has no such precision.
+        """
+        config: Any = model.config
+        self.device = find_device(device)
+        self.precision = find_precision(precision, self.device)
+        self.tokens = Tokens(tokenizer)
+        self.model = model.to(self.device).eval()
+        self.hidden_size: int = getattr(config, "hidden_size", None) or config.d_model
+        self.max_seq_length = _limit(config, tokenizer, len(self.tokens.before + self.tokens.after))
+        self.digest = _digest(model, self.tokens, self.precision)
+
+    @torch.inference_mode()
+    def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
+        """See `Encoder.hidden_states`."""
+        before, after = self.tokens.before, self.tokens.after
+        rows = [[*before, *self.tokens.ids(sequence), *after] for sequence in sequences]
+        lengths = torch.tensor([len(row) for row in rows])
+        longest = int(lengths.max())
+        padded = [row + [self.tokens.padding] * (longest - len(row)) for row in rows]
+        mask = torch.arange(longest)[None] < lengths[:, None]
+        with self._autocast():
+            output = self.model(
+                input_ids=torch.tensor(padded, device=self.device),
+                attention_mask=mask.to(device=self.device, dtype=torch.long),
+            )
+        states = output.last_hidden_state.float()
+        first, behind = len(before), len(after)
+        return [state[first : len(row) - behind] for state, row in zip(states, rows, strict=True)]
+
+    def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
+        """See `Encoder.count_unknown`."""
+        ids = [self.tokens.ids(sequence) for sequence in sequences]
+        return [(sum(token == self.tokens.unknown for token in row), len(row)) for row in ids]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is a GPU where there is one. Raises ConfigError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: '{name}' is not on this machine ({str(error).splitlines()[0]}); use auto") from error
+    return torch.device(name)
+
+
+def find_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 on a GPU that has it, else fp32 (on most CPUs bf16 is emulated, and slow)."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def weights_digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
+    """A digest of named tensors: the same for the same values, however they were stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest(model: nn.Module, tokens: Tokens, precision: str) -> str:
+    options = {key: value for key, value in model.config.to_diff_dict().items() if key not in NEUTRAL_OPTIONS}  # type: ignore[union-attr, operator]
+    weights = weights_digest(iter(model.state_dict().items()))
+    what = [weights, tokens.digest(), json.dumps(options, sort_keys=True, default=str), precision]
+    return hashlib.sha256("\n".join(what).encode()).hexdigest()
+
+
+def _limit(config: Any, tokenizer: Any, special: int) -> int | None:
+    """The longest sequence in characters.
+
+    Models with relative positions (T5) have no limit. Those that number positions from behind the padding index (ESM,
+    RoBERTa) lose `pad_token_id + 1` of `max_position_embeddings`; ESM with rotary positions was trained with that
+    limit too.
+    """
+    limits = []
+    positions = getattr(config, "max_position_embeddings", None)
+    if config.model_type in ("t5", "mt5", "umt5"):
+        return None
+    if positions and config.model_type in ("esm", "roberta", "xlm-roberta", "camembert", "longformer"):
+        positions -= (config.pad_token_id or 0) + 1
+    if positions:
+        limits.append(positions)
+    if tokenizer.model_max_length < 10**9:
+        limits.append(tokenizer.model_max_length)
+    if not limits:
+        return None
+    if min(limits) <= special:
+        raise CheckpointError(f"the model takes {min(limits)} tokens, of which {special} are special: none is left")
+    return int(min(limits)) - special

@@ -1,0 +1,51 @@
+"""The error tree. Every message is one line: what was expected, what was found, and the remedy.
+
+PipelineError
+├── ConfigError       the YAML, an override, or a combination of settings
+├── DataError         a CSV file: names file, line and column
+├── CheckpointError   `ckpt` does not exist, cannot be read, or does not fit the task
+├── CacheError        the embedding store cannot be read or written
+└── TrackingError     a tracker cannot be reached or refuses a name
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PipelineError(Exception):
+    """A mistake that the user can put right. The command line prints it as one line and exits with 2."""
+
+    def __init__(self, message: str) -> None:
+        """Keeps `message` on one line, whatever library text it quotes."""
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(PipelineError):
+    """The configuration is not valid."""
+
+
+class DataError(PipelineError):
+    """A labelled CSV file is not valid."""
+
+
+class CheckpointError(PipelineError):
+    """A checkpoint cannot be opened, or does not fit what is asked of it."""
+
+
+class CacheError(PipelineError):
+    """The embedding store cannot be read or written."""
+
+
+class TrackingError(PipelineError):
+    """A tracker cannot be used."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known name closest to `name`, or all of them where none is close."""
+    options = [str(option) for option in known]
+    close = difflib.get_close_matches(name, options, n=1)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(options)}" if options else ""

@@ -1,0 +1,313 @@
+"""Stage 1: CSV files to `Examples`.
+
+Labels of every kind of task have one form: flat arrays over *units*. A unit is a sequence in a sequence-level task and
+a token in a token-level one; `Part.counts` says how many units each sequence has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline import tables
+from pipeline.config import Task
+from pipeline.errors import DataError
+
+UNKNOWN = -1  # the class of a masked label: no label is -1 where the mask is True
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a head predicts. `classes` are the labels in order, None for regression; `outputs` the head's width."""
+
+    name: str
+    classes: tuple[str, ...] | None
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """The examples of one part (train, test or val) that are short enough: n sequences with u units.
+
+    Attributes:
+        sequences: the n sequences.
+        rows: for each, `FILE:ROW`, the first data row of a file being 0.
+        counts: units of each sequence, shape (n,): 1, or its length.
+        values: per target, class indices (int64) or numbers (float64), shape (u,).
+        masks: per target, which units have a label, shape (u,), bool.
+        left_out: sequences longer than the limit.
+    """
+
+    sequences: list[str]
+    rows: list[str]
+    counts: npt.NDArray[np.int64]
+    values: list[npt.NDArray[np.int64] | npt.NDArray[np.float64]]
+    masks: list[npt.NDArray[np.bool_]]
+    left_out: int
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def digest(self) -> str:
+        """A digest of the content: sequences, labels and masks, in order."""
+        digest = hashlib.sha256(json.dumps(self.sequences).encode())
+        for values, mask in zip(self.values, self.masks, strict=True):
+            digest.update(np.where(mask, values, 0).tobytes())
+            digest.update(mask.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A task's labelled sequences; `notes` are warnings for whoever reads the result."""
+
+    task: Task
+    targets: tuple[Target, ...]
+    train: Part
+    test: Part
+    val: Part | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The parts there are, by name."""
+        parts = {"train": self.train, "test": self.test}
+        return parts if self.val is None else {**parts, "val": self.val}
+
+
+@dataclass
+class _Labels:
+    """Labels of one target in one part, before the filter: text or numbers by unit."""
+
+    texts: npt.NDArray[np.str_] | npt.NDArray[np.float64]
+    mask: npt.NDArray[np.bool_]
+
+
+@dataclass
+class _RawPart:
+    table: tables.Table
+    counts: npt.NDArray[np.int64]
+    labels: list[_Labels] = field(default_factory=list)
+
+
+def load(task: Task, max_seq_length: int | None = None) -> Examples:
+    """Reads a task's CSV files, checks every cell, types the labels and leaves out what is too long.
+
+    Args:
+        task: where the files are and what their columns mean.
+        max_seq_length: the encoder's own limit in characters, if it has one; the smaller of it and the task's holds.
+
+    Raises:
+        DataError: names file, line and column, what was expected and what was found.
+    """
+    names = {"train": task.dataset.train, "test": task.dataset.test}
+    if task.dataset.val:
+        names["val"] = task.dataset.val
+    raw = {part: _read_part(task, part, name) for part, name in names.items()}
+    notes: list[str] = []
+    targets = tuple(_target(task, index, raw, notes) for index in range(len(task.target_column)))
+    limits = [limit for limit in (task.max_seq_length, max_seq_length) if limit is not None]
+    limit = min(limits, default=None)
+    parts = {part: _filter(task, targets, raw[part], part, limit) for part in raw}
+    for name, part in parts.items():
+        if part.left_out:
+            notes.append(
+                f"{name}: {part.left_out} of {len(part) + part.left_out} sequences left out, over {limit}"
+            )
+    return Examples(task, targets, parts["train"], parts["test"], parts.get("val"), tuple(notes))
+
+
+def _read_part(task: Task, part: str, name: str) -> _RawPart:
+    columns = [task.sequence_column, *task.target_column, *(mask for mask in task.masks if mask)]
+    table = tables.read(Path(task.dataset_path) / part, name, list(dict.fromkeys(columns)))
+    sequences = table.columns[task.sequence_column]
+    for row, sequence in enumerate(sequences):
+        if not sequence:
+            raise table.error(row, task.sequence_column, "a sequence", sequence)
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    token = task.level == "token"
+    raw = _RawPart(table, lengths if token else np.ones_like(lengths))
+    read = _READERS[task.level, task.kind]
+    for column, mask in zip(task.target_column, task.masks, strict=True):
+        raw.labels.append(read(table, column, mask, lengths))
+    return raw
+
+
+def _sequence_classes(
+    table: tables.Table, column: str, _mask: str | None, lengths: npt.NDArray[np.int64]
+) -> _Labels:
+    texts = table.columns[column]
+    for row, text in enumerate(texts):
+        if not text:
+            raise table.error(row, column, "a class name", text)
+    return _Labels(np.array(texts, dtype=np.str_), np.ones(len(lengths), dtype=np.bool_))
+
+
+def _sequence_numbers(
+    table: tables.Table, column: str, _mask: str | None, lengths: npt.NDArray[np.int64]
+) -> _Labels:
+    numbers = np.array([_number(table, row, column, text) for row, text in enumerate(table.columns[column])])
+    return _Labels(numbers, np.ones(len(lengths), dtype=np.bool_))
+
+
+def _token_classes(
+    table: tables.Table, column: str, mask: str | None, lengths: npt.NDArray[np.int64]
+) -> _Labels:
+    return _Labels(_characters(table, column, lengths), _mask(table, mask, lengths))
+
+
+def _token_numbers(
+    table: tables.Table, column: str, mask: str | None, lengths: npt.NDArray[np.int64]
+) -> _Labels:
+    cells = [_number_list(table, row, column, int(length)) for row, length in enumerate(lengths)]
+    numbers = np.array([value for cell in cells for value in cell], dtype=np.float64)
+    measured = ~np.isnan(numbers)
+    return _Labels(np.where(measured, numbers, 0.0), _mask(table, mask, lengths) & measured)
+
+
+_READERS: dict[tuple[str, str], Callable[[tables.Table, str, str | None, npt.NDArray[np.int64]], _Labels]] = {
+    ("sequence", "classification"): _sequence_classes,
+    ("sequence", "regression"): _sequence_numbers,
+    ("token", "classification"): _token_classes,
+    ("token", "regression"): _token_numbers,
+}
+
+
+def _number(table: tables.Table, row: int, column: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or "_" in text:
+        raise table.error(row, column, "a number", text)
+    return value
+
+
+def _number_list(table: tables.Table, row: int, column: str, length: int) -> list[float]:
+    """The numbers of a JSON list, NaN where it says null."""
+    text = table.columns[column][row]
+    expected = f"a JSON list of {length} numbers or nulls"
+    try:
+        values = json.loads(text)
+    except ValueError:
+        raise table.error(row, column, expected, text) from None
+    if not isinstance(values, list) or len(values) != length:
+        found = f"a list of {len(values)}" if isinstance(values, list) else text
+        raise table.error(row, column, expected, found)
+    for value in values:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not number:
+            raise table.error(row, column, expected, str(value))
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def _characters(table: tables.Table, column: str, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
+    """The characters of all cells, one per residue."""
+    cells = table.columns[column]
+    for row, (cell, length) in enumerate(zip(cells, lengths, strict=True)):
+        if len(cell) != length:
+            raise table.error(row, column, f"{length} characters, one per residue", f"{len(cell)}: {cell}")
+    return np.frombuffer("".join(cells).encode("utf-32-le"), dtype="<U1")
+
+
+def _mask(table: tables.Table, column: str | None, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    if column is None:
+        return np.ones(int(lengths.sum()), dtype=np.bool_)
+    characters = _characters(table, column, lengths)
+    wrong = np.flatnonzero((characters != "0") & (characters != "1"))
+    if wrong.size:
+        row = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
+        raise table.error(row, column, "a mask of 0 and 1", str(characters[wrong[0]]))
+    return np.asarray(characters == "1")
+
+
+def _target(task: Task, index: int, raw: dict[str, _RawPart], notes: list[str]) -> Target:
+    """The target with its vocabulary: the sorted train labels that no mask hides, then those of test and val alone."""
+    name, declared = task.target_column[index], task.sizes[index]
+    labels = {part: raw[part].labels[index] for part in raw}
+    for part, label in labels.items():
+        if not label.mask.any():
+            raise DataError(
+                f"{raw[part].table.files[0]}: column '{name}': every position of {part} is masked out"
+            )
+    if task.kind == "regression":
+        return Target(name, None, 1)
+    seen = [str(text) for text in np.unique(labels["train"].texts[labels["train"].mask])]
+    if declared is not None and len(seen) > declared:
+        found = f"found {len(seen)}: {', '.join(seen[:30])}"
+        raise DataError(
+            f"{raw['train'].table.files[0]}: column '{name}': expected at most {declared} classes, {found}"
+        )
+    if declared is not None and len(seen) < declared:
+        notes.append(f"{name}: {declared} classes declared, {len(seen)} in the train part")
+    classes = list(seen)
+    for part in [part for part in labels if part != "train"]:
+        classes += _unlearnable(raw[part], index, name, part, classes, declared, notes)
+    return Target(name, tuple(classes), max(declared or 0, len(classes)))
+
+
+def _unlearnable(
+    raw: _RawPart,
+    index: int,
+    name: str,
+    part: str,
+    classes: list[str],
+    declared: int | None,
+    notes: list[str],
+) -> list[str]:
+    """Labels that `part` has and the train part has not: a warning, or an error where there is no room for them."""
+    label = raw.labels[index]
+    new = [str(text) for text in np.unique(label.texts[label.mask]) if str(text) not in classes]
+    if declared is not None and len(classes) + len(new) > declared:
+        unit = int(np.flatnonzero(label.mask & (label.texts == new[0]))[0])
+        row = int(np.searchsorted(np.cumsum(raw.counts), unit, side="right"))
+        raise raw.table.error(row, name, f"one of the {declared} classes {', '.join(classes[:30])}", new[0])
+    if new:
+        notes.append(
+            f"{name}: {part} has labels that train has not and that cannot be learnt: {', '.join(new)}"
+        )
+    return new
+
+
+def _filter(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, limit: int | None) -> Part:
+    """The part without the sequences that are longer than `limit`."""
+    table = raw.table
+    sequences = table.columns[task.sequence_column]
+    lengths = [len(sequence) for sequence in sequences]
+    keep = np.array([limit is None or length <= limit for length in lengths])
+    if not keep.any():
+        found = f"the shortest of {len(lengths)} has {min(lengths)}"
+        raise DataError(
+            f"{table.files[0]}: expected sequences of at most {limit} in {part}, {found}; raise max_seq_length"
+        )
+    units = np.repeat(keep, raw.counts)
+    values, masks = [], []
+    for target, label in zip(targets, raw.labels, strict=True):
+        masks.append(label.mask[units])
+        values.append(_values(target, label)[units])
+        if not masks[-1].any():
+            raise DataError(
+                f"{table.files[0]}: column '{target.name}': no label is left in {part} up to {limit}"
+            )
+    rows = [f"{table.files[f].name}:{row}" for f, row in zip(table.file_of, table.row_of, strict=True)]
+    kept = list(compress(sequences, keep))
+    return Part(kept, list(compress(rows, keep)), raw.counts[keep], values, masks, int((~keep).sum()))
+
+
+def _values(target: Target, label: _Labels) -> npt.NDArray[np.int64] | npt.NDArray[np.float64]:
+    if target.classes is None:
+        return np.asarray(label.texts, dtype=np.float64)
+    names = np.array(target.classes)
+    order = np.argsort(names)
+    position = np.searchsorted(names[order], label.texts).clip(max=len(names) - 1)
+    found = order[position]
+    return np.where(label.mask, found, UNKNOWN).astype(np.int64)

@@ -1,0 +1,259 @@
+"""A YAML file and overrides to a `Config`: finds the section, translates the reference's spellings, checks types.
+
+Only the section is resolved. Interpolations in it may point anywhere in the file; resolvers elsewhere are never run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.config import Config, Files, Task
+from pipeline.errors import ConfigError, nearest
+
+logger = logging.getLogger(__name__)
+
+SECTION = "model.dwnstr_task_validation"
+RENAMED = {"sequence_col": "sequence_column", "mask_col": "mask_column", "class": "level"}
+UNUSED = {"num_workers", "loss_func", "drop_last", "pin_memory", "persistent_workers", "micro_batch_size"}
+CLASSES = {
+    "SingleValuePredictionCallback": "sequence",
+    "PerTokenPredictionCallback": "token",
+}
+ENCODERS = {"ESM1nvInference": "esm", "ESM2nvInference": "esm", "ProtT5nvInference": "prott5"}
+ENCODERS["MegaMolBARTInference"] = "megamolbart"
+
+
+def read_config(path: str | Path, overrides: str = "") -> Config:
+    """The checked configuration in the YAML file at `path`.
+
+    Args:
+        path: a YAML file with the section `model.dwnstr_task_validation`.
+        overrides: dot-list such as `dataset.num_epochs=3 device=cpu`, quoted as in a shell. Keys are relative to the
+            section, or full. Where `dataset` is a list, `dataset.KEY` sets it in every task, `dataset.0.KEY` in one.
+
+    Raises:
+        ConfigError: the file or an override cannot be read, a key is not known, or a value has the wrong type.
+    """
+    text = _read_text(Path(path))
+    try:
+        root = OmegaConf.create(yaml.load(text, Loader=_loader()))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    section = _section(root, path)
+    _apply(section, overrides)
+    try:
+        plain = OmegaConf.to_container(section, resolve=True)
+    except OmegaConfBaseException as error:
+        remedy = "register the resolver, set the key in the file, or override the value"
+        raise ConfigError(f"{path}: {SECTION} cannot be resolved: {error}; {remedy}") from error
+    assert isinstance(plain, dict)
+    config = config_from(plain, _Lines(text, str(path)))
+    config.check()
+    return config
+
+
+def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
+    """The typed configuration of a plain mapping: the content of the section, already resolved.
+
+    Raises:
+        ConfigError: a key is not known, or a value has the wrong type.
+    """
+    lines = lines or _Lines("", SECTION)
+    raw = dict(section)
+    tasks = raw.pop("dataset", None)
+    if not isinstance(tasks, (dict, list)):
+        raise ConfigError(
+            f"{lines.at()}: {SECTION}.dataset: expected a task or a list of tasks, found {tasks!r}"
+        )
+    _check_keys(raw, Config, (), lines)
+    entries = tasks if isinstance(tasks, list) else [tasks]
+    paths: list[tuple[Any, ...]] = [
+        ("dataset", i) if isinstance(tasks, list) else ("dataset",) for i in range(len(entries))
+    ]
+    translated = [_task(entry, path, lines) for entry, path in zip(entries, paths, strict=True)]
+    merged = _typed(Config, raw, (), lines)
+    merged["dataset"] = [
+        _typed(Task, task, path, lines) for task, path in zip(translated, paths, strict=True)
+    ]
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+    assert isinstance(config, Config)
+    config.is_list = isinstance(tasks, list)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as a file that `read_config` reads back to the same."""
+    tasks = [_task_mapping(task) for task in config.dataset]
+    own = {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("hidden")
+    }
+    own["dataset"] = tasks if config.is_list else tasks[0]
+    return str(OmegaConf.to_yaml(OmegaConf.create({"model": {"dwnstr_task_validation": own}})))
+
+
+def _task_mapping(task: Task) -> dict[str, Any]:
+    values = dataclasses.asdict(task)
+    return {"class" if key == "level" else key: value for key, value in values.items()}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"config: expected a YAML file, found '{path}' ({reason})") from error
+
+
+def _loader() -> Any:
+    """OmegaConf's own YAML loader: it reads `1e-4` as a number and refuses a key given twice."""
+    from omegaconf._utils import get_yaml_loader
+
+    return get_yaml_loader()
+
+
+def _section(root: Any, path: str | Path) -> DictConfig:
+    """The raw node of the section; its neighbours are not touched."""
+    node = root
+    for key in SECTION.split("."):
+        node = node._get_node(key) if isinstance(node, DictConfig) and not node._is_none() else None
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_interpolation():
+        raise ConfigError(f"{path}: expected a mapping {SECTION}, found none; see configs/ for examples")
+    return node
+
+
+def _apply(section: DictConfig, overrides: str) -> None:
+    """Sets each `key=value` of the dot-list in the section."""
+    try:
+        items = shlex.split(overrides)
+    except ValueError as error:
+        raise ConfigError(f"overrides: {error} in {overrides!r}; quote values as in a shell") from error
+    for item in items:
+        key, equals, _ = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"overrides: expected key=value, found '{item}'")
+        relative = key.removeprefix(SECTION + ".")
+        try:
+            value = OmegaConf.from_dotlist([f"value={item.partition('=')[2]}"])._get_node("value")
+            for target in _targets(section, relative):
+                OmegaConf.update(section, target, value, merge=True)
+        except (
+            OmegaConfBaseException,
+            yaml.YAMLError,
+            ValueError,
+            IndexError,
+            AssertionError,
+            TypeError,
+        ) as error:
+            raise ConfigError(f"overrides: '{item}' cannot be set: {error}") from error
+
+
+def _targets(section: DictConfig, key: str) -> list[str]:
+    """`dataset.KEY` stands for that key of every task where `dataset` is a list."""
+    head, _, rest = key.partition(".")
+    tasks = section._get_node("dataset")
+    if head != "dataset" or not rest or not OmegaConf.is_list(tasks) or rest.split(".")[0].isdigit():
+        return [key]
+    return [f"dataset.{index}.{rest}" for index in range(len(tasks))]  # type: ignore[arg-type]
+
+
+def _task(entry: Any, path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
+    """A task in the names and values of `Task`."""
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{lines.at(path)}: expected a task (a mapping), found {entry!r}")
+    _check_keys(entry, Task, path, lines)
+    task: dict[str, Any] = {}
+    for key, value in entry.items():
+        name = RENAMED.get(key, key)
+        if name in task and task[name] != value:
+            raise ConfigError(
+                f"{lines.at((*path, key))}: '{key}' and '{name}' say different things; keep one"
+            )
+        if key not in UNUSED:
+            task[name] = value
+    for name in ("target_column", "target_sizes", "mask_column"):
+        if isinstance(task.get(name), (str, int)):
+            task[name] = [task[name]]
+    task["level"] = _alias(task.get("level", "sequence"), CLASSES)
+    task["infer_target"] = _alias(task.get("infer_target", "auto"), ENCODERS)
+    task_type = str(task.get("task_type", "regression"))
+    if task_type.startswith("token-level-") and task["level"] != "token":
+        raise ConfigError(f"{lines.at((*path, 'task_type'))}: task_type '{task_type}' needs class: token")
+    task["task_type"] = task_type.removeprefix("token-level-")
+    if isinstance(task.get("dataset"), dict):
+        _check_keys(task["dataset"], Files, (*path, "dataset"), lines)
+    return task
+
+
+def _alias(value: Any, aliases: dict[str, str]) -> str:
+    """The short name of one of the reference's dotted paths; any other value as it is."""
+    text = str(value)
+    return aliases.get(text.rpartition(".")[2], text) if text.startswith("bionemo.") else text
+
+
+def _check_keys(mapping: dict[Any, Any], schema: type, path: tuple[Any, ...], lines: _Lines) -> None:
+    known = [
+        f.metadata.get("key", f.name) for f in dataclasses.fields(schema) if not f.metadata.get("hidden")
+    ]
+    accepted = {*known, *(RENAMED if schema is Task else ()), *UNUSED}
+    for key in mapping:
+        if key not in accepted:
+            raise ConfigError(f"{lines.at((*path, key))}: unknown key '{key}'{nearest(str(key), known)}")
+        if key in UNUSED:
+            logger.info("%s: '%s' is accepted and not used", lines.at((*path, key)), key)
+
+
+def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
+    """`values` with the types of `schema`; errors name the key and its line."""
+    base = OmegaConf.structured(schema)
+    for key, value in values.items():
+        if key in UNUSED:
+            continue
+        try:
+            base = OmegaConf.merge(base, {key: value})
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{lines.at((*path, key))}: {key}: {reason}") from error
+    container = OmegaConf.to_container(base)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+class _Lines:
+    """Where keys of the section stand in the file, for error messages."""
+
+    def __init__(self, text: str, name: str) -> None:
+        self.name = name
+        try:
+            self.node: Any = yaml.compose(text, Loader=yaml.SafeLoader) if text else None
+        except yaml.YAMLError:
+            self.node = None
+
+    def at(self, path: tuple[Any, ...] = ()) -> str:
+        """`FILE:LINE` of a key of the section, or of the nearest key around it."""
+        node, line = self.node, 0
+        for key in (*SECTION.split("."), *path):
+            found = _child(node, key)
+            if found is None:
+                break
+            line, node = found
+        return f"{self.name}:{line}" if line else self.name
+
+
+def _child(node: Any, key: Any) -> tuple[int, Any] | None:
+    """The line of `key` and its value in a YAML mapping or sequence."""
+    if isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+        return node.value[key].start_mark.line + 1, node.value[key]
+    names = {"class": "class", "level": "class"}
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            if name.value == names.get(str(key), str(key)):
+                return name.start_mark.line + 1, value
+    return None

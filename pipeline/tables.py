@@ -1,0 +1,148 @@
+"""CSV files as columns of text, and where a cell stands in its file.
+
+Nothing is typed here: a digit string such as `0011` must keep its zeros.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import braceexpand
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from pipeline.errors import ConfigError, DataError, nearest
+
+# x[000..049], x{000..049}, x(000..049), x<000..049>, x_OP_000..049_CL_
+RANGE = re.compile(r"(?:\[|\{|\(|<|_OP_)(\d+\.\.\d+)(?:\]|\}|\)|>|_CL_)")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one or several CSV files, in order.
+
+    Attributes:
+        files: the files read.
+        file_of: for each row, the index of its file. Length n.
+        row_of: for each row, its number within its file, the first data row being 0. Length n.
+        columns: for each column asked for, its n cells as text.
+    """
+
+    files: tuple[Path, ...]
+    file_of: list[int]
+    row_of: list[int]
+    columns: dict[str, list[str]]
+
+    def __len__(self) -> int:
+        return len(self.row_of)
+
+    def error(self, row: int, column: str, expected: str, found: str) -> DataError:
+        """The error to raise for a cell: names file, line and column."""
+        path = self.files[self.file_of[row]]
+        shown = found if len(found) <= 60 else found[:57] + "..."
+        line = _line(path, self.row_of[row])
+        return DataError(f"{path}:{line}: column '{column}': expected {expected}, found {shown!r}")
+
+
+def expand(name: str) -> list[str]:
+    """The file names that `name` stands for: a range in any bracket form, with or without `.csv`.
+
+    >>> expand("x[000..002]")
+    ['x000.csv', 'x001.csv', 'x002.csv']
+    """
+    stem = RANGE.sub(r"{\1}", name.removesuffix(".csv"))
+    try:
+        return [f"{part}.csv" for part in braceexpand.braceexpand(stem)]
+    except ValueError as error:
+        raise ConfigError(
+            f"dataset: '{name}' is not a file name or a range such as x[000..004]: {error}"
+        ) from error
+
+
+def read(folder: Path, name: str, columns: Sequence[str]) -> Table:
+    """The `columns` of the CSV files that `name` stands for, in `folder`, as text.
+
+    Raises:
+        DataError: a file is missing, empty, not UTF-8, has no such column, or has a row of another width.
+    """
+    files = tuple(folder / part for part in expand(name))
+    cells: dict[str, list[str]] = {column: [] for column in columns}
+    file_of: list[int] = []
+    row_of: list[int] = []
+    for index, path in enumerate(files):
+        table = _read_file(path, columns)
+        for column in columns:
+            cells[column] += table[column].to_pylist()
+        file_of += [index] * table.num_rows
+        row_of += range(table.num_rows)
+    return Table(files, file_of, row_of, cells)
+
+
+def _read_file(path: Path, columns: Sequence[str]) -> pa.Table:
+    header = _header(path)
+    for column in columns:
+        if header.count(column) != 1:
+            what = "no such column" if column not in header else "it twice"
+            raise DataError(f"{path}:1: expected a column '{column}', found {what}{nearest(column, header)}")
+    bad: list[pa_csv.InvalidRow] = []
+    try:
+        table = pa_csv.read_csv(
+            path,
+            read_options=pa_csv.ReadOptions(use_threads=False, block_size=1 << 24),
+            parse_options=pa_csv.ParseOptions(
+                newlines_in_values=True, invalid_row_handler=lambda row: (bad.append(row), "skip")[1]
+            ),
+            convert_options=pa_csv.ConvertOptions(
+                include_columns=list(columns),
+                column_types={column: pa.string() for column in columns},
+                strings_can_be_null=False,
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: not a CSV file in UTF-8: {error}") from error
+    if bad:
+        line = _ragged_line(path, len(header))
+        raise DataError(
+            f"{path}:{line}: expected {len(header)} fields as in the header, found {bad[0].actual_columns}"
+        )
+    if not table.num_rows:
+        raise DataError(f"{path}: expected rows below the header, found none")
+    return table
+
+
+def _header(path: Path) -> list[str]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            header = next(csv.reader(stream), None)
+    except OSError as error:
+        raise DataError(f"expected a CSV file at {path.absolute()}, found none ({error.strerror})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a CSV file in UTF-8: {error}") from error
+    if not header:
+        raise DataError(f"{path}: expected a header row, found an empty file")
+    return header
+
+
+def _records(path: Path) -> list[tuple[int, list[str]]]:
+    """Each record below the header with the line it starts on, blank lines left out as pyarrow does."""
+    csv.field_size_limit(1 << 30)
+    records, start = [], 1
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream)
+        for record in reader:
+            if record:
+                records.append((start, record))
+            start = reader.line_num + 1
+    return records[1:]
+
+
+def _line(path: Path, row: int) -> int:
+    return _records(path)[row][0]
+
+
+def _ragged_line(path: Path, width: int) -> int:
+    return next((line for line, record in _records(path) if len(record) != width), 0)

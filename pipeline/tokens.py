@@ -1,0 +1,110 @@
+"""Sequences to token ids, through a Hugging Face tokenizer that is asked only about single words.
+
+Calling a tokenizer on whole sequences has traps: ESM's merges a run of unknown residues into one token, ProtT5's wants
+blanks between residues, others want SMILES cut up beforehand. So sequences are split here, by residue or by the usual
+SMILES expression, and each distinct word is looked up once. Where the tokenizer does not agree with either way of
+splitting (a byte-pair vocabulary, say), it splits for itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline.errors import CheckpointError
+
+RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
+SMILES = "CC(=O)Oc1ccccc1C(=O)NCCBr"
+# The expression of Schwaller et al., "Found in Translation", Chem. Sci. 2018, 9, 6091; as in MegaMolBART.
+SMILES_TOKEN = re.compile(
+    r"\[[^\]]+\]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>|\*|\$|%\d{2}|\d|."
+)
+RARE_RESIDUES = str.maketrans("UZOB", "XXXX")  # as the authors of ProtTrans do for models with spaced residues
+
+
+class Tokens:
+    """How a model's tokenizer turns a sequence into ids.
+
+    Attributes:
+        splitting: `residues`, `spaced residues`, `smiles` or `tokenizer`.
+        before: ids of the special tokens in front of a sequence.
+        after: ids of those behind it.
+        unknown: the id that stands for what the tokenizer does not know, None if it knows everything.
+        padding: the id to pad with.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Finds out how `tokenizer` wants sequences split. Raises CheckpointError if its template is not known."""
+        self.tokenizer = tokenizer
+        self.unknown: int | None = tokenizer.unk_token_id
+        self.padding: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self._ids: dict[str, int] = {}
+        self.splitting, self._split = self._choose()
+        self.before, self.after = self._template()
+
+    def ids(self, sequence: str) -> list[int]:
+        """The ids of the real tokens of `sequence`, special tokens left out."""
+        if self._split is None:
+            return self._native(sequence)
+        known, words = self._ids, self._split(sequence)
+        for word in {word for word in words if word not in known}:
+            known[word] = self._word(word)
+        return [known[word] for word in words]
+
+    def digest(self) -> str:
+        """A digest of the vocabulary and of how sequences are split; the same in every version of the library."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        state = json.loads(backend.to_str()) if backend is not None and self._split is None else {}
+        rules = {key: state.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        what = [self.splitting, self.before, self.after, self.unknown, vocabulary, rules]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def _choose(self) -> tuple[str, Callable[[str], Sequence[str]] | None]:
+        """The first way of splitting in which the words looked up singly give what the tokenizer itself gives."""
+        ways: list[tuple[str, str, Callable[[str], Sequence[str]], str]] = [
+            ("residues", RESIDUES, _residues, ""),
+            ("spaced residues", RESIDUES, _spaced_residues, " "),
+            ("smiles", SMILES, SMILES_TOKEN.findall, ""),
+            ("smiles", SMILES, SMILES_TOKEN.findall, " "),
+        ]
+        for name, probe, split, between in ways:
+            words = split(probe)
+            singly = [self._native(word) for word in words]
+            alone = all(len(ids) == 1 and ids[0] != self.unknown for ids in singly)
+            if alone and self._native(between.join(words)) == [ids[0] for ids in singly]:
+                return name, split
+        return "tokenizer", None
+
+    def _template(self) -> tuple[list[int], list[int]]:
+        probe = SMILES if self.splitting in ("smiles", "tokenizer") else RESIDUES
+        inner = self._native(probe)
+        whole = list(self.tokenizer(probe)["input_ids"])
+        for start in range(len(whole) - len(inner) + 1):
+            if whole[start : start + len(inner)] == inner:
+                return whole[:start], whole[start + len(inner) :]
+        name = type(self.tokenizer).__name__
+        raise CheckpointError(f"tokenizer {name}: expected special tokens around the sequence, found them within it")
+
+    def _native(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _word(self, word: str) -> int:
+        """The id of a single word; what is not exactly one token is unknown."""
+        ids = self._native(word)
+        if len(ids) == 1 and ids[0] not in self.before + self.after:
+            return ids[0]
+        if self.unknown is None:
+            raise CheckpointError(f"tokenizer: {word!r} is not in the vocabulary, and there is no unknown token for it")
+        return self.unknown
+
+
+def _residues(sequence: str) -> Sequence[str]:
+    return sequence
+
+
+def _spaced_residues(sequence: str) -> Sequence[str]:
+    return sequence.translate(RARE_RESIDUES)
