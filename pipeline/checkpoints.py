@@ -93,7 +93,9 @@ def _locate(ckpt: str) -> str:
         return _model_in(download(ckpt), ckpt)
     path = Path(ckpt).expanduser()
     if ckpt.endswith(".nemo"):
-        raise CheckpointError(f"ckpt: '{ckpt}': .nemo archives are not read yet; export the model as a Hugging Face folder")
+        raise CheckpointError(
+            f"ckpt: '{ckpt}': .nemo archives are not read yet; export the model as a Hugging Face folder"
+        )
     if path.is_dir():
         return _model_in(path, ckpt)
     if path.is_file():
@@ -128,7 +130,9 @@ def _import(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         known = nearest(path, ["auto", *ARCHITECTURES])
-        raise ConfigError(f"infer_target: '{path}' is neither a short name nor a class on the path ({error}){known}") from error
+        raise ConfigError(
+            f"infer_target: '{path}' is neither a short name nor a class on the path ({error}){known}"
+        ) from error
 
 
 def _from_folder(source: str) -> tuple[nn.Module, Any]:
@@ -136,12 +140,16 @@ def _from_folder(source: str) -> tuple[nn.Module, Any]:
 
     config = AutoConfig.from_pretrained(source)
     skeleton, options = _class_for(config)
-    model, info = skeleton.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True, **options)
+    model, info = skeleton.from_pretrained(
+        source, config=config, dtype=torch.float32, output_loading_info=True, **options
+    )
     encoder, name = _encoder_of(model)
     lacking = sorted(key for key in info["missing_keys"] if key.startswith(name))
     wrong = sorted(str(key) for key in info["mismatched_keys"])
     if lacking or wrong:
-        raise CheckpointError(f"ckpt: '{source}' lacks weights of the encoder or has them in another shape: {(lacking + wrong)[:3]}")
+        raise CheckpointError(
+            f"ckpt: '{source}' lacks weights of the encoder or has them in another shape: {(lacking + wrong)[:3]}"
+        )
     return encoder, _tokenizer(source)
 
 
@@ -213,7 +221,9 @@ def _read_ckpt(source: str, trust_pickle: bool) -> Any:
         return torch.load(source, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
         remedy = "set trust_pickle=true if you trust whoever wrote it"
-        raise CheckpointError(f"ckpt: '{source}' is damaged or holds more than tensors and plain values; {remedy}") from error
+        raise CheckpointError(
+            f"ckpt: '{source}' is damaged or holds more than tensors and plain values; {remedy}"
+        ) from error
 
 
 def _weights(
@@ -229,7 +239,9 @@ def _weights(
     fitting = [known for known in prefixes if all(known + name + key in state for key in wanted)]
     if len(fitting) != 1:
         found = f"several: {', '.join(map(repr, fitting))}" if fitting else "none"
-        raise CheckpointError(f"ckpt: '{source}': expected one set of weights of a {type(encoder).__name__}, found {found}")
+        raise CheckpointError(
+            f"ckpt: '{source}': expected one set of weights of a {type(encoder).__name__}, found {found}"
+        )
     return {key: state[fitting[0] + name + key] for key in wanted}
 
 

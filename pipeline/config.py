@@ -41,9 +41,7 @@ class Task:
     level: str = _key("`sequence` or `token` (or the reference's dotted path)", "sequence", key="class")
     task_type: str = _key("`classification` or `regression` (`token-level-...` as well)", "regression")
     task_name: str = _key("name of the task, in tables and metric names", "downstream")
-    infer_target: str = _key(
-        "`auto`, `esm`, `prott5`, `megamolbart`, or the path of an encoder class", "auto"
-    )
+    infer_target: str = _key("`auto`, `esm`, `prott5`, `megamolbart`, or the path of an encoder class", "auto")
     dataset_path: str = _key("folder that holds train/ and test/ (and val/)", "")
     dataset: Files = _key("which files of train/, test/ and val/", Files)
     sequence_column: str = _key("column with the sequences", "sequence")
@@ -79,9 +77,7 @@ class Task:
         where = f"task '{self.task_name}'"
         _choice(f"{where}: class", self.level, LEVELS)
         _choice(f"{where}: task_type", self.task_type, KINDS)
-        _need(
-            bool(self.dataset_path), f"{where}: dataset_path is missing; give the folder of train/ and test/"
-        )
+        _need(bool(self.dataset_path), f"{where}: dataset_path is missing; give the folder of train/ and test/")
         _need(bool(self.target_column), f"{where}: target_column is missing; name the column of the labels")
         targets = len(self.target_column)
         for key, values in (("target_sizes", self.target_sizes), ("mask_column", self.mask_column)):
@@ -94,10 +90,7 @@ class Task:
             one,
             f"{where}: a sequence-level task has one target_column, found {targets}; make it several tasks",
         )
-        counts = (
-            self.num_classes is None
-            or (self.target_sizes or [self.num_classes]) == [self.num_classes] * targets
-        )
+        counts = self.num_classes is None or (self.target_sizes or [self.num_classes]) == [self.num_classes] * targets
         _need(counts, f"{where}: num_classes {self.num_classes} contradicts target_sizes {self.target_sizes}")
         unmasked = self.level == "token" or self.mask_column is None
         _need(unmasked, f"{where}: mask_column is for token-level tasks; leave it out")
@@ -154,9 +147,7 @@ class Config:
             task.check()
         names = [task.task_name for task in self.dataset]
         double = sorted({name for name in names if names.count(name) > 1})
-        _need(
-            not double, f"task_name '{(double or [''])[0]}' is used twice; give each task a name of its own"
-        )
+        _need(not double, f"task_name '{(double or [''])[0]}' is used twice; give each task a name of its own")
         targets = sorted({task.infer_target for task in self.dataset})
         _need(
             len(targets) <= 1,
@@ -174,9 +165,7 @@ def parse_bytes(text: str) -> int:
 
 def _choice(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ConfigError(
-            f"{key}: expected one of {', '.join(known)}, found '{value}'{nearest(value, known)}"
-        )
+        raise ConfigError(f"{key}: expected one of {', '.join(known)}, found '{value}'{nearest(value, known)}")
 
 
 def _need(condition: bool, message: str) -> None:

@@ -105,7 +105,9 @@ def find_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: '{name}' is not on this machine ({str(error).splitlines()[0]}); use auto") from error
+        raise ConfigError(
+            f"device: '{name}' is not on this machine ({str(error).splitlines()[0]}); use auto"
+        ) from error
     return torch.device(name)
 
 

@@ -120,9 +120,7 @@ def load(task: Task, max_seq_length: int | None = None) -> Examples:
     parts = {part: _filter(task, targets, raw[part], part, limit) for part in raw}
     for name, part in parts.items():
         if part.left_out:
-            notes.append(
-                f"{name}: {part.left_out} of {len(part) + part.left_out} sequences left out, over {limit}"
-            )
+            notes.append(f"{name}: {part.left_out} of {len(part) + part.left_out} sequences left out, over {limit}")
     return Examples(task, targets, parts["train"], parts["test"], parts.get("val"), tuple(notes))
 
 
@@ -142,9 +140,7 @@ def _read_part(task: Task, part: str, name: str) -> _RawPart:
     return raw
 
 
-def _sequence_classes(
-    table: tables.Table, column: str, _mask: str | None, lengths: npt.NDArray[np.int64]
-) -> _Labels:
+def _sequence_classes(table: tables.Table, column: str, _mask: str | None, lengths: npt.NDArray[np.int64]) -> _Labels:
     texts = table.columns[column]
     for row, text in enumerate(texts):
         if not text:
@@ -152,22 +148,16 @@ def _sequence_classes(
     return _Labels(np.array(texts, dtype=np.str_), np.ones(len(lengths), dtype=np.bool_))
 
 
-def _sequence_numbers(
-    table: tables.Table, column: str, _mask: str | None, lengths: npt.NDArray[np.int64]
-) -> _Labels:
+def _sequence_numbers(table: tables.Table, column: str, _mask: str | None, lengths: npt.NDArray[np.int64]) -> _Labels:
     numbers = np.array([_number(table, row, column, text) for row, text in enumerate(table.columns[column])])
     return _Labels(numbers, np.ones(len(lengths), dtype=np.bool_))
 
 
-def _token_classes(
-    table: tables.Table, column: str, mask: str | None, lengths: npt.NDArray[np.int64]
-) -> _Labels:
+def _token_classes(table: tables.Table, column: str, mask: str | None, lengths: npt.NDArray[np.int64]) -> _Labels:
     return _Labels(_characters(table, column, lengths), _mask(table, mask, lengths))
 
 
-def _token_numbers(
-    table: tables.Table, column: str, mask: str | None, lengths: npt.NDArray[np.int64]
-) -> _Labels:
+def _token_numbers(table: tables.Table, column: str, mask: str | None, lengths: npt.NDArray[np.int64]) -> _Labels:
     cells = [_number_list(table, row, column, int(length)) for row, length in enumerate(lengths)]
     numbers = np.array([value for cell in cells for value in cell], dtype=np.float64)
     measured = ~np.isnan(numbers)
@@ -236,17 +226,13 @@ def _target(task: Task, index: int, raw: dict[str, _RawPart], notes: list[str]) 
     labels = {part: raw[part].labels[index] for part in raw}
     for part, label in labels.items():
         if not label.mask.any():
-            raise DataError(
-                f"{raw[part].table.files[0]}: column '{name}': every position of {part} is masked out"
-            )
+            raise DataError(f"{raw[part].table.files[0]}: column '{name}': every position of {part} is masked out")
     if task.kind == "regression":
         return Target(name, None, 1)
     seen = [str(text) for text in np.unique(labels["train"].texts[labels["train"].mask])]
     if declared is not None and len(seen) > declared:
         found = f"found {len(seen)}: {', '.join(seen[:30])}"
-        raise DataError(
-            f"{raw['train'].table.files[0]}: column '{name}': expected at most {declared} classes, {found}"
-        )
+        raise DataError(f"{raw['train'].table.files[0]}: column '{name}': expected at most {declared} classes, {found}")
     if declared is not None and len(seen) < declared:
         notes.append(f"{name}: {declared} classes declared, {len(seen)} in the train part")
     classes = list(seen)
@@ -272,9 +258,7 @@ def _unlearnable(
         row = int(np.searchsorted(np.cumsum(raw.counts), unit, side="right"))
         raise raw.table.error(row, name, f"one of the {declared} classes {', '.join(classes[:30])}", new[0])
     if new:
-        notes.append(
-            f"{name}: {part} has labels that train has not and that cannot be learnt: {', '.join(new)}"
-        )
+        notes.append(f"{name}: {part} has labels that train has not and that cannot be learnt: {', '.join(new)}")
     return new
 
 
@@ -295,9 +279,7 @@ def _filter(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, l
         masks.append(label.mask[units])
         values.append(_values(target, label)[units])
         if not masks[-1].any():
-            raise DataError(
-                f"{table.files[0]}: column '{target.name}': no label is left in {part} up to {limit}"
-            )
+            raise DataError(f"{table.files[0]}: column '{target.name}': no label is left in {part} up to {limit}")
     rows = [f"{table.files[f].name}:{row}" for f, row in zip(table.file_of, table.row_of, strict=True)]
     kept = list(compress(sequences, keep))
     return Part(kept, list(compress(rows, keep)), raw.counts[keep], values, masks, int((~keep).sum()))
@@ -311,3 +293,13 @@ def _values(target: Target, label: _Labels) -> npt.NDArray[np.int64] | npt.NDArr
     position = np.searchsorted(names[order], label.texts).clip(max=len(names) - 1)
     found = order[position]
     return np.where(label.mask, found, UNKNOWN).astype(np.int64)
+
+
+def unit_index(counts: npt.NDArray[np.int64], sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where the units of some sequences stand in flat arrays, one sequence after another.
+
+    >>> unit_index(np.array([2, 1, 3]), np.array([2, 0]))
+    array([3, 4, 5, 0, 1])
+    """
+    starts, some = (np.cumsum(counts) - counts)[sequences], counts[sequences]
+    return np.arange(int(some.sum())) + np.repeat(starts - (np.cumsum(some) - some), some)

@@ -70,9 +70,7 @@ def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
     raw = dict(section)
     tasks = raw.pop("dataset", None)
     if not isinstance(tasks, (dict, list)):
-        raise ConfigError(
-            f"{lines.at()}: {SECTION}.dataset: expected a task or a list of tasks, found {tasks!r}"
-        )
+        raise ConfigError(f"{lines.at()}: {SECTION}.dataset: expected a task or a list of tasks, found {tasks!r}")
     _check_keys(raw, Config, (), lines)
     entries = tasks if isinstance(tasks, list) else [tasks]
     paths: list[tuple[Any, ...]] = [
@@ -80,9 +78,7 @@ def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
     ]
     translated = [_task(entry, path, lines) for entry, path in zip(entries, paths, strict=True)]
     merged = _typed(Config, raw, (), lines)
-    merged["dataset"] = [
-        _typed(Task, task, path, lines) for task, path in zip(translated, paths, strict=True)
-    ]
+    merged["dataset"] = [_typed(Task, task, path, lines) for task, path in zip(translated, paths, strict=True)]
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
     assert isinstance(config, Config)
     config.is_list = isinstance(tasks, list)
@@ -92,9 +88,7 @@ def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as a file that `read_config` reads back to the same."""
     tasks = [_task_mapping(task) for task in config.dataset]
-    own = {
-        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("hidden")
-    }
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("hidden")}
     own["dataset"] = tasks if config.is_list else tasks[0]
     return str(OmegaConf.to_yaml(OmegaConf.create({"model": {"dwnstr_task_validation": own}})))
 
@@ -173,9 +167,7 @@ def _task(entry: Any, path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
     for key, value in entry.items():
         name = RENAMED.get(key, key)
         if name in task and task[name] != value:
-            raise ConfigError(
-                f"{lines.at((*path, key))}: '{key}' and '{name}' say different things; keep one"
-            )
+            raise ConfigError(f"{lines.at((*path, key))}: '{key}' and '{name}' say different things; keep one")
         if key not in UNUSED:
             task[name] = value
     for name in ("target_column", "target_sizes", "mask_column"):
@@ -199,9 +191,7 @@ def _alias(value: Any, aliases: dict[str, str]) -> str:
 
 
 def _check_keys(mapping: dict[Any, Any], schema: type, path: tuple[Any, ...], lines: _Lines) -> None:
-    known = [
-        f.metadata.get("key", f.name) for f in dataclasses.fields(schema) if not f.metadata.get("hidden")
-    ]
+    known = [f.metadata.get("key", f.name) for f in dataclasses.fields(schema) if not f.metadata.get("hidden")]
     accepted = {*known, *(RENAMED if schema is Task else ()), *UNUSED}
     for key in mapping:
         if key not in accepted:

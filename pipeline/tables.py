@@ -58,9 +58,7 @@ def expand(name: str) -> list[str]:
     try:
         return [f"{part}.csv" for part in braceexpand.braceexpand(stem)]
     except ValueError as error:
-        raise ConfigError(
-            f"dataset: '{name}' is not a file name or a range such as x[000..004]: {error}"
-        ) from error
+        raise ConfigError(f"dataset: '{name}' is not a file name or a range such as x[000..004]: {error}") from error
 
 
 def read(folder: Path, name: str, columns: Sequence[str]) -> Table:
@@ -106,9 +104,7 @@ def _read_file(path: Path, columns: Sequence[str]) -> pa.Table:
         raise DataError(f"{path}: not a CSV file in UTF-8: {error}") from error
     if bad:
         line = _ragged_line(path, len(header))
-        raise DataError(
-            f"{path}:{line}: expected {len(header)} fields as in the header, found {bad[0].actual_columns}"
-        )
+        raise DataError(f"{path}:{line}: expected {len(header)} fields as in the header, found {bad[0].actual_columns}")
     if not table.num_rows:
         raise DataError(f"{path}: expected rows below the header, found none")
     return table

@@ -1,0 +1,232 @@
+"""Stage 2: `Examples` and an `Encoder` to `Embeddings`.
+
+All tasks meet here: each distinct sequence that is not yet stored goes through the encoder once, whatever tasks and
+parts it stands in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.encoders import Encoder
+from pipeline.errors import CheckpointError, DataError
+from pipeline.load import Examples
+from pipeline.progress import progress
+from pipeline.rows import Rows
+from pipeline.store import Damaged, Entry, Shelf, ShardWriter, Store, sequence_key
+
+logger = logging.getLogger(__name__)
+
+# Tokens (padding counted) in a batch. On a CPU large batches fall out of the caches; on a GPU small ones leave it idle.
+BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536, "mps": 16_384}
+POOLING = {"sequence": "mean", "token": "none"}
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A task's embeddings, in the order of its examples.
+
+    Attributes:
+        examples: what was embedded.
+        key: of the shelf they are stored on: changes with the encoder, pooling and dtype.
+        shelf: where they are stored.
+        entries: for each part, where each example's rows are: one row, or one per token.
+        memory_bytes: the budget of `rows`.
+        embedded: how many distinct sequences went through the encoder, over all tasks.
+        cached: how many were there already.
+        notes: warnings for whoever reads the result.
+    """
+
+    examples: Examples
+    key: str
+    shelf: Shelf
+    entries: dict[str, list[Entry]]
+    memory_bytes: int
+    embedded: int
+    cached: int
+    tokens: int
+    notes: tuple[str, ...] = ()
+
+    def rows(self, part: str) -> Rows:
+        """The embedding rows of a part, in memory if they fit the budget. Close them after use."""
+        return Rows(self.shelf, self.entries[part], self.memory_bytes)
+
+
+def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[Embeddings]:
+    """Embeds what is not stored yet, and gives each task its embeddings.
+
+    Raises:
+        DataError: a sequence has no token that the encoder knows.
+        CheckpointError: a token-level task, and the tokenizer does not give one token per character.
+        CacheError: the store cannot be written.
+    """
+    shelves = {
+        pooling: store.shelf(encoder.digest, pooling, encoder.hidden_size)
+        for pooling in sorted({POOLING[one.task.level] for one in examples})
+    }
+    wanted: dict[str, dict[bytes, str]] = {pooling: {} for pooling in shelves}
+    for one in examples:
+        for part in one.parts.values():
+            wanted[POOLING[one.task.level]].update((sequence_key(text), text) for text in part.sequences)
+    most = min(one.task.emb_batch_size for one in examples)
+    with ExitStack() as locks:
+        for shelf in shelves.values():
+            locks.enter_context(shelf.lock())
+        for _ in range(100):  # once, unless a shard turns out to be damaged
+            indices = {pooling: shelf.index() for pooling, shelf in shelves.items()}
+            missing = {p: {k: s for k, s in wanted[p].items() if k not in indices[p]} for p in shelves}
+            _embed_missing(missing, shelves, encoder, store, most, examples)
+            indices = {p: shelf.index() if missing[p] else indices[p] for p, shelf in shelves.items()}
+            if not _drop_damaged(shelves, wanted, indices):
+                break
+    union = {key: text for texts in wanted.values() for key, text in texts.items()}
+    done = {key: text for texts in missing.values() for key, text in texts.items()}
+    tokens = sum(len(text) for text in done.values())
+    counts = (len(done), len(union) - len(done), tokens)
+    return [_embeddings(one, shelves, indices, store, counts) for one in examples]
+
+
+def batches(sequences: dict[bytes, str], max_tokens: int, max_sequences: int) -> Iterator[list[bytes]]:
+    """The batch plan: keys of sequences that go through the encoder together.
+
+    Longest first, equal lengths by key: a function of the set of sequences and the two limits alone. Taking away the
+    first batches leaves the others as they were, so a run that was killed goes on with the same batches.
+
+    Args:
+        sequences: text by key.
+        max_tokens: most tokens of a batch, padding counted; a longer sequence goes alone.
+        max_sequences: most sequences of a batch.
+    """
+    batch: list[bytes] = []
+    longest = 0
+    for key in sorted(sequences, key=lambda key: (-len(sequences[key]), key)):
+        longest = longest or len(sequences[key])
+        if batch and (len(batch) == max_sequences or (len(batch) + 1) * longest > max_tokens):
+            yield batch
+            batch, longest = [], len(sequences[key])
+        batch.append(key)
+    if batch:
+        yield batch
+
+
+def _embed_missing(
+    missing: dict[str, dict[bytes, str]],
+    shelves: dict[str, Shelf],
+    encoder: Encoder,
+    store: Store,
+    most: int,
+    examples: Sequence[Examples],
+) -> None:
+    """One pass of the encoder over the union of what the shelves lack."""
+    union = {key: text for texts in missing.values() for key, text in texts.items()}
+    if not union:
+        return
+    unknown = _check(union, missing.get("none", {}), encoder, examples)
+    budget = store.max_batch_tokens or BATCH_TOKENS.get(encoder.device.type, BATCH_TOKENS["cpu"])
+    made_with = {
+        "max_batch_tokens": budget,
+        "emb_batch_size": most,
+        "device": encoder.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    writers = {pooling: shelves[pooling].writer(made_with) for pooling in shelves}
+    with progress("embed", sum(map(len, union.values())), "residues") as advance:
+        for batch in batches(union, budget, most):
+            states = encoder.hidden_states([union[key] for key in batch])
+            for key, state in zip(batch, states, strict=True):
+                _put(key, state, missing, writers, unknown[key])
+            advance(sum(len(union[key]) for key in batch))
+    for writer in writers.values():
+        writer.flush()
+
+
+def _put(
+    key: bytes, state: torch.Tensor, missing: dict[str, dict[bytes, str]], writers: dict[str, ShardWriter], unknown: int
+) -> None:
+    """Hands a sequence's hidden states, shape (tokens, hidden_size), to the shelves that lack them."""
+    if key in missing.get("mean", {}):
+        writers["mean"].add(key, unknown, state.mean(0, keepdim=True).cpu().numpy(), len(state))
+    if key in missing.get("none", {}):
+        text = missing["none"][key]
+        if len(state) != len(text):
+            raise CheckpointError(_misaligned(text, len(state)))
+        writers["none"].add(key, unknown, state.cpu().numpy(), len(state))
+
+
+def _check(
+    union: dict[bytes, str], aligned: dict[bytes, str], encoder: Encoder, examples: Sequence[Examples]
+) -> dict[bytes, int]:
+    """Counts unknown tokens before anything is embedded; an encoder that cannot serve a task is found out here."""
+    counts: dict[bytes, int] = {}
+    keys = list(union)
+    for begin in range(0, len(keys), 1024):
+        chunk = keys[begin : begin + 1024]
+        for key, (unknown, tokens) in zip(chunk, encoder.count_unknown([union[key] for key in chunk]), strict=True):
+            if unknown == tokens:
+                raise _all_unknown(union[key], examples)
+            if key in aligned and tokens != len(union[key]):
+                raise CheckpointError(_misaligned(union[key], tokens))
+            counts[key] = unknown
+    return counts
+
+
+def _misaligned(text: str, tokens: int) -> str:
+    shown = text if len(text) <= 30 else text[:27] + "..."
+    found = f"found {tokens} tokens for the {len(text)} of '{shown}'"
+    return f"token-level tasks need one token per character, {found}; use a checkpoint with a character tokenizer"
+
+
+def _all_unknown(text: str, examples: Sequence[Examples]) -> DataError:
+    for one in examples:
+        for name, part in one.parts.items():
+            if text in part.sequences:
+                row = part.rows[part.sequences.index(text)]
+                where = f"{one.task.dataset_path}/{name}/{row}: column '{one.task.sequence_column}'"
+                shown = text if len(text) <= 60 else text[:57] + "..."
+                return DataError(f"{where}: expected a sequence with characters the encoder knows, found {shown!r}")
+    raise AssertionError("a sequence that stands in no task was embedded")
+
+
+def _drop_damaged(
+    shelves: dict[str, Shelf], wanted: dict[str, dict[bytes, str]], indices: dict[str, dict[bytes, Entry]]
+) -> bool:
+    """Drops the first shard whose checksums do not hold; True if there was one."""
+    for pooling, shelf in shelves.items():
+        try:
+            Rows(shelf, [indices[pooling][key] for key in wanted[pooling]], 0).close()
+        except Damaged as damage:
+            logger.warning("%s", damage)
+            shelf.drop(damage.shard)
+            return True
+    return False
+
+
+def _embeddings(
+    one: Examples,
+    shelves: dict[str, Shelf],
+    indices: dict[str, dict[bytes, Entry]],
+    store: Store,
+    counts: tuple[int, int, int],
+) -> Embeddings:
+    pooling = POOLING[one.task.level]
+    index = indices[pooling]
+    entries = {name: [index[sequence_key(text)] for text in part.sequences] for name, part in one.parts.items()}
+    distinct = {sequence_key(text): text for part in one.parts.values() for text in part.sequences}
+    unknown = sum(index[key].unknown for key in distinct)
+    notes = []
+    if unknown:
+        total, few = sum(map(len, distinct.values())), sum(bool(index[key].unknown) for key in distinct)
+        notes.append(f"{unknown} of {total} tokens, in {few} sequences, are unknown to the tokenizer")
+    shelf = shelves[pooling]
+    embedded, cached, tokens = counts
+    return Embeddings(
+        one, shelf.folder.name, shelf, entries, store.memory_bytes, embedded, cached, tokens, tuple(notes)
+    )

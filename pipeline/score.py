@@ -1,0 +1,136 @@
+"""Stage 4: a `FittedHead` and the test part to `Scores`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from pipeline.embed import Embeddings
+from pipeline.errors import ConfigError
+from pipeline.load import Part, Target
+from pipeline.metrics import Metrics, classification, regression
+from pipeline.train_head import Batch, FittedHead, batch_of, loss_of
+
+LOSS = "dwnstr_task_val_loss"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a checkpoint's embeddings are worth on a task.
+
+    Attributes:
+        task_name: the task.
+        metrics: by name, such as `test_3state_accuracy`, over the whole test set.
+        omitted: why further metrics are not defined on this data.
+        predictions: a row per unit of the test set: `row` (FILE:ROW), `position` in token-level tasks, and for each
+            target `<target>_target`, `_mask`, `_prediction` and, for classes, `_probabilities`.
+        losses: the head's mean training loss at each epoch.
+        notes: warnings from the stages before.
+    """
+
+    task_name: str
+    metrics: dict[str, float]
+    omitted: dict[str, str]
+    predictions: pa.Table
+    losses: list[float]
+    notes: tuple[str, ...] = ()
+
+
+def score(embeddings: Embeddings, fitted: FittedHead) -> Scores:
+    """Predicts the whole test part and computes every metric on it.
+
+    Raises:
+        ConfigError: two target columns give the same metric name.
+    """
+    examples = embeddings.examples
+    targets, part = examples.targets, examples.test
+    names = [metric_name(target.name) for target in targets]
+    for name in names:
+        if names.count(name) > 1:
+            both = [target.name for target in targets if metric_name(target.name) == name]
+            raise ConfigError(f"target_column: {' and '.join(both)} both become '{name}' in metric names; rename one")
+    outputs = _predict(embeddings, fitted)
+    whole = Batch(outputs[0], torch.tensor(part.counts), _tensors(part.values), _tensors(part.masks))
+    values = {LOSS: float(loss_of(outputs, whole, targets))}
+    omitted: dict[str, str] = {}
+    for name, output, value, mask, target in zip(names, outputs, part.values, part.masks, targets, strict=True):
+        found = _metrics(output.numpy()[mask], value[mask], target)
+        values.update({f"test_{name}_{metric}": number for metric, number in found.values.items()})
+        omitted.update({f"test_{name}_{metric}": reason for metric, reason in found.omitted.items()})
+    notes = examples.notes + embeddings.notes
+    return Scores(examples.task.task_name, values, omitted, _table(part, targets, outputs), fitted.losses, notes)
+
+
+def metric_name(column: str) -> str:
+    """A column's name with every character that a tracker may refuse turned into `_`.
+
+    >>> metric_name("log P (octanol/water)")
+    'log P _octanol_water_'
+    """
+    return re.sub(r"[^\w .-]", "_", column)
+
+
+@torch.no_grad()
+def _predict(embeddings: Embeddings, fitted: FittedHead) -> list[torch.Tensor]:
+    """For each target, the head's outputs on the test part, float64 on the CPU, shape (units, outputs)."""
+    part = embeddings.examples.test
+    device = next(fitted.head.parameters()).device
+    rows = embeddings.rows("test")
+    try:
+        outputs = []
+        for some in np.array_split(np.arange(len(part)), -(-len(part) // embeddings.examples.task.batch_size)):
+            batch = batch_of(rows, part, some, device)
+            with torch.autocast(device.type, enabled=False):
+                outputs.append([output.cpu() for output in fitted.head(batch.rows, batch.counts)])
+    finally:
+        rows.close()
+    return [torch.cat(target).double() for target in zip(*outputs, strict=True)]
+
+
+def _tensors(arrays: list[Any]) -> list[torch.Tensor]:
+    return [torch.from_numpy(array) for array in arrays]
+
+
+def _metrics(output: npt.NDArray[np.float64], value: npt.NDArray[Any], target: Target) -> Metrics:
+    if target.classes is None:
+        return regression(value, output[:, 0])
+    return classification(value, _softmax(output), target.classes)
+
+
+def _softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.asarray(torch.softmax(torch.from_numpy(logits), dim=1).numpy())
+
+
+def _table(part: Part, targets: tuple[Target, ...], outputs: list[torch.Tensor]) -> pa.Table:
+    """One row per unit, from which anyone can compute each metric again."""
+    rows = np.repeat(np.arange(len(part)), part.counts)
+    columns: dict[str, pa.Array] = {"row": pa.DictionaryArray.from_arrays(rows.astype(np.int32), part.rows)}
+    if len(rows) != len(part) or part.counts.max() > 1:
+        first = np.repeat(np.cumsum(part.counts) - part.counts, part.counts)
+        columns["position"] = pa.array((np.arange(len(rows)) - first).astype(np.int32))
+    for target, output, value, mask in zip(targets, outputs, part.values, part.masks, strict=True):
+        if target.classes is None:
+            columns[f"{target.name}_target"] = pa.array(value, mask=~mask)
+            columns[f"{target.name}_prediction"] = pa.array(output.numpy()[:, 0])
+        else:
+            names = [*target.classes, *(f"class {index}" for index in range(len(target.classes), target.outputs))]
+            probabilities = _softmax(output.numpy())
+            columns[f"{target.name}_target"] = _labels(value, names, ~mask)
+            columns[f"{target.name}_prediction"] = _labels(probabilities.argmax(1), names, None)
+            columns[f"{target.name}_probabilities"] = _lists(probabilities)
+        columns[f"{target.name}_mask"] = pa.array(mask)
+    return pa.table(columns)
+
+
+def _labels(indices: npt.NDArray[np.int64], names: list[str], null: npt.NDArray[np.bool_] | None) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(indices.astype(np.int32), mask=null), names)
+
+
+def _lists(values: npt.NDArray[np.float64]) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])

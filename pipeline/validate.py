@@ -1,0 +1,124 @@
+"""The whole path. The command line, the callback and Python users all call `validate`."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from pipeline.config import Task
+from pipeline.embed import Embeddings, embed
+from pipeline.encoders import Encoder
+from pipeline.load import Examples, load
+from pipeline.score import Scores, metric_name, score
+from pipeline.store import Store
+from pipeline.tracking import Data, NullTracker, Tracker
+from pipeline.train_head import train_head
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("load", "embed", "train_head", "score")
+
+
+def validate(
+    encoder: Encoder,
+    tasks: Task | Sequence[Task],
+    store: Store,
+    tracker: Tracker | None = None,
+    until: str = "score",
+) -> list[Scores]:
+    """Measures what an encoder's embeddings are worth on each task.
+
+    Args:
+        encoder: gives the hidden states; see `open_encoder`.
+        tasks: one task, or a list, whose metrics are then prefixed with `<task_name>/`.
+        store: where embeddings and heads are kept.
+        tracker: where results go; nowhere by default.
+        until: the last stage to run: `load`, `embed`, `train_head` or `score`.
+
+    Returns:
+        The scores of each task, in order; none where `until` is an earlier stage.
+
+    Raises:
+        PipelineError: see `load`, `embed`, `train_head` and `score`.
+    """
+    tracker = tracker or NullTracker()
+    several = not isinstance(tasks, Task)
+    wanted = [tasks] if isinstance(tasks, Task) else list(tasks)
+    last = STAGES.index(until)
+    examples = _load(wanted, encoder, tracker)
+    embeddings = _embed(examples, encoder, store, tracker) if last >= 1 else []
+    scores = []
+    for one in embeddings if last >= 2 else []:
+        name = one.examples.task.task_name
+        suffix = f" {name}" if several else ""
+        prefix = f"{metric_name(name)}/" if several else ""
+        scores += _fit_and_score(one, store, encoder, tracker, (prefix, suffix, last))
+    return scores
+
+
+def _load(tasks: Sequence[Task], encoder: Encoder, tracker: Tracker) -> list[Examples]:
+    with tracker.step("load") as step:
+        examples = [load(task, encoder.max_seq_length) for task in tasks]
+        for one in examples:
+            name = one.task.task_name
+            for part, content in one.parts.items():
+                rows, left_out = len(content), content.left_out
+                step.metrics(
+                    {f"{metric_name(name)}/{part}_rows": rows, f"{metric_name(name)}/{part}_left_out": left_out}
+                )
+                for run in (step, tracker):
+                    run.data(Data(name, part, f"{one.task.dataset_path}/{part}", content.digest, rows, left_out))
+            logger.info("load        %s: %s", name, ", ".join(f"{len(c)} {p}" for p, c in one.parts.items()))
+            for note in one.notes:
+                _note(step, name, note)
+    return examples
+
+
+def _embed(examples: list[Examples], encoder: Encoder, store: Store, tracker: Tracker) -> list[Embeddings]:
+    with tracker.step("embed") as step:
+        embeddings = embed(examples, encoder, store)
+        first = embeddings[0]
+        step.metrics({"embedded": first.embedded, "cached": first.cached, "tokens": first.tokens})
+        logger.info("embed       %d sequences embedded, %d already stored", first.embedded, first.cached)
+        for one in embeddings:
+            for note in one.notes:
+                _note(step, one.examples.task.task_name, note)
+    return embeddings
+
+
+def _fit_and_score(
+    embeddings: Embeddings, store: Store, encoder: Encoder, tracker: Tracker, how: tuple[str, str, int]
+) -> list[Scores]:
+    prefix, suffix, last = how
+    name = embeddings.examples.task.task_name
+    with tracker.step(f"train_head{suffix}") as step:
+        fitted = train_head(embeddings, store, encoder.device)
+        for epoch, loss in enumerate(fitted.losses):
+            step.metrics({"train_loss": loss}, step=epoch + 1)
+        step.metrics({"reused": float(fitted.reused)})
+        state = "taken from the store" if fitted.reused else "trained"
+        logger.info("train_head  %s: %s, %d epochs", name, state, len(fitted.losses))
+    if last < STAGES.index("score"):
+        return []
+    with tracker.step(f"score{suffix}") as step:
+        scores = score(embeddings, fitted)
+        scores = replace(scores, metrics={prefix + key: value for key, value in scores.metrics.items()})
+        for run in (step, tracker):
+            run.metrics(scores.metrics)
+        for metric, reason in scores.omitted.items():
+            _note(step, name, f"{metric} is left out: {reason}")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"predictions_{metric_name(name).replace(' ', '_')}.parquet"
+            pq.write_table(scores.predictions, path)
+            tracker.artifact(path)
+    return [scores]
+
+
+def _note(tracker: Tracker, task_name: str, text: str) -> None:
+    logger.warning("%s: %s", task_name, text)
+    tracker.note(f"{task_name}: {text}")
