@@ -1,0 +1,66 @@
+"""Validation with a downstream task.
+
+    CSV --load--> Examples --embed--> Embeddings (Parquet) --train_head--> FittedHead --score--> Scores --> a tracker
+
+A file per noun: the type, and the function that makes it from the one before. `validate` walks the path:
+
+    from pathlib import Path
+    from pipeline import Store, open_encoder, read_config, validate
+
+    config = read_config("configs/default.yaml")
+    encoder = open_encoder("sample/checkpoint")
+    for scores in validate(encoder, config.tasks, Store(Path("store"))):
+        print(scores.task_name, scores.metrics)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.checkpoints import open_encoder as open_encoder
+    from pipeline.config import Config as Config
+    from pipeline.config import Files as Files
+    from pipeline.config import Task as Task
+    from pipeline.encoders import Encoder as Encoder
+    from pipeline.encoders import HuggingFaceEncoder as HuggingFaceEncoder
+    from pipeline.errors import PipelineError as PipelineError
+    from pipeline.read_config import read_config as read_config
+    from pipeline.score import Scores as Scores
+    from pipeline.store import Store as Store
+    from pipeline.tracking import NullTracker as NullTracker
+    from pipeline.tracking import Tracker as Tracker
+    from pipeline.validation import validate as validate
+
+_HOMES = {
+    "Config": "config",
+    "Encoder": "encoders",
+    "Files": "config",
+    "HuggingFaceEncoder": "encoders",
+    "NullTracker": "tracking",
+    "PipelineError": "errors",
+    "Scores": "score",
+    "Store": "store",
+    "Task": "config",
+    "Tracker": "tracking",
+    "open_encoder": "checkpoints",
+    "read_config": "read_config",
+    "validate": "validation",
+}
+
+__version__ = "0.1.0"
+__all__ = sorted(_HOMES)  # pyright: ignore
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is used: `--help` and `import pipeline` do not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pipeline' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"pipeline.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

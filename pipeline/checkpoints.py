@@ -102,7 +102,7 @@ def _locate(ckpt: str) -> str:
         if path.suffix != ".ckpt":
             raise CheckpointError(f"ckpt: expected a model folder or a Lightning .ckpt, found the file '{ckpt}'")
         return str(path)
-    matches = sorted(glob.glob(str(path)))
+    matches = sorted(glob.glob(str(path)))  # noqa: PTH207  (an absolute pattern)
     if len(matches) == 1:
         return _locate(matches[0])
     if matches:
@@ -167,9 +167,9 @@ def _class_for(config: Any) -> tuple[Any, dict[str, Any]]:
     encoders = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
     if config.model_type in encoders:
         return getattr(transformers, encoders[config.model_type]), {}
-    skeleton = transformers.AutoModel._model_mapping[type(config)]
+    skeleton: Any = transformers.AutoModel._model_mapping[type(config)]
     skeleton = skeleton[0] if isinstance(skeleton, (tuple, list)) else skeleton
-    pooling = "add_pooling_layer" in inspect.signature(skeleton.__init__).parameters
+    pooling = "add_pooling_layer" in inspect.signature(skeleton).parameters
     return skeleton, {"add_pooling_layer": False} if pooling else {}
 
 

@@ -70,7 +70,7 @@ class Task:
     @property
     def sizes(self) -> list[int | None]:
         """The declared number of classes of each target; None where it is not declared."""
-        return list(self.target_sizes or [self.num_classes] * len(self.target_column))
+        return [*self.target_sizes] if self.target_sizes else [self.num_classes] * len(self.target_column)
 
     def check(self) -> None:
         """Raises ConfigError where fields contradict one another."""

@@ -10,9 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline.encoders import Encoder
@@ -20,7 +18,7 @@ from pipeline.errors import CheckpointError, DataError
 from pipeline.load import Examples
 from pipeline.progress import progress
 from pipeline.rows import Rows
-from pipeline.store import Damaged, Entry, Shelf, ShardWriter, Store, sequence_key
+from pipeline.store import DamagedShardError, Entry, ShardWriter, Shelf, Store, sequence_key
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +200,7 @@ def _drop_damaged(
     for pooling, shelf in shelves.items():
         try:
             Rows(shelf, [indices[pooling][key] for key in wanted[pooling]], 0).close()
-        except Damaged as damage:
+        except DamagedShardError as damage:
             logger.warning("%s", damage)
             shelf.drop(damage.shard)
             return True

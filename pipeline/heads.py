@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class MLP(Head):
         super().__init__()
         widths = [hidden_size, hidden_size, 256, 128]
         layers: list[nn.Module] = []
-        for into, out in zip(widths, widths[1:], strict=False):
+        for into, out in pairwise(widths):
             layers += [skip_init(nn.Linear, into, out), nn.ReLU(), Dropout(0.1)]
         self.layers = nn.Sequential(*layers, skip_init(nn.Linear, widths[-1], outputs))
 

@@ -302,4 +302,5 @@ def unit_index(counts: npt.NDArray[np.int64], sequences: npt.NDArray[np.int64]) 
     array([3, 4, 5, 0, 1])
     """
     starts, some = (np.cumsum(counts) - counts)[sequences], counts[sequences]
-    return np.arange(int(some.sum())) + np.repeat(starts - (np.cumsum(some) - some), some)
+    index: npt.NDArray[np.int64] = np.arange(int(some.sum())) + np.repeat(starts - (np.cumsum(some) - some), some)
+    return index

@@ -44,7 +44,7 @@ def read_config(path: str | Path, overrides: str = "") -> Config:
     """
     text = _read_text(Path(path))
     try:
-        root = OmegaConf.create(yaml.load(text, Loader=_loader()))
+        root = OmegaConf.create(text)  # with its own loader: `1e-4` is a number, a key given twice an error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     section = _section(root, path)
@@ -85,12 +85,19 @@ def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
     return config
 
 
+def to_mapping(config: Config) -> dict[str, Any]:
+    """The section with every key, as plain values."""
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("hidden")}
+    tasks = [_task_mapping(task) for task in config.dataset]
+    return {**own, "dataset": tasks if config.is_list else tasks[0]}
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration as a file that `read_config` reads back to the same."""
-    tasks = [_task_mapping(task) for task in config.dataset]
-    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("hidden")}
-    own["dataset"] = tasks if config.is_list else tasks[0]
-    return str(OmegaConf.to_yaml(OmegaConf.create({"model": {"dwnstr_task_validation": own}})))
+    root: dict[str, Any] = to_mapping(config)
+    for level in reversed(SECTION.split(".")):
+        root = {level: root}
+    return str(OmegaConf.to_yaml(OmegaConf.create(root)))
 
 
 def _task_mapping(task: Task) -> dict[str, Any]:
@@ -104,13 +111,6 @@ def _read_text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"config: expected a YAML file, found '{path}' ({reason})") from error
-
-
-def _loader() -> Any:
-    """OmegaConf's own YAML loader: it reads `1e-4` as a number and refuses a key given twice."""
-    from omegaconf._utils import get_yaml_loader
-
-    return get_yaml_loader()
 
 
 def _section(root: Any, path: str | Path) -> DictConfig:
@@ -165,7 +165,7 @@ def _task(entry: Any, path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
     _check_keys(entry, Task, path, lines)
     task: dict[str, Any] = {}
     for key, value in entry.items():
-        name = RENAMED.get(key, key)
+        name = str(RENAMED.get(key, key))
         if name in task and task[name] != value:
             raise ConfigError(f"{lines.at((*path, key))}: '{key}' and '{name}' say different things; keep one")
         if key not in UNUSED:
@@ -241,9 +241,8 @@ def _child(node: Any, key: Any) -> tuple[int, Any] | None:
     """The line of `key` and its value in a YAML mapping or sequence."""
     if isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
         return node.value[key].start_mark.line + 1, node.value[key]
-    names = {"class": "class", "level": "class"}
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
-            if name.value == names.get(str(key), str(key)):
+            if name.value == str(key):
                 return name.start_mark.line + 1, value
     return None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.load import unit_index
-from pipeline.store import Damaged, Entry, Shard, Shelf
+from pipeline.store import DamagedShardError, Entry, Shard, Shelf
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Rows:
     """
 
     def __init__(self, shelf: Shelf, entries: Sequence[Entry], memory_bytes: int) -> None:
-        """Verifies each shard that holds one of the rows. Raises Damaged if one is not what was written."""
+        """Verifies each shard that holds one of the rows. Raises DamagedShardError if one is not what was written."""
         self.counts = np.array([entry.count for entry in entries], dtype=np.int64)
         self.hidden_size = shelf.hidden_size
         self._dtype = shelf.dtype
@@ -95,7 +95,7 @@ class Rows:
                     first += len(rows)
         except (pa.ArrowException, OSError) as error:
             self.close()
-            raise Damaged(shard, str(error)) from error
+            raise DamagedShardError(shard, str(error)) from error
 
     def _group(self, file: pq.ParquetFile, group: int) -> npt.NDArray[np.floating]:
         """The rows of a row group, shape (rows, hidden_size)."""

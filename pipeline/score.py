@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from pipeline.metrics import Metrics, classification, regression
 from pipeline.train_head import Batch, FittedHead, batch_of, loss_of
 
 LOSS = "dwnstr_task_val_loss"
+FLOORS = ("accuracy", "macro_f1", "mse", "rmse", "mae")  # metrics for which a constant guess says something
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Scores:
         task_name: the task.
         metrics: by name, such as `test_3state_accuracy`, over the whole test set.
         omitted: why further metrics are not defined on this data.
+        constant: for some of the metrics, what the best constant guess from the train part reaches: its most frequent
+            class, or its mean.
         predictions: a row per unit of the test set: `row` (FILE:ROW), `position` in token-level tasks, and for each
             target `<target>_target`, `_mask`, `_prediction` and, for classes, `_probabilities`.
         losses: the head's mean training loss at each epoch.
@@ -37,9 +40,19 @@ class Scores:
     task_name: str
     metrics: dict[str, float]
     omitted: dict[str, str]
+    constant: dict[str, float]
     predictions: pa.Table
     losses: list[float]
     notes: tuple[str, ...] = ()
+
+    def prefixed(self, prefix: str) -> Scores:
+        """The same with `prefix` in front of every metric's name."""
+        return replace(
+            self,
+            metrics={prefix + name: value for name, value in self.metrics.items()},
+            omitted={prefix + name: reason for name, reason in self.omitted.items()},
+            constant={prefix + name: value for name, value in self.constant.items()},
+        )
 
 
 def score(embeddings: Embeddings, fitted: FittedHead) -> Scores:
@@ -59,12 +72,19 @@ def score(embeddings: Embeddings, fitted: FittedHead) -> Scores:
     whole = Batch(outputs[0], torch.tensor(part.counts), _tensors(part.values), _tensors(part.masks))
     values = {LOSS: float(loss_of(outputs, whole, targets))}
     omitted: dict[str, str] = {}
-    for name, output, value, mask, target in zip(names, outputs, part.values, part.masks, targets, strict=True):
-        found = _metrics(output.numpy()[mask], value[mask], target)
+    constant: dict[str, float] = {}
+    for index, (name, target) in enumerate(zip(names, targets, strict=True)):
+        mask, train = part.masks[index], examples.train
+        true = part.values[index][mask]
+        found = _metrics(outputs[index].numpy()[mask], true, target)
+        guess = _constant(train.values[index][train.masks[index]], len(true), target)
+        floors = _metrics(guess, true, target).values
         values.update({f"test_{name}_{metric}": number for metric, number in found.values.items()})
         omitted.update({f"test_{name}_{metric}": reason for metric, reason in found.omitted.items()})
+        constant.update({f"test_{name}_{metric}": floors[metric] for metric in FLOORS if metric in floors})
+    table = _table(part, targets, outputs)
     notes = examples.notes + embeddings.notes
-    return Scores(examples.task.task_name, values, omitted, _table(part, targets, outputs), fitted.losses, notes)
+    return Scores(examples.task.task_name, values, omitted, constant, table, fitted.losses, notes)
 
 
 def metric_name(column: str) -> str:
@@ -103,6 +123,15 @@ def _metrics(output: npt.NDArray[np.float64], value: npt.NDArray[Any], target: T
     return classification(value, _softmax(output), target.classes)
 
 
+def _constant(train: npt.NDArray[Any], n: int, target: Target) -> npt.NDArray[np.float64]:
+    """The outputs, shape (n, outputs), of a head that knows nothing but the train labels."""
+    if target.classes is None:
+        return np.full((n, 1), train.mean())
+    logits = np.zeros((n, target.outputs))
+    logits[:, np.bincount(train).argmax()] = 1
+    return logits
+
+
 def _softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.asarray(torch.softmax(torch.from_numpy(logits), dim=1).numpy())
 
@@ -128,7 +157,7 @@ def _table(part: Part, targets: tuple[Target, ...], outputs: list[torch.Tensor])
     return pa.table(columns)
 
 
-def _labels(indices: npt.NDArray[np.int64], names: list[str], null: npt.NDArray[np.bool_] | None) -> pa.Array:
+def _labels(indices: npt.NDArray[Any], names: list[str], null: npt.NDArray[np.bool_] | None) -> pa.Array:
     return pa.DictionaryArray.from_arrays(pa.array(indices.astype(np.int32), mask=null), names)
 
 

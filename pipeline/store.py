@@ -57,7 +57,7 @@ class Entry:
     unknown: int
 
 
-class Damaged(CacheError):
+class DamagedShardError(CacheError):
     """A shard is not what the manifest says. It is dropped, and its sequences are embedded again."""
 
     def __init__(self, shard: Shard, reason: str) -> None:

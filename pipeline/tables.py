@@ -87,13 +87,16 @@ def _read_file(path: Path, columns: Sequence[str]) -> pa.Table:
             what = "no such column" if column not in header else "it twice"
             raise DataError(f"{path}:1: expected a column '{column}', found {what}{nearest(column, header)}")
     bad: list[pa_csv.InvalidRow] = []
+
+    def skip(row: pa_csv.InvalidRow) -> str:
+        bad.append(row)
+        return "skip"
+
     try:
         table = pa_csv.read_csv(
             path,
             read_options=pa_csv.ReadOptions(use_threads=False, block_size=1 << 24),
-            parse_options=pa_csv.ParseOptions(
-                newlines_in_values=True, invalid_row_handler=lambda row: (bad.append(row), "skip")[1]
-            ),
+            parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
             convert_options=pa_csv.ConvertOptions(
                 include_columns=list(columns),
                 column_types={column: pa.string() for column in columns},

@@ -133,7 +133,7 @@ def _fit(
                 batch = batch_of(rows, part, some.numpy(), device)
                 loss = loss_of(head(batch.rows, batch.counts), batch, examples.targets)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 total += loss.detach() * len(some)
             losses.append(float(total) / len(part))

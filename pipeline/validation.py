@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -106,8 +105,7 @@ def _fit_and_score(
     if last < STAGES.index("score"):
         return []
     with tracker.step(f"score{suffix}") as step:
-        scores = score(embeddings, fitted)
-        scores = replace(scores, metrics={prefix + key: value for key, value in scores.metrics.items()})
+        scores = score(embeddings, fitted).prefixed(prefix)
         for run in (step, tracker):
             run.metrics(scores.metrics)
         for metric, reason in scores.omitted.items():

@@ -1,0 +1,157 @@
+"""`python -m pipeline <entry point> ...`: parses, calls, prints. Errors are one line, with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pipeline.errors import ConfigError, PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+DEFAULT_CONFIG = "configs/default.yaml"
+DEFAULT_CKPT = "sample/checkpoint"
+STAGES = {
+    "main": "the whole path: load, embed, train_head, score",
+    "load": "read and check the CSV files",
+    "embed": "as far as the embeddings in the store",
+    "train_head": "as far as the trained heads",
+    "score": "as far as the scores (the same as main)",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as every other error is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see python -m pipeline --help")
+
+
+class _Terminated(BaseException):
+    """SIGTERM."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs an entry point. Returns the exit code: 0, 2 for a user's mistake, 130 or 143 when interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        options = _parser().parse_args(arguments)
+        options.run(options)
+    except PipelineError as error:
+        _say_on_run(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except _Terminated:
+        return 128 + signal.SIGTERM
+    return 0
+
+
+def _terminate(_number: int, _frame: Any) -> NoReturn:
+    raise _Terminated
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m pipeline", description="Validation with a downstream task.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="stage", required=True, metavar="ENTRY_POINT")
+    for name, text in STAGES.items():
+        stage = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        _add_config(stage)
+        stage.add_argument("--ckpt", default=DEFAULT_CKPT, help="model folder, hub id, .ckpt or MLflow URI")
+        stage.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
+        stage.set_defaults(run=_measure)
+    config = commands.add_parser("config", help="print the resolved configuration", allow_abbrev=False)
+    _add_config(config)
+    config.set_defaults(run=_print_config)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file with model.dwnstr_task_validation")
+    parser.add_argument("--overrides", default="", help="dot-list, such as 'dataset.num_epochs=3 device=cpu'")
+
+
+def _print_config(options: argparse.Namespace) -> None:
+    from pipeline.read_config import read_config, to_yaml
+
+    print(to_yaml(read_config(options.config, options.overrides)), end="")
+
+
+def _measure(options: argparse.Namespace) -> None:
+    """One measurement: a run with a nested run per stage, as far as the stage asked for."""
+    from pipeline.read_config import read_config
+
+    config = read_config(options.config, options.overrides)
+    _check_tracking(options.tracking_uri)
+    _measure_tracked(options, config)
+
+
+def _measure_tracked(options: argparse.Namespace, config: Config) -> None:
+    from pathlib import Path
+
+    from pipeline.checkpoints import open_encoder
+    from pipeline.read_config import to_mapping, to_yaml
+    from pipeline.report import markdown, table
+    from pipeline.store import Store
+    from pipeline.tracking.mlflow import open_run
+    from pipeline.validation import validate
+
+    name = options.ckpt.rstrip("/").rpartition("/")[2] or "checkpoint"
+    with open_run(name, options.tracking_uri) as run:
+        run.parameters(to_mapping(config))
+        run.text(to_yaml(config), "config.yaml")
+        first = config.dataset[0]
+        encoder = open_encoder(
+            options.ckpt, first.infer_target, config.device, config.precision, config.architecture, config.trust_pickle
+        )
+        run.checkpoint(name, encoder.digest, options.ckpt)
+        store = Store(Path(config.store), config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
+        until = "score" if options.stage == "main" else options.stage
+        scores = validate(encoder, config.tasks, store, run, until)
+        if scores:
+            run.describe(markdown(options.ckpt, scores))
+    if scores:
+        from rich.console import Console
+
+        Console().print(table(scores))
+    _print_links(run)
+
+
+def _check_tracking(tracking_uri: str) -> None:
+    """`mlflow run` has made the run already, where its own variable says; another place cannot have it."""
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if os.environ.get("MLFLOW_RUN_ID") and tracking_uri and given and tracking_uri != given:
+        raise ConfigError(f"tracking_uri: the run is at '{given}' already; set MLFLOW_TRACKING_URI for mlflow run")
+
+
+def _print_links(run: Any) -> None:
+    """Where to look at the run; for a local database, how to start the UI first."""
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    if server != uri:
+        print(f"To look at it:  mlflow ui --backend-store-uri {uri}")
+    print(f"This run:       {server}{run.link}")
+    print(f"All runs:       {server}{run.runs_link}")
+
+
+def _say_on_run(message: str) -> None:
+    """Under `mlflow run`, an error before the run was opened is said on its page too."""
+    if os.environ.get("MLFLOW_RUN_ID"):
+        from pipeline.tracking.mlflow import fail_run
+
+        fail_run(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Scores as tables: for the terminal, and in Markdown for the run's description."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.score import Scores
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table(scores: Sequence[Scores]) -> Table:
+    """A row per metric, beside what a constant guess would reach."""
+    from rich.table import Table
+
+    view = Table(title="Scores on the test set", title_justify="left")
+    view.add_column("metric")
+    view.add_column("score", justify="right")
+    view.add_column("constant guess", justify="right", style="dim")
+    for one in scores:
+        for name, value, floor in _rows(one):
+            view.add_row(name, value, floor)
+        view.add_section()
+    return view
+
+
+def markdown(ckpt: str, scores: Sequence[Scores]) -> str:
+    """The same, with the checkpoint and the warnings."""
+    lines = [f"Checkpoint `{ckpt}`", "", "| metric | score | constant guess |", "|---|---:|---:|"]
+    for one in scores:
+        lines += [f"| {name} | {value} | {floor} |" for name, value, floor in _rows(one)]
+    notes = [f"- {one.task_name}: {note}" for one in scores for note in one.notes]
+    notes += [f"- {name} is left out: {reason}" for one in scores for name, reason in one.omitted.items()]
+    return "\n".join([*lines, "", *notes])
+
+
+def _rows(scores: Scores) -> list[tuple[str, str, str]]:
+    floors = scores.constant
+    return [
+        (name, f"{value:.4f}", f"{floors[name]:.4f}" if name in floors else "")
+        for name, value in scores.metrics.items()
+    ]
