@@ -176,7 +176,7 @@ def _task(entry: Any, path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
     task["level"] = _alias(task.get("level", "sequence"), CLASSES)
     task["infer_target"] = _alias(task.get("infer_target", "auto"), ENCODERS)
     task_type = str(task.get("task_type", "regression"))
-    if task_type.startswith("token-level-") and task["level"] != "token":
+    if task_type.startswith("token-level-") and task["level"] == "sequence":
         raise ConfigError(f"{lines.at((*path, 'task_type'))}: task_type '{task_type}' needs class: token")
     task["task_type"] = task_type.removeprefix("token-level-")
     if isinstance(task.get("dataset"), dict):

@@ -1,0 +1,90 @@
+"""Imports point one way, down the path; heavy libraries are imported where they are needed and nowhere else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# Each module may import those before it.
+ORDER = """
+errors config read_config progress tables load tokens encoders custom tracking tracking.mlflow checkpoints
+store rows embed heads optim train_head metrics score validation report pretrain __main__
+""".split()
+ADAPTERS = {"mlflow": {"tracking.mlflow"}, "wandb": set(), "tensorboard": set(), "pytorch_lightning": set()}
+# `__init__` gives the public names their homes and `__main__` calls everything: both stand outside the order.
+LINKS = {"__main__": {"mlflow"}}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or within a function, type checking left out."""
+    names: set[str] = set()
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            if node.module == "pipeline":
+                names |= {f"pipeline.{alias.name}" for alias in node.names}
+    return names - {"pipeline"}
+
+
+def modules() -> dict[str, Path]:
+    folder = ROOT / "pipeline"
+    found = {}
+    for path in folder.rglob("*.py"):
+        name = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = path
+    return found
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert set(modules()) == {*ORDER, "__init__"}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_one_way(name: str) -> None:
+    own = {module.removeprefix("pipeline.") for module in imports_of(modules()[name]) if module.startswith("pipeline.")}
+    assert own <= set(ORDER[: ORDER.index(name)])
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_trackers_are_imported_by_their_adapters_alone(name: str) -> None:
+    tops = {module.split(".")[0] for module in imports_of(modules()[name])}
+    for library, adapters in ADAPTERS.items():
+        assert library not in tops or name in adapters or library in LINKS.get(name, set())
+
+
+def loaded_after(code: str) -> set[str]:
+    """The top-level modules that are loaded in a fresh interpreter after running `code`."""
+    script = f"{code}\nimport sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(run.stdout.split("\n")[-2].split())
+
+
+def test_stages_run_where_no_tracker_is_installed() -> None:
+    blocked = (
+        "import sys\nfor name in ('mlflow', 'wandb', 'tensorboard', 'pytorch_lightning'): sys.modules[name] = None\n"
+    )
+    code = blocked + "from pipeline import Store, Task, open_encoder, read_config, validate"
+    assert {"torch", "pipeline"} <= loaded_after(code)
+
+
+def test_help_and_configuration_errors_do_not_wait_for_torch() -> None:
+    code = """
+from pipeline.__main__ import main
+assert main(['main', '--config=configs/default.yaml', '--overrides=nonsense=1']) == 2
+try:
+    main(['--help'])
+except SystemExit:
+    pass
+"""
+    assert not {"torch", "mlflow", "transformers", "pandas", "sklearn"} & loaded_after(code)
