@@ -1,0 +1,127 @@
+"""The heads against torch's own layers, and what padding, neighbours and random states may not do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.heads import MLP, ConvNet, Dropout
+from pipeline.load import Target
+from pipeline.train_head import Batch, loss_of, make_head
+
+
+def rows_of(counts: list[int], width: int = 5, seed: int = 0) -> Tensor:
+    return torch.randn(sum(counts), width, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_convnet(net: ConvNet, rows: Tensor) -> list[Tensor]:
+    """One sequence, shape (tokens, hidden_size), through torch's Conv2d as the design writes it down."""
+    image = rows.T[None, :, :, None]
+    hidden = functional.relu(net.body(image))
+    return [head(hidden)[0, :, :, 0].T for head in net.heads]
+
+
+@settings(max_examples=60, deadline=None)
+@given(counts=st.lists(st.integers(1, 20), min_size=1, max_size=6), outputs=st.lists(st.integers(1, 4), min_size=1))
+def test_the_convnet_is_conv2d_on_each_sequence_alone(counts: list[int], outputs: list[int]) -> None:
+    net = ConvNet(5, outputs).double()
+    net.reset(7)
+    net.eval()
+    rows = rows_of(counts).double()
+    packed = net(rows, torch.tensor(counts))
+    for sequence, part in enumerate(rows.split(counts)):
+        for target, expected in enumerate(plain_convnet(net, part)):
+            torch.testing.assert_close(packed[target].split(counts)[sequence], expected, atol=1e-12, rtol=0)
+
+
+def test_gradients_are_those_of_conv2d() -> None:
+    counts, net = [4, 9, 1], ConvNet(5, [3, 2]).double()
+    net.reset(1)
+    net.eval()
+    rows = rows_of(counts).double()
+    packed = sum((output**2).sum() for output in net(rows, torch.tensor(counts)))
+    assert isinstance(packed, Tensor)
+    ours = torch.autograd.grad(packed, list(net.parameters()))
+    alone = [plain_convnet(net, part) for part in rows.split(counts)]
+    plain = torch.stack([(output**2).sum() for outputs in alone for output in outputs]).sum()
+    for one, other in zip(ours, torch.autograd.grad(plain, list(net.parameters())), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+
+
+def test_shapes_are_those_of_the_design() -> None:
+    mlp = {name: tuple(value.shape) for name, value in MLP(320, 10).named_parameters()}
+    assert list(mlp.values()) == [(320, 320), (320,), (256, 320), (256,), (128, 256), (128,), (10, 128), (10,)]
+    net = {name: tuple(value.shape) for name, value in ConvNet(320, [3, 8]).named_parameters()}
+    expected = [(32, 320, 7, 1), (32,), (3, 32, 7, 1), (3,), (8, 32, 7, 1), (8,)]
+    assert list(net.values()) == expected
+    assert [layer.p for layer in MLP(320, 1).modules() if isinstance(layer, Dropout)] == [0.1] * 3
+    assert ConvNet(320, [1]).dropout.p == 0.25
+
+
+def test_the_mlp_is_torchs_linear_relu_chain() -> None:
+    head = MLP(6, 2)
+    head.reset(3)
+    head.eval()
+    rows = rows_of([8], width=6)
+    hidden = rows
+    linears = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
+    for layer in linears[:-1]:
+        hidden = functional.relu(functional.linear(hidden, layer.weight, layer.bias))
+    torch.testing.assert_close(head(rows, torch.ones(8))[0], linears[-1](hidden))
+
+
+def test_initial_weights_have_torchs_distribution() -> None:
+    torch.manual_seed(0)
+    mlp, net = MLP(64, 2), ConvNet(64, [2])
+    for head, fresh, theirs in ((mlp, mlp.layers[0], nn.Linear(64, 64)), (net, net.body, nn.Conv2d(64, 32, (7, 1)))):
+        head.reset(0)
+        for one, other in zip(fresh.parameters(), theirs.parameters(), strict=True):
+            assert one.abs().max().item() == pytest.approx(other.abs().max().item(), rel=0.1)
+            assert one.std().item() == pytest.approx(other.std().item(), rel=0.25)
+
+
+def test_a_head_neither_reads_nor_changes_the_global_random_state() -> None:
+    def outputs(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        head = make_head("token", 5, (Target("y", None, 1),), seed=9)
+        before = torch.random.get_rng_state()
+        result: Tensor = head.train()(rows_of([6]), torch.tensor([6]))[0]
+        assert torch.equal(torch.random.get_rng_state(), before)
+        return result
+
+    assert torch.equal(outputs(1), outputs(2))
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
+    layer = Dropout(0.25)
+    layer.generator = torch.Generator().manual_seed(0)
+    values = layer(torch.ones(100_000))
+    assert values.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert (values == 0).float().mean() == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(layer.eval()(torch.ones(9)), torch.ones(9))
+
+
+def test_the_loss_by_hand() -> None:
+    """Two targets: cross-entropy over the units a mask leaves, plus squared error over others."""
+    targets = (Target("a", ("x", "y"), 2), Target("b", None, 1))
+    logits = torch.tensor([[0.0, 0.0], [2.0, 1.0], [5.0, 5.0]])
+    numbers = torch.tensor([[1.0], [2.0], [3.0]])
+    masks = [torch.tensor([True, True, False]), torch.tensor([False, True, True])]
+    values = [torch.tensor([0, 1, -1]), torch.tensor([9.0, 0.0, 1.0], dtype=torch.float64)]
+    batch = Batch(torch.zeros(3, 1), torch.tensor([3]), values, masks)
+    entropy = (torch.log(torch.tensor(2.0)) + torch.log(1 + torch.exp(torch.tensor(1.0)))) / 2
+    assert loss_of([logits, numbers], batch, targets).item() == pytest.approx(entropy.item() + (4 + 4) / 2)
+
+
+def test_a_target_without_a_label_in_the_batch_adds_nothing() -> None:
+    targets = (Target("a", ("x", "y"), 2),)
+    logits = torch.ones(2, 2, requires_grad=True)
+    batch = Batch(torch.zeros(2, 1), torch.tensor([2]), [torch.tensor([-1, -1])], [torch.tensor([False, False])])
+    loss = loss_of([logits], batch, targets)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros(2, 2)) if logits.grad is not None else False

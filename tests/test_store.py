@@ -1,0 +1,230 @@
+"""The store: what is embedded, what is not embedded again, and what a kill or a damaged file does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import store as store_module
+from pipeline.config import Task
+from pipeline.embed import Embeddings, batches, embed
+from pipeline.load import load
+from pipeline.rows import Rows
+from pipeline.store import DamagedShardError, Store, sequence_key
+from tests.conftest import ROOT, FakeEncoder, make_task
+
+TEXTS = ["MKV", "ACDEFGHIKL", "GG", "MKVLAAGIVG" * 3, "WWW", "A"]
+
+
+def token_task(folder: Path, texts: list[str] = TEXTS, **options: object) -> Task:
+    rows = [{"sequence": text, "y": json.dumps([0.5] * len(text))} for text in texts]
+    return make_task(folder / "tokens", rows, level="token", task_name="tokens", **options)
+
+
+def sequence_task(folder: Path, texts: list[str] = TEXTS) -> Task:
+    rows = [{"sequence": text, "y": index} for index, text in enumerate(texts)]
+    return make_task(folder / "numbers", rows, task_name="numbers")
+
+
+def embedded(task: Task, encoder: FakeEncoder, store: Store) -> Embeddings:
+    return embed([load(task)], encoder, store)[0]
+
+
+def all_rows(embeddings: Embeddings, part: str = "train") -> torch.Tensor:
+    rows = embeddings.rows(part)
+    try:
+        return rows.gather(np.arange(len(rows)))
+    finally:
+        rows.close()
+
+
+@pytest.mark.parametrize("memory", [10**9, 0])
+def test_rows_are_the_encoders_in_the_order_of_the_examples(tmp_path: Path, fake: FakeEncoder, memory: int) -> None:
+    store = Store(tmp_path, memory_bytes=memory)
+    both = embed([load(token_task(tmp_path)), load(sequence_task(tmp_path))], fake, store)
+    assert torch.equal(all_rows(both[0]), torch.cat([fake.state(text) for text in TEXTS]))
+    assert torch.equal(all_rows(both[1]), torch.stack([fake.state(text).mean(0) for text in TEXTS]))
+    rows = both[0].rows("train")
+    assert rows.in_memory == bool(memory)
+    some = rows.gather(np.array([3, 0, 3]))
+    assert torch.equal(some, torch.cat([fake.state(TEXTS[index]) for index in (3, 0, 3)]))
+    rows.close()
+
+
+def test_each_distinct_sequence_goes_through_once(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
+    tasks = [token_task(tmp_path, TEXTS + TEXTS), sequence_task(tmp_path, [*TEXTS, "KKK"])]
+    both = embed([load(task) for task in tasks], fake, store)
+    assert sorted(fake.seen) == sorted([*TEXTS, "KKK"])
+    assert (both[0].embedded, both[0].cached) == (7, 0)
+
+
+def test_what_is_stored_is_not_embedded_again(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
+    first = all_rows(embedded(token_task(tmp_path), fake, store))
+    fake.seen.clear()
+    again = embedded(token_task(tmp_path), fake, store)
+    assert (fake.seen, again.embedded, again.cached) == ([], 0, 6)
+    assert torch.equal(all_rows(again), first)
+    more = embedded(token_task(tmp_path, [*TEXTS, "YYYY", "CC"]), fake, store)
+    assert sorted(fake.seen) == ["CC", "YYYY"]
+    assert (more.embedded, more.cached) == (2, 6)
+
+
+def test_another_encoder_pooling_or_dtype_has_a_shelf_of_its_own(tmp_path: Path, fake: FakeEncoder) -> None:
+    store, half = Store(tmp_path), Store(tmp_path, dtype="float16")
+    keys = {
+        embedded(token_task(tmp_path), fake, store).key,
+        embedded(sequence_task(tmp_path), fake, store).key,
+        embedded(token_task(tmp_path), FakeEncoder(name="other"), store).key,
+        embedded(token_task(tmp_path), fake, half).key,
+    }
+    assert len(keys) == 4
+    stored = all_rows(embedded(token_task(tmp_path), fake, half))
+    torch.testing.assert_close(stored, torch.cat([fake.state(text) for text in TEXTS]), atol=1e-3, rtol=1e-3)
+    assert stored.dtype == torch.float32
+
+
+def test_anyone_can_read_a_shard(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
+    shelf = embedded(token_task(tmp_path, ["MKV"]), fake, store).shelf
+    (path,) = shelf.folder.glob("*.parquet")
+    table = pq.read_table(path)
+    assert table["key"].to_pylist() == [sequence_key("MKV")] * 3
+    vectors = np.array([np.frombuffer(cell, "<f4") for cell in table["hidden"].to_pylist()])
+    assert np.array_equal(vectors, fake.state("MKV").numpy())
+    made_with = json.loads((shelf.folder / "manifest.json").read_text())["shards"][0]["made_with"]
+    assert made_with["max_batch_tokens"] == 2048
+    assert {"device", "threads", "emb_batch_size"} <= set(made_with)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_damaged_shard_is_embedded_again_and_never_read(
+    tmp_path: Path, fake: FakeEncoder, store: Store, damage: str
+) -> None:
+    before = embedded(token_task(tmp_path), fake, store)
+    expected = all_rows(before)
+    (path,) = before.shelf.folder.glob("*.parquet")
+    content = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "remove":
+        path.unlink()
+    else:
+        place = content.find(fake.state("MKV").numpy().tobytes())
+        content[place + 5] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(DamagedShardError):
+            Rows(before.shelf, before.entries["train"], 10**9)
+    fake.seen.clear()
+    after = embedded(token_task(tmp_path), fake, store)
+    assert sorted(fake.seen) == sorted(TEXTS)
+    assert torch.equal(all_rows(after), expected)
+
+
+def test_an_unreadable_manifest_is_no_manifest(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
+    shelf = embedded(token_task(tmp_path), fake, store).shelf
+    (shelf.folder / "manifest.json").write_text('{"shards": [')
+    assert embedded(token_task(tmp_path), fake, store).embedded == 6
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import pipeline.store
+from pipeline.embed import embed
+from pipeline.load import load
+from pipeline.store import Store
+from tests.conftest import FakeEncoder
+from tests.test_store import token_task
+pipeline.store.SHARD_TOKENS = 8
+class Dying(FakeEncoder):
+    def hidden_states(self, sequences):
+        if "WWW" in sequences:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().hidden_states(sequences)
+folder = Path(sys.argv[1])
+embed([load(token_task(folder))], Dying(), Store(folder / "store", max_batch_tokens=8))
+"""
+
+
+def test_a_killed_run_goes_on_from_its_finished_shards(tmp_path: Path, fake: FakeEncoder) -> None:
+    store = Store(tmp_path / "store", max_batch_tokens=8)
+    script = [sys.executable, "-c", KILLED, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    died = subprocess.run(script, cwd=ROOT, env=environment, check=False)
+    assert died.returncode == -signal.SIGKILL
+    task = token_task(tmp_path)
+    rest = embedded(task, fake, store)
+    long_ones = {text for text in TEXTS if len(text) > 3}
+    assert set(fake.seen) == set(TEXTS) - long_ones
+    assert rest.cached == len(long_ones)
+    assert torch.equal(all_rows(rest), torch.cat([fake.state(text) for text in TEXTS]))
+
+
+def test_many_shards_and_row_groups_read_back_alike(
+    tmp_path: Path, fake: FakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "SHARD_TOKENS", 40)
+    monkeypatch.setattr(store_module, "ROW_GROUP", 7)
+    texts = ["MKVLAAGIVG"[: 1 + index % 10] * (1 + index // 10) for index in range(40)]
+    for memory in (10**9, 0):
+        embeddings = embedded(token_task(tmp_path, texts), fake, Store(tmp_path, memory_bytes=memory))
+        assert torch.equal(all_rows(embeddings), torch.cat([fake.state(text) for text in texts]))
+    assert len(embeddings.shelf.shards()) > 10
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    max_tokens=st.integers(1, 200),
+    max_sequences=st.integers(1, 8),
+    data=st.data(),
+)
+def test_the_batch_plan(lengths: list[int], max_tokens: int, max_sequences: int, data: st.DataObject) -> None:
+    sequences = {sequence_key(str(index)): "A" * length for index, length in enumerate(lengths)}
+    plan = list(batches(sequences, max_tokens, max_sequences))
+    assert sorted(key for batch in plan for key in batch) == sorted(sequences)
+    for batch in plan:
+        assert len(batch) <= max_sequences
+        assert len(batch) == 1 or len(batch) * max(len(sequences[key]) for key in batch) <= max_tokens
+    shuffled = dict(data.draw(st.permutations(list(sequences.items()))))
+    assert list(batches(shuffled, max_tokens, max_sequences)) == plan
+    done = data.draw(st.integers(0, len(plan)))
+    rest = {key: text for key, text in sequences.items() if not any(key in batch for batch in plan[:done])}
+    assert list(batches(rest, max_tokens, max_sequences)) == plan[done:]
+
+
+def test_two_processes_at_once_embed_each_sequence_once(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from pipeline.embed import embed
+from pipeline.load import load
+from pipeline.store import Store
+from tests.conftest import FakeEncoder
+from tests.test_store import token_task
+folder = Path(sys.argv[1])
+one = embed([load(token_task(folder / sys.argv[2]))], FakeEncoder(), Store(folder / "store"))[0]
+print(one.embedded, one.cached)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path), name],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in "ab"
+    ]
+    outputs = sorted(run.communicate()[0].strip() for run in runs)
+    assert outputs == ["0 6", "6 0"]
