@@ -65,6 +65,11 @@ def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> Fi
         DataError: the loss is no longer a finite number.
         CacheError: the head cannot be stored.
     """
+    with _own_modes(device):
+        return _train_head(embeddings, store, device)
+
+
+def _train_head(embeddings: Embeddings, store: Store, device: torch.device) -> FittedHead:
     task = embeddings.examples.task
     targets = embeddings.examples.targets
     head = make_head(task.level, embeddings.shelf.hidden_size, targets, task.random_seed).to(device)
@@ -74,8 +79,7 @@ def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> Fi
     if losses is None:
         rows = embeddings.rows("train")
         try:
-            with _own_modes(device):
-                losses = _fit(head, optimizer, rows, embeddings, device)
+            losses = _fit(head, optimizer, rows, embeddings, device)
         finally:
             rows.close()
         _keep(head, losses, path)

@@ -1,0 +1,256 @@
+"""The whole path with an encoder whose hidden states are known: alignment, masks, and scores that repeat to the bit."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.config import Task
+from pipeline.embed import embed
+from pipeline.errors import ConfigError, DataError
+from pipeline.load import load
+from pipeline.score import Scores, metric_name, score
+from pipeline.store import Store
+from pipeline.train_head import batch_of, train_head
+from pipeline.validation import validate
+from tests.conftest import FakeEncoder, make_task, write_csv
+from tests.models import RESIDUES
+
+CPU = torch.device("cpu")
+ADAM = {"name": "adam", "lr": 0.01}
+
+
+def proteins(n: int, seed: int, longest: int = 30) -> list[str]:
+    source = random.Random(seed)
+    return ["".join(source.choice(RESIDUES) for _ in range(source.randint(5, longest))) for _ in range(n)]
+
+
+def planted(texts: list[str]) -> list[dict[str, object]]:
+    """A residue is `Y` where a W stands two places behind it: only aligned embeddings can tell."""
+    labels = [
+        "".join("Y" if text[i + 2 : i + 3] in ("W", "C", "D") else "n" for i in range(len(text))) for text in texts
+    ]
+    masks = ["".join("0" if letter == "M" else "1" for letter in text) for text in texts]
+    numbers = [json.dumps([float(text[i + 2 : i + 3] == "W") for i in range(len(text))]) for text in texts]
+    columns = zip(texts, labels, masks, numbers, strict=True)
+    return [{"sequence": text, "label": y, "seen": mask, "number": z} for text, y, mask, z in columns]
+
+
+def planted_task(folder: Path, **options: Any) -> Task:
+    settings: dict[str, Any] = {
+        "level": "token",
+        "task_type": "classification",
+        "target_column": ["label"],
+        "mask_column": ["seen"],
+        "num_epochs": 30,
+        "batch_size": 16,
+        "optim": ADAM,
+    }
+    return make_task(folder, planted(proteins(80, 1)), planted(proteins(30, 2)), **{**settings, **options})
+
+
+def measure(task: Task, store: Store, encoder: FakeEncoder | None = None) -> Scores:
+    (scores,) = validate(encoder or FakeEncoder(), task, store)
+    return scores
+
+
+def column(table: pa.Table, name: str) -> list[Any]:
+    values: list[Any] = table[name].to_pylist()
+    return values
+
+
+def test_a_signal_planted_at_known_residues_is_found(tmp_path: Path, store: Store) -> None:
+    task = planted_task(tmp_path)
+    assert measure(task, store).metrics["test_label_accuracy"] > 0.98
+    numbers = replace(task, task_type="regression", target_column=["number"], num_epochs=90)
+    assert measure(numbers, store).metrics["test_number_r2"] > 0.9
+
+
+def test_a_signal_in_the_pooled_embedding_is_found(tmp_path: Path, store: Store) -> None:
+    def rows(texts: list[str]) -> list[dict[str, object]]:
+        return [{"sequence": text, "y": 3 * text.count("W") / len(text)} for text in texts]
+
+    task = make_task(tmp_path, rows(proteins(200, 3)), rows(proteins(50, 4)), num_epochs=60, batch_size=16, optim=ADAM)
+    assert measure(task, store).metrics["test_y_r2"] > 0.8
+
+
+def test_shuffled_test_rows_give_the_same_score_and_shuffled_labels_do_not(tmp_path: Path, store: Store) -> None:
+    task = planted_task(tmp_path)
+    before = measure(task, store)
+    rows = planted(proteins(30, 2))
+    random.Random(5).shuffle(rows)
+    write_csv(tmp_path / "test" / "x000.csv", rows)
+    after = measure(task, store)
+    assert after.metrics == pytest.approx(before.metrics, abs=1e-6)
+    write_csv(tmp_path / "test" / "x000.csv", [{**row, "label": str(row["label"])[::-1]} for row in rows])
+    assert measure(task, store).metrics["test_label_accuracy"] < before.metrics["test_label_accuracy"] - 0.05
+
+
+def test_a_moved_mask_changes_exactly_what_is_counted(tmp_path: Path, store: Store) -> None:
+    task = planted_task(tmp_path)
+    before = measure(task, store).predictions
+    rows = planted(proteins(30, 2))
+    moved = [{**row, "seen": str(row["seen"])[1:] + str(row["seen"])[0]} for row in rows]
+    write_csv(tmp_path / "test" / "x000.csv", moved)
+    scores = measure(task, store)
+    after = scores.predictions
+    assert column(after, "label_prediction") == column(before, "label_prediction")
+    assert column(after, "label_probabilities") == column(before, "label_probabilities")
+    mask = [letter == "1" for row in moved for letter in str(row["seen"])]
+    assert column(after, "label_mask") == mask
+    truth = [
+        letter if seen else None for letter, seen in zip("".join(str(r["label"]) for r in moved), mask, strict=True)
+    ]
+    assert column(after, "label_target") == truth
+    pairs = zip(truth, column(after, "label_prediction"), strict=True)
+    expected = np.mean([true == predicted for true, predicted in pairs if true is not None])
+    assert scores.metrics["test_label_accuracy"] == pytest.approx(expected)
+
+
+def test_masked_train_labels_do_not_reach_the_head(tmp_path: Path, store: Store) -> None:
+    before = measure(planted_task(tmp_path), store).metrics
+    rows = planted(proteins(80, 1))
+    hidden = [
+        {
+            **row,
+            "label": "".join(y if m == "1" else "?" for y, m in zip(str(row["label"]), str(row["seen"]), strict=True)),
+        }
+        for row in rows
+    ]
+    write_csv(tmp_path / "train" / "x000.csv", hidden)
+    assert measure(planted_task_at(tmp_path), Store(tmp_path / "other")).metrics == before
+
+
+def planted_task_at(folder: Path) -> Task:
+    """The planted task on files that are there already."""
+    task = planted_task(folder / "again")
+    return replace(task, dataset_path=str(folder))
+
+
+def test_a_sequence_scores_the_same_alone_and_in_any_batch(tmp_path: Path, store: Store) -> None:
+    for task in (
+        planted_task(tmp_path),
+        replace(planted_task(tmp_path), target_column=["number"], task_type="regression"),
+    ):
+        (embeddings,) = embed([load(task)], FakeEncoder(), store)
+        head = train_head(embeddings, store, CPU).head
+        rows, part = embeddings.rows("test"), embeddings.examples.test
+        whole = batch_of(rows, part, np.arange(len(part)), CPU)
+        together = head(whole.rows, whole.counts)[0].split(part.counts.tolist())
+        for index in range(len(part)):
+            one = batch_of(rows, part, np.array([index]), CPU)
+            torch.testing.assert_close(head(one.rows, one.counts)[0], together[index], atol=1e-5, rtol=0)
+        rows.close()
+
+
+def test_scores_repeat_to_the_last_bit(tmp_path: Path) -> None:
+    """Twice, cold, fully warm, from memory and from disk; with the global random state changed in between."""
+    task = planted_task(tmp_path)
+    cold = measure(task, Store(tmp_path / "a"))
+    torch.manual_seed(99)
+    warm = Store(tmp_path / "b")
+    measure(replace(task, num_epochs=1), warm)
+    (from_disk,) = validate(FakeEncoder(), task, replace(warm, memory_bytes=0))
+    again = measure(task, Store(tmp_path / "c"))
+    reused = measure(task, Store(tmp_path / "c"))
+    for other in (from_disk, again, reused):
+        assert other.metrics == cold.metrics
+        assert other.predictions == cold.predictions
+        assert other.losses == cold.losses
+
+
+def test_other_tasks_beside_change_nothing_but_the_prefix(tmp_path: Path) -> None:
+    task = planted_task(tmp_path / "one", task_name="one")
+    other = planted_task(tmp_path / "two", task_name="two", target_column=["number"], task_type="regression")
+    alone = measure(task, Store(tmp_path / "a"))
+    beside = validate(FakeEncoder(), [task, other], Store(tmp_path / "b"))
+    assert [scores.task_name for scores in beside] == ["one", "two"]
+    assert beside[0].metrics == pytest.approx({f"one/{name}": value for name, value in alone.metrics.items()})
+    listed = validate(FakeEncoder(), [task], Store(tmp_path / "a"))[0]
+    assert listed.metrics == {f"one/{name}": value for name, value in alone.metrics.items()}
+
+
+def test_a_fit_changes_no_global_state(tmp_path: Path, store: Store) -> None:
+    before = torch.random.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+    with torch.inference_mode():
+        measure(planted_task(tmp_path, num_epochs=2), store)
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index]
+    assert random.getstate() == before[2]
+
+
+def test_what_a_head_depends_on_is_in_its_key(tmp_path: Path, store: Store) -> None:
+    task = planted_task(tmp_path, num_epochs=2)
+    (embeddings,) = embed([load(task)], FakeEncoder(), store)
+    assert not train_head(embeddings, store, CPU).reused
+    assert train_head(embeddings, store, CPU).reused
+    for change in (
+        {"num_epochs": 3},
+        {"random_seed": 1},
+        {"shuffle": False},
+        {"batch_size": 8},
+        {"optim": {"lr": 0.02}},
+    ):
+        changed = replace(embeddings, examples=replace(embeddings.examples, task=replace(task, **change)))  # type: ignore[arg-type]
+        assert not train_head(changed, store, CPU).reused
+
+
+def test_several_heads_with_a_mask_for_one_of_them(tmp_path: Path, store: Store) -> None:
+    targets = {"target_column": ["label", "seen"], "target_sizes": [2, 2], "mask_column": ["seen", None]}
+    scores = measure(planted_task(tmp_path, **targets), store)
+    assert scores.metrics["test_label_accuracy"] > 0.95
+    assert scores.metrics["test_seen_accuracy"] > 0.99
+    assert "label_mask" in scores.predictions.column_names
+    assert all(column(scores.predictions, "seen_mask"))
+
+
+def test_stages_stop_where_they_are_told(tmp_path: Path, store: Store, fake: FakeEncoder) -> None:
+    task = planted_task(tmp_path)
+    assert validate(fake, task, store, until="load") == []
+    assert not fake.seen
+    assert validate(fake, task, store, until="embed") == []
+    assert fake.seen
+    assert not (store.root / "heads").exists()
+    assert validate(fake, task, store, until="train_head") == []
+    assert len(list((store.root / "heads").iterdir())) == 1
+
+
+def test_unknown_residues_are_counted_and_warned_of(tmp_path: Path, store: Store, fake: FakeEncoder) -> None:
+    rows = [{"sequence": "MK?V", "y": 1}, {"sequence": "MKV", "y": 2}]
+    (scores,) = validate(fake, make_task(tmp_path, rows, num_epochs=1), store)
+    assert "1 of 7 tokens, in 1 sequences, are unknown to the tokenizer" in scores.notes
+
+
+def test_a_loss_that_is_no_number_is_an_error(tmp_path: Path, store: Store) -> None:
+    with pytest.raises(DataError, match=r"the training loss is nan.*; lower optim\.lr"):
+        measure(planted_task(tmp_path, optim={"name": "adam", "lr": 1e30}), store)
+    assert not (store.root / "heads").exists()
+
+
+def test_names_that_a_tracker_refuses(tmp_path: Path, store: Store) -> None:
+    assert metric_name("log P (octanol/water) µ@25%") == "log P _octanol_water_ µ_25_"
+    rows = [{"sequence": "MKV", "a/b": "HHH", "a_b": "HHE"}]
+    task = make_task(tmp_path, rows, level="token", task_type="classification", target_column=["a/b", "a_b"])
+    with pytest.raises(ConfigError, match="a/b and a_b both become 'a_b'"):
+        measure(task, store)
+
+
+def test_the_constant_guess_is_the_most_frequent_class_or_the_mean(tmp_path: Path, store: Store) -> None:
+    train = [{"sequence": "MK", "y": letter} for letter in "aab"]
+    test = [{"sequence": "MK", "y": letter} for letter in "abbb"]
+    classes = make_task(tmp_path / "c", train, test, task_type="classification", num_epochs=0)
+    (embeddings,) = embed([load(classes)], FakeEncoder(), store)
+    guess = score(embeddings, train_head(embeddings, store, CPU)).constant
+    assert guess["test_y_accuracy"] == 0.25
+    numbers = [{"sequence": "MK", "y": value} for value in (1, 3)]
+    scores = measure(make_task(tmp_path / "n", numbers, [{"sequence": "MK", "y": 4}], num_epochs=0), store)
+    assert scores.constant["test_y_mse"] == 4.0
