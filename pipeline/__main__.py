@@ -69,6 +69,15 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--ckpt", default=DEFAULT_CKPT, help="model folder, hub id, .ckpt or MLflow URI")
         stage.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
         stage.set_defaults(run=_measure)
+    pretrain = commands.add_parser("pretrain", help="train the small ESM that the project ships", allow_abbrev=False)
+    pretrain.add_argument("--data", default="sample/data/unlabelled/train", help="folder of CSV files")
+    pretrain.add_argument("--files", default="x[000..001]", help="file or range of files with a column `sequence`")
+    pretrain.add_argument("--out", default="pretrained", help="new folder for model and tokenizer")
+    pretrain.add_argument("--steps", type=int, default=1000)
+    pretrain.add_argument("--lr", type=float, default=3e-3)
+    pretrain.add_argument("--seed", type=int, default=1234)
+    pretrain.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
+    pretrain.set_defaults(run=_pretrain)
     config = commands.add_parser("config", help="print the resolved configuration", allow_abbrev=False)
     _add_config(config)
     config.set_defaults(run=_print_config)
@@ -84,6 +93,20 @@ def _print_config(options: argparse.Namespace) -> None:
     from pipeline.read_config import read_config, to_yaml
 
     print(to_yaml(read_config(options.config, options.overrides)), end="")
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from pipeline.pretrain import Settings, pretrain, read_sequences
+    from pipeline.tracking.mlflow import open_run
+
+    _check_tracking(options.tracking_uri)
+    sequences = read_sequences(Path(options.data), options.files)
+    with open_run("pretrain", options.tracking_uri) as run:
+        pretrain(sequences, Path(options.out), Settings(steps=options.steps, lr=options.lr, seed=options.seed), run)
+    print(f"Measure it:     mlflow run . --env-manager local -P ckpt={options.out}")
+    _print_links(run)
 
 
 def _measure(options: argparse.Namespace) -> None:

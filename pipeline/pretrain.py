@@ -38,7 +38,7 @@ class Settings:
     heads: int = 6
     steps: int = 1000
     batch_size: int = 32
-    lr: float = 2e-3
+    lr: float = 3e-3
     seed: int = 1234
 
 

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tracking(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def tracking(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URI of an MLflow database of its own, in force for this test and its subprocesses."""
     import mlflow
 
@@ -75,7 +75,7 @@ def tracking(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
-    yield uri  # type: ignore[misc]
+    yield uri
     mlflow.set_tracking_uri(before)
 
 

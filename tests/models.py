@@ -58,9 +58,7 @@ def esm(folder: Path, width: int = 32, layers: int = 2, seed: int = 0, **save: A
 def prott5(folder: Path, slow: bool = True, **save: Any) -> Path:
     """A full T5 with ProtT5's vocabulary: residues with a word boundary in front."""
     torch.manual_seed(1)
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    )
+    model = T5ForConditionalGeneration(T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and "relative" not in name:
             parameter.data.normal_(0, 0.1)
@@ -135,7 +133,7 @@ def protbert(folder: Path) -> Path:
 
 def _sentencepiece(path: Path, pieces: list[str]) -> None:
     kinds = {"<unk>": 2, "<pad>": 3, "</s>": 3}
-    model = sentencepiece_model.ModelProto()
+    model: Any = sentencepiece_model.ModelProto()  # type: ignore[attr-defined]
     for index, piece in enumerate(pieces):
         score = 0.0 if piece in kinds else -float(index)
         model.pieces.add(piece=piece, score=score, type=kinds.get(piece, 1))

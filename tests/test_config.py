@@ -140,7 +140,7 @@ def test_tasks_of_one_name_or_of_two_encoders_are_refused() -> None:
 
 @given(first=st.integers(0, 999), more=st.integers(0, 20), bracket=st.sampled_from(["[]", "{}", "()", "<>", "__"]))
 def test_ranges_in_every_bracket_form(first: int, more: int, bracket: str) -> None:
-    opening, closing = ("_OP_", "_CL_") if bracket == "__" else bracket
+    opening, closing = ("_OP_", "_CL_") if bracket == "__" else (bracket[0], bracket[1])
     span = f"{first:04d}..{first + more:04d}"
     expected = [f"x{number:04d}.csv" for number in range(first, first + more + 1)]
     assert expand(f"x{opening}{span}{closing}") == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_a_label_of_the_test_part_alone_takes_room_that_was_declared(tmp_path: P
 def test_the_digest_changes_with_content_and_not_with_what_a_mask_hides(tmp_path: Path) -> None:
     def digest(name: str, label: str, mask: str, sequence: str = "MKV") -> str:
         rows = [{"sequence": sequence, "m": mask, "y": label}, {"sequence": "AA", "m": "11", "y": "HE"}]
-        options = {"level": "token", "task_type": "classification", "mask_column": ["m"]}
+        options: dict[str, Any] = {"level": "token", "task_type": "classification", "mask_column": ["m"]}
         return load(make_task(tmp_path / name, rows, **options)).train.digest
 
     first = digest("a", "HEH", "011")

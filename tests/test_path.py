@@ -200,7 +200,7 @@ def test_what_a_head_depends_on_is_in_its_key(tmp_path: Path, store: Store) -> N
         {"batch_size": 8},
         {"optim": {"lr": 0.02}},
     ):
-        changed = replace(embeddings, examples=replace(embeddings.examples, task=replace(task, **change)))  # type: ignore[arg-type]
+        changed = replace(embeddings, examples=replace(embeddings.examples, task=replace(task, **change)))
         assert not train_head(changed, store, CPU).reused
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,7 +28,7 @@ from tests.conftest import ROOT, FakeEncoder, make_task
 TEXTS = ["MKV", "ACDEFGHIKL", "GG", "MKVLAAGIVG" * 3, "WWW", "A"]
 
 
-def token_task(folder: Path, texts: list[str] = TEXTS, **options: object) -> Task:
+def token_task(folder: Path, texts: list[str] = TEXTS, **options: Any) -> Task:
     rows = [{"sequence": text, "y": json.dumps([0.5] * len(text))} for text in texts]
     return make_task(folder / "tokens", rows, level="token", task_name="tokens", **options)
 
@@ -139,6 +140,7 @@ def test_an_unreadable_manifest_is_no_manifest(tmp_path: Path, fake: FakeEncoder
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 import pipeline.store
 from pipeline.embed import embed
 from pipeline.load import load
@@ -206,6 +208,7 @@ def test_two_processes_at_once_embed_each_sequence_once(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
+from typing import Any
 from pipeline.embed import embed
 from pipeline.load import load
 from pipeline.store import Store
