@@ -270,9 +270,9 @@ def _filter(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, l
     keep = np.array([limit is None or length <= limit for length in lengths])
     if not keep.any():
         found = f"the shortest of {len(lengths)} has {min(lengths)}"
-        raise DataError(
-            f"{table.files[0]}: expected sequences of at most {limit} in {part}, {found}; raise max_seq_length"
-        )
+        own = limit == task.max_seq_length
+        remedy = "raise max_seq_length" if own else "that is all the encoder takes: use another checkpoint"
+        raise DataError(f"{table.files[0]}: expected sequences of at most {limit} in {part}, {found}; {remedy}")
     units = np.repeat(keep, raw.counts)
     values, masks = [], []
     for target, label in zip(targets, raw.labels, strict=True):

@@ -114,7 +114,7 @@ def smiles_bart(folder: Path, split: bool = True, **save: Any) -> Path:
     return folder
 
 
-def protbert(folder: Path) -> Path:
+def protbert(folder: Path, positions: int = 64) -> Path:
     """A BERT whose tokenizer, like ProtBert's, wants blanks between residues."""
     torch.manual_seed(3)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *RESIDUES, "X"]
@@ -124,7 +124,7 @@ def protbert(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=64,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
     )
     BertModel(config).save_pretrained(folder)
     BertTokenizer(vocab={word: index for index, word in enumerate(words)}, do_lower_case=False).save_pretrained(folder)

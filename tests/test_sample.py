@@ -1,0 +1,81 @@
+"""What the project ships: data that can be made again byte for byte, configurations that run, pins that agree."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import Store, open_encoder, read_config, validate
+from pipeline.errors import ConfigError
+from pipeline.pretrain import Settings, pretrain, read_sequences
+from tests.conftest import ROOT
+
+CHECKPOINT = ROOT / "sample" / "checkpoint"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_sample_data_are_made_again_byte_for_byte(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "sample/make.py", "--out", str(tmp_path)], check=True, capture_output=True)
+    shipped = {path.relative_to(ROOT / "sample" / "data") for path in (ROOT / "sample" / "data").rglob("*.csv")}
+    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*.csv")} == shipped
+    for path in shipped:
+        assert (tmp_path / path).read_bytes() == (ROOT / "sample" / "data" / path).read_bytes()
+
+
+def test_the_checkpoint_is_small() -> None:
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 2_000_000
+
+
+def test_the_default_configuration_beats_a_constant_guess(tmp_path: Path) -> None:
+    config = read_config("configs/default.yaml")
+    encoder = open_encoder(str(CHECKPOINT))
+    scores = {one.task_name: one for one in validate(encoder, config.tasks, Store(tmp_path))}
+    assert list(scores) == ["secondary_structure", "exposure", "location", "stability"]
+    for one in scores.values():
+        for name, floor in one.constant.items():
+            better = one.metrics[name] - floor if name.endswith(("accuracy", "f1")) else floor - one.metrics[name]
+            assert better > 0, name
+    assert scores["secondary_structure"].metrics["secondary_structure/test_3state_accuracy"] > 0.65
+
+
+@pytest.mark.parametrize("name", ["token_classification", "token_regression", "sequence_classification"])
+def test_the_configurations_of_one_kind_run(tmp_path: Path, name: str) -> None:
+    config = read_config(f"configs/{name}.yaml", "dataset.num_epochs=1")
+    (scores,) = validate(open_encoder(str(CHECKPOINT)), config.tasks, Store(tmp_path))
+    assert all("/" not in metric for metric in scores.metrics)
+
+
+def test_pretraining_writes_a_checkpoint_that_opens(tmp_path: Path) -> None:
+    sequences = read_sequences(ROOT / "sample" / "data" / "unlabelled" / "test", "x000")
+    settings = Settings(layers=1, hidden_size=16, heads=2, steps=60, batch_size=8)
+    loss = pretrain(sequences, tmp_path / "a", settings)
+    assert 2 < loss < 3.3
+    encoder = open_encoder(str(tmp_path / "a"))
+    assert encoder.hidden_size == 16
+    assert pretrain(sequences, tmp_path / "b", settings) == loss
+    assert open_encoder(str(tmp_path / "b")).digest == encoder.digest
+    with pytest.raises(ConfigError, match="is not empty"):
+        pretrain(sequences, tmp_path / "a", settings)
+
+
+def test_conda_and_constraints_pin_the_same_versions() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    conda = yaml.safe_load((ROOT / "conda.yaml").read_text())["dependencies"][-1]["pip"]
+    assert {name: pins[name] for name, _ in (line.split("==") for line in conda)} == dict(
+        line.split("==") for line in conda
+    )
+    project = (ROOT / "pyproject.toml").read_text()
+    wanted = re.search(r"\ndependencies = \[(.*?)\n\]", project, re.DOTALL)
+    assert wanted is not None
+    names = {re.split(r"[<>=]", name)[0] for name in re.findall(r'"([^"]+)"', wanted[1])}
+    assert names == {line.split("==")[0] for line in conda}
