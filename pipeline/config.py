@@ -55,7 +55,13 @@ class Task:
     num_epochs: int = _key("epochs of the head's training", 10)
     shuffle: bool = _key("shuffle the training examples at each epoch", True)
     random_seed: int = _key("seed of the head's weights, dropout and shuffling", 1234)
-    optim: dict[str, Any] = _key("optimiser: name, lr and its options", lambda: {"name": "adam", "lr": 1e-4})
+    class_weights: Any = _key("`balanced`, or a weight per class (a list of such for several targets)")
+    gradient_clip_val: float | None = _key("largest norm of a gradient; null: not clipped")
+    patience: int | None = _key("epochs without improvement on val before the training stops; null: all epochs")
+    val_fraction: float = _key("with patience, the share of train held out where there is no val part", 0.1)
+    optim: dict[str, Any] = _key(
+        "optimiser `name`, `lr` and its options, and its schedule `sched`", lambda: {"name": "adam", "lr": 1e-4}
+    )
 
     @property
     def kind(self) -> str:
@@ -94,15 +100,16 @@ class Task:
         _need(counts, f"{where}: num_classes {self.num_classes} contradicts target_sizes {self.target_sizes}")
         unmasked = self.level == "token" or self.mask_column is None
         _need(unmasked, f"{where}: mask_column is for token-level tasks; leave it out")
-        for key, least in (
-            ("emb_batch_size", 1),
-            ("batch_size", 1),
-            ("num_epochs", 0),
-            ("max_seq_length", 1),
-        ):
+        least_values = {"emb_batch_size": 1, "batch_size": 1, "num_epochs": 0, "max_seq_length": 1, "patience": 1}
+        for key, least in least_values.items():
             value = getattr(self, key)
             enough = value is None or value >= least
             _need(enough, f"{where}: {key} is {value}, expected at least {least}")
+        weighted = self.class_weights is None or self.kind == "classification"
+        _need(weighted, f"{where}: class_weights are for classification; leave them out")
+        fraction, clip = self.val_fraction, self.gradient_clip_val
+        _need(0 < fraction < 1, f"{where}: val_fraction is {fraction}, expected a share between 0 and 1")
+        _need(clip is None or clip > 0, f"{where}: gradient_clip_val is {clip}, expected a number above 0")
         if self.kind == "classification":
             for size in self.sizes:
                 _need(size is None or size >= 2, f"{where}: a target of {size} classes, expected at least 2")

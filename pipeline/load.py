@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 
@@ -19,18 +17,27 @@ import numpy.typing as npt
 
 from pipeline import tables
 from pipeline.config import Task
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
+from pipeline.labels import READERS, Labels
 
 UNKNOWN = -1  # the class of a masked label: no label is -1 where the mask is True
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a head predicts. `classes` are the labels in order, None for regression; `outputs` the head's width."""
+    """What a head predicts.
+
+    Attributes:
+        name: the column.
+        classes: the labels in order; None for regression.
+        outputs: the head's width: 1, or the number of classes.
+        weights: of the outputs in the training loss; None for equal ones.
+    """
 
     name: str
     classes: tuple[str, ...] | None
     outputs: int
+    weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,18 +92,10 @@ class Examples:
 
 
 @dataclass
-class _Labels:
-    """Labels of one target in one part, before the filter: text or numbers by unit."""
-
-    texts: npt.NDArray[np.str_] | npt.NDArray[np.float64]
-    mask: npt.NDArray[np.bool_]
-
-
-@dataclass
 class _RawPart:
     table: tables.Table
     counts: npt.NDArray[np.int64]
-    labels: list[_Labels] = field(default_factory=list)
+    labels: list[Labels] = field(default_factory=list)
 
 
 def load(task: Task, max_seq_length: int | None = None) -> Examples:
@@ -118,10 +117,14 @@ def load(task: Task, max_seq_length: int | None = None) -> Examples:
     limits = [limit for limit in (task.max_seq_length, max_seq_length) if limit is not None]
     limit = min(limits, default=None)
     parts = {part: _filter(task, targets, raw[part], part, limit) for part in raw}
+    targets = tuple(_weighted(task, target, index, parts["train"]) for index, target in enumerate(targets))
+    if "val" in parts and task.patience is None:
+        notes.append("val is read and not used; set patience for early stopping")
     for name, part in parts.items():
         if part.left_out:
             notes.append(f"{name}: {part.left_out} of {len(part) + part.left_out} sequences left out, over {limit}")
-    return Examples(task, targets, parts["train"], parts["test"], parts.get("val"), tuple(notes))
+    val = parts.get("val") if task.patience is not None else None
+    return Examples(task, targets, parts["train"], parts["test"], val, tuple(notes))
 
 
 def _read_part(task: Task, part: str, name: str) -> _RawPart:
@@ -134,90 +137,10 @@ def _read_part(task: Task, part: str, name: str) -> _RawPart:
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     token = task.level == "token"
     raw = _RawPart(table, lengths if token else np.ones_like(lengths))
-    read = _READERS[task.level, task.kind]
+    read = READERS[task.level, task.kind]
     for column, mask in zip(task.target_column, task.masks, strict=True):
         raw.labels.append(read(table, column, mask, lengths))
     return raw
-
-
-def _sequence_classes(table: tables.Table, column: str, _mask: str | None, lengths: npt.NDArray[np.int64]) -> _Labels:
-    texts = table.columns[column]
-    for row, text in enumerate(texts):
-        if not text:
-            raise table.error(row, column, "a class name", text)
-    return _Labels(np.array(texts, dtype=np.str_), np.ones(len(lengths), dtype=np.bool_))
-
-
-def _sequence_numbers(table: tables.Table, column: str, _mask: str | None, lengths: npt.NDArray[np.int64]) -> _Labels:
-    numbers = np.array([_number(table, row, column, text) for row, text in enumerate(table.columns[column])])
-    return _Labels(numbers, np.ones(len(lengths), dtype=np.bool_))
-
-
-def _token_classes(table: tables.Table, column: str, mask: str | None, lengths: npt.NDArray[np.int64]) -> _Labels:
-    return _Labels(_characters(table, column, lengths), _mask(table, mask, lengths))
-
-
-def _token_numbers(table: tables.Table, column: str, mask: str | None, lengths: npt.NDArray[np.int64]) -> _Labels:
-    cells = [_number_list(table, row, column, int(length)) for row, length in enumerate(lengths)]
-    numbers = np.array([value for cell in cells for value in cell], dtype=np.float64)
-    measured = ~np.isnan(numbers)
-    return _Labels(np.where(measured, numbers, 0.0), _mask(table, mask, lengths) & measured)
-
-
-_READERS: dict[tuple[str, str], Callable[[tables.Table, str, str | None, npt.NDArray[np.int64]], _Labels]] = {
-    ("sequence", "classification"): _sequence_classes,
-    ("sequence", "regression"): _sequence_numbers,
-    ("token", "classification"): _token_classes,
-    ("token", "regression"): _token_numbers,
-}
-
-
-def _number(table: tables.Table, row: int, column: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or "_" in text:
-        raise table.error(row, column, "a number", text)
-    return value
-
-
-def _number_list(table: tables.Table, row: int, column: str, length: int) -> list[float]:
-    """The numbers of a JSON list, NaN where it says null."""
-    text = table.columns[column][row]
-    expected = f"a JSON list of {length} numbers or nulls"
-    try:
-        values = json.loads(text)
-    except ValueError:
-        raise table.error(row, column, expected, text) from None
-    if not isinstance(values, list) or len(values) != length:
-        found = f"a list of {len(values)}" if isinstance(values, list) else text
-        raise table.error(row, column, expected, found)
-    for value in values:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not number:
-            raise table.error(row, column, expected, str(value))
-    return [math.nan if value is None else float(value) for value in values]
-
-
-def _characters(table: tables.Table, column: str, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
-    """The characters of all cells, one per residue."""
-    cells = table.columns[column]
-    for row, (cell, length) in enumerate(zip(cells, lengths, strict=True)):
-        if len(cell) != length:
-            raise table.error(row, column, f"{length} characters, one per residue", f"{len(cell)}: {cell}")
-    return np.frombuffer("".join(cells).encode("utf-32-le"), dtype="<U1")
-
-
-def _mask(table: tables.Table, column: str | None, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    if column is None:
-        return np.ones(int(lengths.sum()), dtype=np.bool_)
-    characters = _characters(table, column, lengths)
-    wrong = np.flatnonzero((characters != "0") & (characters != "1"))
-    if wrong.size:
-        row = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
-        raise table.error(row, column, "a mask of 0 and 1", str(characters[wrong[0]]))
-    return np.asarray(characters == "1")
 
 
 def _target(task: Task, index: int, raw: dict[str, _RawPart], notes: list[str]) -> Target:
@@ -262,6 +185,25 @@ def _unlearnable(
     return new
 
 
+def _weighted(task: Task, target: Target, index: int, train: Part) -> Target:
+    """The target with its class weights; `balanced` ones are n / (classes * n of the class), as scikit-learn's."""
+    weights = task.class_weights
+    if weights is None or target.classes is None:
+        return target
+    classes = len(target.classes)
+    if weights == "balanced":
+        counts = np.bincount(train.values[index][train.masks[index]].astype(np.int64), minlength=target.outputs)
+        seen = counts[counts > 0]
+        shares = np.where(counts > 0, seen.sum() / (len(seen) * np.maximum(counts, 1)), 0.0)
+        return replace(target, weights=tuple(float(share) for share in shares))
+    own = weights[index] if len(task.target_column) > 1 and isinstance(weights, list) else weights
+    numbers = isinstance(own, list) and all(isinstance(w, (int, float)) and w >= 0 for w in own)
+    if not numbers or len(own) not in (classes, target.outputs):
+        expected = f"'balanced', or a weight for each of {', '.join(target.classes)}"
+        raise ConfigError(f"task '{task.task_name}': class_weights: expected {expected}, found {own!r}")
+    return replace(target, weights=tuple([float(w) for w in own] + [0.0] * (target.outputs - len(own))))
+
+
 def _filter(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, limit: int | None) -> Part:
     """The part without the sequences that are longer than `limit`."""
     table = raw.table
@@ -285,7 +227,7 @@ def _filter(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, l
     return Part(kept, list(compress(rows, keep)), raw.counts[keep], values, masks, int((~keep).sum()))
 
 
-def _values(target: Target, label: _Labels) -> npt.NDArray[np.int64] | npt.NDArray[np.float64]:
+def _values(target: Target, label: Labels) -> npt.NDArray[np.int64] | npt.NDArray[np.float64]:
     if target.classes is None:
         return np.asarray(label.texts, dtype=np.float64)
     names = np.array(target.classes)

@@ -1,30 +1,170 @@
-"""Optimisers by name."""
+"""Optimisers and schedules by NeMo's names, and by those of torch and pytorch_optimizer."""
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, ReduceLROnPlateau
 
 from pipeline.errors import ConfigError, nearest
+from pipeline.schedules import POLICIES, PolicyLR
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam}
+logger = logging.getLogger(__name__)
+
+# Adam in kernels of their own, with weight decay apart from the gradient: AdamW does the same arithmetic.
+FUSED = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
+NAMES = "sgd adam adamw adadelta adamax adagrad rmsprop rprop novograd adafactor adan lamb".split()
+# What NeMo's section holds for Lightning, or for its own arithmetic of steps.
+UNUSED_SCHED = ("monitor", "reduce_on_plateau", "iters_per_batch", "t_max_epochs", "t_num_workers")
+NEEDS_FUNCTIONS = ("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "LRScheduler")
+PER_EPOCH = (ExponentialLR, ReduceLROnPlateau)
 
 
-def build(parameters: Iterable[nn.Parameter], optim_config: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """The optimiser that the mapping `optim` of a task describes: `name`, and the options of that optimiser.
+def build(
+    parameters: Iterable[nn.Parameter], optim_config: Mapping[str, Any]
+) -> tuple[Optimizer, LRScheduler | ReduceLROnPlateau | None]:
+    """The optimiser and the scheduler that the mapping `optim` of a task describes.
+
+    Args:
+        parameters: what to optimise.
+        optim_config: `name`, the optimiser's own options, and perhaps `sched` with its `name` and options.
+            `sched.max_steps` must be there for a policy of NeMo's; `with_max_steps` puts it there.
+
+    Returns:
+        The scheduler is None without `sched`. `per_epoch` says when to step it.
 
     Raises:
-        ConfigError: the name or an option is not known, or an option has a wrong value.
+        ConfigError: a name or an option is not known, or an option has a wrong value.
     """
-    options = dict(optim_config)
-    name = str(options.pop("name", "adam")).lower()
-    options.pop("sched", None)
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"optim.name: unknown optimiser '{name}'{nearest(name, OPTIMIZERS)}")
+    options = {key: value for key, value in optim_config.items() if key not in ("name", "sched")}
+    optimizer = _optimizer(list(parameters), str(optim_config.get("name", "adam")), options)
+    sched = optim_config.get("sched")
+    if not sched:
+        return optimizer, None
+    if not isinstance(sched, Mapping) or "name" not in sched:
+        raise ConfigError(f"optim.sched: expected a mapping with a name, found {sched!r}")
+    return optimizer, _scheduler(optimizer, str(sched["name"]), {k: v for k, v in sched.items() if k != "name"})
+
+
+def with_max_steps(optim_config: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The same configuration, in which a schedule without `max_steps` lasts `steps` optimiser steps."""
+    sched = optim_config.get("sched")
+    if not isinstance(sched, Mapping) or sched.get("max_steps") is not None:
+        return dict(optim_config)
+    return {**optim_config, "sched": {**sched, "max_steps": max(1, steps)}}
+
+
+def per_epoch(scheduler: LRScheduler | ReduceLROnPlateau) -> bool:
+    """Whether the scheduler steps once an epoch, as NeMo has it for two of torch's, rather than at each batch."""
+    return isinstance(scheduler, PER_EPOCH)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def check(optim_config: Mapping[str, Any]) -> None:
+    """Takes a step of a parameter that nobody needs. Raises ConfigError as `build` does, or if that fails."""
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimizer, _ = build([parameter], with_max_steps(optim_config, 100))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (parameter**2).sum()
+        loss.backward()
+        return loss
+
     try:
-        return OPTIMIZERS[name](parameters, **options)
-    except (TypeError, ValueError) as error:
+        optimizer.step(closure)  # type: ignore[arg-type]
+    except Exception as error:  # some optimisers need a second gradient, or hooks of their own
+        raise ConfigError(f"optim.name: {optim_config.get('name')} cannot train a head: {error}") from error
+
+
+def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any]) -> Optimizer:
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    candidates = _classes(name)
+    if name.lower() in FUSED:
+        options = _only_known(candidates[0], name, options)
+    accepting = [one for one in candidates if not set(options) - set(_accepted(one))]
+    if not accepting:
+        known = _accepted(candidates[0])
+        wrong = next(option for option in options if option not in known)
+        raise ConfigError(f"optim: {name} has no option '{wrong}'{nearest(wrong, known)}")
+    try:
+        return accepting[0](parameters, **options)
+    except Exception as error:  # each library has errors of its own for a value out of range
         raise ConfigError(f"optim: {name} cannot be built from {options}: {error}") from error
+
+
+def _classes(name: str) -> list[type[Optimizer]]:
+    """The classes of that name, torch's first."""
+    lower = name.lower()
+    if lower in FUSED:
+        return [torch.optim.AdamW]
+    found = [one for key, one in vars(torch.optim).items() if key.lower() == lower and _is_optimizer(one)]
+    import pytorch_optimizer
+
+    if lower in pytorch_optimizer.get_supported_optimizers():
+        found.append(pytorch_optimizer.load_optimizer(lower))
+    if not found:
+        known = [*NAMES, *FUSED, *pytorch_optimizer.get_supported_optimizers()]
+        close = nearest(lower, known) if "?" in nearest(lower, known) else nearest(lower, [*NAMES, *FUSED])
+        raise ConfigError(f"optim.name: unknown optimiser '{name}'{close}")
+    return found
+
+
+def _is_optimizer(one: Any) -> bool:
+    return inspect.isclass(one) and issubclass(one, Optimizer) and one is not Optimizer
+
+
+def _accepted(one: type[Any]) -> list[str]:
+    """The options of an optimiser or scheduler that have a name."""
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = [key for key, parameter in inspect.signature(one).parameters.items() if parameter.kind not in kinds]
+    return named[1:]  # the first are the parameters, or the optimiser
+
+
+def _only_known(one: type[Optimizer], name: str, options: dict[str, Any]) -> dict[str, Any]:
+    known = _accepted(one)
+    dropped = sorted(set(options) - set(known))
+    text = f", without {', '.join(dropped)}" if dropped else ""
+    logger.info("optim: %s is a fused kernel of Adam with decoupled weight decay; torch's AdamW is used%s", name, text)
+    return {key: value for key, value in options.items() if key in known}
+
+
+def _scheduler(optimizer: Optimizer, name: str, options: dict[str, Any]) -> LRScheduler | ReduceLROnPlateau:
+    options = {key: value for key, value in options.items() if key not in UNUSED_SCHED}
+    try:
+        if name in POLICIES:
+            return PolicyLR(optimizer, name, **options)
+        one = vars(lr_scheduler).get(name)
+        if not inspect.isclass(one) or not issubclass(one, (LRScheduler, ReduceLROnPlateau)) or name in NEEDS_FUNCTIONS:
+            known = [*POLICIES, "StepLR", "ExponentialLR", "ReduceLROnPlateau", "CyclicLR", "OneCycleLR"]
+            raise ConfigError(f"optim.sched.name: unknown schedule '{name}'{nearest(name, known)}")
+        return one(optimizer, **_torch_options(one, name, options, optimizer))
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise ConfigError(f"optim.sched: {name} cannot be built from {options}: {error}") from error
+
+
+def _torch_options(one: type[Any], name: str, options: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """`max_steps` under the name that a scheduler of torch's has for it."""
+    steps = options.pop("max_steps")
+    learning_rate = optimizer.param_groups[0]["lr"]
+    own = {
+        "OneCycleLR": {"total_steps": steps + 1, "max_lr": learning_rate},
+        "CosineAnnealingLR": {"T_max": steps},
+        "PolynomialLR": {"total_iters": steps},
+        "CyclicLR": {"base_lr": learning_rate / 10, "max_lr": learning_rate},
+        "CosineAnnealingWarmRestarts": {"T_0": steps},
+    }.get(name, {})
+    known = _accepted(one)
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"optim.sched: {name} has no option '{option}'{nearest(option, known)}")
+    if name == "OneCycleLR" and {"epochs", "steps_per_epoch"} & set(options):
+        own.pop("total_steps")
+    return {**own, **options}

@@ -13,9 +13,10 @@ import torch
 
 from pipeline.embed import Embeddings
 from pipeline.errors import ConfigError
+from pipeline.fit import loss_of, predict
 from pipeline.load import Part, Target
 from pipeline.metrics import Metrics, classification, regression
-from pipeline.train_head import Batch, FittedHead, batch_of, loss_of
+from pipeline.train_head import FittedHead
 
 LOSS = "dwnstr_task_val_loss"
 FLOORS = ("accuracy", "macro_f1", "mse", "rmse", "mae")  # metrics for which a constant guess says something
@@ -69,8 +70,7 @@ def score(embeddings: Embeddings, fitted: FittedHead) -> Scores:
             both = [target.name for target in targets if metric_name(target.name) == name]
             raise ConfigError(f"target_column: {' and '.join(both)} both become '{name}' in metric names; rename one")
     outputs = _predict(embeddings, fitted)
-    whole = Batch(outputs[0], torch.tensor(part.counts), _tensors(part.values), _tensors(part.masks))
-    values = {LOSS: float(loss_of(outputs, whole, targets))}
+    values = {LOSS: float(loss_of(outputs, _tensors(part.values), _tensors(part.masks), targets))}
     omitted: dict[str, str] = {}
     constant: dict[str, float] = {}
     for index, (name, target) in enumerate(zip(names, targets, strict=True)):
@@ -96,21 +96,16 @@ def metric_name(column: str) -> str:
     return re.sub(r"[^\w .-]", "_", column)
 
 
-@torch.no_grad()
 def _predict(embeddings: Embeddings, fitted: FittedHead) -> list[torch.Tensor]:
-    """For each target, the head's outputs on the test part, float64 on the CPU, shape (units, outputs)."""
-    part = embeddings.examples.test
-    device = next(fitted.head.parameters()).device
+    """For each target, the head's outputs on the test part, shape (units, outputs)."""
+    part, device = embeddings.examples.test, next(fitted.head.parameters()).device
     rows = embeddings.rows("test")
     try:
-        outputs = []
-        for some in np.array_split(np.arange(len(part)), -(-len(part) // embeddings.examples.task.batch_size)):
-            batch = batch_of(rows, part, some, device)
-            with torch.autocast(device.type, enabled=False):
-                outputs.append([output.cpu() for output in fitted.head(batch.rows, batch.counts)])
+        with torch.autocast(device.type, enabled=False):
+            everything, batch_size = np.arange(len(part)), embeddings.examples.task.batch_size
+            return predict(fitted.head, rows, part, everything, batch_size, device)
     finally:
         rows.close()
-    return [torch.cat(target).double() for target in zip(*outputs, strict=True)]
 
 
 def _tensors(arrays: list[Any]) -> list[torch.Tensor]:

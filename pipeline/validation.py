@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from pipeline import optim
 from pipeline.config import Task
 from pipeline.embed import Embeddings, embed
 from pipeline.encoders import Encoder
@@ -49,6 +50,8 @@ def validate(
     several = not isinstance(tasks, Task)
     wanted = [tasks] if isinstance(tasks, Task) else list(tasks)
     last = STAGES.index(until)
+    for task in wanted:
+        optim.check(task.optim)  # now, and not after an hour of embedding
     examples = _load(wanted, encoder, tracker)
     embeddings = _embed(examples, encoder, store, tracker) if last >= 1 else []
     scores = []
@@ -99,6 +102,8 @@ def _fit_and_score(
         fitted = train_head(embeddings, store, encoder.device)
         for epoch, loss in enumerate(fitted.losses):
             step.metrics({"train_loss": loss}, step=epoch + 1)
+        for epoch, loss in enumerate(fitted.held_losses):
+            step.metrics({"val_loss": loss}, step=epoch + 1)
         step.metrics({"reused": float(fitted.reused)})
         state = "taken from the store" if fitted.reused else "trained"
         logger.info("train_head  %s: %s, %d epochs", name, state, len(fitted.losses))

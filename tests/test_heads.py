@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.fit import loss_of
 from pipeline.heads import MLP, ConvNet, Dropout
 from pipeline.load import Target
-from pipeline.train_head import Batch, loss_of, make_head
+from pipeline.train_head import make_head
 
 
 def rows_of(counts: list[int], width: int = 5, seed: int = 0) -> Tensor:
@@ -112,16 +113,14 @@ def test_the_loss_by_hand() -> None:
     numbers = torch.tensor([[1.0], [2.0], [3.0]])
     masks = [torch.tensor([True, True, False]), torch.tensor([False, True, True])]
     values = [torch.tensor([0, 1, -1]), torch.tensor([9.0, 0.0, 1.0], dtype=torch.float64)]
-    batch = Batch(torch.zeros(3, 1), torch.tensor([3]), values, masks)
     entropy = (torch.log(torch.tensor(2.0)) + torch.log(1 + torch.exp(torch.tensor(1.0)))) / 2
-    assert loss_of([logits, numbers], batch, targets).item() == pytest.approx(entropy.item() + (4 + 4) / 2)
+    assert loss_of([logits, numbers], values, masks, targets).item() == pytest.approx(entropy.item() + (4 + 4) / 2)
 
 
 def test_a_target_without_a_label_in_the_batch_adds_nothing() -> None:
     targets = (Target("a", ("x", "y"), 2),)
     logits = torch.ones(2, 2, requires_grad=True)
-    batch = Batch(torch.zeros(2, 1), torch.tensor([2]), [torch.tensor([-1, -1])], [torch.tensor([False, False])])
-    loss = loss_of([logits], batch, targets)
+    loss = loss_of([logits], [torch.tensor([-1, -1])], [torch.tensor([False, False])], targets)
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(logits.grad, torch.zeros(2, 2)) if logits.grad is not None else False

@@ -13,8 +13,8 @@ from tests.conftest import ROOT
 
 # Each module may import those before it.
 ORDER = """
-errors config read_config progress tables load tokens encoders custom tracking tracking.mlflow checkpoints
-store rows embed heads optim train_head metrics score validation report pretrain __main__
+errors config read_config progress tables labels load tokens encoders custom tracking tracking.mlflow checkpoints
+store rows embed heads schedules optim fit train_head metrics score validation report pretrain __main__
 """.split()
 ADAPTERS = {"mlflow": {"tracking.mlflow"}, "wandb": set(), "tensorboard": set(), "pytorch_lightning": set()}
 # `__init__` gives the public names their homes and `__main__` calls everything: both stand outside the order.

@@ -74,6 +74,8 @@ def test_several_files_in_order_and_a_val_part(tmp_path: Path) -> None:
             rows = [{"sequence": "MK"[: 1 + number % 2], "y": 10 * number + row} for row in range(2)]
             write_csv(tmp_path / part / f"{name}.csv", rows)
     task.dataset = Files("x[000..002]", "x000", "x000.csv")
+    assert load(task).val is None
+    task.patience = 2
     examples = load(task)
     assert examples.train.values[0].tolist() == [0, 1, 10, 11, 20, 21]
     assert examples.train.rows[3] == "x001.csv:1"

@@ -16,10 +16,11 @@ import torch
 from pipeline.config import Task
 from pipeline.embed import embed
 from pipeline.errors import ConfigError, DataError
+from pipeline.fit import batch_of
 from pipeline.load import load
 from pipeline.score import Scores, metric_name, score
 from pipeline.store import Store
-from pipeline.train_head import batch_of, train_head
+from pipeline.train_head import train_head
 from pipeline.validation import validate
 from tests.conftest import FakeEncoder, make_task, write_csv
 from tests.models import RESIDUES
