@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "configs/default.yaml"
 DEFAULT_CKPT = "sample/checkpoint"
+OVERRIDES = "dot-list, such as 'dataset.num_epochs=3 device=cpu'"
 STAGES = {
     "main": "the whole path: load, embed, train_head, score",
     "load": "read and check the CSV files",
@@ -79,20 +80,29 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
     pretrain.set_defaults(run=_pretrain)
     config = commands.add_parser("config", help="print the resolved configuration", allow_abbrev=False)
-    _add_config(config)
+    config.add_argument("file", nargs="?", default=DEFAULT_CONFIG, help="YAML file")
+    config.add_argument("--overrides", default="", help=OVERRIDES)
+    config.add_argument("--schema", action="store_true", help="print every key with type, default and meaning")
     config.set_defaults(run=_print_config)
     return parser
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file with model.dwnstr_task_validation")
-    parser.add_argument("--overrides", default="", help="dot-list, such as 'dataset.num_epochs=3 device=cpu'")
+    parser.add_argument("--overrides", default="", help=OVERRIDES)
 
 
 def _print_config(options: argparse.Namespace) -> None:
     from pipeline.read_config import read_config, to_yaml
+    from pipeline.schema import markdown
 
-    print(to_yaml(read_config(options.config, options.overrides)), end="")
+    if options.schema:
+        print(markdown())
+        return
+    config = read_config(options.file, options.overrides)
+    for note in config.notes:
+        print(f"# {note}")
+    print(to_yaml(config), end="")
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -114,6 +124,8 @@ def _measure(options: argparse.Namespace) -> None:
     from pipeline.read_config import read_config
 
     config = read_config(options.config, options.overrides)
+    for note in config.notes:
+        logging.getLogger("pipeline").info("config      %s", note)
     _check_tracking(options.tracking_uri)
     _measure_tracked(options, config)
 

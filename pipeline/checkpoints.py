@@ -7,7 +7,6 @@ fills them in at random would have us measure noise.
 from __future__ import annotations
 
 import glob
-import importlib
 import inspect
 import json
 import re
@@ -20,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import import_class
 from pipeline.custom import CustomEncoder
 from pipeline.encoders import Encoder, HuggingFaceEncoder, find_device
-from pipeline.errors import CheckpointError, ConfigError, PipelineError, nearest
+from pipeline.errors import CheckpointError, PipelineError
 
 DESCRIPTION = "downstream_validation"  # the key of a `.ckpt` under which it describes itself
 ARCHITECTURES = {"esm": ("esm",), "prott5": ("t5", "mt5"), "megamolbart": ("bart", "mbart")}
@@ -52,7 +52,8 @@ def open_encoder(
         ConfigError: `infer_target`, `device` or `precision` is not known here.
     """
     if infer_target not in ("auto", *ARCHITECTURES):
-        return CustomEncoder.from_checkpoint(_import(infer_target), _locate(ckpt), find_device(device))
+        own = import_class(infer_target, "infer_target", ("auto", *ARCHITECTURES))
+        return CustomEncoder.from_checkpoint(own, _locate(ckpt), find_device(device))
     source = _locate(ckpt)
     try:
         with _quiet():
@@ -121,18 +122,6 @@ def _model_in(folder: Path, ckpt: str) -> str:
         return str(candidates[0])
     found = "none" if not candidates else ", ".join(str(path.relative_to(folder)) for path in sorted(candidates))
     raise CheckpointError(f"ckpt: expected one config.json or .ckpt in '{ckpt}', found {found}")
-
-
-def _import(path: str) -> Any:
-    """The class at the dotted `path`."""
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        known = nearest(path, ["auto", *ARCHITECTURES])
-        raise ConfigError(
-            f"infer_target: '{path}' is neither a short name nor a class on the path ({error}){known}"
-        ) from error
 
 
 def _from_folder(source: str) -> tuple[nn.Module, Any]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,16 +30,21 @@ def _key(text: str, default: Any = None, **extra: Any) -> Any:
 class Files:
     """File names within a part's folder: `x000`, or a range such as `x[000..049]`, with or without `.csv`."""
 
-    train: str = _key("file or range of files in <dataset_path>/train", "x000")
-    test: str = _key("file or range of files in <dataset_path>/test", "x000")
-    val: str | None = _key("file or range of files in <dataset_path>/val, if there is one")
+    train: str = _key("file or range of files in `<dataset_path>/train`", "x000")
+    test: str = _key("file or range of files in `<dataset_path>/test`", "x000")
+    val: str | None = _key("file or range of files in `<dataset_path>/val`, if there is one")
 
 
 @dataclass
 class Task:
-    """One downstream task: the data, the head and how it is trained."""
+    """One downstream task: the data, the head and how it is trained.
 
-    level: str = _key("`sequence` or `token` (or the reference's dotted path)", "sequence", key="class")
+    `head` is the path of a user's own head class, which `class` may name; it says the level.
+    """
+
+    level: str = _key(
+        "`sequence`, `token`, the reference's dotted path, or the path of a head of your own", "sequence", key="class"
+    )
     task_type: str = _key("`classification` or `regression` (`token-level-...` as well)", "regression")
     task_name: str = _key("name of the task, in tables and metric names", "downstream")
     infer_target: str = _key("`auto`, `esm`, `prott5`, `megamolbart`, or the path of an encoder class", "auto")
@@ -62,6 +68,7 @@ class Task:
     optim: dict[str, Any] = _key(
         "optimiser `name`, `lr` and its options, and its schedule `sched`", lambda: {"name": "adam", "lr": 1e-4}
     )
+    head: str | None = field(default=None, metadata={"hidden": True})
 
     @property
     def kind(self) -> str:
@@ -117,7 +124,10 @@ class Task:
 
 @dataclass
 class Config:
-    """The whole section: the tasks, and how embeddings are made and kept."""
+    """The whole section: the tasks, and how embeddings are made and kept.
+
+    `notes` says what unusual keys of the file were taken for.
+    """
 
     enabled: bool = _key("the callback measures; the command line always does", True)
     dataset: list[Task] = _key("the task, or a list of tasks", list)
@@ -130,6 +140,7 @@ class Config:
     architecture: str | None = _key("Hugging Face folder or id of a `.ckpt` that does not describe itself")
     trust_pickle: bool = _key("unpickle a `.ckpt` that holds more than tensors and plain values", False)
     is_list: bool = field(default=False, metadata={"hidden": True})
+    notes: list[str] = field(default_factory=list, metadata={"hidden": True}, compare=False)
 
     @property
     def tasks(self) -> Task | list[Task]:
@@ -168,6 +179,18 @@ def parse_bytes(text: str) -> int:
     if not match or match[2] not in BYTE_UNITS:
         raise ConfigError(f"memory_budget: expected a size such as 500MB or 2GB, found '{text}'")
     return int(float(match[1]) * BYTE_UNITS[match[2]])
+
+
+def import_class(path: str, key: str, known: tuple[str, ...]) -> Any:
+    """The class at the dotted `path` that `key` names. Raises ConfigError if there is none."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        close = nearest(path, known)
+        raise ConfigError(
+            f"{key}: '{path}' is neither a short name nor a class on the path ({error}){close}"
+        ) from error
 
 
 def _choice(key: str, value: str, known: tuple[str, ...]) -> None:

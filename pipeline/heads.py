@@ -19,7 +19,11 @@ CHANNELS = 32
 
 
 class Head(nn.Module):
-    """A head maps embedding rows to one output per target; see `forward` of `MLP` and `ConvNet`."""
+    """A head maps embedding rows to one output per target; see `forward` of `MLP` and `ConvNet`.
+
+    A user's own is a subclass with `level` (`sequence` or `token`) and the constructor `(hidden_size, outputs)`, named
+    by its path in `class`. `reset` initialises linear and 2-D convolution layers; one with others overrides it.
+    """
 
     def reset(self, seed: int) -> None:
         """Fresh weights, as torch initialises linear and convolution layers, and dropout, both from `seed`.

@@ -6,7 +6,6 @@ Only the section is resolved. Interpolations in it may point anywhere in the fil
 from __future__ import annotations
 
 import dataclasses
-import logging
 import shlex
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import Config, Files, Task
+from pipeline.config import LEVELS, Config, Files, Task, import_class
 from pipeline.errors import ConfigError, nearest
-
-logger = logging.getLogger(__name__)
 
 SECTION = "model.dwnstr_task_validation"
 RENAMED = {"sequence_col": "sequence_column", "mask_col": "mask_column", "class": "level"}
@@ -56,6 +53,8 @@ def read_config(path: str | Path, overrides: str = "") -> Config:
         raise ConfigError(f"{path}: {SECTION} cannot be resolved: {error}; {remedy}") from error
     assert isinstance(plain, dict)
     config = config_from(plain, _Lines(text, str(path)))
+    if "exp_manager" in root:
+        config.notes.append("exp_manager is not read")
     config.check()
     return config
 
@@ -82,6 +81,7 @@ def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
     assert isinstance(config, Config)
     config.is_list = isinstance(tasks, list)
+    config.notes = list(dict.fromkeys(lines.notes))
     return config
 
 
@@ -102,7 +102,8 @@ def to_yaml(config: Config) -> str:
 
 def _task_mapping(task: Task) -> dict[str, Any]:
     values = dataclasses.asdict(task)
-    return {"class" if key == "level" else key: value for key, value in values.items()}
+    own = values.pop("head") or values["level"]
+    return {"class": own, **{key: value for key, value in values.items() if key != "level"}}
 
 
 def _read_text(path: Path) -> str:
@@ -163,18 +164,12 @@ def _task(entry: Any, path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise ConfigError(f"{lines.at(path)}: expected a task (a mapping), found {entry!r}")
     _check_keys(entry, Task, path, lines)
-    task: dict[str, Any] = {}
-    for key, value in entry.items():
-        name = str(RENAMED.get(key, key))
-        if name in task and task[name] != value:
-            raise ConfigError(f"{lines.at((*path, key))}: '{key}' and '{name}' say different things; keep one")
-        if key not in UNUSED:
-            task[name] = value
-    for name in ("target_column", "target_sizes", "mask_column"):
-        if isinstance(task.get(name), (str, int)):
-            task[name] = [task[name]]
-    task["level"] = _alias(task.get("level", "sequence"), CLASSES)
-    task["infer_target"] = _alias(task.get("infer_target", "auto"), ENCODERS)
+    task = _renamed(entry, path, lines)
+    task["level"] = _alias("class", task.get("level", "sequence"), CLASSES, lines)
+    if "." in task["level"]:
+        task["head"] = task["level"]
+        task["level"] = str(getattr(import_class(task["head"], "class", LEVELS), "level", None))
+    task["infer_target"] = _alias("infer_target", task.get("infer_target", "auto"), ENCODERS, lines)
     task_type = str(task.get("task_type", "regression"))
     if task_type.startswith("token-level-") and task["level"] == "sequence":
         raise ConfigError(f"{lines.at((*path, 'task_type'))}: task_type '{task_type}' needs class: token")
@@ -184,10 +179,30 @@ def _task(entry: Any, path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
     return task
 
 
-def _alias(value: Any, aliases: dict[str, str]) -> str:
+def _renamed(entry: dict[Any, Any], path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
+    """The keys under the names of `Task`, without the unused ones; one value where a list is wanted becomes a list."""
+    task: dict[str, Any] = {}
+    for key, value in entry.items():
+        name = str(RENAMED.get(key, key))
+        if name in task and task[name] != value:
+            raise ConfigError(f"{lines.at((*path, key))}: '{key}' and '{name}' say different things; keep one")
+        if key not in UNUSED:
+            task[name] = value
+        if name not in (key, "level"):
+            lines.notes.append(f"{key} is read as {name}")
+    for name in ("target_column", "target_sizes", "mask_column"):
+        if isinstance(task.get(name), (str, int)):
+            task[name] = [task[name]]
+    return task
+
+
+def _alias(key: str, value: Any, aliases: dict[str, str], lines: _Lines) -> str:
     """The short name of one of the reference's dotted paths; any other value as it is."""
     text = str(value)
-    return aliases.get(text.rpartition(".")[2], text) if text.startswith("bionemo.") else text
+    short = aliases.get(text.rpartition(".")[2]) if text.startswith("bionemo.") else None
+    if short:
+        lines.notes.append(f"{key}: {text} is read as {short}")
+    return short or text
 
 
 def _check_keys(mapping: dict[Any, Any], schema: type, path: tuple[Any, ...], lines: _Lines) -> None:
@@ -197,7 +212,7 @@ def _check_keys(mapping: dict[Any, Any], schema: type, path: tuple[Any, ...], li
         if key not in accepted:
             raise ConfigError(f"{lines.at((*path, key))}: unknown key '{key}'{nearest(str(key), known)}")
         if key in UNUSED:
-            logger.info("%s: '%s' is accepted and not used", lines.at((*path, key)), key)
+            lines.notes.append(f"{key} is accepted and not used")
 
 
 def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
@@ -217,10 +232,11 @@ def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: _
 
 
 class _Lines:
-    """Where keys of the section stand in the file, for error messages."""
+    """Where keys of the section stand in the file, for error messages; and notes on what they were taken for."""
 
     def __init__(self, text: str, name: str) -> None:
         self.name = name
+        self.notes: list[str] = []
         try:
             self.node: Any = yaml.compose(text, Loader=yaml.SafeLoader) if text else None
         except yaml.YAMLError:

@@ -6,6 +6,7 @@ Every fit starts from a fresh head with its own seeds, so a score is a function 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pipeline.config import LEVELS, Task, import_class
 from pipeline.embed import Embeddings
 from pipeline.errors import CacheError
 from pipeline.fit import fit
@@ -71,8 +73,7 @@ def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> Fi
 
 def _train_head(embeddings: Embeddings, store: Store, device: torch.device) -> FittedHead:
     examples = embeddings.examples
-    head = make_head(examples.task.level, embeddings.shelf.hidden_size, examples.targets, examples.task.random_seed)
-    head = head.to(device)
+    head = make_head(examples.task, embeddings.shelf.hidden_size, examples.targets).to(device)
     path = store.root.expanduser() / "heads" / f"{_key(embeddings, device)}.safetensors"
     losses = _restore(head, path)
     if losses is not None:
@@ -82,11 +83,15 @@ def _train_head(embeddings: Embeddings, store: Store, device: torch.device) -> F
     return FittedHead(head.eval(), *losses, reused=False)
 
 
-def make_head(level: str, hidden_size: int, targets: tuple[Target, ...], seed: int) -> Head:
-    """The head for a task, with fresh weights from `seed`."""
+def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...]) -> Head:
+    """The head for a task, with fresh weights from its seed."""
     outputs = [target.outputs for target in targets]
-    head: Head = ConvNet(hidden_size, outputs) if level == "token" else MLP(hidden_size, outputs[0])
-    head.reset(seed)
+    head: Head
+    if task.head:
+        head = import_class(task.head, "class", LEVELS)(hidden_size, outputs)
+    else:
+        head = ConvNet(hidden_size, outputs) if task.level == "token" else MLP(hidden_size, outputs[0])
+    head.reset(task.random_seed)
     return head
 
 
@@ -106,6 +111,7 @@ def _key(embeddings: Embeddings, device: torch.device) -> str:
         "val": examples.val.digest if examples.val else None,
         "targets": [(target.outputs, target.classes is None, target.weights) for target in examples.targets],
         "fit": [getattr(task, name) for name in FIT_SETTINGS],
+        "head": task.head and inspect.getsource(import_class(task.head, "class", LEVELS)),
         "machine": [device.type, torch.get_num_threads(), torch.__version__],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]

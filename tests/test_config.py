@@ -116,7 +116,11 @@ def test_an_override_sets_a_key_of_every_task_or_of_one() -> None:
         ("${model.seq_length}", "${model.sequence_length}", "cannot be resolved"),
         ("${model.seq_length}", "${unheard_of:1}", "Unsupported interpolation type unheard_of"),
         ("batch_size: 64", "batch_size: 0", "batch_size is 0, expected at least 1"),
-        ("PerTokenPredictionCallback", "OtherCallback", "class: expected one of sequence, token"),
+        (
+            "PerTokenPredictionCallback",
+            "OtherCallback",
+            "class: 'bionemo.model.core.dwnstr_task_callbacks.OtherCallback' is neither a short name",
+        ),
         ("dwnstr_task_validation:", "dwnstr_task:", "expected a mapping model.dwnstr_task_validation"),
         ("enabled: True", "device: tpu", "device: expected one of auto, cpu, cuda, mps, found 'tpu'"),
         ("enabled: True", "memory_budget: 3 cups", "memory_budget: expected a size such as 500MB"),

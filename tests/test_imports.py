@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 # Each module may import those before it.
 ORDER = """
-errors config read_config progress tables labels load tokens encoders custom tracking tracking.mlflow checkpoints
+errors config read_config progress schema tables labels load tokens encoders custom tracking tracking.mlflow checkpoints
 store rows embed heads schedules optim fit train_head metrics score validation report pretrain __main__
 """.split()
 ADAPTERS = {"mlflow": {"tracking.mlflow"}, "wandb": set(), "tensorboard": set(), "pytorch_lightning": set()}
