@@ -223,7 +223,7 @@ def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: _
             continue
         try:
             base = OmegaConf.merge(base, {key: value})
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{lines.at((*path, key))}: {key}: {reason}") from error
     container = OmegaConf.to_container(base)

@@ -1,0 +1,373 @@
+"""Whatever is wrong with the input: one line that says so, exit code 2, a FAILED run, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import ViewType
+from safetensors.torch import load_file, save_file
+
+from pipeline.__main__ import main
+from tests.conftest import ROOT, write_csv
+
+Change = Callable[[Path], object]
+STAGES = ["load", "embed", "train_head", "score"]
+NUMBER = {"class": "sequence", "task_type": "regression", "target_column": "value"}
+PLACE = {"class": "sequence", "task_type": "classification", "target_column": "place", "num_classes": 2}
+STATE = {"class": "token", "task_type": "classification", "target_column": "state", "target_sizes": 2}
+MASKED = {**STATE, "mask_column": "seen"}
+PROFILE = {"class": "token", "task_type": "regression", "target_column": "profile"}
+TWO_TARGETS = {**STATE, "target_column": ["a/b", "a_b"], "target_sizes": [2, 2]}
+ROWS = [
+    {
+        "note": "two\nlines" if index == 0 else "",
+        "sequence": sequence,
+        "value": str(index / 2),
+        "place": ("inner", "outer")[index % 2],
+        "state": "HHCCHHCC",
+        "a/b": "HHCCHHCC",
+        "a_b": "HHCCHHCC",
+        "seen": "11111111",
+        "profile": "[0.1, null, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]",
+    }
+    for index, sequence in enumerate(["MKTAYIAK", "GVLSEDWR", "PLAGNQTC", "AAGGVVLL"])
+]
+
+
+class Job:
+    """A measurement that works (`test_the_job_works_unspoilt`), to be spoilt in one place."""
+
+    def __init__(self, folder: Path, model_folder: Callable[..., Path], tracking: str) -> None:
+        self.folder, self.model_folder, self.client = folder, model_folder, MlflowClient(tracking)
+        self.ckpt = str(model_folder("esm"))
+        self.config = folder / "config.yaml"
+        self.arguments: list[str] = []
+        self.task: dict[str, Any] = {"num_epochs": 1, "dataset_path": str(folder / "data"), **NUMBER}
+        self.section: dict[str, Any] = {"store": str(folder / "store"), "device": "cpu"}
+        for part in ("train", "test"):
+            self.write(part, ROWS)
+
+    def csv(self, part: str) -> Path:
+        return self.folder / "data" / part / "x000.csv"
+
+    def write(self, part: str, rows: list[dict[str, str]]) -> None:
+        """Row 0 stands on lines 2 and 3, row 1 on line 4, then a blank line, row 2 on line 6, row 3 on line 7."""
+        lines = write_csv(self.csv(part), rows).read_text().split("\n")
+        self.csv(part).write_text("\n".join([*lines[:4], "", *lines[4:]]))
+
+    def set(self, **keys: Any) -> None:
+        """Sets keys of the task; they come first, so that they stand on line 4 of the configuration."""
+        self.task = {**keys, **{key: value for key, value in self.task.items() if key not in keys}}
+
+    def weights(self, kind: str = "esm") -> Path:
+        """A copy of a model, to be damaged."""
+        self.ckpt = str(shutil.copytree(self.model_folder(kind), self.folder / "weights"))
+        return self.folder / "weights"
+
+    def command(self) -> list[str]:
+        if not self.config.exists():
+            section = {"dataset": self.task, **self.section}
+            self.config.write_text(yaml.safe_dump({"model": {"dwnstr_task_validation": section}}, sort_keys=False))
+        return ["main", f"--ckpt={self.ckpt}", f"--config={self.config}", *self.arguments]
+
+    def assert_failed(self, stage: str, message: str) -> None:
+        """The run is FAILED and says why, as does the nested run of `stage`; nothing is half-written.
+
+        `stage` may also be `config`, before there is a run, or `ckpt`, in the run but before its first stage.
+        """
+        runs = self.client.search_runs(["0"], run_view_type=ViewType.ALL)
+        nested = {run.info.run_name: run for run in runs if "mlflow.parentRunId" in run.data.tags}
+        failed = [run for run in runs if run.info.status == "FAILED"]
+        assert len(runs) - len(nested) == (stage != "config")
+        begun = STAGES[: STAGES.index(stage) + 1] if stage in STAGES else []
+        assert {name: run.info.status for name, run in nested.items()} == {
+            name: "FAILED" if name == stage else "FINISHED" for name in begun
+        }
+        assert len(failed) == {"config": 0, "ckpt": 1}.get(stage, 2)
+        assert all(message in run.data.tags["mlflow.note.content"] for run in failed)
+        left = [path.name for path in (self.folder / "store").rglob("*") if path.is_file() and path.name != "lock"]
+        finished = ["embeddings"] if stage in ("train_head", "score") else []
+        assert bool([name for name in left if name.startswith(("manifest", "shard"))]) == bool(finished)
+        assert not [name for name in left if name.endswith(".tmp")]
+        assert any(name.endswith(".safetensors") for name in left) == (stage == "score")
+
+
+@pytest.fixture
+def job(
+    tmp_path: Path, model_folder: Callable[..., Path], tracking: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Job]:
+    """The job, with a database of its own; `main` takes over signals, which are given back."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as the variable does, read at import
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield Job(tmp_path, model_folder, tracking)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+Refused = Callable[..., None]
+
+
+@pytest.fixture
+def refused(job: Job, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs the job and makes sure that it is refused, in `stage`, with a line that holds all of `expected`."""
+
+    def check(stage: str, *expected: str) -> None:
+        code = main(job.command())
+        message = error_line(capsys.readouterr().err)
+        assert code == 2
+        for text in expected:
+            assert text in message + "\n"  # with "\n" a text says that nothing follows
+        job.assert_failed(stage, message)
+
+    return check
+
+
+def error_line(stderr: str) -> str:
+    """The one line of error in what was printed, without the word."""
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, stderr
+    assert "Traceback" not in stderr
+    return lines[0].removeprefix("error: ")
+
+
+def test_the_job_works_unspoilt(job: Job) -> None:
+    tasks: list[dict[str, Any]] = [NUMBER, PLACE, STATE, MASKED, PROFILE]
+    job.section["dataset"] = [{**job.task, **task, "task_name": str(index)} for index, task in enumerate(tasks)]
+    assert main(job.command()) == 0
+
+
+NUMBERS = "a JSON list of 8 numbers or nulls, found"
+CELLS = [
+    (NUMBER, "train", 6, "value", "many", "a number, found 'many'"),
+    (NUMBER, "train", 2, "value", "nan", "a number, found 'nan'"),
+    (NUMBER, "train", 7, "value", "-inf", "a number, found '-inf'"),
+    (NUMBER, "test", 4, "value", "", "a number, found ''"),
+    (NUMBER, "train", 6, "sequence", "", "a sequence, found ''"),
+    (PLACE, "train", 7, "place", "", "a class name, found ''"),
+    (PLACE, "test", 7, "place", "nowhere", "one of the 2 classes inner, outer, found 'nowhere'"),
+    (STATE, "train", 6, "state", "HHCCHHC", "8 characters, one per residue, found '7: HHCCHHC'"),
+    (STATE, "train", 6, "state", "HHCCHHCCC", "8 characters, one per residue, found '9: HHCCHHCCC'"),
+    (STATE, "test", 7, "state", "HHCCHHCX", "one of the 2 classes C, H, found 'X'"),
+    (MASKED, "train", 6, "seen", "11112111", "a mask of 0 and 1, found '2'"),
+    (MASKED, "test", 2, "seen", "1111111", "8 characters, one per residue, found '7: 1111111'"),
+    (PROFILE, "train", 6, "profile", "[1, 2, 3, 4, 5, 6, 7]", f"{NUMBERS} 'a list of 7'"),
+    (PROFILE, "train", 6, "profile", '[1, 2, 3, 4, 5, 6, 7, "x"]', f"{NUMBERS} 'x'"),
+    (PROFILE, "train", 6, "profile", "[1, 2, 3, 4, 5, 6, 7, true]", f"{NUMBERS} 'True'"),
+    (PROFILE, "train", 6, "profile", "[1, 2, 3, 4, 5, 6, 7, NaN]", f"{NUMBERS} 'nan'"),
+    (PROFILE, "train", 6, "profile", f"[1, 2, 3, 4, 5, 6, 7, 1{400 * '0'}]", NUMBERS),
+    (PROFILE, "train", 6, "profile", 100_000 * "[", NUMBERS),
+    (PROFILE, "test", 4, "profile", "0.1 0.2", f"{NUMBERS} '0.1 0.2'"),
+]
+
+
+@pytest.mark.parametrize(("task", "part", "line", "column", "text", "expected"), CELLS)
+def test_a_bad_cell(
+    task: dict[str, Any], part: str, line: int, column: str, text: str, expected: str, job: Job, refused: Refused
+) -> None:
+    row = {2: 0, 4: 1, 6: 2, 7: 3}[line]
+    job.set(**task)
+    job.write(part, [{**values, column: text} if index == row else values for index, values in enumerate(ROWS)])
+    refused("load", f"{job.csv(part)}:{line}: column '{column}': expected {expected}")
+
+
+def test_only_unknown_tokens(job: Job, refused: Refused) -> None:
+    job.csv("train").write_text(job.csv("train").read_text().replace("PLAGNQTC", "11111111"))
+    expected = "expected a sequence with characters the encoder knows, found '11111111'"
+    refused("embed", f"{job.csv('train')}:6: column 'sequence': {expected}")
+
+
+def replace(old: str, new: str) -> Change:
+    """Changes the first place where `old` stands in a file; characters up to ÿ are written as single bytes."""
+    return lambda path: path.write_bytes(path.read_bytes().replace(old.encode(), new.encode("latin-1"), 1))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+LONG = 20_000 * "L"
+FILES: list[tuple[dict[str, Any], Change, str]] = [
+    (NUMBER, Path.unlink, "expected a CSV file at {path}, found none (No such file or directory)\n"),
+    (NUMBER, lambda path: path.write_text(""), "{path}: expected a header row, found an empty file\n"),
+    (NUMBER, lambda path: path.write_text("sequence,value\n"), "{path}: expected rows below the header, found none\n"),
+    (
+        NUMBER,
+        replace("value", "valu"),
+        "{path}:1: expected a column 'value', found no such column; did you mean 'valu'",
+    ),
+    (NUMBER, replace("note", "value"), "{path}:1: expected a column 'value', found it twice\n"),
+    (NUMBER, replace(",1.0,", ",1,0,"), "{path}:6: expected 9 fields as in the header, found 10\n"),
+    (NUMBER, replace("PLAG", '"PLAG'), "{path}:6: "),
+    (NUMBER, replace("note", "nÄte"), "{path}:1: not a CSV file in UTF-8"),
+    (NUMBER, replace("PLAG", "PLÄG"), "{path}:6: not a CSV file in UTF-8"),
+    (NUMBER, replace("PLAG", LONG + "Ä"), "{path}:6: not a CSV file in UTF-8"),
+    (NUMBER, replace(",PLAGNQTC,1.0", LONG + "Ä,PLAGNQTC,many"), "{path}:6: "),
+    (PLACE, replace("inner", "a"), "{path}: column 'place': expected at most 2 classes, found 3: a, inner, outer\n"),
+    (STATE, replace("CC,", "EE,"), "{path}: column 'state': expected at most 2 classes, found 3: C, E, H\n"),
+    (MASKED, lambda path: [replace("1111", "0000")(path) for _ in range(8)], "every position of train is masked out\n"),
+    ({"max_seq_length": 3}, Path.stat, "{path}: expected sequences of at most 3 in train, the shortest of 4 has 8"),
+]
+
+
+@pytest.mark.parametrize(("task", "change", "expected"), FILES)
+def test_a_bad_file(task: dict[str, Any], change: Change, expected: str, job: Job, refused: Refused) -> None:
+    job.set(**task)
+    change(job.csv("train"))
+    refused("load", str(job.csv("train")), expected.format(path=job.csv("train")))
+
+
+def test_the_second_file_of_a_range_is_named(job: Job, refused: Refused) -> None:
+    job.set(dataset={"train": "x[000..001]", "test": "x000"})
+    second = job.csv("train").with_name("x001.csv")
+    second.write_text(job.csv("train").read_text().replace("1.5", "many"))
+    refused("load", f"{second}:7: column 'value': expected a number, found 'many'\n")
+
+
+TWINS = [{**NUMBER, "dataset_path": "data", "task_name": name} for name in ("a/b", "a_b")]
+SETTINGS: list[tuple[str, Any, str, str]] = [
+    ("task", {"num_epoch": 3}, "config", "{path}:4: unknown key 'num_epoch'; did you mean 'num_epochs'?\n"),
+    ("task", {"num_epochs": "many"}, "config", "{path}:4: num_epochs: Value 'many'"),
+    ("task", {"num_epochs": -1}, "config", "task 'downstream': num_epochs is -1, expected at least 0\n"),
+    ("task", {"task_name": ""}, "config", "task_name"),
+    ("task", {"task_name": ".."}, "config", "task_name"),
+    ("task", {"task_name": 300 * "x"}, "config", "task_name"),
+    ("task", {"random_seed": 10**30}, "config", "random_seed"),
+    ("task", {**PLACE, "num_classes": 1}, "config", "task 'downstream': a target of 1 classes, expected at least 2\n"),
+    ("task", {**MASKED, "mask_column": ["seen", None]}, "config", "mask_column has 2 entries for 1 target columns"),
+    ("task", {"optim": {"name": "adom"}}, "ckpt", "optim.name: unknown optimiser 'adom'"),
+    ("task", {"optim": {"momentum": 1}}, "ckpt", "'momentum'"),
+    ("task", TWO_TARGETS, "score", "target_column: a/b and a_b both become 'a_b' in metric names; rename one\n"),
+    ("section", {"dataset": TWINS}, "config", "a/b"),
+    ("section", {"dataset": None}, "config", "dataset: expected a task or a list of tasks, found None\n"),
+    ("section", {"dataset": []}, "config", "dataset is missing; give a task, or a list of tasks\n"),
+    ("section", {"devise": "cpu"}, "config", "unknown key 'devise'; did you mean 'device'?\n"),
+    ("section", {"device": "gpu"}, "config", "device: expected one of auto, cpu, cuda, mps, found 'gpu'"),
+    ("section", {"device": "${nowhere}"}, "config", "Interpolation key 'nowhere' not found"),
+    ("section", {"memory_budget": "much"}, "config", "memory_budget: expected a size such as 500MB or 2GB, found 'm"),
+    ("section", {"store": "/dev/null/store"}, "embed", "store: '/dev/null/store/embeddings/"),
+    ("text", "model:\n  dwnstr_task_validation: [\n", "config", "line 3, column 1\n"),
+    ("text", "model: {}\nmodel: {}\n", "config", "found duplicate key model"),
+    ("text", "model: {}\n", "config", "{path}: expected a mapping model.dwnstr_task_validation, found none"),
+    ("arguments", ["--config=x.yaml"], "config", "expected a YAML file, found 'x.yaml' (No such file or directory)\n"),
+    ("arguments", ["--overrides=device"], "config", "overrides: expected key=value, found 'device'\n"),
+    ("arguments", ["--overrides=device='cpu"], "config", "overrides: No closing quotation"),
+    ("arguments", ["--overrides=dataset.num_epoch=1"], "config", "overrides: unknown key 'num_epoch'"),
+    ("arguments", ["--chekpoint=x"], "config", "unrecognized arguments: --chekpoint=x"),
+    ("arguments", ["--tracking-uri=nowhere://x"], "config", "MLflow at 'nowhere://x' cannot be used"),
+    ("ckpt", "", "ckpt", "ckpt: "),
+    ("ckpt", "/nowhere/esm", "ckpt", "ckpt: '/nowhere/esm' does not exist"),
+    ("ckpt", "sample/chekpoint", "ckpt", "ckpt: 'sample/chekpoint' does not exist"),
+    ("ckpt", "esm1nv.nemo", "ckpt", "ckpt: 'esm1nv.nemo': .nemo archives are not read yet"),
+    ("ckpt", "data/*", "ckpt", "ckpt: expected one checkpoint, 'data/*' matches 2"),
+    ("ckpt", "data/train/x000.csv", "ckpt", "ckpt: expected a model folder or a Lightning .ckpt, found the file "),
+    ("ckpt", "runs:/0123/model", "ckpt", "ckpt: 'runs:/0123/model' cannot be downloaded"),
+    ("task", {"infer_target": "prott5"}, "ckpt", "infer_target 'prott5' is for t5 or mt5, but '{ckpt}' is esm"),
+    ("task", {"infer_target": "nowhere.Model"}, "ckpt", "infer_target: 'nowhere.Model' is neither a short name nor"),
+    ("task", {"infer_target": "pathlib.Model"}, "ckpt", "module 'pathlib' has no attribute 'Model'"),
+]
+
+
+@pytest.mark.parametrize(("what", "value", "stage", "expected"), SETTINGS)
+def test_a_bad_setting(what: str, value: Any, stage: str, expected: str, job: Job, refused: Refused) -> None:
+    shutil.copytree(job.ckpt, "a model that nobody asked for")
+    if what == "task":
+        job.set(**value)
+    elif what == "section":
+        job.section.update(value)
+    elif what == "text":
+        job.config.write_text(value)
+    else:
+        setattr(job, what, value)
+    refused(stage, expected.replace("{path}", str(job.config)).replace("{ckpt}", job.ckpt))
+
+
+class Custom:
+    """What `weights_only=True` does not unpickle."""
+
+
+def tensor(value: torch.Tensor | None) -> Change:
+    """Sets one of the encoder's weights, or takes it away."""
+
+    def change(path: Path) -> None:
+        state = load_file(path)
+        name = next(name for name in state if name.endswith("layer.1.attention.self.query.weight"))
+        rest = {key: kept for key, kept in state.items() if key != name}
+        save_file(rest if value is None else {**rest, name: value}, path, metadata={"format": "pt"})
+
+    return change
+
+
+def stored(content: object) -> Change:
+    return lambda path: torch.save(content, path)
+
+
+WEIGHTS: list[tuple[str, Change, str]] = [
+    ("model.safetensors", truncate, "cannot be loaded: SafetensorError"),
+    ("model.safetensors", Path.unlink, "no file named model.safetensors"),
+    ("model.safetensors", tensor(None), "lacks weights of the encoder"),
+    ("model.safetensors", tensor(None), "layer.1.attention.self.query.weight"),
+    ("model.safetensors", tensor(torch.zeros(3, 3)), "layer.1.attention.self.query.weight"),
+    ("config.json", truncate, "config.json"),
+    ("config.json", Path.unlink, "expected one config.json or .ckpt in '{ckpt}', found none\n"),
+    ("vocab.txt", Path.unlink, "tokenizer"),
+    ("epoch=3.ckpt", stored({"state_dict": {}}), "'{ckpt}' does not say what model it holds"),
+    ("epoch=3.ckpt", stored({"state_dict": {}, "hyper_parameters": Custom()}), "set trust_pickle=true if you trust"),
+    ("epoch=3.ckpt", stored([1]), "'{ckpt}'"),
+    ("epoch=3.ckpt", lambda path: [do(path) for do in (stored({}), truncate)], "'{ckpt}' cannot be loaded"),
+    ("epoch=3.ckpt", Path.touch, "'{ckpt}' cannot be loaded"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "expected"), WEIGHTS)
+def test_bad_weights(name: str, change: Change, expected: str, job: Job, refused: Refused) -> None:
+    folder = job.weights()
+    change(folder / name)
+    job.ckpt = str(folder / name if name.endswith(".ckpt") else folder)
+    refused("ckpt", "ckpt: ", expected.replace("{ckpt}", job.ckpt))
+
+
+def test_tokens_that_are_not_characters(job: Job, refused: Refused) -> None:
+    job.ckpt = str(job.model_folder("smiles_bart"))
+    job.set(**STATE)
+    for part in ("train", "test"):
+        job.write(part, [{**values, "sequence": "CC(=O)Cl"} for values in ROWS])
+    refused("embed", "one token per character, found 7 tokens for the 8 of 'CC(=O)Cl'")
+
+
+@pytest.mark.parametrize("expected", ["x000.csv, found none", "expected key=value, found '-e'"])
+def test_the_program(expected: str, job: Job) -> None:
+    job.csv("train").unlink()
+    job.arguments = ["--overrides=-e"] if "-e" in expected else []
+    command = [sys.executable, "-m", "pipeline", *job.command()]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    message = error_line(ended.stderr)
+    assert ended.returncode == 2
+    assert expected in message
+    job.assert_failed("config" if "-e" in expected else "load", message)
+
+
+def test_mlflow_run(job: Job) -> None:
+    """Under `mlflow run` there is a run before the program starts; the program says on it what was wrong."""
+    job.command()
+    parameters = {"ckpt": job.ckpt, "config": str(job.config), "overrides": "-e"}
+    given = [argument for name, value in parameters.items() for argument in ("-P", f"{name}={value}")]
+    command = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local", *given]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ended = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode != 0
+    message = error_line(ended.stderr)
+    assert message == "overrides: expected key=value, found '-e'"
+    job.assert_failed("ckpt", message)

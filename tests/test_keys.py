@@ -1,0 +1,254 @@
+"""Setting a key of the schema changes what it should change: one test per key, and none is left out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.checkpoints import open_encoder
+from pipeline.config import Config, Files, Task
+from pipeline.embed import embed
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.fit import loss_of
+from pipeline.heads import Head
+from pipeline.load import load
+from pipeline.read_config import config_from, read_config
+from pipeline.schema import markdown
+from pipeline.score import Scores
+from pipeline.store import Store
+from pipeline.train_head import train_head
+from pipeline.validation import validate
+from tests.conftest import ROOT, FakeEncoder, make_task, write_csv
+from tests.test_path import planted, planted_task, proteins
+
+# Where a key that has no test below is tested.
+ELSEWHERE = {
+    "enabled": "of the callback, and read by it",
+    "architecture": "test_encoders.py: test_a_lightning_checkpoint_that_describes_itself",
+    "max_seq_length": "test_load.py: test_long_sequences_go_out_whole_and_are_counted",
+    "dataset_path": "every test",
+    "target_column": "test_path.py: test_several_heads_with_a_mask_for_one_of_them",
+    "mask_column": "test_path.py: test_a_moved_mask_changes_exactly_what_is_counted",
+    "num_classes": "test_load.py: test_a_label_of_the_test_part_alone_takes_room_that_was_declared",
+    "dataset": "test_load.py: test_several_files_in_order_and_a_val_part",
+    "test": "test_load.py",
+    "train": "test_load.py",
+}
+
+
+def measured(task: Task, folder: Path, **store: Any) -> Scores:
+    (scores,) = validate(FakeEncoder(), task, Store(folder / "store", **store))
+    return scores
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    return planted_task(tmp_path, num_epochs=3)
+
+
+def test_no_key_is_without_a_test() -> None:
+    keys = {one.metadata.get("key", one.name) for schema in (Config, Task, Files) for one in dataclasses.fields(schema)}
+    hidden = {one.name for schema in (Config, Task) for one in dataclasses.fields(schema) if one.metadata.get("hidden")}
+    tested = {name.removeprefix("test_key_") for name in globals() if name.startswith("test_key_")}
+    assert keys - hidden == tested | set(FIT) | set(ELSEWHERE)
+    assert not tested & set(ELSEWHERE)
+
+
+def test_the_documentation_is_what_the_schema_prints() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == markdown() + "\n"
+
+
+FIT: dict[str, Any] = {
+    "batch_size": 5,
+    "num_epochs": 2,
+    "shuffle": False,
+    "random_seed": 9,
+    "optim": {"name": "sgd", "lr": 0.1},
+}
+
+
+@pytest.mark.parametrize("key", list(FIT))
+def test_keys_of_the_fit(task: Task, tmp_path: Path, key: str) -> None:
+    assert measured(replace(task, **{key: FIT[key]}), tmp_path).losses != measured(task, tmp_path).losses
+
+
+def test_key_gradient_clip_val(task: Task, tmp_path: Path) -> None:
+    """With a clip of next to nothing, plain gradient descent does not move."""
+    plain = replace(task, optim={"name": "sgd", "lr": 1.0}, shuffle=False)
+    clipped = measured(replace(plain, gradient_clip_val=1e-9), tmp_path).losses
+    assert max(clipped) - min(clipped) < 0.05
+    assert min(measured(plain, tmp_path).losses) < 0.9 * clipped[0]
+
+
+def test_key_class_weights(tmp_path: Path) -> None:
+    """Balanced weights by hand, and the loss that torch's own criterion gives with them."""
+    rows = [{"sequence": "MK", "y": letter} for letter in "aaab"]
+    task = make_task(tmp_path, rows, task_type="classification", class_weights="balanced")
+    (target,) = load(task).targets
+    assert target.weights == (4 / (2 * 3), 4 / (2 * 1))
+    logits, values = torch.randn(4, 2), torch.tensor([0, 0, 0, 1])
+    expected = torch.nn.CrossEntropyLoss(torch.tensor(target.weights))(logits, values)
+    masks = [torch.ones(4, dtype=torch.bool)]
+    assert loss_of([logits], [values], masks, (target,), weighted=True) == pytest.approx(expected.item())
+    assert load(replace(task, class_weights=[1, 5])).targets[0].weights == (1.0, 5.0)
+    with pytest.raises(ConfigError, match="expected 'balanced', or a weight for each of a, b, found"):
+        load(replace(task, class_weights=[1, 2, 3]))
+    assert measured(task, tmp_path).losses != measured(replace(task, class_weights=None), tmp_path).losses
+
+
+def test_key_patience(tmp_path: Path) -> None:
+    """On labels that cannot be learnt, training stops early and the best head on the held-out part is kept."""
+    noise = [{**row, "label": str(row["label"])[::-1]} for row in planted(proteins(40, 7))]
+    options = {"level": "token", "task_type": "classification", "target_column": ["label"], "batch_size": 4}
+    task = make_task(tmp_path, noise, **options, num_epochs=100, patience=3, optim={"lr": 0.05})
+    (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path))
+    fitted = train_head(embeddings, Store(tmp_path), torch.device("cpu"))
+    best = fitted.held_losses.index(min(fitted.held_losses))
+    assert len(fitted.losses) == best + 1 + 3
+    shorter = replace(task, num_epochs=best + 1)
+    (embeddings,) = embed([load(shorter)], FakeEncoder(), Store(tmp_path))
+    again = train_head(embeddings, Store(tmp_path), torch.device("cpu"))
+    for one, other in zip(fitted.head.parameters(), again.head.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_key_val_fraction(task: Task, tmp_path: Path) -> None:
+    few, many = (replace(task, patience=2, val_fraction=share) for share in (0.05, 0.5))
+    assert measured(few, tmp_path).losses != measured(many, tmp_path).losses
+
+
+def test_key_val(task: Task, tmp_path: Path) -> None:
+    write_csv(tmp_path / "val" / "x000.csv", planted(proteins(10, 8)))
+    own = replace(task, patience=2, dataset=Files(val="x000"))
+    assert load(own).val is not None
+    (embeddings,) = embed([load(own)], FakeEncoder(), Store(tmp_path))
+    held = train_head(embeddings, Store(tmp_path), torch.device("cpu")).held_losses
+    assert len(held) == 3
+    (other,) = embed([load(replace(task, patience=2))], FakeEncoder(), Store(tmp_path))
+    assert train_head(other, Store(tmp_path), torch.device("cpu")).held_losses != held
+
+
+def test_key_emb_batch_size(task: Task, tmp_path: Path) -> None:
+    class Counting(FakeEncoder):
+        largest = 0
+
+        def hidden_states(self, sequences: Any) -> list[Tensor]:
+            self.largest = max(self.largest, len(sequences))
+            return super().hidden_states(sequences)
+
+    encoder = Counting()
+    validate(encoder, replace(task, emb_batch_size=3), Store(tmp_path), until="embed")
+    assert encoder.largest == 3
+
+
+def test_key_max_batch_tokens(task: Task, tmp_path: Path) -> None:
+    (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path, max_batch_tokens=77))
+    assert embeddings.shelf.shards()[0].made_with["max_batch_tokens"] == 77
+
+
+def test_key_memory_budget(task: Task, tmp_path: Path) -> None:
+    for text, in_memory in (("1GB", True), ("1KB", False)):
+        config = config_from({"memory_budget": text, "dataset": {"dataset_path": "d", "target_column": "y"}})
+        (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path, memory_bytes=config.memory_bytes))
+        rows = embeddings.rows("train")
+        assert rows.in_memory == in_memory
+        rows.close()
+
+
+def test_key_embedding_dtype(task: Task, tmp_path: Path) -> None:
+    (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path, dtype="float16"))
+    assert embeddings.shelf.dtype.itemsize == 2
+
+
+def test_key_store(task: Task, tmp_path: Path) -> None:
+    measured(task, tmp_path / "elsewhere")
+    assert {path.name for path in (tmp_path / "elsewhere" / "store").iterdir()} == {"embeddings", "heads"}
+
+
+def test_key_sequence_column(tmp_path: Path) -> None:
+    rows = [{"sequence": "MK", "protein": "VVV", "y": 1}]
+    task = make_task(tmp_path, rows, sequence_column="protein")
+    assert load(task).train.sequences == ["VVV"]
+
+
+def test_key_target_sizes(tmp_path: Path) -> None:
+    task = planted_task(tmp_path, target_sizes=[5])
+    assert load(task).targets[0].outputs == 5
+    assert load(replace(task, target_sizes=None)).targets[0].outputs == 2
+
+
+def test_key_task_name(task: Task, tmp_path: Path) -> None:
+    (scores,) = validate(FakeEncoder(), [replace(task, task_name="my task")], Store(tmp_path))
+    assert all(name.startswith("my task/") for name in scores.metrics)
+
+
+def test_key_task_type(tmp_path: Path) -> None:
+    rows = [{"sequence": "MK", "y": 1}, {"sequence": "MV", "y": 2}]
+    assert load(make_task(tmp_path, rows, task_type="classification")).targets[0].classes == ("1", "2")
+    assert load(make_task(tmp_path, rows, task_type="regression")).targets[0].classes is None
+
+
+class LinearHead(Head):
+    """A user's own head: one linear layer per target."""
+
+    level = "token"
+
+    def __init__(self, hidden_size: int, outputs: list[int]) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(hidden_size, out) for out in outputs)
+
+    def forward(self, rows: Tensor, _counts: Tensor) -> list[Tensor]:
+        return [layer(rows) for layer in self.layers]
+
+
+def test_key_class(task: Task, tmp_path: Path) -> None:
+    own = config_from(
+        {"dataset": {"class": "tests.test_keys.LinearHead", "dataset_path": "d", "target_column": "y"}}
+    ).dataset[0]
+    assert (own.level, own.head) == ("token", "tests.test_keys.LinearHead")
+    linear = measured(replace(task, head=own.head), tmp_path)
+    assert linear.losses != measured(task, tmp_path).losses
+
+
+def test_key_infer_target(model_folder: Callable[..., Path]) -> None:
+    folder = str(model_folder("esm"))
+    assert open_encoder(folder, "esm").digest == open_encoder(folder, "auto").digest
+    with pytest.raises(CheckpointError, match=r"infer_target 'prott5' is for t5 or mt5, but .* is esm"):
+        open_encoder(folder, "prott5")
+
+
+def test_key_device(model_folder: Callable[..., Path]) -> None:
+    assert open_encoder(str(model_folder("esm")), device="cpu").device == torch.device("cpu")
+    with pytest.raises(ConfigError, match="'cuda:99' is not on this machine"):
+        open_encoder(str(model_folder("esm")), device="cuda:99")
+
+
+def test_key_precision(model_folder: Callable[..., Path]) -> None:
+    folder = str(model_folder("esm"))
+    exact = open_encoder(folder, precision="fp32", device="cpu").hidden_states(["MKV"])[0]
+    rounded = open_encoder(folder, precision="bf16", device="cpu").hidden_states(["MKV"])[0]
+    assert 0 < (exact - rounded).abs().max() < 0.2
+    assert rounded.dtype == torch.float32
+
+
+def test_key_trust_pickle(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+    from transformers import EsmForMaskedLM
+
+    state = EsmForMaskedLM.from_pretrained(model_folder("esm")).state_dict()
+    torch.save({"state_dict": state, "hyper_parameters": Path("x")}, tmp_path / "a.ckpt")
+    settings = {"architecture": str(model_folder("esm"))}
+    with pytest.raises(CheckpointError, match="trust_pickle=true"):
+        open_encoder(str(tmp_path / "a.ckpt"), **settings)
+    assert open_encoder(str(tmp_path / "a.ckpt"), trust_pickle=True, **settings).hidden_size == 32
+
+
+def test_shipped_configurations_have_no_surprises() -> None:
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert read_config(path).notes == []

@@ -1,0 +1,167 @@
+"""Optimisers and schedules: NeMo's measured curves, torch's own classes, and a head that each of them trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import optim
+from pipeline.config import Task
+from pipeline.errors import ConfigError
+from pipeline.schedules import POLICIES
+from pipeline.schema import SCHEDULES
+from pipeline.store import Store
+from pipeline.validation import validate
+from tests.conftest import FakeEncoder
+from tests.test_path import planted_task
+
+TORCH_SCHEDULES: dict[str, dict[str, Any]] = {
+    "StepLR": {"step_size": 20},
+    "MultiStepLR": {"milestones": [10, 20]},
+    "ConstantLR": {},
+    "LinearLR": {},
+    "ExponentialLR": {"gamma": 0.9},
+    "ReduceLROnPlateau": {"patience": 1},
+    "CyclicLR": {},
+    "OneCycleLR": {},
+    "CosineAnnealingLR": {},
+    "CosineAnnealingWarmRestarts": {},
+    "PolynomialLR": {},
+}
+
+
+def parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(3, 3))]
+
+
+def curve(sched: dict[str, Any], steps: int, lr: float = 1e-3) -> list[float]:
+    """The learning rate in force at each step."""
+    optimizer, scheduler = optim.build(parameters(), {"name": "sgd", "lr": lr, "sched": sched})
+    rates = []
+    for _ in range(steps):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        assert scheduler is not None
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_policy_has_the_curve_that_was_measured_from_nemo(shared_data: Path, name: str) -> None:
+    curves = json.loads((shared_data.parent / "golden" / "nemo_lr_curves.json").read_text())["curves"]
+    (golden,) = [one for one in curves if one["name"] == name]
+    found = curve({"name": name, **golden["params"]}, max(golden["steps"]) + 1, golden["base_lr"])
+    assert [found[step] for step in golden["steps"]] == pytest.approx(golden["lr"], abs=1e-9, rel=0)
+
+
+def test_curves_by_hand() -> None:
+    warmup = curve({"name": "WarmupAnnealing", "warmup_ratio": 0.2, "max_steps": 10, "min_lr": 2e-4}, 13)
+    assert warmup[:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    assert warmup[3:] == pytest.approx([9e-4, 8e-4, 7e-4, 6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 2e-4, 2e-4])
+    cosine = curve({"name": "CosineAnnealing", "max_steps": 10, "constant_steps": 4, "min_lr": 1e-4}, 12)
+    assert cosine[0] == pytest.approx(1e-3)
+    assert cosine[3] == pytest.approx(1e-4 + 9e-4 / 2)
+    assert cosine[6:] == pytest.approx([1e-4] * 6)
+    cycle = curve({"name": "PolynomialDecayAnnealing", "max_steps": 4, "power": 1, "cycle": True}, 5)
+    assert cycle == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4, 0])
+
+
+def test_last_epoch_is_where_a_policy_begins() -> None:
+    sched = {"name": "CosineAnnealing", "max_steps": 10}
+    config = {"name": "sgd", "lr": 1e-3, "sched": {**sched, "last_epoch": -1}}
+    assert optim.build(parameters(), config)[0].param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("name", list(TORCH_SCHEDULES))
+def test_torchs_schedules_are_torchs(name: str) -> None:
+    config = optim.with_max_steps({"lr": 0.1, "sched": {"name": name, **TORCH_SCHEDULES[name]}}, 30)
+    _, scheduler = optim.build(parameters(), config)
+    assert type(scheduler) is getattr(torch.optim.lr_scheduler, name)
+    assert optim.per_epoch(scheduler) == (name in ("ExponentialLR", "ReduceLROnPlateau"))
+
+
+def test_max_steps_left_out_means_the_steps_of_the_fit() -> None:
+    sched = optim.with_max_steps({"sched": {"name": "CosineAnnealing"}}, 30)["sched"]
+    assert sched == {"name": "CosineAnnealing", "max_steps": 30}
+    given = {"sched": {"name": "CosineAnnealing", "max_steps": 7}}
+    assert optim.with_max_steps(given, 30) == given
+    assert optim.with_max_steps({"lr": 1}, 30) == {"lr": 1}
+
+
+@pytest.mark.parametrize("name", optim.FUSED)
+def test_fused_adams_are_adamw_and_say_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"lr": 0.1, "betas": [0.9, 0.98], "weight_decay": 0.01, "bucket_cap_mb": 125}
+    with caplog.at_level("INFO"):
+        optimizer, _ = optim.build(parameters(), {"name": name, **options})
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.98)
+    assert f"{name} is a fused kernel" in caplog.text
+    assert "without bucket_cap_mb" in caplog.text
+
+
+def test_the_library_is_the_first_that_takes_the_options() -> None:
+    assert type(optim.build(parameters(), {"name": "Adafactor", "lr": 0.1})[0]) is torch.optim.Adafactor
+    neimo = {"name": "adafactor", "lr": 0.1, "scale_parameter": False, "relative_step": False}
+    assert "pytorch_optimizer" in type(optim.build(parameters(), neimo)[0]).__module__
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "adan2"}, "unknown optimiser 'adan2'; did you mean 'adan'"),
+        ({"name": "adam", "learning_rate": 1}, "adam has no option 'learning_rate'"),
+        ({"name": "adam", "lr": -1}, "adam cannot be built"),
+        ({"name": "adam", "lr": "fast"}, "adam cannot be built"),
+        ({"name": "sam"}, "sam"),
+        ({"name": "adahessian", "lr": 0.1}, "cannot train a head"),
+        ({"sched": "cosine"}, "expected a mapping with a name, found 'cosine'"),
+        ({"sched": {"name": "CosineAnealing"}}, "unknown schedule 'CosineAnealing'; did you mean 'CosineAnnealing'"),
+        ({"sched": {"name": "LambdaLR"}}, "unknown schedule 'LambdaLR'"),
+        ({"sched": {"name": "StepLR"}}, "StepLR cannot be built"),
+        ({"sched": {"name": "StepLR", "size": 3}}, "StepLR has no option 'size'"),
+        (
+            {"sched": {"name": "CosineAnnealing", "warm_steps": 3}},
+            "no option 'warm_steps'; did you mean 'warmup_steps'",
+        ),
+        ({"sched": {"name": "CosineAnnealing", "warmup_steps": 3, "warmup_ratio": 0.1}}, "not both"),
+        ({"sched": {"name": "CosineAnnealing", "warmup_ratio": 3}}, "expected a share between 0 and 1"),
+        ({"sched": {"name": "CosineAnnealing", "min_lr": "low"}}, "CosineAnnealing cannot be built"),
+        ({"sched": {"name": "NoamAnnealing"}}, "NoamAnnealing needs d_model"),
+    ],
+)
+def test_what_cannot_be_built_is_said_in_one_line(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        optim.check(config)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def losses(task: Task, folder: Path) -> list[float]:
+    (scores,) = validate(FakeEncoder(), task, Store(folder / "store"))
+    return scores.losses
+
+
+@pytest.mark.parametrize("name", [*optim.NAMES, *optim.FUSED, "nadam", "lion", "lbfgs"])
+def test_every_optimiser_trains_a_head(tmp_path: Path, name: str) -> None:
+    lr = {"sgd": 1.0, "adadelta": 5.0, "adafactor": 0.1, "lbfgs": 0.1, "lion": 1e-3, "novograd": 0.05}.get(name, 0.01)
+    found = losses(planted_task(tmp_path, num_epochs=5, optim={"name": name, "lr": lr}), tmp_path)
+    assert min(found[1:]) < 0.9 * found[0]
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, *TORCH_SCHEDULES])
+def test_every_schedule_trains_a_head(tmp_path: Path, name: str) -> None:
+    options = {"NoamAnnealing": {"d_model": 24, "warmup_steps": 5}, **TORCH_SCHEDULES}.get(name, {})
+    adam = {"name": "adam", "lr": 0.1 if name == "NoamAnnealing" else 0.01, "sched": {"name": name, **options}}
+    if name == "T5InverseSquareRootAnnealing":
+        adam["sched"] = {"name": name, "constant_steps": 1000}
+    found = losses(planted_task(tmp_path, num_epochs=5, optim=adam), tmp_path)
+    assert min(found[1:]) < 0.95 * found[0]
+
+
+def test_the_names_in_the_documentation_are_the_policies_there_are() -> None:
+    assert set(SCHEDULES) == set(POLICIES)
