@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from pipeline.config import Config as Config
     from pipeline.config import Files as Files
     from pipeline.config import Task as Task
+    from pipeline.config_file import read_config as read_config
     from pipeline.encoders import Encoder as Encoder
     from pipeline.encoders import HuggingFaceEncoder as HuggingFaceEncoder
     from pipeline.errors import PipelineError as PipelineError
-    from pipeline.read_config import read_config as read_config
     from pipeline.score import Scores as Scores
     from pipeline.store import Store as Store
     from pipeline.tracking import NullTracker as NullTracker
@@ -45,7 +45,7 @@ _HOMES = {
     "Task": "config",
     "Tracker": "tracking",
     "open_encoder": "checkpoints",
-    "read_config": "read_config",
+    "read_config": "config_file",
     "validate": "validation",
 }
 

@@ -34,15 +34,20 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see python -m pipeline --help")
 
 
-class _Terminated(BaseException):
-    """SIGTERM."""
+class _Interrupted(BaseException):
+    """SIGTERM or SIGINT."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs an entry point. Returns the exit code: 0, 2 for a user's mistake, 130 or 143 when interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pipeline").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     try:
         options = _parser().parse_args(arguments)
         options.run(options)
@@ -50,15 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say_on_run(str(error))
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except _Terminated:
-        return 128 + signal.SIGTERM
+    except _Interrupted as interrupted:
+        return 128 + interrupted.number
     return 0
 
 
-def _terminate(_number: int, _frame: Any) -> NoReturn:
-    raise _Terminated
+def _interrupt(number: int, _frame: Any) -> NoReturn:
+    """Further signals are not heard while the runs are being ended: Ctrl-C under `mlflow run` sends two."""
+    for further in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(further, signal.SIG_IGN)
+    raise _Interrupted(number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,7 +99,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _print_config(options: argparse.Namespace) -> None:
-    from pipeline.read_config import read_config, to_yaml
+    from pipeline.config_file import read_config, to_yaml
     from pipeline.schema import markdown
 
     if options.schema:
@@ -121,7 +127,7 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 def _measure(options: argparse.Namespace) -> None:
     """One measurement: a run with a nested run per stage, as far as the stage asked for."""
-    from pipeline.read_config import read_config
+    from pipeline.config_file import read_config
 
     config = read_config(options.config, options.overrides)
     for note in config.notes:
@@ -134,7 +140,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> None:
     from pathlib import Path
 
     from pipeline.checkpoints import open_encoder
-    from pipeline.read_config import to_mapping, to_yaml
+    from pipeline.config_file import to_mapping, to_yaml
     from pipeline.report import markdown, table
     from pipeline.store import Store
     from pipeline.tracking.mlflow import open_run

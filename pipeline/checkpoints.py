@@ -63,7 +63,11 @@ def open_encoder(
                 model, tokenizer = _from_folder(source)
     except PipelineError:
         raise
-    except Exception as error:  # whatever a library raises on a broken checkpoint, the checkpoint is at fault
+    except Exception as error:
+        if not Path(source).exists():
+            remedy = "give a model folder, a .ckpt, a hub id or an MLflow URI"
+            raise CheckpointError(f"ckpt: '{ckpt}' does not exist here or on the hub ({error}); {remedy}") from error
+        # whatever a library raises on a broken checkpoint, the checkpoint is at fault
         raise CheckpointError(f"ckpt: '{ckpt}' cannot be loaded: {type(error).__name__}: {error}") from error
     found: str = model.config.model_type  # type: ignore[union-attr, assignment]
     if infer_target != "auto" and found not in ARCHITECTURES[infer_target]:
@@ -92,6 +96,8 @@ def _locate(ckpt: str) -> str:
         from pipeline.tracking.mlflow import download
 
         return _model_in(download(ckpt), ckpt)
+    if not ckpt:
+        raise CheckpointError("ckpt: expected a model folder, a .ckpt, a hub id or an MLflow URI, found nothing")
     path = Path(ckpt).expanduser()
     if ckpt.endswith(".nemo"):
         raise CheckpointError(
@@ -130,7 +136,12 @@ def _from_folder(source: str) -> tuple[nn.Module, Any]:
     config = AutoConfig.from_pretrained(source)
     skeleton, options = _class_for(config)
     model, info = skeleton.from_pretrained(
-        source, config=config, dtype=torch.float32, output_loading_info=True, **options
+        source,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
     )
     encoder, name = _encoder_of(model)
     lacking = sorted(key for key in info["missing_keys"] if key.startswith(name))
@@ -146,7 +157,11 @@ def _tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     beside = Path(source).parent / "components" / "tokenizer"  # where MLflow's transformers flavour keeps it
-    return AutoTokenizer.from_pretrained(str(beside) if beside.is_dir() else source)
+    folder = str(beside) if beside.is_dir() else source
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"ckpt: the tokenizer in '{folder}' cannot be loaded: {error}") from error
 
 
 def _class_for(config: Any) -> tuple[Any, dict[str, Any]]:

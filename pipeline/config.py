@@ -1,6 +1,6 @@
 """The typed configuration: what may stand in the section `model.dwnstr_task_validation` of a YAML file.
 
-`read_config.py` makes these from a file. Python users build them directly.
+`config_file.py` makes these from a file. Python users build them directly.
 """
 
 from __future__ import annotations
@@ -8,12 +8,26 @@ from __future__ import annotations
 import importlib
 import re
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from pipeline.errors import ConfigError, nearest
 
 LEVELS = ("sequence", "token")
 KINDS = ("classification", "regression")
+MAX_NAME = 100  # of a task's or a column's name: metric names hold both, and MLflow takes 250 characters
+INF = float("inf")
+# The range of each number of a task; null is none.
+RANGES: dict[str, tuple[float, float]] = {
+    "emb_batch_size": (1, INF),
+    "batch_size": (1, INF),
+    "num_epochs": (0, INF),
+    "max_seq_length": (1, INF),
+    "patience": (1, INF),
+    "random_seed": (0, 2**63 - 1),
+    "val_fraction": (1e-9, 0.999),
+    "gradient_clip_val": (1e-12, INF),
+}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STORED_DTYPES = ("float32", "float16")
@@ -86,40 +100,44 @@ class Task:
         return [*self.target_sizes] if self.target_sizes else [self.num_classes] * len(self.target_column)
 
     def check(self) -> None:
-        """Raises ConfigError where fields contradict one another."""
+        """Raises ConfigError where a value is out of range, or fields contradict one another."""
         where = f"task '{self.task_name}'"
+        named = self.task_name.strip(" .") and len(self.task_name) <= MAX_NAME
+        _need(bool(named), f"task_name: expected 1 to {MAX_NAME} characters, found '{self.task_name[:200]}'")
         _choice(f"{where}: class", self.level, LEVELS)
         _choice(f"{where}: task_type", self.task_type, KINDS)
         _need(bool(self.dataset_path), f"{where}: dataset_path is missing; give the folder of train/ and test/")
+        self._check_targets(where)
+        for key, (least, most) in RANGES.items():
+            value = getattr(self, key)
+            _need(
+                value is None or least <= value <= most,
+                f"{where}: {key} is {value}, expected at least {least}"
+                + (f" and at most {most}" if most < INF else ""),
+            )
+
+    def _check_targets(self, where: str) -> None:
+        """The columns of labels, and what is declared of each."""
         _need(bool(self.target_column), f"{where}: target_column is missing; name the column of the labels")
         targets = len(self.target_column)
         for key, values in (("target_sizes", self.target_sizes), ("mask_column", self.mask_column)):
             fits = values is None or len(values) == targets
             found = 0 if values is None else len(values)
             _need(fits, f"{where}: {key} has {found} entries for {targets} target columns; give one for each")
-        _need(len(set(self.target_column)) == targets, f"{where}: target_column names a column twice")
+        for first, second in combinations(self.target_column, 2):
+            name = metric_name(second)
+            remedy = f"both become '{name}' in metric names; rename one"
+            _need(metric_name(first) != name, f"{where}: target_column: {first} and {second} {remedy}")
         one = self.level == "token" or targets == 1
-        _need(
-            one,
-            f"{where}: a sequence-level task has one target_column, found {targets}; make it several tasks",
-        )
+        _need(one, f"{where}: a sequence-level task has one target_column, found {targets}; make it several tasks")
         counts = self.num_classes is None or (self.target_sizes or [self.num_classes]) == [self.num_classes] * targets
         _need(counts, f"{where}: num_classes {self.num_classes} contradicts target_sizes {self.target_sizes}")
         unmasked = self.level == "token" or self.mask_column is None
         _need(unmasked, f"{where}: mask_column is for token-level tasks; leave it out")
-        least_values = {"emb_batch_size": 1, "batch_size": 1, "num_epochs": 0, "max_seq_length": 1, "patience": 1}
-        for key, least in least_values.items():
-            value = getattr(self, key)
-            enough = value is None or value >= least
-            _need(enough, f"{where}: {key} is {value}, expected at least {least}")
-        weighted = self.class_weights is None or self.kind == "classification"
-        _need(weighted, f"{where}: class_weights are for classification; leave them out")
-        fraction, clip = self.val_fraction, self.gradient_clip_val
-        _need(0 < fraction < 1, f"{where}: val_fraction is {fraction}, expected a share between 0 and 1")
-        _need(clip is None or clip > 0, f"{where}: gradient_clip_val is {clip}, expected a number above 0")
-        if self.kind == "classification":
-            for size in self.sizes:
-                _need(size is None or size >= 2, f"{where}: a target of {size} classes, expected at least 2")
+        classes = self.kind == "classification"
+        _need(classes or self.class_weights is None, f"{where}: class_weights are for classification; leave them out")
+        for size in self.sizes if classes else []:
+            _need(size is None or size >= 2, f"{where}: a target of {size} classes, expected at least 2")
 
 
 @dataclass
@@ -166,11 +184,23 @@ class Config:
         names = [task.task_name for task in self.dataset]
         double = sorted({name for name in names if names.count(name) > 1})
         _need(not double, f"task_name '{(double or [''])[0]}' is used twice; give each task a name of its own")
+        for first, second in combinations(names, 2):
+            same = metric_name(first) == metric_name(second)
+            _need(not same, f"task_name: '{first}' and '{second}' become one in metric names; rename one")
         targets = sorted({task.infer_target for task in self.dataset})
         _need(
             len(targets) <= 1,
             f"infer_target differs between tasks ({', '.join(targets)}); one checkpoint has one",
         )
+
+
+def metric_name(column: str) -> str:
+    """A column's name with every character that a tracker may refuse turned into `_`.
+
+    >>> metric_name("log P (octanol/water)")
+    'log P _octanol_water_'
+    """
+    return re.sub(r"[^\w .-]", "_", column)
 
 
 def parse_bytes(text: str) -> int:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ from pipeline.load import Examples
 from pipeline.progress import progress
 from pipeline.rows import Rows
 from pipeline.store import DamagedShardError, Entry, ShardWriter, Shelf, Store, sequence_key
+from pipeline.tables import line_of
 
 logger = logging.getLogger(__name__)
 
@@ -186,8 +188,9 @@ def _all_unknown(text: str, examples: Sequence[Examples]) -> DataError:
     for one in examples:
         for name, part in one.parts.items():
             if text in part.sequences:
-                row = part.rows[part.sequences.index(text)]
-                where = f"{one.task.dataset_path}/{name}/{row}: column '{one.task.sequence_column}'"
+                file, _, row = part.rows[part.sequences.index(text)].rpartition(":")
+                path = Path(one.task.dataset_path) / name / file
+                where = f"{path}:{line_of(path, int(row))}: column '{one.task.sequence_column}'"
                 shown = text if len(text) <= 60 else text[:57] + "..."
                 return DataError(f"{where}: expected a sequence with characters the encoder knows, found {shown!r}")
     raise AssertionError("a sequence that stands in no task was embedded")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,14 +74,14 @@ def _number_list(table: tables.Table, row: int, column: str, length: int) -> lis
     expected = f"a JSON list of {length} numbers or nulls"
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise table.error(row, column, expected, text) from None
     if not isinstance(values, list) or len(values) != length:
         found = f"a list of {len(values)}" if isinstance(values, list) else text
         raise table.error(row, column, expected, found)
     for value in values:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not number:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and abs(value) <= sys.float_info.max):
             raise table.error(row, column, expected, str(value))
     return [math.nan if value is None else float(value) for value in values]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config import Config, Files, Task
-from pipeline.read_config import CLASSES, ENCODERS, RENAMED, SECTION, UNUSED
+from pipeline.config_file import CLASSES, ENCODERS, RENAMED, SECTION, UNUSED
 
 SCHEDULES = (
     "WarmupPolicy WarmupHoldPolicy SquareAnnealing CosineAnnealing NoamAnnealing NoamHoldAnnealing WarmupAnnealing "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from pipeline.config import metric_name
 from pipeline.embed import Embeddings
-from pipeline.errors import ConfigError
 from pipeline.fit import loss_of, predict
 from pipeline.load import Part, Target
 from pipeline.metrics import Metrics, classification, regression
@@ -57,18 +56,10 @@ class Scores:
 
 
 def score(embeddings: Embeddings, fitted: FittedHead) -> Scores:
-    """Predicts the whole test part and computes every metric on it.
-
-    Raises:
-        ConfigError: two target columns give the same metric name.
-    """
+    """Predicts the whole test part and computes every metric on it."""
     examples = embeddings.examples
     targets, part = examples.targets, examples.test
     names = [metric_name(target.name) for target in targets]
-    for name in names:
-        if names.count(name) > 1:
-            both = [target.name for target in targets if metric_name(target.name) == name]
-            raise ConfigError(f"target_column: {' and '.join(both)} both become '{name}' in metric names; rename one")
     outputs = _predict(embeddings, fitted)
     values = {LOSS: float(loss_of(outputs, _tensors(part.values), _tensors(part.masks), targets))}
     omitted: dict[str, str] = {}
@@ -85,15 +76,6 @@ def score(embeddings: Embeddings, fitted: FittedHead) -> Scores:
     table = _table(part, targets, outputs)
     notes = examples.notes + embeddings.notes
     return Scores(examples.task.task_name, values, omitted, constant, table, fitted.losses, notes)
-
-
-def metric_name(column: str) -> str:
-    """A column's name with every character that a tracker may refuse turned into `_`.
-
-    >>> metric_name("log P (octanol/water)")
-    'log P _octanol_water_'
-    """
-    return re.sub(r"[^\w .-]", "_", column)
 
 
 def _predict(embeddings: Embeddings, fitted: FittedHead) -> list[torch.Tensor]:

@@ -44,7 +44,7 @@ class Table:
         """The error to raise for a cell: names file, line and column."""
         path = self.files[self.file_of[row]]
         shown = found if len(found) <= 60 else found[:57] + "..."
-        line = _line(path, self.row_of[row])
+        line = line_of(path, self.row_of[row])
         return DataError(f"{path}:{line}: column '{column}': expected {expected}, found {shown!r}")
 
 
@@ -84,8 +84,8 @@ def _read_file(path: Path, columns: Sequence[str]) -> pa.Table:
     header = _header(path)
     for column in columns:
         if header.count(column) != 1:
-            what = "no such column" if column not in header else "it twice"
-            raise DataError(f"{path}:1: expected a column '{column}', found {what}{nearest(column, header)}")
+            what = "it twice" if column in header else f"no such column{nearest(column, header)}"
+            raise DataError(f"{path}:1: expected a column '{column}', found {what}")
     bad: list[pa_csv.InvalidRow] = []
 
     def skip(row: pa_csv.InvalidRow) -> str:
@@ -104,7 +104,7 @@ def _read_file(path: Path, columns: Sequence[str]) -> pa.Table:
             ),
         )
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a CSV file in UTF-8: {error}") from error
+        raise _not_utf8(path, error) from error
     if bad:
         line = _ragged_line(path, len(header))
         raise DataError(f"{path}:{line}: expected {len(header)} fields as in the header, found {bad[0].actual_columns}")
@@ -120,17 +120,27 @@ def _header(path: Path) -> list[str]:
     except OSError as error:
         raise DataError(f"expected a CSV file at {path.absolute()}, found none ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a CSV file in UTF-8: {error}") from error
+        raise _not_utf8(path, error) from error
     if not header:
         raise DataError(f"{path}: expected a header row, found an empty file")
     return header
+
+
+def _not_utf8(path: Path, error: Exception) -> DataError:
+    """The error for a file that cannot be parsed, and the line of its first byte that is not UTF-8."""
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError as wrong:
+        line = wrong.object.count(b"\n", 0, wrong.start) + 1
+        return DataError(f"{path}:{line}: not a CSV file in UTF-8: found the byte 0x{wrong.object[wrong.start]:02x}")
+    return DataError(f"{path}: not a CSV file in UTF-8: {error}")
 
 
 def _records(path: Path) -> list[tuple[int, list[str]]]:
     """Each record below the header with the line it starts on, blank lines left out as pyarrow does."""
     csv.field_size_limit(1 << 30)
     records, start = [], 1
-    with path.open(encoding="utf-8-sig", newline="") as stream:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
         reader = csv.reader(stream)
         for record in reader:
             if record:
@@ -139,7 +149,8 @@ def _records(path: Path) -> list[tuple[int, list[str]]]:
     return records[1:]
 
 
-def _line(path: Path, row: int) -> int:
+def line_of(path: Path, row: int) -> int:
+    """The line that a data row begins on."""
     return _records(path)[row][0]
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from pipeline import optim
-from pipeline.config import Task
+from pipeline.config import Task, metric_name
 from pipeline.embed import Embeddings, embed
 from pipeline.encoders import Encoder
 from pipeline.load import Examples, load
-from pipeline.score import Scores, metric_name, score
+from pipeline.score import Scores, score
 from pipeline.store import Store
 from pipeline.tracking import Data, NullTracker, Tracker
 from pipeline.train_head import train_head
@@ -51,6 +51,7 @@ def validate(
     wanted = [tasks] if isinstance(tasks, Task) else list(tasks)
     last = STAGES.index(until)
     for task in wanted:
+        task.check()
         optim.check(task.optim)  # now, and not after an hour of embedding
     examples = _load(wanted, encoder, tracker)
     embeddings = _embed(examples, encoder, store, tracker) if last >= 1 else []
@@ -116,7 +117,7 @@ def _fit_and_score(
         for metric, reason in scores.omitted.items():
             _note(step, name, f"{metric} is left out: {reason}")
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"predictions_{metric_name(name).replace(' ', '_')}.parquet"
+            path = Path(folder) / f"predictions_{metric_name(name)}.parquet"
             pq.write_table(scores.predictions, path)
             tracker.artifact(path)
     return [scores]

@@ -247,7 +247,7 @@ SETTINGS: list[tuple[str, Any, str, str]] = [
     ("task", {**MASKED, "mask_column": ["seen", None]}, "config", "mask_column has 2 entries for 1 target columns"),
     ("task", {"optim": {"name": "adom"}}, "ckpt", "optim.name: unknown optimiser 'adom'"),
     ("task", {"optim": {"momentum": 1}}, "ckpt", "'momentum'"),
-    ("task", TWO_TARGETS, "score", "target_column: a/b and a_b both become 'a_b' in metric names; rename one\n"),
+    ("task", TWO_TARGETS, "config", "target_column: a/b and a_b both become 'a_b' in metric names; rename one\n"),
     ("section", {"dataset": TWINS}, "config", "a/b"),
     ("section", {"dataset": None}, "config", "dataset: expected a task or a list of tasks, found None\n"),
     ("section", {"dataset": []}, "config", "dataset is missing; give a task, or a list of tasks\n"),

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import Config, parse_bytes
+from pipeline.config_file import config_from, read_config, to_yaml
 from pipeline.errors import ConfigError
-from pipeline.read_config import config_from, read_config, to_yaml
 from pipeline.tables import expand
 from tests.conftest import ROOT
 

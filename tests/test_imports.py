@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import pipeline
 from tests.conftest import ROOT
 
 # Each module may import those before it.
 ORDER = """
-errors config read_config progress schema tables labels load tokens encoders custom tracking tracking.mlflow checkpoints
+errors config config_file progress schema tables labels load tokens encoders custom tracking tracking.mlflow checkpoints
 store rows embed heads schedules optim fit train_head metrics score validation report pretrain __main__
 """.split()
 ADAPTERS = {"mlflow": {"tracking.mlflow"}, "wandb": set(), "tensorboard": set(), "pytorch_lightning": set()}
@@ -61,6 +62,12 @@ def test_trackers_are_imported_by_their_adapters_alone(name: str) -> None:
     tops = {module.split(".")[0] for module in imports_of(modules()[name])}
     for library, adapters in ADAPTERS.items():
         assert library not in tops or name in adapters or library in LINKS.get(name, set())
+
+
+def test_no_public_name_is_hidden_by_a_module() -> None:
+    """`import pipeline.x` binds the module `x` in the package: a function of that name could not be imported."""
+    assert not set(pipeline.__all__) & set(modules())
+    assert all(getattr(pipeline, name) is not None for name in pipeline.__all__)
 
 
 def loaded_after(code: str) -> set[str]:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from pipeline.checkpoints import open_encoder
 from pipeline.config import Config, Files, Task
+from pipeline.config_file import config_from, read_config
 from pipeline.embed import embed
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.fit import loss_of
 from pipeline.heads import Head
 from pipeline.load import load
-from pipeline.read_config import config_from, read_config
 from pipeline.schema import markdown
 from pipeline.score import Scores
 from pipeline.store import Store
@@ -106,7 +106,8 @@ def test_key_class_weights(tmp_path: Path) -> None:
 def test_key_patience(tmp_path: Path) -> None:
     """On labels that cannot be learnt, training stops early and the best head on the held-out part is kept."""
     noise = [{**row, "label": str(row["label"])[::-1]} for row in planted(proteins(40, 7))]
-    options = {"level": "token", "task_type": "classification", "target_column": ["label"], "batch_size": 4}
+    options: dict[str, Any] = {"level": "token", "task_type": "classification", "target_column": ["label"]}
+    options["batch_size"] = 4
     task = make_task(tmp_path, noise, **options, num_epochs=100, patience=3, optim={"lr": 0.05})
     (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path))
     fitted = train_head(embeddings, Store(tmp_path), torch.device("cpu"))
@@ -243,7 +244,7 @@ def test_key_trust_pickle(tmp_path: Path, model_folder: Callable[..., Path]) -> 
 
     state = EsmForMaskedLM.from_pretrained(model_folder("esm")).state_dict()
     torch.save({"state_dict": state, "hyper_parameters": Path("x")}, tmp_path / "a.ckpt")
-    settings = {"architecture": str(model_folder("esm"))}
+    settings: dict[str, Any] = {"architecture": str(model_folder("esm"))}
     with pytest.raises(CheckpointError, match="trust_pickle=true"):
         open_encoder(str(tmp_path / "a.ckpt"), **settings)
     assert open_encoder(str(tmp_path / "a.ckpt"), trust_pickle=True, **settings).hidden_size == 32

@@ -81,6 +81,7 @@ def test_last_epoch_is_where_a_policy_begins() -> None:
 def test_torchs_schedules_are_torchs(name: str) -> None:
     config = optim.with_max_steps({"lr": 0.1, "sched": {"name": name, **TORCH_SCHEDULES[name]}}, 30)
     _, scheduler = optim.build(parameters(), config)
+    assert scheduler is not None
     assert type(scheduler) is getattr(torch.optim.lr_scheduler, name)
     assert optim.per_epoch(scheduler) == (name in ("ExponentialLR", "ReduceLROnPlateau"))
 

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.config import Task
+from pipeline.config import Task, metric_name
 from pipeline.embed import embed
 from pipeline.errors import ConfigError, DataError
 from pipeline.fit import batch_of
 from pipeline.load import load
-from pipeline.score import Scores, metric_name, score
+from pipeline.score import Scores, score
 from pipeline.store import Store
 from pipeline.train_head import train_head
 from pipeline.validation import validate

@@ -16,8 +16,8 @@ from mlflow import MlflowClient
 
 from pipeline.__main__ import main
 from pipeline.config import Config, Files, Task
+from pipeline.config_file import config_from, to_mapping
 from pipeline.errors import ConfigError
-from pipeline.read_config import config_from, to_mapping
 from tests.conftest import ROOT
 
 # A pre-training file of the reference: Hydra's defaults, resolvers that nobody registered, unrelated sections.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -97,7 +98,7 @@ class MlflowTracker:
     def checkpoint(self, name: str, digest: str, source: str, step: int = 0) -> None:
         """Makes a LoggedModel of what is measured; the run's metrics from here on are linked to it."""
         model = mlflow.create_external_model(
-            name=name,
+            name=re.sub(r"[/:.%\"']", "_", name),
             source_run_id=self.run_id,
             experiment_id=self.experiment_id,
             model_type="checkpoint",
@@ -133,12 +134,13 @@ def open_run(name: str, tracking_uri: str = "") -> Iterator[MlflowTracker]:
             experiment_id = client.get_run(given).info.experiment_id
             run_id = given
             client.update_run(run_id, name=name)
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in _process_tags().items()])
         else:
             experiment_id = _experiment(client)
-            run_id = client.create_run(experiment_id, run_name=name, tags=resolve_tags()).info.run_id
+            tags = {**resolve_tags(), **_process_tags()}
+            run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
         sweep(client, experiment_id)
         tracker = MlflowTracker(client, experiment_id, run_id)
-        tracker.tags(_process_tags())
     except MlflowException as error:
         raise TrackingError(f"MLflow at '{mlflow.get_tracking_uri()}' cannot be used: {error}") from error
     with _ending(tracker):

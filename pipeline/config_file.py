@@ -52,7 +52,7 @@ def read_config(path: str | Path, overrides: str = "") -> Config:
         remedy = "register the resolver, set the key in the file, or override the value"
         raise ConfigError(f"{path}: {SECTION} cannot be resolved: {error}; {remedy}") from error
     assert isinstance(plain, dict)
-    config = config_from(plain, _Lines(text, str(path)))
+    config = config_from(plain, _Lines(text, str(path), overrides))
     if "exp_manager" in root:
         config.notes.append("exp_manager is not read")
     config.check()
@@ -69,7 +69,9 @@ def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
     raw = dict(section)
     tasks = raw.pop("dataset", None)
     if not isinstance(tasks, (dict, list)):
-        raise ConfigError(f"{lines.at()}: {SECTION}.dataset: expected a task or a list of tasks, found {tasks!r}")
+        raise ConfigError(
+            f"{lines.at(('dataset',))}: {SECTION}.dataset: expected a task or a list of tasks, found {tasks!r}"
+        )
     _check_keys(raw, Config, (), lines)
     entries = tasks if isinstance(tasks, list) else [tasks]
     paths: list[tuple[Any, ...]] = [
@@ -234,8 +236,9 @@ def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: _
 class _Lines:
     """Where keys of the section stand in the file, for error messages; and notes on what they were taken for."""
 
-    def __init__(self, text: str, name: str) -> None:
+    def __init__(self, text: str, name: str, overrides: str = "") -> None:
         self.name = name
+        self.overrides = overrides
         self.notes: list[str] = []
         try:
             self.node: Any = yaml.compose(text, Loader=yaml.SafeLoader) if text else None
@@ -247,6 +250,8 @@ class _Lines:
         node, line = self.node, 0
         for key in (*SECTION.split("."), *path):
             found = _child(node, key)
+            if found is None and self.overrides and path and key == path[-1]:
+                return "overrides"  # what the file does not hold came from there
             if found is None:
                 break
             line, node = found
