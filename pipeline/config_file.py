@@ -20,6 +20,11 @@ from pipeline.errors import ConfigError, nearest
 SECTION = "model.dwnstr_task_validation"
 RENAMED = {"sequence_col": "sequence_column", "mask_col": "mask_column", "class": "level"}
 UNUSED = {"num_workers", "loss_func", "drop_last", "pin_memory", "persistent_workers", "micro_batch_size"}
+ELEMENTS: dict[str, tuple[type, ...]] = {
+    "target_column": (str,),
+    "target_sizes": (int,),
+    "mask_column": (str, type(None)),
+}
 CLASSES = {
     "SingleValuePredictionCallback": "sequence",
     "PerTokenPredictionCallback": "token",
@@ -230,6 +235,12 @@ def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: _
             raise ConfigError(f"{lines.at((*path, key))}: {key}: {reason}") from error
     container = OmegaConf.to_container(base)
     assert isinstance(container, dict)
+    for key, kinds in ELEMENTS.items():
+        for element in container.get(key) or [] if schema is Task else []:
+            if not isinstance(element, kinds):  # OmegaConf lets a list within a list pass
+                raise ConfigError(
+                    f"{lines.at((*path, key))}: {key}: expected a list of {kinds[0].__name__}, found {element}"
+                )
     return {str(key): value for key, value in container.items()}
 
 
