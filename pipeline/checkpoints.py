@@ -121,6 +121,8 @@ def _locate(ckpt: str) -> str:
 
 def _model_in(folder: Path, ckpt: str) -> str:
     """The model folder or `.ckpt` at or below `folder`: MLflow keeps models a level or two down."""
+    if folder.is_file() and folder.suffix == ".ckpt":
+        return str(folder)
     if (folder / "config.json").is_file():
         return str(folder)
     candidates = [path.parent for path in folder.rglob("config.json")] + list(folder.rglob("*.ckpt"))
@@ -133,7 +135,7 @@ def _model_in(folder: Path, ckpt: str) -> str:
 def _from_folder(source: str) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     skeleton, options = _class_for(config)
     model, info = skeleton.from_pretrained(
         source,
@@ -159,7 +161,7 @@ def _tokenizer(source: str) -> Any:
     beside = Path(source).parent / "components" / "tokenizer"  # where MLflow's transformers flavour keeps it
     folder = str(beside) if beside.is_dir() else source
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(f"ckpt: the tokenizer in '{folder}' cannot be loaded: {error}") from error
 
@@ -195,11 +197,15 @@ def _from_lightning(source: str, architecture: str | None, trust_pickle: bool) -
         remedy = "give the Hugging Face folder of its architecture and tokenizer with architecture=..."
         raise CheckpointError(f"ckpt: '{source}' does not say what model it holds; {remedy}")
     if architecture is not None:
-        config, tokenizer, prefix = AutoConfig.from_pretrained(architecture), _tokenizer(architecture), None
+        config, tokenizer, prefix = (
+            AutoConfig.from_pretrained(architecture, trust_remote_code=False),
+            _tokenizer(architecture),
+            None,
+        )
     else:
         assert description is not None
         config, tokenizer = _rebuild(description)
-        prefix = description["prefix"]
+        prefix = description["prefix"].replace("_orig_mod.", "")
     skeleton, options = _class_for(config)
     with torch.random.fork_rng(devices=[]):
         encoder, name = _encoder_of(skeleton(config, **options))

@@ -102,7 +102,7 @@ class Task:
     def check(self) -> None:
         """Raises ConfigError where a value is out of range, or fields contradict one another."""
         where = f"task '{self.task_name}'"
-        named = self.task_name.strip(" .") and len(self.task_name) <= MAX_NAME
+        named = self.task_name.strip(" .") and len(self.task_name.encode()) <= MAX_NAME
         _need(bool(named), f"task_name: expected 1 to {MAX_NAME} characters, found '{self.task_name[:200]}'")
         _choice(f"{where}: class", self.level, LEVELS)
         _choice(f"{where}: task_type", self.task_type, KINDS)
@@ -216,7 +216,7 @@ def import_class(path: str, key: str, known: tuple[str, ...]) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the user's module may raise anything when it is imported
         close = nearest(path, known)
         raise ConfigError(
             f"{key}: '{path}' is neither a short name nor a class on the path ({error}){close}"

@@ -18,7 +18,7 @@ from pipeline.encoders import Encoder
 from pipeline.errors import CheckpointError, DataError
 from pipeline.load import Examples
 from pipeline.progress import progress
-from pipeline.rows import Rows
+from pipeline.rows import Rows, verify
 from pipeline.store import DamagedShardError, Entry, ShardWriter, Shelf, Store, sequence_key
 from pipeline.tables import line_of
 
@@ -55,7 +55,7 @@ class Embeddings:
     notes: tuple[str, ...] = ()
 
     def rows(self, part: str) -> Rows:
-        """The embedding rows of a part, in memory if they fit the budget. Close them after use."""
+        """The embedding rows of a part, in memory if they fit the budget."""
         return Rows(self.shelf, self.entries[part], self.memory_bytes)
 
 
@@ -143,6 +143,9 @@ def _embed_missing(
             states = encoder.hidden_states([union[key] for key in batch])
             for key, state in zip(batch, states, strict=True):
                 _put(key, state, missing, writers, unknown[key])
+            if any(writer.is_full for writer in writers.values()):
+                for writer in writers.values():
+                    writer.flush()
             advance(sum(len(union[key]) for key in batch))
     for writer in writers.values():
         writer.flush()
@@ -199,15 +202,18 @@ def _all_unknown(text: str, examples: Sequence[Examples]) -> DataError:
 def _drop_damaged(
     shelves: dict[str, Shelf], wanted: dict[str, dict[bytes, str]], indices: dict[str, dict[bytes, Entry]]
 ) -> bool:
-    """Drops the first shard whose checksums do not hold; True if there was one."""
+    """Reads every shard that is wanted once, and drops those that are damaged; True if there was one."""
+    damaged = False
     for pooling, shelf in shelves.items():
-        try:
-            Rows(shelf, [indices[pooling][key] for key in wanted[pooling]], 0).close()
-        except DamagedShardError as damage:
-            logger.warning("%s", damage)
-            shelf.drop(damage.shard)
-            return True
-    return False
+        shards = {indices[pooling][key].shard.file: indices[pooling][key].shard for key in wanted[pooling]}
+        for shard in shards.values():
+            try:
+                verify(shelf, shard)
+            except DamagedShardError as damage:
+                logger.warning("%s", damage)
+                shelf.drop(shard)
+                damaged = True
+    return damaged
 
 
 def _embeddings(

@@ -131,7 +131,9 @@ def weights_digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
 def _digest(model: nn.Module, tokens: Tokens, precision: str) -> str:
     options = {key: value for key, value in model.config.to_diff_dict().items() if key not in NEUTRAL_OPTIONS}  # type: ignore[union-attr, operator]
     weights = weights_digest(iter(model.state_dict().items()))
-    what = [weights, tokens.digest(), json.dumps(options, sort_keys=True, default=str), precision]
+    # Rounded arithmetic differs between kinds of device; float32 agrees to 1e-5.
+    where = "" if precision == "fp32" else next(model.parameters()).device.type
+    what = [weights, tokens.digest(), json.dumps(options, sort_keys=True, default=str), precision, where]
     return hashlib.sha256("\n".join(what).encode()).hexdigest()
 
 

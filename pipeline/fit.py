@@ -46,9 +46,11 @@ def batch_of(rows: Rows, part: Part, sequences: Indices, device: torch.device) -
 
 
 def labels_of(part: Part, sequences: Indices) -> tuple[list[Tensor], list[Tensor]]:
-    """Values and masks of some sequences, per target, shape (units,)."""
+    """Values (int64 or float32) and masks of some sequences, per target, shape (units,)."""
     units = unit_index(part.counts, sequences)
-    return [torch.from_numpy(value[units]) for value in part.values], [torch.from_numpy(m[units]) for m in part.masks]
+    values = [torch.from_numpy(value[units]) for value in part.values]
+    masks = [torch.from_numpy(mask[units]) for mask in part.masks]
+    return [value.float() if value.is_floating_point() else value for value in values], masks
 
 
 def loss_of(
@@ -77,7 +79,8 @@ def loss_of(
             losses.append(functional.mse_loss(output[mask, 0], value[mask].to(output.dtype)))
         else:
             weight = output.new_tensor(target.weights) if weighted and target.weights else None
-            losses.append(functional.cross_entropy(output[mask], value[mask], weight))
+            if weight is None or weight[value[mask]].sum() > 0:
+                losses.append(functional.cross_entropy(output[mask], value[mask], weight))
     return torch.stack(losses).sum()
 
 
@@ -134,14 +137,7 @@ def fit(head: Head, embeddings: Embeddings, device: torch.device) -> tuple[list[
         DataError: the loss is no longer a finite number.
     """
     rows = embeddings.rows("train")
-    held = None
-    try:
-        sequences, held = _hold_out(embeddings, rows)
-        return _epochs(head, embeddings, (rows, sequences, held), device)
-    finally:
-        rows.close()
-        if held is not None:
-            held.rows.close()
+    return _epochs(head, embeddings, (rows, *_hold_out(embeddings, rows)), device)
 
 
 def _hold_out(embeddings: Embeddings, rows: Rows) -> tuple[Indices, _Held | None]:

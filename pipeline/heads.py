@@ -28,9 +28,12 @@ class Head(nn.Module):
     def reset(self, seed: int) -> None:
         """Fresh weights, as torch initialises linear and convolution layers, and dropout, both from `seed`.
 
-        Weights and biases are uniform in ±1/sqrt(fan_in) (`torch.nn.Linear`, `torch.nn.Conv2d`).
+        Weights and biases are uniform in ±1/sqrt(fan_in) (`torch.nn.Linear`, `torch.nn.Conv2d`), the same on every
+        device. Call it where the head is to be trained: dropout draws on the device.
         """
         generator = torch.Generator().manual_seed(seed)
+        own = int(torch.randint(2**62, (), generator=generator))  # dropout must not repeat the weights' numbers
+        dropout = torch.Generator(next(self.parameters()).device).manual_seed(own)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 bound = 1 / math.sqrt(module.weight[0].numel())
@@ -38,7 +41,7 @@ class Head(nn.Module):
                     values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                     parameter.data.copy_(values)
             elif isinstance(module, Dropout):
-                module.generator = torch.Generator(next(self.parameters()).device).manual_seed(seed)
+                module.generator = dropout
 
 
 class Dropout(nn.Module):

@@ -109,22 +109,21 @@ def load(task: Task, max_seq_length: int | None = None) -> Examples:
         DataError: names file, line and column, what was expected and what was found.
     """
     names = {"train": task.dataset.train, "test": task.dataset.test}
-    if task.dataset.val:
+    notes: list[str] = []
+    if task.dataset.val and task.patience is None:
+        notes.append("dataset.val is not used; set patience for early stopping on it")
+    elif task.dataset.val:
         names["val"] = task.dataset.val
     raw = {part: _read_part(task, part, name) for part, name in names.items()}
-    notes: list[str] = []
     targets = tuple(_target(task, index, raw, notes) for index in range(len(task.target_column)))
     limits = [limit for limit in (task.max_seq_length, max_seq_length) if limit is not None]
     limit = min(limits, default=None)
     parts = {part: _filter(task, targets, raw[part], part, limit) for part in raw}
     targets = tuple(_weighted(task, target, index, parts["train"]) for index, target in enumerate(targets))
-    if "val" in parts and task.patience is None:
-        notes.append("val is read and not used; set patience for early stopping")
     for name, part in parts.items():
         if part.left_out:
             notes.append(f"{name}: {part.left_out} of {len(part) + part.left_out} sequences left out, over {limit}")
-    val = parts.get("val") if task.patience is not None else None
-    return Examples(task, targets, parts["train"], parts["test"], val, tuple(notes))
+    return Examples(task, targets, parts["train"], parts["test"], parts.get("val"), tuple(notes))
 
 
 def _read_part(task: Task, part: str, name: str) -> _RawPart:

@@ -67,6 +67,7 @@ def per_epoch(scheduler: LRScheduler | ReduceLROnPlateau) -> bool:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
+@torch.random.fork_rng(devices=[])
 def check(optim_config: Mapping[str, Any]) -> None:
     """Takes a step of a parameter that nobody needs. Raises ConfigError as `build` does, or if that fails."""
     parameter = nn.Parameter(torch.ones(2, 2))
@@ -88,6 +89,7 @@ def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     candidates = _classes(name)
     if name.lower() in FUSED:
+        options.setdefault("weight_decay", 0.0)  # as theirs; AdamW's own default is 0.01
         options = _only_known(candidates[0], name, options)
     accepting = [one for one in candidates if not set(options) - set(_accepted(one))]
     if not accepting:
@@ -108,7 +110,8 @@ def _classes(name: str) -> list[type[Optimizer]]:
     found = [one for key, one in vars(torch.optim).items() if key.lower() == lower and _is_optimizer(one)]
     import pytorch_optimizer
 
-    if lower in pytorch_optimizer.get_supported_optimizers():
+    # Schedule-free optimisers keep the weights to be scored apart from those that they train.
+    if lower in pytorch_optimizer.get_supported_optimizers() and not lower.startswith("schedulefree"):
         found.append(pytorch_optimizer.load_optimizer(lower))
     if not found:
         known = [*NAMES, *FUSED, *pytorch_optimizer.get_supported_optimizers()]

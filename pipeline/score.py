@@ -73,6 +73,8 @@ def score(embeddings: Embeddings, fitted: FittedHead) -> Scores:
         values.update({f"test_{name}_{metric}": number for metric, number in found.values.items()})
         omitted.update({f"test_{name}_{metric}": reason for metric, reason in found.omitted.items()})
         constant.update({f"test_{name}_{metric}": floors[metric] for metric in FLOORS if metric in floors})
+    for name in [name for name, value in values.items() if not np.isfinite(value)]:
+        omitted[name] = f"it is {values.pop(name)}: the labels or the head's outputs are out of range"
     table = _table(part, targets, outputs)
     notes = examples.notes + embeddings.notes
     return Scores(examples.task.task_name, values, omitted, constant, table, fitted.losses, notes)
@@ -81,13 +83,9 @@ def score(embeddings: Embeddings, fitted: FittedHead) -> Scores:
 def _predict(embeddings: Embeddings, fitted: FittedHead) -> list[torch.Tensor]:
     """For each target, the head's outputs on the test part, shape (units, outputs)."""
     part, device = embeddings.examples.test, next(fitted.head.parameters()).device
-    rows = embeddings.rows("test")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            everything, batch_size = np.arange(len(part)), embeddings.examples.task.batch_size
-            return predict(fitted.head, rows, part, everything, batch_size, device)
-    finally:
-        rows.close()
+    with torch.autocast(device.type, enabled=False):
+        everything, batch_size = np.arange(len(part)), embeddings.examples.task.batch_size
+        return predict(fitted.head, embeddings.rows("test"), part, everything, batch_size, device)
 
 
 def _tensors(arrays: list[Any]) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ manifest does not count does not exist. Pages carry checksums, and a damaged sha
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from filelock import FileLock
 from pipeline.errors import CacheError
 
 KEY_BYTES = 16
+FORMAT = 1  # part of every key: raise it when the same key would no longer give the same embeddings
 # A row group is one data page (pyarrow breaks pages at 20,000 rows), so that its rows lie in one run of bytes.
 ROW_GROUP = 16_384
 SHARD_BYTES = 64 * 2**20
@@ -84,7 +86,13 @@ class Store:
 
     def shelf(self, encoder_digest: str, pooling: str, hidden_size: int) -> Shelf:
         """The shelf of an encoder; `pooling` is `mean` or `none`."""
-        what = {"encoder": encoder_digest, "pooling": pooling, "dtype": self.dtype, "hidden_size": hidden_size}
+        what = {
+            "format": FORMAT,
+            "encoder": encoder_digest,
+            "pooling": pooling,
+            "dtype": self.dtype,
+            "hidden_size": hidden_size,
+        }
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
         return Shelf(self.root.expanduser() / "embeddings" / key, what)
 
@@ -92,6 +100,14 @@ class Store:
 def sequence_key(sequence: str) -> bytes:
     """The digest that a sequence's rows are stored under."""
     return hashlib.sha256(sequence.encode()).digest()[:KEY_BYTES]
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error in reading means that the file is not what was written; too many open files, say, do not.
+
+    pyarrow reports a wrong checksum as an OSError without a number.
+    """
+    return not isinstance(error, OSError) or error.errno in (None, errno.ENOENT, errno.EIO)
 
 
 class Shelf:
@@ -107,14 +123,14 @@ class Shelf:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps other processes from writing; released by the system when a process dies."""
-        try:
+        lock = FileLock(self.folder / "lock")
+        with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / "lock"):
-                yield
-        except OSError as error:
-            raise CacheError(
-                f"store: '{self.folder}' cannot be written ({error}); set store to another folder"
-            ) from error
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def shards(self) -> list[Shard]:
         """The shards that count: listed in the manifest, and there with the size it gives."""
@@ -131,10 +147,13 @@ class Shelf:
         for shard in self.shards():
             try:
                 found = dict(self._entries(shard))
-            except (pa.ArrowException, OSError):
+            except (pa.ArrowException, OSError) as error:
+                if not is_damage(error):
+                    raise CacheError(f"store: '{self.path(shard)}' cannot be read ({error})") from error
                 self.drop(shard)
                 continue
-            entries = {**found, **entries}
+            for key, entry in found.items():
+                entries.setdefault(key, entry)
         return entries
 
     def drop(self, shard: Shard) -> None:
@@ -169,7 +188,7 @@ class Shelf:
             yield keys[start].tobytes(), Entry(shard, start, count, int(unknown[start]))
 
     def _write_manifest(self, shards: Sequence[Shard]) -> None:
-        content = json.dumps({**self.what, "format": 1, "shards": [asdict(shard) for shard in shards]}, indent=1)
+        content = json.dumps({**self.what, "shards": [asdict(shard) for shard in shards]}, indent=1)
         temporary = self.folder / f"manifest.json.{os.getpid()}.tmp"
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(content)
@@ -187,20 +206,37 @@ class ShardWriter:
         self._clear()
 
     def add(self, key: bytes, unknown: int, rows: npt.NDArray[np.float32], tokens: int) -> None:
-        """Takes the rows of a sequence, shape (count, hidden_size), embedded from `tokens` tokens."""
+        """Takes the rows of a sequence, shape (count, hidden_size), embedded from `tokens` tokens.
+
+        Raises:
+            CacheError: a value is not a finite number, or is none in the shelf's dtype.
+        """
+        with np.errstate(over="ignore"):
+            stored = rows.astype(self.shelf.dtype, copy=False)
+        if not np.isfinite(stored).all():
+            found = "no finite numbers" if not np.isfinite(rows).all() else f"numbers beyond {self.shelf.dtype.name}"
+            remedy = "use precision: fp32 and embedding_dtype: float32, or another checkpoint"
+            raise CacheError(f"embed: the encoder's hidden states hold {found}; {remedy}")
         self._keys.append(key)
         self._unknown.append(unknown)
-        self._rows.append(rows.astype(self.shelf.dtype, copy=False))
+        self._rows.append(stored)
         self._bytes += self._rows[-1].nbytes
         self._tokens += tokens
-        if self._bytes >= SHARD_BYTES or self._tokens >= SHARD_TOKENS:
-            self.flush()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is enough for a shard. Flush between batches, so that a resumed run has the same batches."""
+        return self._bytes >= SHARD_BYTES or self._tokens >= SHARD_TOKENS
 
     def flush(self) -> None:
         """Writes what was collected as a shard and counts it in the manifest."""
         if not self._keys:
             return
-        table = self._table()
+        with _writing(self.shelf.folder):
+            self._write_shard(self._table())
+        self._clear()
+
+    def _write_shard(self, table: pa.Table) -> None:
         shards = self.shelf.shards()
         number = 1 + max((int(shard.file[6:11]) for shard in shards), default=-1)
         final = self.shelf.folder / f"shard-{number:05d}.parquet"
@@ -220,7 +256,6 @@ class ShardWriter:
         temporary.replace(final)
         shard = Shard(final.name, final.stat().st_size, table.num_rows, len(self._keys), dict(self.made_with))
         self.shelf._write_manifest([*shards, shard])
-        self._clear()
 
     def _clear(self) -> None:
         self._keys: list[bytes] = []
@@ -242,6 +277,15 @@ class ShardWriter:
         fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
         layout = {"dtype": self.shelf.dtype.str, "hidden_size": str(hidden.shape[1])}
         return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields, metadata=layout))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns what the disk has to say into a CacheError."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(f"store: '{folder}' cannot be written ({error}); set store to another folder") from error
 
 
 def _fixed_width(array: npt.NDArray[Any], width: int) -> pa.FixedSizeBinaryArray:

@@ -60,7 +60,8 @@ class Tokens:
         state = json.loads(backend.to_str()) if backend is not None and self._split is None else {}
         rules = {key: state.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
         vocabulary = sorted(self.tokenizer.get_vocab().items())
-        what = [self.splitting, self.before, self.after, self.unknown, vocabulary, rules]
+        single = [self._native(chr(code)) for code in range(33, 127)]  # what rules make of each printable character
+        what = [self.splitting, self.before, self.after, self.unknown, vocabulary, rules, single]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def _choose(self) -> tuple[str, Callable[[str], Sequence[str]] | None]:

@@ -25,7 +25,7 @@ from pipeline.errors import CacheError
 from pipeline.fit import fit
 from pipeline.heads import MLP, ConvNet, Head
 from pipeline.load import Target
-from pipeline.store import Store
+from pipeline.store import FORMAT, Store
 
 Losses = tuple[list[float], list[float]]
 # The settings of a task that a fit depends on, beside the data.
@@ -67,13 +67,15 @@ def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> Fi
         DataError: the loss is no longer a finite number.
         CacheError: the head cannot be stored.
     """
-    with _own_modes(device):
+    gpus = [device] if device.type == "cuda" else []
+    with _own_modes(device), torch.random.fork_rng(gpus):
+        torch.manual_seed(embeddings.examples.task.random_seed)  # for layers of a user's own head
         return _train_head(embeddings, store, device)
 
 
 def _train_head(embeddings: Embeddings, store: Store, device: torch.device) -> FittedHead:
     examples = embeddings.examples
-    head = make_head(examples.task, embeddings.shelf.hidden_size, examples.targets).to(device)
+    head = make_head(examples.task, embeddings.shelf.hidden_size, examples.targets, device)
     path = store.root.expanduser() / "heads" / f"{_key(embeddings, device)}.safetensors"
     losses = _restore(head, path)
     if losses is not None:
@@ -83,14 +85,15 @@ def _train_head(embeddings: Embeddings, store: Store, device: torch.device) -> F
     return FittedHead(head.eval(), *losses, reused=False)
 
 
-def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...]) -> Head:
-    """The head for a task, with fresh weights from its seed."""
+def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...], device: torch.device) -> Head:
+    """The head for a task on a device, with fresh weights from its seed."""
     outputs = [target.outputs for target in targets]
     head: Head
     if task.head:
         head = import_class(task.head, "class", LEVELS)(hidden_size, outputs)
     else:
         head = ConvNet(hidden_size, outputs) if task.level == "token" else MLP(hidden_size, outputs[0])
+    head = head.to(device)
     head.reset(task.random_seed)
     return head
 
@@ -106,6 +109,7 @@ def _key(embeddings: Embeddings, device: torch.device) -> str:
     """Changes with anything that a fit depends on."""
     task, examples = embeddings.examples.task, embeddings.examples
     what: dict[str, Any] = {
+        "format": FORMAT,
         "embeddings": embeddings.key,
         "train": examples.train.digest,
         "val": examples.val.digest if examples.val else None,
@@ -121,8 +125,12 @@ def _restore(head: Head, path: Path) -> Losses | None:
     """Loads a stored head; None if there is none, or one that cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
-            head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             losses, held_losses = json.loads(file.metadata()["losses"])
+        shapes = {name: value.shape for name, value in head.state_dict().items()}
+        if {name: value.shape for name, value in state.items()} != shapes:
+            return None
+        head.load_state_dict(state)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
         return None
     return losses, held_losses
@@ -135,5 +143,5 @@ def _keep(head: Head, losses: Losses, path: Path) -> None:
         state = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
         save_file(state, temporary, metadata={"losses": json.dumps(losses)})
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CacheError(f"store: '{path.parent}' cannot be written ({error}); set store to another folder") from error

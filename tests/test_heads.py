@@ -89,7 +89,7 @@ def test_initial_weights_have_torchs_distribution() -> None:
 def test_a_head_neither_reads_nor_changes_the_global_random_state() -> None:
     def outputs(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        head = make_head(Task(level="token", random_seed=9), 5, (Target("y", None, 1),))
+        head = make_head(Task(level="token", random_seed=9), 5, (Target("y", None, 1),), torch.device("cpu"))
         before = torch.random.get_rng_state()
         result: Tensor = head.train()(rows_of([6]), torch.tensor([6]))[0]
         assert torch.equal(torch.random.get_rng_state(), before)

@@ -160,7 +160,6 @@ def test_key_memory_budget(task: Task, tmp_path: Path) -> None:
         (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path, memory_bytes=config.memory_bytes))
         rows = embeddings.rows("train")
         assert rows.in_memory == in_memory
-        rows.close()
 
 
 def test_key_embedding_dtype(task: Task, tmp_path: Path) -> None:

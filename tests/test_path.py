@@ -149,7 +149,6 @@ def test_a_sequence_scores_the_same_alone_and_in_any_batch(tmp_path: Path, store
         for index in range(len(part)):
             one = batch_of(rows, part, np.array([index]), CPU)
             torch.testing.assert_close(head(one.rows, one.counts)[0], together[index], atol=1e-5, rtol=0)
-        rows.close()
 
 
 def test_scores_repeat_to_the_last_bit(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pipeline import store as store_module
 from pipeline.config import Task
 from pipeline.embed import Embeddings, batches, embed
 from pipeline.load import load
-from pipeline.rows import Rows
+from pipeline.rows import verify
 from pipeline.store import DamagedShardError, Store, sequence_key
 from tests.conftest import ROOT, FakeEncoder, make_task
 
@@ -44,10 +44,7 @@ def embedded(task: Task, encoder: FakeEncoder, store: Store) -> Embeddings:
 
 def all_rows(embeddings: Embeddings, part: str = "train") -> torch.Tensor:
     rows = embeddings.rows(part)
-    try:
-        return rows.gather(np.arange(len(rows)))
-    finally:
-        rows.close()
+    return rows.gather(np.arange(len(embeddings.entries[part])))
 
 
 @pytest.mark.parametrize("memory", [10**9, 0])
@@ -60,7 +57,6 @@ def test_rows_are_the_encoders_in_the_order_of_the_examples(tmp_path: Path, fake
     assert rows.in_memory == bool(memory)
     some = rows.gather(np.array([3, 0, 3]))
     assert torch.equal(some, torch.cat([fake.state(TEXTS[index]) for index in (3, 0, 3)]))
-    rows.close()
 
 
 def test_each_distinct_sequence_goes_through_once(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
@@ -124,7 +120,7 @@ def test_a_damaged_shard_is_embedded_again_and_never_read(
         content[place + 5] ^= 1
         path.write_bytes(content)
         with pytest.raises(DamagedShardError):
-            Rows(before.shelf, before.entries["train"], 10**9)
+            verify(before.shelf, before.shelf.shards()[0])
     fake.seen.clear()
     after = embedded(token_task(tmp_path), fake, store)
     assert sorted(fake.seen) == sorted(TEXTS)
@@ -179,7 +175,8 @@ def test_many_shards_and_row_groups_read_back_alike(
     monkeypatch.setattr(store_module, "ROW_GROUP", 7)
     texts = ["MKVLAAGIVG"[: 1 + index % 10] * (1 + index // 10) for index in range(40)]
     for memory in (10**9, 0):
-        embeddings = embedded(token_task(tmp_path, texts), fake, Store(tmp_path, memory_bytes=memory))
+        store = Store(tmp_path, memory_bytes=memory, max_batch_tokens=20)
+        embeddings = embedded(token_task(tmp_path, texts), fake, store)
         assert torch.equal(all_rows(embeddings), torch.cat([fake.state(text) for text in texts]))
     assert len(embeddings.shelf.shards()) > 10
 
