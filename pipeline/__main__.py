@@ -118,6 +118,8 @@ def _pretrain(options: argparse.Namespace) -> None:
     from pipeline.tracking.mlflow import open_run
 
     _check_tracking(options.tracking_uri)
+    if options.steps < 1:
+        raise ConfigError(f"steps: expected at least 1, found {options.steps}")
     sequences = read_sequences(Path(options.data), options.files)
     with open_run("pretrain", options.tracking_uri) as run:
         pretrain(sequences, Path(options.out), Settings(steps=options.steps, lr=options.lr, seed=options.seed), run)
@@ -154,7 +156,8 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> None:
         encoder = open_encoder(
             options.ckpt, first.infer_target, config.device, config.precision, config.architecture, config.trust_pickle
         )
-        run.checkpoint(name, encoder.digest, options.ckpt)
+        if options.stage in ("main", "score"):
+            run.checkpoint(name, encoder.digest, options.ckpt)
         store = Store(Path(config.store), config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
         until = "score" if options.stage == "main" else options.stage
         scores = validate(encoder, config.tasks, store, run, until)

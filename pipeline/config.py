@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -172,7 +173,6 @@ class Config:
 
     def check(self) -> None:
         """Raises ConfigError where a value is out of range, or two tasks contradict one another."""
-        _need(bool(self.dataset), "dataset is missing; give a task, or a list of tasks")
         _choice("device", self.device.split(":")[0], DEVICES)
         _choice("precision", self.precision, PRECISIONS)
         _choice("embedding_dtype", self.embedding_dtype, STORED_DTYPES)
@@ -181,17 +181,23 @@ class Config:
         parse_bytes(self.memory_budget)
         for task in self.dataset:
             task.check()
-        names = [task.task_name for task in self.dataset]
-        double = sorted({name for name in names if names.count(name) > 1})
-        _need(not double, f"task_name '{(double or [''])[0]}' is used twice; give each task a name of its own")
-        for first, second in combinations(names, 2):
-            same = metric_name(first) == metric_name(second)
-            _need(not same, f"task_name: '{first}' and '{second}' become one in metric names; rename one")
+        check_names(self.dataset)
         targets = sorted({task.infer_target for task in self.dataset})
         _need(
             len(targets) <= 1,
             f"infer_target differs between tasks ({', '.join(targets)}); one checkpoint has one",
         )
+
+
+def check_names(tasks: Sequence[Task]) -> None:
+    """Raises ConfigError where there is no task, or two have one name in metric names."""
+    _need(bool(tasks), "dataset is missing; give a task, or a list of tasks")
+    names = [task.task_name for task in tasks]
+    double = sorted({name for name in names if names.count(name) > 1})
+    _need(not double, f"task_name '{(double or [''])[0]}' is used twice; give each task a name of its own")
+    for first, second in combinations(names, 2):
+        same = metric_name(first) == metric_name(second)
+        _need(not same, f"task_name: '{first}' and '{second}' become one in metric names; rename one")
 
 
 def metric_name(column: str) -> str:

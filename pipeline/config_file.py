@@ -72,6 +72,7 @@ def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
     """
     lines = lines or _Lines("", SECTION)
     raw = dict(section)
+    _refuse_missing(raw, ())
     tasks = raw.pop("dataset", None)
     if not isinstance(tasks, (dict, list)):
         raise ConfigError(
@@ -85,11 +86,25 @@ def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
     translated = [_task(entry, path, lines) for entry, path in zip(entries, paths, strict=True)]
     merged = _typed(Config, raw, (), lines)
     merged["dataset"] = [_typed(Task, task, path, lines) for task, path in zip(translated, paths, strict=True)]
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{lines.at()}: {error}") from error
     assert isinstance(config, Config)
     config.is_list = isinstance(tasks, list)
     config.notes = list(dict.fromkeys(lines.notes))
     return config
+
+
+def _refuse_missing(node: Any, path: tuple[str, ...]) -> None:
+    """OmegaConf's `???` stands for a value that somebody has yet to give."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        _refuse_missing(value, (*path, str(key)))
+    if node == "???":
+        raise ConfigError(
+            f"{SECTION}.{'.'.join(path)}: expected a value, found '???'; give one in the file or an override"
+        )
 
 
 def to_mapping(config: Config) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Embeddings:
         memory_bytes: the budget of `rows`.
         embedded: how many distinct sequences went through the encoder, over all tasks.
         cached: how many were there already.
+        characters: how many characters the embedded ones have.
         notes: warnings for whoever reads the result.
     """
 
@@ -51,7 +52,7 @@ class Embeddings:
     memory_bytes: int
     embedded: int
     cached: int
-    tokens: int
+    characters: int
     notes: tuple[str, ...] = ()
 
     def rows(self, part: str) -> Rows:
@@ -88,8 +89,8 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
                 break
     union = {key: text for texts in wanted.values() for key, text in texts.items()}
     done = {key: text for texts in missing.values() for key, text in texts.items()}
-    tokens = sum(len(text) for text in done.values())
-    counts = (len(done), len(union) - len(done), tokens)
+    characters = sum(len(text) for text in done.values())
+    counts = (len(done), len(union) - len(done), characters)
     return [_embeddings(one, shelves, indices, store, counts) for one in examples]
 
 
@@ -230,10 +231,10 @@ def _embeddings(
     unknown = sum(index[key].unknown for key in distinct)
     notes = []
     if unknown:
-        total, few = sum(map(len, distinct.values())), sum(bool(index[key].unknown) for key in distinct)
-        notes.append(f"{unknown} of {total} tokens, in {few} sequences, are unknown to the tokenizer")
+        few = sum(bool(index[key].unknown) for key in distinct)
+        notes.append(f"{unknown} tokens in {few} of {len(distinct)} sequences are unknown to the tokenizer")
     shelf = shelves[pooling]
-    embedded, cached, tokens = counts
+    embedded, cached, characters = counts
     return Embeddings(
-        one, shelf.folder.name, shelf, entries, store.memory_bytes, embedded, cached, tokens, tuple(notes)
+        one, shelf.folder.name, shelf, entries, store.memory_bytes, embedded, cached, characters, tuple(notes)
     )

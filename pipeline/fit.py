@@ -154,7 +154,10 @@ def _hold_out(embeddings: Embeddings, rows: Rows) -> tuple[Indices, _Held | None
     count = max(1, round(task.val_fraction * len(order)))
     if count >= len(order):
         raise DataError(f"task '{task.task_name}': {len(order)} train sequences are too few to hold some out")
-    return np.sort(order[count:]), _Held(rows, examples.train, np.sort(order[:count]), task.patience)
+    held = np.sort(order[:count])
+    if not any(mask.any() for mask in labels_of(examples.train, held)[1]):
+        raise DataError(f"task '{task.task_name}': no label is left in the held-out part; raise val_fraction")
+    return np.sort(order[count:]), _Held(rows, examples.train, held, task.patience)
 
 
 def _epochs(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +53,14 @@ def pretrain(sequences: Sequence[str], out: Path, settings: Settings, tracker: T
     """Trains from scratch and writes model and tokenizer to `out`. Returns the mean loss of the last 50 steps.
 
     Raises:
-        ConfigError: `out` holds something already.
+        ConfigError: `out` holds something already, or there are no sequences.
     """
     tracker = tracker or NullTracker()
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"out: '{out}' is not empty; give a new folder, or remove it")
-    model, tokenizer = _fresh(settings, out)
+    if not sequences:
+        raise ConfigError("data: expected sequences to train on, found none")
+    model, tokenizer = _fresh(settings)
     generator = torch.Generator().manual_seed(settings.seed)
     ids = [torch.tensor(tokenizer(sequence)["input_ids"]) for sequence in sequences]
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -78,6 +81,7 @@ def pretrain(sequences: Sequence[str], out: Path, settings: Settings, tracker: T
             if (step + 1) % 50 == 0:
                 tracker.metrics({"pretrain_loss": sum(losses[-50:]) / 50}, step=step + 1)
             advance(1)
+    tokenizer.save_pretrained(out)
     model.save_pretrained(out)
     last = sum(losses[-50:]) / len(losses[-50:])
     logger.info(
@@ -86,13 +90,13 @@ def pretrain(sequences: Sequence[str], out: Path, settings: Settings, tracker: T
     return last
 
 
-def _fresh(settings: Settings, out: Path) -> tuple[Any, Any]:
+def _fresh(settings: Settings) -> tuple[Any, Any]:
     from transformers import EsmConfig, EsmForMaskedLM, EsmTokenizer
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "vocab.txt").write_text("\n".join(VOCABULARY), encoding="utf-8")
-    tokenizer = EsmTokenizer(str(out / "vocab.txt"))
-    tokenizer.save_pretrained(out)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocab.txt"
+        path.write_text("\n".join(VOCABULARY), encoding="utf-8")
+        tokenizer = EsmTokenizer(str(path))
     torch.manual_seed(settings.seed)
     config = EsmConfig(
         vocab_size=len(VOCABULARY),

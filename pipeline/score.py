@@ -77,6 +77,10 @@ def score(embeddings: Embeddings, fitted: FittedHead) -> Scores:
         omitted[name] = f"it is {values.pop(name)}: the labels or the head's outputs are out of range"
     table = _table(part, targets, outputs)
     notes = examples.notes + embeddings.notes
+    worse = [name for name, floor in constant.items() if name.endswith("_mse") and values.get(name, 0.0) > floor]
+    if worse:
+        remedy = "train longer, raise optim.lr, or bring the labels to a mean of 0 and a deviation of 1"
+        notes += (f"{', '.join(worse)} is worse than a constant guess: {remedy}",)
     return Scores(examples.task.task_name, values, omitted, constant, table, fitted.losses, notes)
 
 

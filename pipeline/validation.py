@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from pipeline import optim
-from pipeline.config import Task, metric_name
+from pipeline.config import Task, check_names, metric_name
 from pipeline.embed import Embeddings, embed
 from pipeline.encoders import Encoder
 from pipeline.load import Examples, load
@@ -50,6 +50,7 @@ def validate(
     several = not isinstance(tasks, Task)
     wanted = [tasks] if isinstance(tasks, Task) else list(tasks)
     last = STAGES.index(until)
+    check_names(wanted)
     for task in wanted:
         task.check()
         optim.check(task.optim)  # now, and not after an hour of embedding
@@ -86,7 +87,7 @@ def _embed(examples: list[Examples], encoder: Encoder, store: Store, tracker: Tr
     with tracker.step("embed") as step:
         embeddings = embed(examples, encoder, store)
         first = embeddings[0]
-        step.metrics({"embedded": first.embedded, "cached": first.cached, "tokens": first.tokens})
+        step.metrics({"embedded": first.embedded, "cached": first.cached, "characters": first.characters})
         logger.info("embed       %d sequences embedded, %d already stored", first.embedded, first.cached)
         for one in embeddings:
             for note in one.notes:

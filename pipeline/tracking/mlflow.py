@@ -6,10 +6,13 @@ one for a caller that has its own.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -96,13 +99,23 @@ class MlflowTracker:
         self.tags({NOTE: markdown})
 
     def checkpoint(self, name: str, digest: str, source: str, step: int = 0) -> None:
-        """Makes a LoggedModel of what is measured; the run's metrics from here on are linked to it."""
-        model = mlflow.create_external_model(
-            name=re.sub(r"[/:.%\"']", "_", name),
-            source_run_id=self.run_id,
-            experiment_id=self.experiment_id,
-            model_type="checkpoint",
-            tags={"ckpt.digest": digest, "ckpt.source": source},
+        """Links the run's metrics from here on to the LoggedModel of what is measured, made if it is not there yet."""
+        known = mlflow.search_logged_models(
+            experiment_ids=[self.experiment_id],
+            filter_string=f"tags.`ckpt.digest` = '{digest}'",
+            max_results=1,
+            output_format="list",
+        )
+        model = (
+            known[0]
+            if known
+            else mlflow.create_external_model(
+                name=re.sub(r"[/:.%\"']", "_", name),
+                source_run_id=self.run_id,
+                experiment_id=self.experiment_id,
+                model_type="checkpoint",
+                tags={"ckpt.digest": digest, "ckpt.source": source},
+            )
         )
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
         self.model_id = model.model_id
@@ -143,8 +156,11 @@ def open_run(name: str, tracking_uri: str = "") -> Iterator[MlflowTracker]:
         tracker = MlflowTracker(client, experiment_id, run_id)
     except MlflowException as error:
         raise TrackingError(f"MLflow at '{mlflow.get_tracking_uri()}' cannot be used: {error}") from error
-    with _ending(tracker):
-        yield tracker
+    try:
+        with _ending(tracker):
+            yield tracker
+    except MlflowException as error:
+        raise TrackingError(f"MLflow at '{mlflow.get_tracking_uri()}' refused: {error}") from error
 
 
 def fail_run(message: str) -> None:
@@ -156,9 +172,11 @@ def fail_run(message: str) -> None:
 
 
 def download(uri: str) -> Path:
-    """The local folder of an MLflow URI. Raises CheckpointError if it cannot be had."""
+    """A local copy of what an MLflow URI names, gone when the program ends. Raises CheckpointError if there is none."""
+    folder = tempfile.mkdtemp(prefix="checkpoint-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
     except (MlflowException, OSError) as error:
         raise CheckpointError(
             f"ckpt: '{uri}' cannot be downloaded from '{mlflow.get_tracking_uri()}': {error}"
