@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import tables
+
+LARGEST = float(np.finfo(np.float32).max)  # heads are trained in float32
 
 
 @dataclass
@@ -63,7 +64,7 @@ def _number(table: tables.Table, row: int, column: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or "_" in text:
+    if not abs(value) <= LARGEST or "_" in text:  # a NaN is not
         raise table.error(row, column, "a number", text)
     return value
 
@@ -81,7 +82,7 @@ def _number_list(table: tables.Table, row: int, column: str, length: int) -> lis
         raise table.error(row, column, expected, found)
     for value in values:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and abs(value) <= sys.float_info.max):
+        if value is not None and not (number and abs(value) <= LARGEST):
             raise table.error(row, column, expected, str(value))
     return [math.nan if value is None else float(value) for value in values]
 

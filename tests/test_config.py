@@ -164,3 +164,8 @@ def test_sizes(text: str, size: int | None) -> None:
 def test_defaults_are_valid_but_for_the_task() -> None:
     with pytest.raises(ConfigError, match="dataset is missing"):
         Config().check()
+
+
+def test_a_value_that_is_still_to_be_given_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.max_seq_length: expected a value, found '\?\?\?'"):
+        config_from({"dataset": {"dataset_path": "d", "target_column": "y", "max_seq_length": "???"}})

@@ -199,3 +199,29 @@ def test_opening_a_checkpoint_leaves_the_random_state_alone(model_folder: Make, 
     before = torch.random.get_rng_state()
     open_encoder(str(tmp_path / "a.ckpt"))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_rules_of_a_tokenizer_are_in_the_digest(model_folder: Make) -> None:
+    from tokenizers import normalizers
+
+    from pipeline.tokens import Tokens
+
+    plain, ruled = (AutoTokenizer.from_pretrained(model_folder("protbert")) for _ in range(2))
+    ruled.backend_tokenizer.normalizer = normalizers.Replace("L", "X")
+    assert Tokens(plain).digest() == Tokens(AutoTokenizer.from_pretrained(model_folder("protbert"))).digest()
+    assert Tokens(ruled).digest() != Tokens(plain).digest()
+
+
+def test_a_ckpt_file_behind_an_mlflow_uri(model_folder: Make, tracking: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    model = EsmForMaskedLM.from_pretrained(model_folder("esm"))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("esm"))
+    state = {f"model._orig_mod.{name}": value for name, value in model.state_dict().items()}
+    path = tmp_path / "epoch=3.ckpt"
+    torch.save({"state_dict": state, DESCRIPTION: describe(model, tokenizer, "model._orig_mod.")}, path)
+    client = MlflowClient(tracking)
+    run = client.create_run("0")
+    client.log_artifact(run.info.run_id, str(path), "checkpoints")
+    encoder = open_encoder(f"runs:/{run.info.run_id}/checkpoints/epoch=3.ckpt")
+    assert encoder.digest == open_encoder(str(model_folder("esm"))).digest

@@ -125,3 +125,22 @@ def test_a_target_without_a_label_in_the_batch_adds_nothing() -> None:
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(logits.grad, torch.zeros(2, 2)) if logits.grad is not None else False
+
+
+def test_dropout_masks_of_two_layers_differ() -> None:
+    head = MLP(256, 1)
+    head.reset(5)
+    masks = [layer.train()(torch.ones(4, 256)) for layer in head.modules() if isinstance(layer, Dropout)]
+    assert not torch.equal(masks[0], masks[1])
+    weights = head.layers[0].weight
+    assert isinstance(weights, Tensor)
+    assert not torch.equal(masks[0][0] > 0, weights[0] > 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_head_on_a_gpu_begins_with_the_weights_it_has_on_the_cpu() -> None:
+    task, targets = Task(level="token"), (Target("y", None, 1),)
+    cpu, gpu = (make_head(task, 5, targets, torch.device(name)) for name in ("cpu", "cuda"))
+    for one, other in zip(cpu.parameters(), gpu.parameters(), strict=True):
+        assert torch.equal(one, other.cpu())
+    gpu.train()(rows_of([6]).cuda(), torch.tensor([6]).cuda())

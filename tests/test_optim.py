@@ -103,6 +103,7 @@ def test_fused_adams_are_adamw_and_say_so(name: str, caplog: pytest.LogCaptureFi
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.98)
     assert f"{name} is a fused kernel" in caplog.text
     assert "without bucket_cap_mb" in caplog.text
+    assert optim.build(parameters(), {"name": name})[0].param_groups[0]["weight_decay"] == 0
 
 
 def test_the_library_is_the_first_that_takes_the_options() -> None:

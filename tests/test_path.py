@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.config import Task, metric_name
+from pipeline.config import Files, Task, metric_name
 from pipeline.embed import embed
 from pipeline.errors import ConfigError, DataError
 from pipeline.fit import batch_of
@@ -254,3 +254,23 @@ def test_the_constant_guess_is_the_most_frequent_class_or_the_mean(tmp_path: Pat
     numbers = [{"sequence": "MK", "y": value} for value in (1, 3)]
     scores = measure(make_task(tmp_path / "n", numbers, [{"sequence": "MK", "y": 4}], num_epochs=0), store)
     assert scores.constant["test_y_mse"] == 4.0
+
+
+def test_a_label_beyond_float32_is_no_number_to_train_on(tmp_path: Path) -> None:
+    task = make_task(tmp_path, [{"sequence": "MK", "y": 1}, {"sequence": "MV", "y": 1e200}])
+    with pytest.raises(DataError, match=r"x000\.csv:3: column 'y': expected a number, found '1e\+200'"):
+        load(task)
+
+
+def test_a_val_part_that_is_not_used_changes_nothing(tmp_path: Path) -> None:
+    rows = [{"sequence": "MK", "y": letter} for letter in "aab"]
+    task = make_task(tmp_path, rows, task_type="classification", num_epochs=2)
+    before = measure(task, Store(tmp_path / "a")).metrics
+    write_csv(tmp_path / "val" / "x000.csv", [{"sequence": "MK", "y": "c"}])
+    assert measure(replace(task, dataset=Files(val="x000")), Store(tmp_path / "b")).metrics == before
+
+
+def test_worse_than_a_constant_guess_is_said(tmp_path: Path, store: Store) -> None:
+    rows = [{"sequence": text, "y": 50 + index} for index, text in enumerate(proteins(10, 6))]
+    scores = measure(make_task(tmp_path, rows, num_epochs=1), store)
+    assert any("is worse than a constant guess" in note for note in scores.notes)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from pipeline import store as store_module
 from pipeline.config import Task
 from pipeline.embed import Embeddings, batches, embed
+from pipeline.errors import CacheError
 from pipeline.load import load
 from pipeline.rows import verify
 from pipeline.store import DamagedShardError, Store, sequence_key
@@ -228,3 +229,60 @@ print(one.embedded, one.cached)
     ]
     outputs = sorted(run.communicate()[0].strip() for run in runs)
     assert outputs == ["0 6", "6 0"]
+
+
+def test_a_shard_ends_with_a_batch(tmp_path: Path, fake: FakeEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run which was killed goes on with the batches of one that was not."""
+    monkeypatch.setattr(store_module, "SHARD_TOKENS", 5)
+    texts = ["MKVL"[: 1 + index % 4] + "ACDEFGHIKL"[: index % 7] for index in range(30)]
+    shelf = embedded(token_task(tmp_path, texts), fake, Store(tmp_path, max_batch_tokens=30)).shelf
+    plan = list(batches({sequence_key(text): text for text in texts}, 30, 128))
+    index = shelf.index()
+    for batch in plan:
+        assert len({index[key].shard.file for key in batch}) == 1
+    assert len(shelf.shards()) == len(plan)
+
+
+def test_hidden_states_that_are_no_numbers_are_not_stored(tmp_path: Path, store: Store) -> None:
+    class Broken(FakeEncoder):
+        factor = float("nan")
+
+        def state(self, sequence: str) -> torch.Tensor:
+            return super().state(sequence) * self.factor
+
+    encoder = Broken()
+    with pytest.raises(CacheError, match="hold no finite numbers"):
+        embedded(token_task(tmp_path), encoder, store)
+    encoder.factor = 1e6
+    with pytest.raises(CacheError, match="hold numbers beyond float16"):
+        embedded(token_task(tmp_path), encoder, Store(tmp_path, dtype="float16"))
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+FEW_DESCRIPTORS = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+import pipeline.store
+from pipeline.embed import embed
+from pipeline.load import load
+from pipeline.store import Store
+from tests.conftest import FakeEncoder
+from tests.test_store import token_task
+pipeline.store.SHARD_TOKENS = 1
+texts = ["A" * n + tail for n in range(1, 31) for tail in ("C", "D", "E")]
+task = token_task(Path(sys.argv[1]), texts)
+store = Store(Path(sys.argv[1]), memory_bytes=0, max_batch_tokens=1)
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+one = embed([load(task)], FakeEncoder(), store)[0]
+again = embed([load(task)], FakeEncoder(), store)[0]
+again.rows("train").gather(np.arange(len(texts)))
+print(len(again.shelf.shards()), again.embedded)
+"""
+
+
+def test_more_shards_than_open_files_are_no_damage(tmp_path: Path) -> None:
+    script = [sys.executable, "-c", FEW_DESCRIPTORS, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(script, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    assert run.stdout.split() == ["90", "0"]
