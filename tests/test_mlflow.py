@@ -380,3 +380,33 @@ def test_mlflow_run_passes_everything_as_data(lab: Lab) -> None:
     assert params["cfg.dataset.task_name"] == name
     assert {key for key in params if not key.startswith("cfg.")} == set(values)
     assert "test_value_mse" in parent.data.metrics
+
+
+AT_ONCE = """
+import sys, time
+from pathlib import Path
+from mlflow import MlflowClient
+from pipeline.tracking import Data
+from pipeline.tracking.mlflow import MlflowTracker
+client = MlflowClient()
+tracker = MlflowTracker(client, "0", client.create_run("0").info.run_id)
+Path(sys.argv[1]).touch()
+while not all(Path(name).exists() for name in sys.argv[1:]):
+    time.sleep(0.001)
+for index in range(20):
+    tracker.data(Data("task", "train", ".", f"digest {index}", 1, 0))
+print(len(client.get_run(tracker.run_id).inputs.dataset_inputs))
+"""
+
+
+def test_two_processes_may_log_the_same_data_at_once(tracking: str, tmp_path: Path) -> None:
+    marks = [str(tmp_path / name) for name in "ab"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", AT_ONCE, *order], env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        for order in (marks, marks[::-1])
+    ]
+    assert [run.communicate(timeout=120)[0].strip() for run in runs] == ["20", "20"]
+    assert len(MlflowClient(tracking).search_runs(["0"])) == 2

@@ -78,7 +78,13 @@ class MlflowTracker:
         dataset = MetaDataset(source, name=f"{data.name} {data.part}", digest=data.digest[:16])  # type: ignore[abstract]
         tags = {"mlflow.data.context": data.part, "rows": str(data.rows), "left_out": str(data.left_out)}
         inputs = DatasetInput(dataset._to_mlflow_entity(), [InputTag(key, value) for key, value in tags.items()])
-        self.client.log_inputs(self.run_id, [inputs])
+        for last in (False, False, True):
+            try:
+                self.client.log_inputs(self.run_id, [inputs])
+                break
+            except MlflowException:  # two processes may insert the same new data set at once: then it is there now
+                if last:
+                    raise
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         """Nested settings as `cfg.<key>`: MLproject's own parameters are logged by `mlflow run`, under their names."""
