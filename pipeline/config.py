@@ -86,11 +86,6 @@ class Task:
     head: str | None = field(default=None, metadata={"hidden": True})
 
     @property
-    def kind(self) -> str:
-        """`classification` or `regression`."""
-        return self.task_type
-
-    @property
     def masks(self) -> list[str | None]:
         """The mask column of each target."""
         return self.mask_column or [None] * len(self.target_column)
@@ -135,7 +130,7 @@ class Task:
         _need(counts, f"{where}: num_classes {self.num_classes} contradicts target_sizes {self.target_sizes}")
         unmasked = self.level == "token" or self.mask_column is None
         _need(unmasked, f"{where}: mask_column is for token-level tasks; leave it out")
-        classes = self.kind == "classification"
+        classes = self.task_type == "classification"
         _need(classes or self.class_weights is None, f"{where}: class_weights are for classification; leave them out")
         for size in self.sizes if classes else []:
             _need(size is None or size >= 2, f"{where}: a target of {size} classes, expected at least 2")

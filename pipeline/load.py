@@ -136,7 +136,7 @@ def _read_part(task: Task, part: str, name: str) -> _RawPart:
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     token = task.level == "token"
     raw = _RawPart(table, lengths if token else np.ones_like(lengths))
-    read = READERS[task.level, task.kind]
+    read = READERS[task.level, task.task_type]
     for column, mask in zip(task.target_column, task.masks, strict=True):
         raw.labels.append(read(table, column, mask, lengths))
     return raw
@@ -149,7 +149,7 @@ def _target(task: Task, index: int, raw: dict[str, _RawPart], notes: list[str]) 
     for part, label in labels.items():
         if not label.mask.any():
             raise DataError(f"{raw[part].table.files[0]}: column '{name}': every position of {part} is masked out")
-    if task.kind == "regression":
+    if task.task_type == "regression":
         return Target(name, None, 1)
     seen = [str(text) for text in np.unique(labels["train"].texts[labels["train"].mask])]
     if declared is not None and len(seen) > declared:

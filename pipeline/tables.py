@@ -37,9 +37,6 @@ class Table:
     row_of: list[int]
     columns: dict[str, list[str]]
 
-    def __len__(self) -> int:
-        return len(self.row_of)
-
     def error(self, row: int, column: str, expected: str, found: str) -> DataError:
         """The error to raise for a cell: names file, line and column."""
         path = self.files[self.file_of[row]]

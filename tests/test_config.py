@@ -55,7 +55,7 @@ def written(folder: Path, text: str) -> Path:
 def test_a_file_of_the_reference_is_read_unchanged(tmp_path: Path) -> None:
     config = read_config(written(tmp_path, REFERENCE))
     task = config.dataset[0]
-    assert (task.level, task.kind, task.infer_target, task.task_name) == (
+    assert (task.level, task.task_type, task.infer_target, task.task_name) == (
         "token",
         "classification",
         "esm",
