@@ -11,6 +11,12 @@ A file per noun: the type, and the function that makes it from the one before. `
     encoder = open_encoder("sample/checkpoint")
     for scores in validate(encoder, config.tasks, Store(Path("store"))):
         print(scores.task_name, scores.metrics)
+
+In a Lightning script, two lines measure the weights in training at each validation:
+
+    from pipeline import setup_dwnstr_task_validation_callbacks
+
+    trainer = Trainer(callbacks=setup_dwnstr_task_validation_callbacks("my.yaml"))
 """
 
 from __future__ import annotations
@@ -19,6 +25,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.callback import DownstreamValidation as DownstreamValidation
+    from pipeline.callback import setup_dwnstr_task_validation_callbacks as setup_dwnstr_task_validation_callbacks
     from pipeline.checkpoints import open_encoder as open_encoder
     from pipeline.config import Config as Config
     from pipeline.config import Files as Files
@@ -27,6 +35,10 @@ if TYPE_CHECKING:
     from pipeline.encoders import Encoder as Encoder
     from pipeline.encoders import HuggingFaceEncoder as HuggingFaceEncoder
     from pipeline.errors import PipelineError as PipelineError
+    from pipeline.live import LiveModel as LiveModel
+    from pipeline.monitors import DownstreamEarlyStopping as DownstreamEarlyStopping
+    from pipeline.monitors import DownstreamModelCheckpoint as DownstreamModelCheckpoint
+    from pipeline.neutral import untouched as untouched
     from pipeline.score import Scores as Scores
     from pipeline.store import Store as Store
     from pipeline.tracking import NullTracker as NullTracker
@@ -35,9 +47,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Config": "config",
+    "DownstreamEarlyStopping": "monitors",
+    "DownstreamModelCheckpoint": "monitors",
+    "DownstreamValidation": "callback",
     "Encoder": "encoders",
     "Files": "config",
     "HuggingFaceEncoder": "encoders",
+    "LiveModel": "live",
     "NullTracker": "tracking",
     "PipelineError": "errors",
     "Scores": "score",
@@ -46,6 +62,8 @@ _HOMES = {
     "Tracker": "tracking",
     "open_encoder": "checkpoints",
     "read_config": "config_file",
+    "setup_dwnstr_task_validation_callbacks": "callback",
+    "untouched": "neutral",
     "validate": "validation",
 }
 

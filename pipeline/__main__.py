@@ -76,12 +76,16 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--ckpt", default=DEFAULT_CKPT, help="model folder, hub id, .ckpt or MLflow URI")
         stage.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
         stage.set_defaults(run=_measure)
-    pretrain = commands.add_parser("pretrain", help="train the small ESM that the project ships", allow_abbrev=False)
+    text = "train a small ESM, and watch its embeddings get better"
+    pretrain = commands.add_parser("pretrain", help=text, description=text, allow_abbrev=False)
+    _add_config(pretrain, "configs/pretrain.yaml")
     pretrain.add_argument("--data", default="sample/data/unlabelled/train", help="folder of CSV files")
     pretrain.add_argument("--files", default="x[000..001]", help="file or range of files with a column `sequence`")
-    pretrain.add_argument("--out", default="pretrained", help="new folder for model and tokenizer")
-    pretrain.add_argument("--steps", type=int, default=1000)
-    pretrain.add_argument("--lr", type=float, default=3e-3)
+    pretrain.add_argument(
+        "--out", default="", help="new folder for checkpoints and the model; by default pretrained/RUN"
+    )
+    pretrain.add_argument("--steps", type=int, default=1800)
+    pretrain.add_argument("--validations", type=int, default=6, help="how often it is measured on the way")
     pretrain.add_argument("--seed", type=int, default=1234)
     pretrain.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
     pretrain.set_defaults(run=_pretrain)
@@ -93,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file with model.dwnstr_task_validation")
+def _add_config(parser: argparse.ArgumentParser, default: str = DEFAULT_CONFIG) -> None:
+    parser.add_argument("--config", default=default, help="YAML file with model.dwnstr_task_validation")
     parser.add_argument("--overrides", default="", help=OVERRIDES)
 
 
@@ -114,16 +118,29 @@ def _print_config(options: argparse.Namespace) -> None:
 def _pretrain(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from pipeline.pretrain import Settings, pretrain, read_sequences
+    import mlflow
+
+    from pipeline.config_file import read_config
+    from pipeline.measurement import headlines
+    from pipeline.pretrain import Settings, make_loggers, pretrain, read_sequences
+    from pipeline.report import curve
     from pipeline.tracking.mlflow import open_run
 
     _check_tracking(options.tracking_uri)
-    if options.steps < 1:
-        raise ConfigError(f"steps: expected at least 1, found {options.steps}")
+    for name in ("steps", "validations"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name}: expected at least 1, found {getattr(options, name)}")
+    config = read_config(options.config, options.overrides)
     sequences = read_sequences(Path(options.data), options.files)
+    settings = Settings(steps=options.steps, validations=options.validations, seed=options.seed)
     with open_run("pretrain", options.tracking_uri) as run:
-        pretrain(sequences, Path(options.out), Settings(steps=options.steps, lr=options.lr, seed=options.seed), run)
-    print(f"Measure it:     mlflow run . --env-manager local -P ckpt={options.out}")
+        out = Path(options.out or f"pretrained/{run.run_id[:8]}")
+        loggers = make_loggers(out, run.run_id, mlflow.get_tracking_uri())
+        measured = pretrain(sequences, out, settings, config, loggers)
+    _print(curve(measured, headlines(config)))
+    print(f"Measure it:     mlflow run . --env-manager local -P ckpt={out}")
+    print(f"TensorBoard:    tensorboard --logdir {out}")
+    print(f"W&B:            wandb sync {out}/wandb/offline-run-*")
     _print_links(run)
 
 
@@ -164,10 +181,14 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> None:
         if scores:
             run.describe(markdown(options.ckpt, scores))
     if scores:
-        from rich.console import Console
-
-        Console().print(table(scores))
+        _print(table(scores))
     _print_links(run)
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
 
 
 def _check_tracking(tracking_uri: str) -> None:

@@ -7,25 +7,29 @@ fills them in at random would have us measure noise.
 from __future__ import annotations
 
 import glob
-import inspect
-import json
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline.config import import_class
+from pipeline.config import ARCHITECTURES, import_class
 from pipeline.custom import CustomEncoder
 from pipeline.encoders import Encoder, HuggingFaceEncoder, find_device
 from pipeline.errors import CheckpointError, PipelineError
+from pipeline.huggingface import (
+    DESCRIPTION,
+    check_architecture,
+    class_for,
+    encoder_of,
+    fresh,
+    load_tokenizer,
+    matching_weights,
+    quiet,
+    rebuild,
+)
 
-DESCRIPTION = "downstream_validation"  # the key of a `.ckpt` under which it describes itself
-ARCHITECTURES = {"esm": ("esm",), "prott5": ("t5", "mt5"), "megamolbart": ("bart", "mbart")}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -56,11 +60,11 @@ def open_encoder(
         return CustomEncoder.from_checkpoint(own, _locate(ckpt), find_device(device))
     source = _locate(ckpt)
     try:
-        with _quiet():
+        with quiet():
             if source.endswith(".ckpt"):
-                model, tokenizer = _from_lightning(source, architecture, trust_pickle)
+                model, tokenizer, made_with = _from_lightning(source, architecture, trust_pickle)
             else:
-                model, tokenizer = _from_folder(source)
+                (model, tokenizer), made_with = _from_folder(source), {}
     except PipelineError:
         raise
     except Exception as error:
@@ -69,25 +73,8 @@ def open_encoder(
             raise CheckpointError(f"ckpt: '{ckpt}' does not exist here or on the hub ({error}); {remedy}") from error
         # whatever a library raises on a broken checkpoint, the checkpoint is at fault
         raise CheckpointError(f"ckpt: '{ckpt}' cannot be loaded: {type(error).__name__}: {error}") from error
-    found: str = model.config.model_type  # type: ignore[union-attr, assignment]
-    if infer_target != "auto" and found not in ARCHITECTURES[infer_target]:
-        expected = " or ".join(ARCHITECTURES[infer_target])
-        raise CheckpointError(f"infer_target '{infer_target}' is for {expected}, but '{ckpt}' is {found}; use auto")
-    return HuggingFaceEncoder(model, tokenizer, device, precision)
-
-
-def describe(model: nn.Module, tokenizer: Any, prefix: str) -> dict[str, Any]:
-    """What a `.ckpt` must hold under `DESCRIPTION` to be opened without the code that trained it.
-
-    Args:
-        model: the Hugging Face model, with or without a head.
-        tokenizer: its tokenizer.
-        prefix: what its parameters' names begin with in the checkpoint's `state_dict`, such as `model.`.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = {path.name: path.read_bytes().hex() for path in sorted(Path(folder).iterdir()) if path.is_file()}
-    return {"config": json.dumps(model.config.to_dict()), "tokenizer": files, "prefix": prefix}  # type: ignore[union-attr, operator]
+    check_architecture(infer_target, str(model.config.model_type), f"'{ckpt}'")  # type: ignore[union-attr]
+    return HuggingFaceEncoder(model, tokenizer, device, precision, made_with)
 
 
 def _locate(ckpt: str) -> str:
@@ -136,7 +123,7 @@ def _from_folder(source: str) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    skeleton, options = _class_for(config)
+    skeleton, options = class_for(config)
     model, info = skeleton.from_pretrained(
         source,
         config=config,
@@ -145,49 +132,17 @@ def _from_folder(source: str) -> tuple[nn.Module, Any]:
         ignore_mismatched_sizes=True,
         **options,
     )
-    encoder, name = _encoder_of(model)
+    encoder, name = encoder_of(model)
     lacking = sorted(key for key in info["missing_keys"] if key.startswith(name))
     wrong = sorted(str(key) for key in info["mismatched_keys"])
     if lacking or wrong:
         raise CheckpointError(
             f"ckpt: '{source}' lacks weights of the encoder or has them in another shape: {(lacking + wrong)[:3]}"
         )
-    return encoder, _tokenizer(source)
+    return encoder, load_tokenizer(source)
 
 
-def _tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    beside = Path(source).parent / "components" / "tokenizer"  # where MLflow's transformers flavour keeps it
-    folder = str(beside) if beside.is_dir() else source
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise CheckpointError(f"ckpt: the tokenizer in '{folder}' cannot be loaded: {error}") from error
-
-
-def _class_for(config: Any) -> tuple[Any, dict[str, Any]]:
-    """The class to load, and its options: no decoder where there is such a class, no pooling layer."""
-    import transformers
-
-    encoders = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
-    if config.model_type in encoders:
-        return getattr(transformers, encoders[config.model_type]), {}
-    skeleton: Any = transformers.AutoModel._model_mapping[type(config)]
-    skeleton = skeleton[0] if isinstance(skeleton, (tuple, list)) else skeleton
-    pooling = "add_pooling_layer" in inspect.signature(skeleton).parameters
-    return skeleton, {"add_pooling_layer": False} if pooling else {}
-
-
-def _encoder_of(model: Any) -> tuple[nn.Module, str]:
-    """The encoder half of an encoder-decoder and its name within; any other model is its own encoder."""
-    if not model.config.is_encoder_decoder or type(model).__name__.endswith("EncoderModel"):
-        return model, ""
-    encoder = model.get_encoder()
-    return encoder, next(f"{name}." for name, module in model.named_modules() if module is encoder)
-
-
-def _from_lightning(source: str, architecture: str | None, trust_pickle: bool) -> tuple[nn.Module, Any]:
+def _from_lightning(source: str, architecture: str | None, trust_pickle: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
     from transformers import AutoConfig
 
     stored = _read_ckpt(source, trust_pickle)
@@ -197,31 +152,14 @@ def _from_lightning(source: str, architecture: str | None, trust_pickle: bool) -
         remedy = "give the Hugging Face folder of its architecture and tokenizer with architecture=..."
         raise CheckpointError(f"ckpt: '{source}' does not say what model it holds; {remedy}")
     if architecture is not None:
-        config, tokenizer, prefix = (
-            AutoConfig.from_pretrained(architecture, trust_remote_code=False),
-            _tokenizer(architecture),
-            None,
-        )
+        encoder, name = fresh(AutoConfig.from_pretrained(architecture, trust_remote_code=False))
+        tokenizer, prefix = load_tokenizer(architecture), None
     else:
         assert description is not None
-        config, tokenizer = _rebuild(description)
+        encoder, name, tokenizer = rebuild(description)
         prefix = description["prefix"].replace("_orig_mod.", "")
-    skeleton, options = _class_for(config)
-    with torch.random.fork_rng(devices=[]):
-        encoder, name = _encoder_of(skeleton(config, **options))
-    encoder.load_state_dict(_weights(encoder.float(), name, state, prefix, source))
-    return encoder, tokenizer
-
-
-def _rebuild(description: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The model configuration and the tokenizer in what `describe` wrote."""
-    from transformers import AutoConfig
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in description["tokenizer"].items():
-            (Path(folder) / Path(name).name).write_bytes(bytes.fromhex(content))
-        (Path(folder) / "config.json").write_text(description["config"], encoding="utf-8")
-        return AutoConfig.from_pretrained(folder), _tokenizer(folder)
+    encoder.load_state_dict(matching_weights(encoder, name, state, prefix, source))
+    return encoder, tokenizer, (description or {}).get("made_with", {})
 
 
 def _read_ckpt(source: str, trust_pickle: bool) -> Any:
@@ -234,38 +172,3 @@ def _read_ckpt(source: str, trust_pickle: bool) -> Any:
         raise CheckpointError(
             f"ckpt: '{source}' is damaged or holds more than tensors and plain values; {remedy}"
         ) from error
-
-
-def _weights(
-    encoder: nn.Module, name: str, state: Mapping[str, Tensor], prefix: str | None, source: str
-) -> dict[str, Tensor]:
-    """The encoder's weights in a checkpoint's `state_dict`, found by their names."""
-    wanted = list(encoder.state_dict())
-    first = name + wanted[0]
-    prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
-    heads = ("", f"{getattr(encoder, 'base_model_prefix', '')}.")
-    if prefix is not None:
-        prefixes = [known for known in prefixes if known in {prefix + head for head in heads}]
-    fitting = [known for known in prefixes if all(known + name + key in state for key in wanted)]
-    if len(fitting) != 1:
-        found = f"several: {', '.join(map(repr, fitting))}" if fitting else "none"
-        raise CheckpointError(
-            f"ckpt: '{source}': expected one set of weights of a {type(encoder).__name__}, found {found}"
-        )
-    return {key: state[fitting[0] + name + key] for key in wanted}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps transformers from drawing bars and load reports: what they would say is an error here, or harmless."""
-    from transformers.utils import logging as hf_logging
-
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()

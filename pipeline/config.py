@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError, nearest
 LEVELS = ("sequence", "token")
 KINDS = ("classification", "regression")
 MAX_NAME = 100  # of a task's or a column's name: metric names hold both, and MLflow takes 250 characters
+LOSS = "dwnstr_task_val_loss"  # the name of the test loss among the metrics
 INF = float("inf")
 # The range of each number of a task; null is none.
 RANGES: dict[str, tuple[float, float]] = {
@@ -29,6 +30,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "val_fraction": (1e-9, 0.999),
     "gradient_clip_val": (1e-12, INF),
 }
+# The short names of `infer_target`, and the model types that each is for.
+ARCHITECTURES = {"esm": ("esm",), "prott5": ("t5", "mt5"), "megamolbart": ("bart", "mbart")}
+ON_ERROR = ("warn", "raise")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STORED_DTYPES = ("float32", "float16")
@@ -48,6 +52,15 @@ class Files:
     train: str = _key("file or range of files in `<dataset_path>/train`", "x000")
     test: str = _key("file or range of files in `<dataset_path>/test`", "x000")
     val: str | None = _key("file or range of files in `<dataset_path>/val`, if there is one")
+
+
+@dataclass
+class MaxRows:
+    """How many sequences of a part are used at most: a fixed, seeded subsample, in the order of the files."""
+
+    train: int | None = _key("most sequences of the train part; null: all")
+    test: int | None = _key("most sequences of the test part; null: all")
+    val: int | None = _key("most sequences of the val part; null: all")
 
 
 @dataclass
@@ -71,11 +84,12 @@ class Task:
     num_classes: int | None = _key("number of classes of a single target")
     mask_column: list[str | None] | None = _key("columns of 0/1 masks, one per target; null for none")
     max_seq_length: int | None = _key("longer sequences are left out; null: as long as the encoder takes")
+    max_rows: MaxRows = _key("most sequences of each part, a subsample drawn with `random_seed`", MaxRows)
     emb_batch_size: int = _key("most sequences in an embedding batch", 128)
     batch_size: int = _key("sequences in a batch of the head's training", 128)
     num_epochs: int = _key("epochs of the head's training", 10)
     shuffle: bool = _key("shuffle the training examples at each epoch", True)
-    random_seed: int = _key("seed of the head's weights, dropout and shuffling", 1234)
+    random_seed: int = _key("seed of the head's weights, dropout and shuffling, and of `max_rows`", 1234)
     class_weights: Any = _key("`balanced`, or a weight per class (a list of such for several targets)")
     gradient_clip_val: float | None = _key("largest norm of a gradient; null: not clipped")
     patience: int | None = _key("epochs without improvement on val before the training stops; null: all epochs")
@@ -111,6 +125,8 @@ class Task:
                 f"{where}: {key} is {value}, expected at least {least}"
                 + (f" and at most {most}" if most < INF else ""),
             )
+        for part, rows in vars(self.max_rows).items():
+            _need(rows is None or rows >= 1, f"{where}: max_rows.{part} is {rows}, expected at least 1")
 
     def _check_targets(self, where: str) -> None:
         """The columns of labels, and what is declared of each."""
@@ -153,6 +169,14 @@ class Config:
     memory_budget: str = _key("embeddings of a task beyond this are read from disk as they are used", "1GB")
     architecture: str | None = _key("Hugging Face folder or id of a `.ckpt` that does not describe itself")
     trust_pickle: bool = _key("unpickle a `.ckpt` that holds more than tensors and plain values", False)
+    every_n_validations: int = _key("the callback measures at the first validation and then at every n-th", 1)
+    on_start: bool = _key("the callback measures before the first training step too, at step 0", False)
+    on_end: bool = _key("the callback measures at the end of training, unless the last validation just did", False)
+    on_error: str = _key("when a measurement of the callback fails: `warn` and train on, or `raise`", "warn")
+    save: bool = _key("the callback writes a `.ckpt` for each measurement, and measures that", False)
+    child_runs: bool = _key("each measurement of the callback has an MLflow run of its own too, as a child", False)
+    keep_embeddings: bool = _key("the callback keeps embeddings of live weights in `store`", False)
+    timeout: float = _key("seconds that the ranks of a training wait for one another in the callback", 7200.0)
     is_list: bool = field(default=False, metadata={"hidden": True})
     notes: list[str] = field(default_factory=list, metadata={"hidden": True}, compare=False)
 
@@ -171,6 +195,10 @@ class Config:
         _choice("device", self.device.split(":")[0], DEVICES)
         _choice("precision", self.precision, PRECISIONS)
         _choice("embedding_dtype", self.embedding_dtype, STORED_DTYPES)
+        _choice("on_error", self.on_error, ON_ERROR)
+        every = self.every_n_validations
+        _need(every >= 1, f"every_n_validations is {every}, expected at least 1")
+        _need(0 < self.timeout < 10**7, f"timeout is {self.timeout}, expected more than 0 and less than 10 million")
         budget = self.max_batch_tokens
         _need(budget is None or budget >= 1, f"max_batch_tokens is {budget}, expected at least 1")
         parse_bytes(self.memory_budget)
@@ -202,6 +230,15 @@ def metric_name(column: str) -> str:
     'log P _octanol_water_'
     """
     return re.sub(r"[^\w .-]", "_", column)
+
+
+def metric_stems(config: Config) -> list[str]:
+    """What the names of metrics begin with, for each task: its loss, then each target."""
+    stems = []
+    for task in config.dataset:
+        prefix = f"{metric_name(task.task_name)}/" if config.is_list else ""
+        stems += [f"{prefix}{LOSS}", *(f"{prefix}test_{metric_name(column)}_" for column in task.target_column)]
+    return stems
 
 
 def parse_bytes(text: str) -> int:

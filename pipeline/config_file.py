@@ -5,8 +5,10 @@ Only the section is resolved. Interpolations in it may point anywhere in the fil
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import LEVELS, Config, Files, Task, import_class
+from pipeline.config import LEVELS, Config, Files, MaxRows, Task, import_class
 from pipeline.errors import ConfigError, nearest
 
 SECTION = "model.dwnstr_task_validation"
@@ -33,23 +35,32 @@ ENCODERS = {"ESM1nvInference": "esm", "ESM2nvInference": "esm", "ProtT5nvInferen
 ENCODERS["MegaMolBARTInference"] = "megamolbart"
 
 
-def read_config(path: str | Path, overrides: str = "") -> Config:
-    """The checked configuration in the YAML file at `path`.
+def read_config(source: str | Path | Mapping[Any, Any], overrides: str = "") -> Config:
+    """The checked configuration in a YAML file, or in what Hydra or OmegaConf made of one.
 
     Args:
-        path: a YAML file with the section `model.dwnstr_task_validation`.
+        source: a YAML file with the section `model.dwnstr_task_validation`, or its content: a `DictConfig` or a plain
+            mapping.
         overrides: dot-list such as `dataset.num_epochs=3 device=cpu`, quoted as in a shell. Keys are relative to the
             section, or full. Where `dataset` is a list, `dataset.KEY` sets it in every task, `dataset.0.KEY` in one.
 
     Raises:
         ConfigError: the file or an override cannot be read, a key is not known, or a value has the wrong type.
     """
-    text = _read_text(Path(path))
+    text, path = "", "cfg"
     try:
-        root = OmegaConf.create(text)  # with its own loader: `1e-4` is a number, a key given twice an error
+        if isinstance(source, DictConfig):
+            root: Any = copy.deepcopy(source)
+        elif isinstance(source, Mapping):
+            root = OmegaConf.create(dict(source))
+        else:
+            text, path = _read_text(Path(source)), str(source)
+            root = OmegaConf.create(text)  # with its own loader: `1e-4` is a number, a key given twice an error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     section = _section(root, path)
+    OmegaConf.set_readonly(section, False)
+    OmegaConf.set_struct(section, False)
     _apply(section, overrides)
     try:
         plain = OmegaConf.to_container(section, resolve=True)
@@ -57,7 +68,7 @@ def read_config(path: str | Path, overrides: str = "") -> Config:
         remedy = "register the resolver, set the key in the file, or override the value"
         raise ConfigError(f"{path}: {SECTION} cannot be resolved: {error}; {remedy}") from error
     assert isinstance(plain, dict)
-    config = config_from(plain, _Lines(text, str(path), overrides))
+    config = config_from(plain, _Lines(text, path, overrides))
     if "exp_manager" in root:
         config.notes.append("exp_manager is not read")
     config.check()
@@ -196,8 +207,9 @@ def _task(entry: Any, path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
     if task_type.startswith("token-level-") and task["level"] == "sequence":
         raise ConfigError(f"{lines.at((*path, 'task_type'))}: task_type '{task_type}' needs class: token")
     task["task_type"] = task_type.removeprefix("token-level-")
-    if isinstance(task.get("dataset"), dict):
-        _check_keys(task["dataset"], Files, (*path, "dataset"), lines)
+    for key, schema in (("dataset", Files), ("max_rows", MaxRows)):
+        if isinstance(task.get(key), dict):
+            _check_keys(task[key], schema, (*path, key), lines)
     return task
 
 

@@ -1,51 +1,77 @@
-"""A user's own encoder class, named by its path in `infer_target`."""
+"""A user's own code as an `Encoder`: a class named by its path in `infer_target`, or a live module's own method."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.encoders import weights_digest
 from pipeline.errors import CheckpointError
+
+Context = Callable[[], AbstractContextManager[Any]]
 
 
 class CustomEncoder:
-    """An `Encoder` around an object that has `hidden_size` and `hidden_states(sequences)`, and may have the rest.
+    """An `Encoder` around an object that has `hidden_states(sequences)`, and may have the rest of the protocol.
 
-    Missing attributes are filled in: no limit of length, no unknown tokens, and a digest of the checkpoint's bytes.
+    Missing attributes are filled in: no limit of length, no unknown tokens, the hidden size found by embedding `probe`.
     """
 
-    def __init__(self, inner: Any, digest: str, device: torch.device) -> None:
-        """Checks that `inner` has what cannot be filled in. Raises CheckpointError if it has not."""
-        for name in ("hidden_size", "hidden_states"):
+    def __init__(
+        self, inner: Any, digest: str, device: torch.device, context: Context = nullcontext, probe: str | None = None
+    ) -> None:
+        """Wraps `inner`, whose `hidden_states` is called within `context`.
+
+        Raises:
+            CheckpointError: `inner` has no `hidden_states`, or no `hidden_size` and there is no `probe`.
+        """
+        for name in ("hidden_states",) if probe is not None else ("hidden_size", "hidden_states"):
             if not hasattr(inner, name):
                 raise CheckpointError(f"infer_target: {type(inner).__name__} has no '{name}'; see pipeline.Encoder")
         self.inner = inner
-        self.hidden_size = int(inner.hidden_size)
+        self.context = context
         self.max_seq_length: int | None = getattr(inner, "max_seq_length", None)
         self.digest = str(getattr(inner, "digest", digest))
         self.device = torch.device(getattr(inner, "device", device))
+        size = getattr(inner, "hidden_size", None)
+        self.hidden_size = int(size) if size is not None else self._found_size(probe or "")
 
     @classmethod
     def from_checkpoint(cls, encoder_class: Any, source: str, device: torch.device) -> CustomEncoder:
         """Opens `source` with the class's own `from_checkpoint`."""
-        name = getattr(encoder_class, "__qualname__", str(encoder_class))
+        name = class_name(encoder_class)
         if not hasattr(encoder_class, "from_checkpoint"):
             raise CheckpointError(f"infer_target: {name} has no from_checkpoint(path); see pipeline.Encoder")
         try:
             inner = encoder_class.from_checkpoint(source)
         except Exception as error:  # the user's code may raise anything; it is about this checkpoint
             raise CheckpointError(f"ckpt: {name} cannot open '{source}': {type(error).__name__}: {error}") from error
-        return cls(inner, f"{encoder_class.__module__}.{name} {_bytes_digest(Path(source))}", device)
+        return cls(inner, f"{name} {_bytes_digest(Path(source))}", device)
+
+    @classmethod
+    def from_module(
+        cls, encoder_class: Any, module: nn.Module, device: torch.device, context: Context, mode: str
+    ) -> CustomEncoder:
+        """Wraps a live module with the class's own `from_module`; `mode` names the arithmetic of `context`."""
+        name = class_name(encoder_class)
+        if not hasattr(encoder_class, "from_module"):
+            raise CheckpointError(f"infer_target: {name} has no from_module(module); see pipeline.Encoder")
+        try:
+            inner = encoder_class.from_module(module)
+        except Exception as error:
+            found = f"{type(module).__name__}: {type(error).__name__}: {error}"
+            raise CheckpointError(f"infer_target: {name}.from_module cannot take the module {found}") from error
+        return cls(inner, f"{name} {mode} {module_digest(module)}", device, context)
 
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """See `Encoder.hidden_states`. Raises CheckpointError where the class returns something else."""
-        with torch.inference_mode():
-            states = list(self.inner.hidden_states(list(sequences)))
+        states = self._states(sequences)
         shapes = [tuple(getattr(state, "shape", ())) for state in states]
         if len(states) != len(sequences) or any(len(s) != 2 or s[1] != self.hidden_size for s in shapes):
             expected = f"{len(sequences)} tensors of shape (tokens, {self.hidden_size})"
@@ -57,6 +83,28 @@ class CustomEncoder:
         if hasattr(self.inner, "count_unknown"):
             return list(self.inner.count_unknown(sequences))
         return [(0, len(sequence)) for sequence in sequences]
+
+    def _states(self, sequences: Sequence[str]) -> list[Tensor]:
+        with torch.no_grad(), self.context():
+            return list(self.inner.hidden_states(list(sequences)))
+
+    def _found_size(self, probe: str) -> int:
+        states = self._states([probe])
+        if len(states) != 1 or getattr(states[0], "ndim", 0) != 2:
+            expected = "expected a list of tensors of shape (length, hidden_size)"
+            raise CheckpointError(f"{type(self.inner).__name__}.hidden_states: {expected}, found {states!r:.100}")
+        return int(states[0].shape[1])
+
+
+def class_name(encoder_class: Any) -> str:
+    """Module and name of a class, for digests and messages."""
+    return f"{encoder_class.__module__}.{getattr(encoder_class, '__qualname__', encoder_class)}"
+
+
+def module_digest(module: nn.Module) -> str:
+    """A digest of all weights and buffers in a module's `state_dict`."""
+    tensors = [(name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor)]
+    return weights_digest(iter(tensors))
 
 
 def _bytes_digest(source: Path) -> str:

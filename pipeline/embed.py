@@ -7,10 +7,11 @@ parts it stands in.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,14 +77,14 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
     for one in examples:
         for part in one.parts.values():
             wanted[POOLING[one.task.level]].update((sequence_key(text), text) for text in part.sequences)
-    most = min(one.task.emb_batch_size for one in examples)
+    plan = made_with(encoder, store, examples)
     with ExitStack() as locks:
         for shelf in shelves.values():
             locks.enter_context(shelf.lock())
         for _ in range(100):  # once, unless a shard turns out to be damaged
             indices = {pooling: shelf.index() for pooling, shelf in shelves.items()}
             missing = {p: {k: s for k, s in wanted[p].items() if k not in indices[p]} for p in shelves}
-            _embed_missing(missing, shelves, encoder, store, most, examples)
+            _embed_missing(missing, shelves, encoder, plan, examples)
             indices = {p: shelf.index() if missing[p] else indices[p] for p, shelf in shelves.items()}
             if not _drop_damaged(shelves, wanted, indices):
                 break
@@ -92,6 +93,26 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
     characters = sum(len(text) for text in done.values())
     counts = (len(done), len(union) - len(done), characters)
     return [_embeddings(one, shelves, indices, store, counts) for one in examples]
+
+
+def made_with(encoder: Encoder, store: Store, examples: Sequence[Examples]) -> dict[str, Any]:
+    """What the last bits of embeddings depend on, beside the weights: the batch plan's limits and the arithmetic."""
+    return {
+        "max_batch_tokens": store.max_batch_tokens or BATCH_TOKENS.get(encoder.device.type, BATCH_TOKENS["cpu"]),
+        "emb_batch_size": min(one.task.emb_batch_size for one in examples),
+        "device": encoder.device.type,
+        "precision": str(getattr(encoder, "precision", "its own")),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """A line on how a checkpoint was measured in training, where it was measured otherwise; none if the same."""
+    found = [f"{key} {there[key]} there and {here[key]} here" for key in there if there[key] != here.get(key)]
+    if not found:
+        return []
+    return [f"in training it was measured with {', '.join(found)}: scores may differ from the callback's"]
 
 
 def batches(sequences: dict[bytes, str], max_tokens: int, max_sequences: int) -> Iterator[list[bytes]]:
@@ -121,8 +142,7 @@ def _embed_missing(
     missing: dict[str, dict[bytes, str]],
     shelves: dict[str, Shelf],
     encoder: Encoder,
-    store: Store,
-    most: int,
+    plan: Mapping[str, Any],
     examples: Sequence[Examples],
 ) -> None:
     """One pass of the encoder over the union of what the shelves lack."""
@@ -130,17 +150,9 @@ def _embed_missing(
     if not union:
         return
     unknown = _check(union, missing.get("none", {}), encoder, examples)
-    budget = store.max_batch_tokens or BATCH_TOKENS.get(encoder.device.type, BATCH_TOKENS["cpu"])
-    made_with = {
-        "max_batch_tokens": budget,
-        "emb_batch_size": most,
-        "device": encoder.device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    writers = {pooling: shelves[pooling].writer(made_with) for pooling in shelves}
+    writers = {pooling: shelves[pooling].writer(plan) for pooling in shelves}
     with progress("embed", sum(map(len, union.values())), "residues") as advance:
-        for batch in batches(union, budget, most):
+        for batch in batches(union, plan["max_batch_tokens"], plan["emb_batch_size"]):
             states = encoder.hidden_states([union[key] for key in batch])
             for key, state in zip(batch, states, strict=True):
                 _put(key, state, missing, writers, unknown[key])

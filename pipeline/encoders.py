@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -35,8 +36,12 @@ class Encoder(Protocol):
 
     hidden_size: int
     max_seq_length: int | None
-    digest: str
     device: torch.device
+
+    @property
+    def digest(self) -> str:
+        """See above; an attribute will do."""
+        ...
 
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """The last hidden states of the real tokens of each sequence, float32, each of shape (tokens, hidden_size)."""
@@ -53,8 +58,17 @@ class HuggingFaceEncoder:
     Sequences of a batch are padded to the longest; padding is masked, and nothing of it is returned.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, device: str = "auto", precision: str = "auto") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        device: str = "auto",
+        precision: str = "auto",
+        made_with: Mapping[str, Any] | None = None,
+    ) -> None:
         """Takes a model without heads, in its own mode; puts it on `device` and in evaluation mode.
+
+        `made_with` is what a checkpoint says of how it was measured in training; `embed` says where it differs.
 
         Raises:
             CheckpointError: the tokenizer's special tokens are not around the sequence.
@@ -67,7 +81,12 @@ class HuggingFaceEncoder:
         self.model = model.to(self.device).eval()
         self.hidden_size: int = getattr(config, "hidden_size", None) or config.d_model
         self.max_seq_length = _limit(config, tokenizer, len(self.tokens.before + self.tokens.after))
-        self.digest = _digest(model, self.tokens, self.precision)
+        self.made_with = dict(made_with or {})
+
+    @cached_property
+    def digest(self) -> str:
+        """See `Encoder`. Worked out when it is first asked for: all weights are read."""
+        return _digest(self.model, self.tokens, self.precision)
 
     @torch.inference_mode()
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:

@@ -63,6 +63,13 @@ class Part:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    def shortest(self) -> Part:
+        """The shortest sequence alone."""
+        first = min(range(len(self)), key=lambda row: len(self.sequences[row]))
+        units = unit_index(self.counts, np.array([first]))
+        values, masks = [array[units] for array in self.values], [array[units] for array in self.masks]
+        return Part([self.sequences[first]], [self.rows[first]], self.counts[[first]], values, masks, 0)
+
     @property
     def digest(self) -> str:
         """A digest of the content: sequences, labels and masks, in order."""
@@ -121,8 +128,11 @@ def load(task: Task, max_seq_length: int | None = None) -> Examples:
     parts = {part: _filter(task, targets, raw[part], part, limit) for part in raw}
     targets = tuple(_weighted(task, target, index, parts["train"]) for index, target in enumerate(targets))
     for name, part in parts.items():
+        fitting = len(raw[name].counts) - part.left_out
+        if fitting > len(part):
+            notes.append(f"{name}: max_rows takes {len(part)} of {fitting} sequences")
         if part.left_out:
-            notes.append(f"{name}: {part.left_out} of {len(part) + part.left_out} sequences left out, over {limit}")
+            notes.append(f"{name}: {part.left_out} of {len(raw[name].counts)} sequences left out, over {limit}")
     return Examples(task, targets, parts["train"], parts["test"], parts.get("val"), tuple(notes))
 
 
@@ -208,7 +218,8 @@ def _filter(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, l
     table = raw.table
     sequences = table.columns[task.sequence_column]
     lengths = [len(sequence) for sequence in sequences]
-    keep = np.array([limit is None or length <= limit for length in lengths])
+    fits = np.array([limit is None or length <= limit for length in lengths])
+    keep = _some(fits, getattr(task.max_rows, part), f"{task.random_seed} {part}")
     if not keep.any():
         found = f"the shortest of {len(lengths)} has {min(lengths)}"
         own = limit == task.max_seq_length
@@ -223,7 +234,18 @@ def _filter(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, l
             raise DataError(f"{table.files[0]}: column '{target.name}': no label is left in {part} up to {limit}")
     rows = [f"{table.files[f].name}:{row}" for f, row in zip(table.file_of, table.row_of, strict=True)]
     kept = list(compress(sequences, keep))
-    return Part(kept, list(compress(rows, keep)), raw.counts[keep], values, masks, int((~keep).sum()))
+    return Part(kept, list(compress(rows, keep)), raw.counts[keep], values, masks, int((~fits).sum()))
+
+
+def _some(fits: npt.NDArray[np.bool_], most: int | None, seed: str) -> npt.NDArray[np.bool_]:
+    """Which rows are used, shape (rows,): those that fit, or `most` of them, drawn at random without replacement."""
+    found = np.flatnonzero(fits)
+    if most is None or most >= len(found):
+        return fits
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big")
+    keep = np.zeros_like(fits)
+    keep[np.random.default_rng(number).choice(found, most, replace=False)] = True
+    return keep
 
 
 def _values(target: Target, label: Labels) -> npt.NDArray[np.int64] | npt.NDArray[np.float64]:

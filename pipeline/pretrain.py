@@ -1,46 +1,120 @@
-"""Pre-trains a small ESM on protein sequences by masked language modelling: the checkpoint that the project ships.
+"""The demonstration: pre-trains a small ESM by masked language modelling, and watches its embeddings get better.
 
-A plain loop over transformers' own `EsmForMaskedLM`, saved as a Hugging Face folder that `ckpt` takes.
+An ordinary Lightning script. What it takes to have the curve are the two lines with
+`setup_dwnstr_task_validation_callbacks`.
 """
 
 from __future__ import annotations
 
-import logging
 import math
+import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_optimizer import Muon
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from transformers import DataCollatorForLanguageModeling, EsmConfig, EsmForMaskedLM, EsmTokenizer
 
 from pipeline import tables
+from pipeline.callback import setup_dwnstr_task_validation_callbacks
+from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.progress import progress
-from pipeline.tracking import NullTracker, Tracker
-
-logger = logging.getLogger(__name__)
+from pipeline.lightning import pl
 
 # The vocabulary of ESM-2.
 VOCABULARY = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
-SPECIAL = 4  # the first tokens, which are never masked
-MASKED = 0.15
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Size of the model and length of its training."""
+    """Size of the model, and its training. `crop` is in residues: short windows train fast, and see whole helices."""
 
-    layers: int = 4
+    layers: int = 2
     hidden_size: int = 96
     heads: int = 6
-    steps: int = 1000
+    steps: int = 1800
+    validations: int = 6
     batch_size: int = 32
-    lr: float = 3e-3
+    crop: int = 32
+    lr: float = 0.02
     seed: int = 1234
+
+
+class Windows(Dataset[dict[str, list[int]]]):
+    """Sequences as token ids, each cut to a window of at most `crop` residues at a random place."""
+
+    def __init__(self, sequences: Sequence[str], tokenizer: Any, crop: int) -> None:
+        self.sequences, self.tokenizer, self.crop = sequences, tokenizer, crop
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        sequence = self.sequences[index]
+        first = int(torch.randint(max(1, len(sequence) - self.crop + 1), ()))
+        return {"input_ids": self.tokenizer(sequence[first : first + self.crop])["input_ids"]}
+
+
+class MaskedLanguageModel(pl.LightningModule):
+    """An ESM that learns to fill in masked residues."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.save_hyperparameters(asdict(settings))
+        self.tokenizer = make_tokenizer()
+        self.model = EsmForMaskedLM(
+            EsmConfig(
+                vocab_size=len(VOCABULARY),
+                hidden_size=settings.hidden_size,
+                num_hidden_layers=settings.layers,
+                num_attention_heads=settings.heads,
+                intermediate_size=4 * settings.hidden_size,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                pad_token_id=self.tokenizer.pad_token_id,
+                mask_token_id=self.tokenizer.mask_token_id,
+                max_position_embeddings=1026,
+                position_embedding_type="rotary",
+                token_dropout=True,
+            )
+        )
+
+    def training_step(self, batch: Mapping[str, Tensor], _index: int) -> Tensor:
+        """The loss at the masked residues."""
+        loss: Tensor = self.model(**batch).loss
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], _index: int) -> None:
+        """The same on sequences that are not trained on."""
+        self.log("val_loss", self.model(**batch).loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+
+    def configure_optimizers(self) -> Any:
+        """Muon for the weight matrices, Adam for the rest; warm-up over 5 % of the steps, then a cosine to zero."""
+        matrices = [value for name, value in self.model.esm.encoder.named_parameters() if value.ndim == 2]
+        others = [value for value in self.parameters() if all(value is not matrix for matrix in matrices)]
+        rate = self.settings.lr
+        groups = [
+            {"params": matrices, "lr": rate, "weight_decay": 0.01, "use_muon": True},
+            {"params": others, "lr": rate / 5, "betas": (0.9, 0.98), "weight_decay": 0.01, "use_muon": False},
+        ]
+        optimizer = Muon(groups)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, self.settings.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def make_tokenizer() -> EsmTokenizer:
+    """ESM-2's own, made from its vocabulary."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocab.txt"
+        path.write_text("\n".join(VOCABULARY), encoding="utf-8")
+        return EsmTokenizer(str(path))
 
 
 def read_sequences(folder: Path, files: str, max_length: int = 1022) -> list[str]:
@@ -49,89 +123,69 @@ def read_sequences(folder: Path, files: str, max_length: int = 1022) -> list[str
     return [text for text in table.columns["sequence"] if 0 < len(text) <= max_length]
 
 
-def pretrain(sequences: Sequence[str], out: Path, settings: Settings, tracker: Tracker | None = None) -> float:
-    """Trains from scratch and writes model and tokenizer to `out`. Returns the mean loss of the last 50 steps.
-
-    Raises:
-        ConfigError: `out` holds something already, or there are no sequences.
-    """
-    tracker = tracker or NullTracker()
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"out: '{out}' is not empty; give a new folder, or remove it")
-    if not sequences:
-        raise ConfigError("data: expected sequences to train on, found none")
-    model, tokenizer = _fresh(settings)
-    generator = torch.Generator().manual_seed(settings.seed)
-    ids = [torch.tensor(tokenizer(sequence)["input_ids"]) for sequence in sequences]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
-    losses: list[float] = []
-    model.train()
-    with progress("pretrain", settings.steps, "steps") as advance:
-        for step in range(settings.steps):
-            some = torch.randint(len(ids), (settings.batch_size,), generator=generator)
-            tokens, labels = _mask([ids[index] for index in some], generator)
-            loss = model(input_ids=tokens, attention_mask=(tokens != 1).long(), labels=labels).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            if (step + 1) % 50 == 0:
-                tracker.metrics({"pretrain_loss": sum(losses[-50:]) / 50}, step=step + 1)
-            advance(1)
-    tokenizer.save_pretrained(out)
-    model.save_pretrained(out)
-    last = sum(losses[-50:]) / len(losses[-50:])
-    logger.info(
-        "pretrain    %d steps, loss %.3f (perplexity %.2f), saved to %s", len(losses), last, math.exp(last), out
-    )
-    return last
-
-
-def _fresh(settings: Settings) -> tuple[Any, Any]:
-    from transformers import EsmConfig, EsmForMaskedLM, EsmTokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "vocab.txt"
-        path.write_text("\n".join(VOCABULARY), encoding="utf-8")
-        tokenizer = EsmTokenizer(str(path))
-    torch.manual_seed(settings.seed)
-    config = EsmConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=settings.hidden_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        intermediate_size=4 * settings.hidden_size,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=1,
-        mask_token_id=len(VOCABULARY) - 1,
-        max_position_embeddings=1026,
-        position_embedding_type="rotary",
-        token_dropout=True,
-    )
-    return EsmForMaskedLM(config), tokenizer
-
-
-def _mask(rows: list[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """BERT's masking (Devlin et al. 2019): of 15 % of the residues, 80 % are masked, 10 % replaced, 10 % kept.
+def pretrain(
+    sequences: Sequence[str], out: Path, settings: Settings, config: Config, loggers: Sequence[Any] = ()
+) -> list[tuple[int, dict[str, float]]]:
+    """Trains from scratch, measuring as `config` says, and writes checkpoints, model and tokenizer to `out`.
 
     Returns:
-        Token ids and labels, each of shape (sequences, longest); labels are -100 where nothing is to be predicted.
+        The step and the metrics of each measurement.
+
+    Raises:
+        ConfigError: there are too few sequences.
     """
-    tokens = pad_sequence(rows, batch_first=True, padding_value=1)
-    chosen = (torch.rand(tokens.shape, generator=generator) < MASKED) & (tokens >= SPECIAL)
-    labels = tokens.masked_fill(~chosen, -100)
-    fate = torch.rand(tokens.shape, generator=generator)
-    other = torch.randint(SPECIAL, SPECIAL + 20, tokens.shape, generator=generator)
-    masked = tokens.masked_fill(chosen & (fate < 0.8), len(VOCABULARY) - 1)
-    return torch.where(chosen & (fate >= 0.9), other, masked), labels
+    held = max(1, len(sequences) // 20)
+    if len(sequences) - held < settings.batch_size:
+        raise ConfigError(
+            f"data: expected more than {settings.batch_size} sequences to train on, found {len(sequences)}"
+        )
+    pl.seed_everything(settings.seed, verbose=False)
+    module = MaskedLanguageModel(settings)
+    collate = DataCollatorForLanguageModeling(module.tokenizer, mlm_probability=0.15)
+    options: dict[str, Any] = {"batch_size": settings.batch_size, "collate_fn": collate}
+    train = Windows(sequences[held:], module.tokenizer, settings.crop)
+    val = Windows(sequences[:held], module.tokenizer, settings.crop)
+    callbacks: list[Any] = setup_dwnstr_task_validation_callbacks(config)
+    trainer = pl.Trainer(
+        max_steps=settings.steps,
+        val_check_interval=max(1, settings.steps // settings.validations),
+        check_val_every_n_epoch=None,
+        gradient_clip_val=1.0,
+        logger=list(loggers),
+        callbacks=[
+            *callbacks,
+            pl.callbacks.ModelCheckpoint(out / "checkpoints", "{step}", monitor="step", mode="max", save_top_k=-1),
+        ],
+        default_root_dir=out,
+        enable_model_summary=False,
+    )
+    loader = DataLoader(train, shuffle=True, drop_last=True, **options)
+    trainer.fit(module, loader, DataLoader(val, **options))
+    module.model.save_pretrained(out)
+    module.tokenizer.save_pretrained(out)
+    return [point for one in callbacks for point in one.curve]
 
 
-def _rate(step: int, steps: int) -> float:
-    """Linear warm-up over 5 % of the steps, then a cosine to zero: the fraction of the learning rate at `step`."""
+def make_loggers(out: Path, run_id: str, tracking_uri: str) -> list[Any]:
+    """MLflow, TensorBoard, and W&B: offline, without an account, unless `WANDB_MODE` says otherwise.
+
+    Raises:
+        ConfigError: `out` holds something already.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"out: '{out}' is not empty; give a new folder, or remove it")
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    out.mkdir(parents=True, exist_ok=True)
+    return [
+        pl.loggers.MLFlowLogger(run_id=run_id, tracking_uri=tracking_uri),
+        pl.loggers.TensorBoardLogger(out, name="", version="tensorboard"),
+        pl.loggers.WandbLogger(project="downstream-validation", save_dir=out),
+    ]
+
+
+def _share(step: int, steps: int) -> float:
+    """The share of the learning rate at `step`."""
     warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup

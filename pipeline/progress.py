@@ -5,12 +5,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+
+_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
+
+
+@contextmanager
+def no_progress() -> Iterator[None]:
+    """Draws no bars within: the caller, such as a Lightning trainer, has one of its own."""
+    token = _hidden.set(True)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
 
 
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar of `total` units on a terminal; gives the function that moves it on."""
-    if not sys.stderr.isatty():
+    if _hidden.get() or not sys.stderr.isatty():
         yield lambda _units: None
         return
     from rich.console import Console

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.score import Scores
@@ -23,6 +23,18 @@ def table(scores: Sequence[Scores]) -> Table:
         for name, value, floor in _rows(one):
             view.add_row(name, value, floor)
         view.add_section()
+    return view
+
+
+def curve(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str]) -> Table:
+    """A row per measurement of a training: the step, and some of its metrics."""
+    from rich.table import Table
+
+    view = Table(title="Scores on the test set, over the training", title_justify="left")
+    for name in ("step", *names):
+        view.add_column(name, justify="right")
+    for step, metrics in points:
+        view.add_row(str(step), *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
     return view
 
 

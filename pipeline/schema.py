@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.config import Config, Files, Task
+from pipeline.config import Config, Files, MaxRows, Task
 from pipeline.config_file import CLASSES, ENCODERS, RENAMED, SECTION, UNUSED
 
 SCHEDULES = (
@@ -28,6 +28,7 @@ def _lines() -> Iterator[str]:
     yield from _table("The section", Config)
     yield from _table("A task: `dataset`, or an entry of the list", Task)
     yield from _table("Files: `dataset.dataset`", Files)
+    yield from _table("Most rows: `dataset.max_rows`", MaxRows)
     yield from ("## Other spellings", "", "| written | read as |", "| --- | --- |")
     for old, new in RENAMED.items():
         if old != "class":

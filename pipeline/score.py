@@ -10,14 +10,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from pipeline.config import metric_name
+from pipeline.config import LOSS, metric_name
 from pipeline.embed import Embeddings
 from pipeline.fit import loss_of, predict
 from pipeline.load import Part, Target
 from pipeline.metrics import Metrics, classification, regression
 from pipeline.train_head import FittedHead
 
-LOSS = "dwnstr_task_val_loss"
+HEADLINE = {"classification": "accuracy", "regression": "spearman"}  # the metric to show where there is room for one
 FLOORS = ("accuracy", "macro_f1", "mse", "rmse", "mae")  # metrics for which a constant guess says something
 
 

@@ -124,7 +124,7 @@ class Shelf:
     def lock(self) -> Iterator[None]:
         """Keeps other processes from writing; released by the system when a process dies."""
         lock = FileLock(self.folder / "lock")
-        with _writing(self.folder):
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         try:
@@ -232,7 +232,7 @@ class ShardWriter:
         """Writes what was collected as a shard and counts it in the manifest."""
         if not self._keys:
             return
-        with _writing(self.shelf.folder):
+        with writing(self.shelf.folder):
             self._write_shard(self._table())
         self._clear()
 
@@ -280,7 +280,7 @@ class ShardWriter:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Turns what the disk has to say into a CacheError."""
     try:
         yield

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from pipeline import optim
 from pipeline.config import Task, check_names, metric_name
-from pipeline.embed import Embeddings, embed
+from pipeline.embed import Embeddings, differences, embed, made_with
 from pipeline.encoders import Encoder
 from pipeline.load import Examples, load
 from pipeline.score import Scores, score
 from pipeline.store import Store
 from pipeline.tracking import Data, NullTracker, Tracker
-from pipeline.train_head import train_head
+from pipeline.train_head import make_head, train_head
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def validate(
     store: Store,
     tracker: Tracker | None = None,
     until: str = "score",
+    examples: Sequence[Examples] | None = None,
 ) -> list[Scores]:
     """Measures what an encoder's embeddings are worth on each task.
 
@@ -39,6 +41,7 @@ def validate(
         store: where embeddings and heads are kept.
         tracker: where results go; nowhere by default.
         until: the last stage to run: `load`, `embed`, `train_head` or `score`.
+        examples: what `load` gave for each task, where it is at hand: the files are not read again.
 
     Returns:
         The scores of each task, in order; none where `until` is an earlier stage.
@@ -50,12 +53,11 @@ def validate(
     several = not isinstance(tasks, Task)
     wanted = [tasks] if isinstance(tasks, Task) else list(tasks)
     last = STAGES.index(until)
-    check_names(wanted)
-    for task in wanted:
-        task.check()
-        optim.check(task.optim)  # now, and not after an hour of embedding
-    examples = _load(wanted, encoder, tracker)
-    embeddings = _embed(examples, encoder, store, tracker) if last >= 1 else []
+    check(wanted)
+    with tracker.step("load") as step:
+        loaded = list(examples or read(wanted, encoder.max_seq_length))
+        _tell(loaded, tracker, step)
+    embeddings = _embed(loaded, encoder, store, tracker) if last >= 1 else []
     scores = []
     for one in embeddings if last >= 2 else []:
         name = one.examples.task.task_name
@@ -65,22 +67,44 @@ def validate(
     return scores
 
 
-def _load(tasks: Sequence[Task], encoder: Encoder, tracker: Tracker) -> list[Examples]:
-    with tracker.step("load") as step:
-        examples = [load(task, encoder.max_seq_length) for task in tasks]
-        for one in examples:
-            name = one.task.task_name
-            for part, content in one.parts.items():
-                rows, left_out = len(content), content.left_out
-                step.metrics(
-                    {f"{metric_name(name)}/{part}_rows": rows, f"{metric_name(name)}/{part}_left_out": left_out}
-                )
-                for run in (step, tracker):
-                    run.data(Data(name, part, f"{one.task.dataset_path}/{part}", content.digest, rows, left_out))
-            logger.info("load        %s: %s", name, ", ".join(f"{len(c)} {p}" for p, c in one.parts.items()))
-            for note in one.notes:
-                _note(step, name, note)
-    return examples
+def check(tasks: Sequence[Task]) -> None:
+    """Raises ConfigError where a task, its optimiser or the names of several cannot be: before hours of embedding."""
+    check_names(tasks)
+    for task in tasks:
+        task.check()
+        optim.check(task.optim)
+
+
+def read(tasks: Sequence[Task], max_seq_length: int | None) -> list[Examples]:
+    """The first stage for each task; see `load`."""
+    return [load(task, max_seq_length) for task in tasks]
+
+
+def dry_run(encoder: Encoder, examples: Sequence[Examples]) -> None:
+    """Embeds the shortest sequences of each task, and makes its head: what would fail later fails now.
+
+    Raises:
+        PipelineError: see `embed` and `train_head`.
+    """
+    for one in examples:
+        shortest = replace(one, train=one.train.shortest(), test=one.test.shortest(), val=None)
+        with tempfile.TemporaryDirectory() as folder:
+            embed([shortest], encoder, Store(Path(folder)))
+        make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
+
+
+def _tell(examples: Sequence[Examples], tracker: Tracker, step: Tracker) -> None:
+    """Tells the trackers and the user of the data."""
+    for one in examples:
+        name = one.task.task_name
+        for part, content in one.parts.items():
+            rows, left_out = len(content), content.left_out
+            step.metrics({f"{metric_name(name)}/{part}_rows": rows, f"{metric_name(name)}/{part}_left_out": left_out})
+            for run in (step, tracker):
+                run.data(Data(name, part, f"{one.task.dataset_path}/{part}", content.digest, rows, left_out))
+        logger.info("load        %s: %s", name, ", ".join(f"{len(c)} {p}" for p, c in one.parts.items()))
+        for note in one.notes:
+            _note(step, name, note)
 
 
 def _embed(examples: list[Examples], encoder: Encoder, store: Store, tracker: Tracker) -> list[Embeddings]:
@@ -92,6 +116,8 @@ def _embed(examples: list[Examples], encoder: Encoder, store: Store, tracker: Tr
         for one in embeddings:
             for note in one.notes:
                 _note(step, one.examples.task.task_name, note)
+        for note in differences(getattr(encoder, "made_with", {}), made_with(encoder, store, examples)):
+            _note(step, "checkpoint", note)
     return embeddings
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoTokenizer, BartModel, BertModel, EsmForMaskedLM, EsmModel, T5EncoderModel
 
-from pipeline.checkpoints import DESCRIPTION, describe, open_encoder
+from pipeline.checkpoints import open_encoder
+from pipeline.huggingface import DESCRIPTION, describe
 from pipeline.encoders import HuggingFaceEncoder
 from pipeline.errors import CheckpointError
 from tests.models import RESIDUES

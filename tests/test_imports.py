@@ -14,10 +14,17 @@ from tests.conftest import ROOT
 
 # Each module may import those before it.
 ORDER = """
-errors config config_file progress schema tables labels load tokens encoders custom tracking tracking.mlflow checkpoints
-store rows embed heads schedules optim fit train_head metrics score validation report pretrain __main__
+errors config config_file progress schema tables labels load tokens encoders custom huggingface tracking tracking.mlflow
+tracking.training checkpoints live store scratch rows embed heads schedules optim fit train_head metrics score
+validation report neutral distributed measurement lightning callback monitors pretrain __main__
 """.split()
-ADAPTERS = {"mlflow": {"tracking.mlflow"}, "wandb": set(), "tensorboard": set(), "pytorch_lightning": set()}
+ADAPTERS = {
+    "mlflow": {"tracking.mlflow", "tracking.training"},
+    "wandb": set(),
+    "tensorboard": set(),
+    "pytorch_lightning": {"lightning"},
+    "lightning": {"lightning"},
+}
 # `__init__` gives the public names their homes and `__main__` calls everything: both stand outside the order.
 LINKS = {"__main__": {"mlflow"}}
 
@@ -78,9 +85,7 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_stages_run_where_no_tracker_is_installed() -> None:
-    blocked = (
-        "import sys\nfor name in ('mlflow', 'wandb', 'tensorboard', 'pytorch_lightning'): sys.modules[name] = None\n"
-    )
+    blocked = "import sys\nfor name in ('mlflow', 'wandb', 'tensorboard', 'pytorch_lightning', 'lightning'): sys.modules[name] = None\n"
     code = blocked + "from pipeline import Store, Task, open_encoder, read_config, validate"
     assert {"torch", "pipeline"} <= loaded_after(code)
 

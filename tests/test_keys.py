@@ -30,7 +30,15 @@ from tests.test_path import planted, planted_task, proteins
 
 # Where a key that has no test below is tested.
 ELSEWHERE = {
-    "enabled": "of the callback, and read by it",
+    "enabled": "test_callback.py: test_a_disabled_section_gives_no_callback",
+    "every_n_validations": "test_monitors.py: test_every_second_validation",
+    "on_start": "test_callback.py: test_the_untrained_and_the_final_weights",
+    "on_end": "test_callback.py: test_the_untrained_and_the_final_weights",
+    "on_error": "test_neutral.py",
+    "save": "test_callback.py: test_a_checkpoint_for_each_measurement",
+    "child_runs": "test_callback.py: test_child_runs",
+    "keep_embeddings": "test_callback.py: test_embeddings_of_live_weights_go_unless_they_are_kept",
+    "timeout": "test_ranks.py: test_a_rank_that_does_not_come_is_named",
     "architecture": "test_encoders.py: test_a_lightning_checkpoint_that_describes_itself",
     "max_seq_length": "test_load.py: test_long_sequences_go_out_whole_and_are_counted",
     "dataset_path": "every test",

@@ -11,8 +11,6 @@ import pytest
 import yaml
 
 from pipeline import Store, open_encoder, read_config, validate
-from pipeline.errors import ConfigError
-from pipeline.pretrain import Settings, pretrain, read_sequences
 from tests.conftest import ROOT
 
 CHECKPOINT = ROOT / "sample" / "checkpoint"
@@ -54,19 +52,6 @@ def test_the_configurations_of_one_kind_run(tmp_path: Path, name: str) -> None:
     assert all("/" not in metric for metric in scores.metrics)
 
 
-def test_pretraining_writes_a_checkpoint_that_opens(tmp_path: Path) -> None:
-    sequences = read_sequences(ROOT / "sample" / "data" / "unlabelled" / "test", "x000")
-    settings = Settings(layers=1, hidden_size=16, heads=2, steps=60, batch_size=8)
-    loss = pretrain(sequences, tmp_path / "a", settings)
-    assert 2 < loss < 3.3
-    encoder = open_encoder(str(tmp_path / "a"))
-    assert encoder.hidden_size == 16
-    assert pretrain(sequences, tmp_path / "b", settings) == loss
-    assert open_encoder(str(tmp_path / "b")).digest == encoder.digest
-    with pytest.raises(ConfigError, match="is not empty"):
-        pretrain(sequences, tmp_path / "a", settings)
-
-
 def test_conda_and_constraints_pin_the_same_versions() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
@@ -75,7 +60,7 @@ def test_conda_and_constraints_pin_the_same_versions() -> None:
         line.split("==") for line in conda
     )
     project = (ROOT / "pyproject.toml").read_text()
-    wanted = re.search(r"\ndependencies = \[(.*?)\n\]", project, re.DOTALL)
-    assert wanted is not None
-    names = {re.split(r"[<>=]", name)[0] for name in re.findall(r'"([^"]+)"', wanted[1])}
+    wanted = re.findall(r"\n(?:dependencies|train) = \[(.*?)\n\]", project, re.DOTALL)
+    assert len(wanted) == 2
+    names = {re.split(r"[<>=]", name)[0] for name in re.findall(r'"([^"]+)"', "".join(wanted))}
     assert names == {line.split("==")[0] for line in conda}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,90 @@ class NullTracker:
 
     def data(self, data: Data) -> None:
         """See `Tracker.data`."""
+
+
+class Several:
+    """Tells several trackers the same."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        """In this order."""
+        self.trackers = trackers
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Tracker]:
+        """See `Tracker.step`."""
+        with ExitStack() as stack:
+            yield Several([stack.enter_context(tracker.step(name)) for tracker in self.trackers])
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """See `Tracker.metrics`."""
+        for tracker in self.trackers:
+            tracker.metrics(values, step)
+
+    def artifact(self, path: Path) -> None:
+        """See `Tracker.artifact`."""
+        for tracker in self.trackers:
+            tracker.artifact(path)
+
+    def note(self, text: str) -> None:
+        """See `Tracker.note`."""
+        for tracker in self.trackers:
+            tracker.note(text)
+
+    def data(self, data: Data) -> None:
+        """See `Tracker.data`."""
+        for tracker in self.trackers:
+            tracker.data(data)
+
+
+def attempt(what: str, act: Callable[[], T]) -> T | None:
+    """Does something that must not stop a training, such as a call of a tracker; what it raises becomes a warning."""
+    try:
+        return act()
+    except Exception as error:
+        logger.warning("%s failed, training goes on: %s: %s", what, type(error).__name__, " ".join(str(error).split()))
+        return None
+
+
+class Guarded:
+    """A tracker whose failures become warnings."""
+
+    def __init__(self, inner: Tracker) -> None:
+        """Guards `inner`."""
+        self.inner = inner
+
+    def step(self, name: str) -> AbstractContextManager[Tracker]:
+        """See `Tracker.step`."""
+        return guarded(f"tracking of {name}", lambda: self.inner.step(name))
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """See `Tracker.metrics`."""
+        attempt("logging of metrics", lambda: self.inner.metrics(values, step))
+
+    def artifact(self, path: Path) -> None:
+        """See `Tracker.artifact`."""
+        attempt(f"logging of {path.name}", lambda: self.inner.artifact(path))
+
+    def note(self, text: str) -> None:
+        """See `Tracker.note`."""
+        attempt("logging of a note", lambda: self.inner.note(text))
+
+    def data(self, data: Data) -> None:
+        """See `Tracker.data`."""
+        attempt("logging of a data set", lambda: self.inner.data(data))
+
+
+@contextmanager
+def guarded(what: str, open_tracker: Callable[[], AbstractContextManager[Tracker]]) -> Iterator[Tracker]:
+    """A tracker that is opened and closed, whose failures become warnings; what the work within raises passes."""
+    context = attempt(what, open_tracker)
+    tracker = attempt(what, context.__enter__) if context else None
+    try:
+        yield Guarded(tracker) if tracker else NullTracker()
+    except BaseException as error:
+        if context and tracker:
+            with suppress(Exception):
+                context.__exit__(type(error), error, error.__traceback__)
+        raise
+    if context and tracker:
+        attempt(what, lambda: context.__exit__(None, None, None))

@@ -154,12 +154,10 @@ def open_run(name: str, tracking_uri: str = "") -> Iterator[MlflowTracker]:
             run_id = given
             client.update_run(run_id, name=name)
             client.log_batch(run_id, tags=[RunTag(key, value) for key, value in _process_tags().items()])
+            sweep(client, experiment_id)
+            tracker = MlflowTracker(client, experiment_id, run_id)
         else:
-            experiment_id = _experiment(client)
-            tags = {**resolve_tags(), **_process_tags()}
-            run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
-        sweep(client, experiment_id)
-        tracker = MlflowTracker(client, experiment_id, run_id)
+            tracker = new_run(client, name)
     except MlflowException as error:
         raise TrackingError(f"MLflow at '{mlflow.get_tracking_uri()}' cannot be used: {error}") from error
     try:
@@ -187,6 +185,26 @@ def download(uri: str) -> Path:
         raise CheckpointError(
             f"ckpt: '{uri}' cannot be downloaded from '{mlflow.get_tracking_uri()}': {error}"
         ) from error
+
+
+def resume_run(client: MlflowClient, run_id: str) -> MlflowTracker | None:
+    """A run that this project opened before, open again; None if it is not there any more."""
+    try:
+        run = client.get_run(run_id)
+        client.update_run(run_id, status="RUNNING")
+    except MlflowException:
+        return None
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in _process_tags().items()])
+    return MlflowTracker(client, run.info.experiment_id, run_id)
+
+
+def new_run(client: MlflowClient, name: str) -> MlflowTracker:
+    """A new run in the experiment that MLflow's own variables name. Sweeps up what a kill left RUNNING."""
+    experiment_id = _experiment(client)
+    tags = {**resolve_tags(), **_process_tags()}
+    run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+    sweep(client, experiment_id)
+    return MlflowTracker(client, experiment_id, run_id)
 
 
 def sweep(client: MlflowClient, experiment_id: str) -> None:

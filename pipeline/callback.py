@@ -1,0 +1,244 @@
+"""Lightning: measures the weights in training at the end of every validation epoch, and changes nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, metric_stems
+from pipeline.config_file import read_config
+from pipeline.distributed import LostRankError, Ranks
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.huggingface import DESCRIPTION
+from pipeline.lightning import pl
+from pipeline.measurement import Measurement, headlines
+
+SHARDED = ("FSDP", "ModelParallel", "DeepSpeed")
+
+
+def setup_dwnstr_task_validation_callbacks(cfg: str | Path | Mapping[Any, Any] | Config) -> list[pl.Callback]:
+    """The callbacks for `Trainer(callbacks=...)`: one, or none where the section says `enabled: False`.
+
+    Args:
+        cfg: a YAML file with the section `model.dwnstr_task_validation`, its content as Hydra or OmegaConf give it, or
+            a `Config`.
+
+    Raises:
+        ConfigError: the configuration is not valid.
+    """
+    config = cfg if isinstance(cfg, Config) else read_config(cfg)
+    return [DownstreamValidation(config)] if config.enabled else []
+
+
+class DownstreamValidation(pl.Callback):
+    """Measures what the embeddings of the weights in training are worth on the downstream tasks.
+
+    The metrics are published on every rank, for `ModelCheckpoint` and `EarlyStopping`; rank 0 logs them to MLflow and
+    to the trainer's loggers, at `trainer.global_step`.
+
+    Attributes:
+        measured: how many measurements succeeded in this process; `DownstreamModelCheckpoint` goes by it.
+        curve: the step and the metrics of each, on every rank.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Checks the configuration. Raises ConfigError."""
+        config.check()
+        self.config = config
+        self.measured = 0
+        self.curve: list[tuple[int, dict[str, float]]] = []
+        self.work: Measurement | None = None
+        self.ranks = Ranks(config.timeout)
+        self._validations = 0
+        self._last_step: int | None = None
+        self._loaded_step = 0
+        self._run_id: str | None = None
+        self._late = False
+        self._began = self._spent = 0.0
+
+    @property
+    def state_key(self) -> str:
+        """Tells two of these in one trainer apart."""
+        return f"DownstreamValidation{[task.task_name for task in self.config.dataset]}"
+
+    def has_metric(self, name: str) -> bool:
+        """Whether `name` is one of the metrics that are measured."""
+        return any(name.startswith(stem) for stem in metric_stems(self.config))
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Finds the encoder and reads all data, on rank 0.
+
+        Raises:
+            PipelineError: what would fail at the first measurement, on every rank alike.
+        """
+        if stage not in ("fit", "validate"):
+            return
+        _check_strategy(trainer)
+        _go_first(self, trainer)
+        self.ranks.open()
+        self._began, self._spent = time.perf_counter(), 0.0
+        self.work = Measurement(self.config, trainer, self._run_id)
+        # A module that builds its layers in a hook that comes later is looked at when they are there.
+        self._late = any(_overridden(pl_module, hook) for hook in ("setup", "configure_model"))
+        work = self.work
+        self.ranks.agree(lambda: work.prepare(pl_module, may_wait=self._late))
+        self._warn_of_stale_metrics(trainer)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finds the encoder in a module that was not complete at `setup`."""
+        self._complete(pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same where validation is all there is."""
+        self._complete(pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """With `on_start`, measures the untrained model; a resumed one is not untrained."""
+        self._began = time.perf_counter()
+        if self.config.on_start and trainer.global_step == 0 and not _is_rehearsal(trainer):
+            self._measure(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measures, and publishes the metrics. In the sanity check, only tries whether that can work."""
+        if self.work is None:
+            return
+        work = self.work
+        if trainer.sanity_checking or _is_rehearsal(trainer):
+            self.ranks.agree(lambda: work.try_out(pl_module))
+            return
+        if trainer.state.fn == "fit":
+            self._validations += 1
+            if (self._validations - 1) % self.config.every_n_validations:
+                return
+        for name, value in self._measure(trainer, pl_module).items():
+            # The values are the same on all ranks; a maximum leaves them as they are, and a mean might round.
+            pl_module.log(
+                name, value, logger=False, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True, batch_size=1
+            )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """With `on_end`, measures the final weights, if the last validation did not."""
+        done = self._last_step == trainer.global_step
+        if self.config.on_end and not done and not _is_rehearsal(trainer):
+            self._measure(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Ends the MLflow run if it was opened here."""
+        self._close("FINISHED")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Ends it as failed or killed."""
+        self._close("FAILED" if isinstance(exception, Exception) else "KILLED")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs to go on with the same curve."""
+        run = self.work.own_run_id if self.work else None
+        return {"validations": self._validations, "last_step": self._last_step, "run_id": run or self._run_id}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self._validations = state_dict["validations"]
+        self._last_step = state_dict["last_step"]
+        self._run_id = state_dict["run_id"]
+        if self.work:
+            self.work.earlier_run_id = self._run_id
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds what is needed to open the checkpoint without the code of the module."""
+        description = self.work.description if self.work else None
+        if description is not None:
+            checkpoint.setdefault(DESCRIPTION, description)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps the step: a trainer that only validates does not."""
+        self._loaded_step = int(checkpoint.get("global_step", 0))
+
+    def _complete(self, pl_module: pl.LightningModule) -> None:
+        if self._late and self.work is not None:
+            work, self._late = self.work, False
+            self.ranks.agree(lambda: work.prepare(pl_module))
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """The metrics, the same on every rank; empty where the measurement failed and training is to go on."""
+        assert self.work is not None
+        work, began = self.work, time.perf_counter()
+        step = trainer.global_step if trainer.state.fn == "fit" else max(trainer.global_step, self._loaded_step)
+        try:
+            metrics = self.ranks.agree(lambda: work.measure(pl_module, step))
+        except LostRankError:
+            raise
+        except Exception as error:
+            if self.config.on_error == "raise":
+                raise
+            kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
+            pl.utilities.rank_zero_warn(
+                f"downstream validation failed at step {step}, training goes on: {kind}{error}", stacklevel=2
+            )
+            return {}
+        self.measured += 1
+        self._last_step = step
+        self.curve.append((step, metrics))
+        self._report(step, metrics, time.perf_counter() - began)
+        return metrics
+
+    def _report(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        """A line for the log: the headline metrics, and what they cost."""
+        self._spent += seconds
+        share = 100 * self._spent / max(time.perf_counter() - self._began, 1e-9)
+        numbers = ", ".join(f"{name} {metrics[name]:.4f}" for name in headlines(self.config) if name in metrics)
+        cost = f"{seconds:.1f} s; {share:.0f} % of the training time so far"
+        pl.utilities.rank_zero_info(f"downstream validation at step {step}: {numbers} ({cost})")
+
+    def _warn_of_stale_metrics(self, trainer: pl.Trainer) -> None:
+        """Lightning's own monitors read the last value again where a validation was skipped."""
+        if self.config.every_n_validations == 1:
+            return
+        callbacks: list[Any] = vars(trainer)["callbacks"]
+        for one in callbacks:
+            kind, monitor = type(one).__name__, getattr(one, "monitor", None)
+            if kind in ("ModelCheckpoint", "EarlyStopping") and monitor and self.has_metric(monitor):
+                pl.utilities.rank_zero_warn(
+                    f"{kind}(monitor='{monitor}') acts on old values where every_n_validations skips a validation; "
+                    f"use pipeline.Downstream{kind} in its place",
+                    stacklevel=2,
+                )
+
+    def _close(self, status: str) -> None:
+        if self.work is not None:
+            self._run_id = self.work.own_run_id or self._run_id
+            self.work.close(status)
+        self.work = None
+        self.ranks.close()
+
+
+def _check_strategy(trainer: pl.Trainer) -> None:
+    """Raises ConfigError where no rank has all weights."""
+    kinds = [one.__name__ for one in type(trainer.strategy).__mro__]
+    if any(kind.startswith(SHARDED) for kind in kinds):
+        raise ConfigError(f"strategy {kinds[0]}: downstream validation needs all weights on a rank; use ddp for now")
+    if trainer.world_size > 1 and "DDPStrategy" not in kinds:
+        raise ConfigError(f"strategy {kinds[0]}: downstream validation on several ranks needs ddp")
+
+
+def _go_first(callback: DownstreamValidation, trainer: Any) -> None:
+    """Moves the callback to the head of the list, so that averaged weights are still in place when it measures.
+
+    Lightning is going through the list, at this callback: those before it move up one, those behind it stay.
+    """
+    callbacks: list[Any] = trainer.callbacks
+    callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
+
+
+def _overridden(module: pl.LightningModule, hook: str) -> bool:
+    return getattr(type(module), hook, None) is not getattr(pl.LightningModule, hook, None)
+
+
+def _is_rehearsal(trainer: Any) -> bool:
+    """Whether the trainer only tries a few batches."""
+    return bool(trainer.fast_dev_run)

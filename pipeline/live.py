@@ -1,0 +1,165 @@
+"""A live module, in training, to an `Encoder` of its current weights; no disk in between."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import ARCHITECTURES, import_class
+from pipeline.custom import Context, CustomEncoder, class_name, module_digest
+from pipeline.encoders import Encoder, HuggingFaceEncoder, find_device
+from pipeline.errors import CheckpointError
+from pipeline.huggingface import check_architecture, describe, matching_weights, quiet, rebuild
+
+REMEDY = "give the module a method hidden_states(sequences), or name an encoder class in infer_target"
+
+
+class LiveModel:
+    """Finds how a module gives hidden states, once; `encoder` then takes the weights of the moment.
+
+    In this order: the class that `infer_target` names, by its `from_module`; the module's own method
+    `hidden_states(sequences) -> list[Tensor (length, hidden_size)]`; the one Hugging Face model and tokenizer in it.
+    The last is measured through a second model that shares the weights, so the module itself never runs, and through
+    the same steps by which a `.ckpt` is opened, so both give the same numbers.
+
+    Attributes:
+        runs_module: whether measuring runs the module itself; see `neutral.untouched`.
+        max_seq_length: as an `Encoder`'s.
+        description: what a `.ckpt` needs to be opened without the module's code; None where that takes a class.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        infer_target: str = "auto",
+        tokenizer: Any = None,
+        context: Context = nullcontext,
+        mode: str = "",
+        others: Sequence[object] = (),
+    ) -> None:
+        """Looks at the module; see `encoder` for what is taken from it later.
+
+        Args:
+            module: what is trained.
+            infer_target: `auto`, a short name that the architecture must agree with, or the path of an encoder class.
+            tokenizer: the Hugging Face tokenizer; by default the one found in the module.
+            context: what the module's own code runs within, such as a trainer's autocast.
+            mode: names the arithmetic of `context`.
+            others: objects to look for the tokenizer in, beside the module.
+
+        Raises:
+            CheckpointError: there is no such way to the hidden states, or more than one.
+            ConfigError: `infer_target` names no class.
+        """
+        self.context, self.mode = context, mode
+        self.description: dict[str, Any] | None = None
+        self._class: Any = None
+        self._skeleton: nn.Module | None = None
+        if infer_target not in ("auto", *ARCHITECTURES):
+            self._class = import_class(infer_target, "infer_target", ("auto", *ARCHITECTURES))
+            found = CustomEncoder.from_module(self._class, module, _device_of(module), context, mode)
+            self.max_seq_length = found.max_seq_length
+        elif callable(getattr(module, "hidden_states", None)):
+            self.max_seq_length = _own_limit(module)
+        else:
+            prefix, model = _only_model(module)
+            check_architecture(infer_target, model.config.model_type, f"the model in {type(module).__name__}")
+            tokenizer = tokenizer or _only_tokenizer([*module.modules(), *others])
+            self.description = describe(model, tokenizer, prefix)
+            with quiet():
+                self._skeleton, self._name, self._tokenizer = rebuild(self.description)
+            self._take_weights(module)
+            self.max_seq_length = HuggingFaceEncoder(self._skeleton, self._tokenizer, "cpu", "fp32").max_seq_length
+
+    @property
+    def runs_module(self) -> bool:
+        """Whether measuring runs the module itself."""
+        return self._skeleton is None
+
+    def encoder(self, module: nn.Module, device: str = "auto", precision: str = "auto", probe: str = "C") -> Encoder:
+        """An encoder of the weights that `module` has now; use it before they change.
+
+        Args:
+            module: the same as at first.
+            device: `auto` is the module's own.
+            precision: as `open_encoder`'s; the module's own code decides for itself.
+            probe: a sequence to find out the hidden size with, where a module does not say it.
+        """
+        where = _device_of(module) if device == "auto" else find_device(device)
+        if self._class is not None:
+            return CustomEncoder.from_module(self._class, module, where, self.context, self.mode)
+        if self._skeleton is None:
+            digest = f"{class_name(type(module))} {self.mode} {module_digest(module)}"
+            return CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe)
+        self._take_weights(module)
+        return HuggingFaceEncoder(self._skeleton, self._tokenizer, str(where), precision)
+
+    def _take_weights(self, module: nn.Module) -> None:
+        """Makes the second model's weights those of the module: the same memory where they are float32."""
+        assert self._skeleton is not None
+        assert self.description is not None
+        state = {key.replace("_orig_mod.", ""): value for key, value in module.state_dict().items()}
+        prefix = self.description["prefix"].replace("_orig_mod.", "")
+        weights = matching_weights(self._skeleton, self._name, state, prefix, type(module).__name__)
+        taken = {key: value.detach().float() if value.is_floating_point() else value for key, value in weights.items()}
+        self._skeleton.load_state_dict(taken, assign=True)
+
+
+class _Method:
+    """A module's own `hidden_states`, without the module's other attributes, which may mean something else."""
+
+    def __init__(self, module: Any) -> None:
+        self.hidden_states = module.hidden_states
+        self.max_seq_length = _own_limit(module)
+        if callable(getattr(module, "count_unknown", None)):
+            self.count_unknown = module.count_unknown
+
+
+def _own_limit(module: nn.Module) -> int | None:
+    limit = getattr(module, "max_seq_length", None)
+    return limit if isinstance(limit, int) else None
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    tensor: Tensor | None = next(iter(module.parameters()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _only_model(module: nn.Module) -> tuple[str, Any]:
+    """The one Hugging Face model in a module that stands in no other, and what its weights' names begin with."""
+    from transformers import PreTrainedModel
+
+    found: list[tuple[str, Any]] = []
+    for name, one in module.named_modules():
+        if isinstance(one, PreTrainedModel) and not any(_within(name, outer) for outer, _ in found):
+            found.append((name, one))
+    if len(found) != 1:
+        names = ", ".join(name or "the module itself" for name, _ in found) or "none"
+        raise CheckpointError(f"{type(module).__name__}: expected one Hugging Face model, found {names}; {REMEDY}")
+    name, model = found[0]
+    if not inspect.getmodule(type(model)).__name__.startswith("transformers."):  # type: ignore[union-attr]
+        own = f"{class_name(type(model))}, not a class of transformers"
+        raise CheckpointError(f"{type(module).__name__}: expected a Hugging Face model, found {own}; {REMEDY}")
+    return f"{name}." if name else "", model
+
+
+def _within(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
+
+
+def _only_tokenizer(holders: Sequence[object]) -> Any:
+    """The one tokenizer among the attributes of some objects."""
+    from transformers import PreTrainedTokenizerBase
+
+    values = [value for holder in holders if holder is not None for value in vars(holder).values()]
+    found = list({id(value): value for value in values if isinstance(value, PreTrainedTokenizerBase)}.values())
+    if len(found) != 1:
+        count = "none" if not found else f"{len(found)}: {', '.join(type(one).__name__ for one in found)}"
+        remedy = "keep it as an attribute of the LightningModule, such as self.tokenizer, or " + REMEDY
+        raise CheckpointError(f"expected one Hugging Face tokenizer in the module, found {count}; {remedy}")
+    return found[0]

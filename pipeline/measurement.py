@@ -1,0 +1,245 @@
+"""What rank 0 does for the callback: prepares, and measures the weights of the moment."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pipeline import validation
+from pipeline.checkpoints import open_encoder
+from pipeline.config import ARCHITECTURES, LOSS, Config, Task, metric_stems
+from pipeline.config_file import to_mapping, to_yaml
+from pipeline.embed import made_with
+from pipeline.encoders import Encoder
+from pipeline.errors import CheckpointError
+from pipeline.huggingface import DESCRIPTION
+from pipeline.live import LiveModel
+from pipeline.load import Examples
+from pipeline.neutral import untouched
+from pipeline.progress import no_progress
+from pipeline.score import HEADLINE
+from pipeline.scratch import temporary_folder
+from pipeline.store import Store
+from pipeline.tracking import NullTracker, Tracker, attempt, guarded
+from pipeline.validation import check, dry_run, read, validate
+
+if TYPE_CHECKING:
+    from pipeline.tracking.training import TrainingRun
+
+
+class Measurement:
+    """Measures a module in training, without touching it.
+
+    Attributes:
+        earlier_run_id: the MLflow run that an interrupted training had opened, to be continued.
+    """
+
+    def __init__(self, config: Config, trainer: Any, earlier_run_id: str | None = None) -> None:
+        """Keeps the trainer: its loggers, precision and folder are asked for when they are needed."""
+        self.config = config
+        self.trainer = trainer
+        self.earlier_run_id = earlier_run_id
+        self._live: LiveModel | None = None
+        self._examples: list[Examples] = []
+        self._run: TrainingRun | None = None
+        self._asked = False
+        self._limit: int | None = None
+        self._said: set[str] = set()
+
+    def prepare(self, module: nn.Module, may_wait: bool = False) -> None:
+        """Finds how the module gives hidden states, and reads and checks all data.
+
+        Args:
+            module: what is trained.
+            may_wait: a module that gives no hidden states yet may do so later; then only the data are checked.
+
+        Raises:
+            PipelineError: the module, the configuration or the data will not do.
+        """
+        with self._around(module):
+            check(self._tasks)
+            try:
+                self._live = self._look_at(module)
+            except CheckpointError:
+                if not may_wait:
+                    raise
+            self._limit = self._live.max_seq_length if self._live else None
+            self._examples = read(self._tasks, self._limit)
+
+    def try_out(self, module: nn.Module) -> None:
+        """Embeds a few sequences and makes the heads. Raises PipelineError where a measurement would."""
+        with self._around(module):
+            if self._live is not None:
+                dry_run(self._encoder(module), self._examples)
+
+    def measure(self, module: nn.Module, step: int) -> dict[str, float]:
+        """Measures the weights that the module has now, and logs the result at `step`.
+
+        Raises:
+            PipelineError: see `validate`. Trackers that fail only warn.
+        """
+        with self._around(module):
+            try:
+                metrics = self._measure(module, step)
+            except Exception as error:
+                message = str(error)
+                run = self._training_run()
+                if run is not None:
+                    attempt("logging of the failure", lambda: run.failed(step, message))
+                raise
+            for one in self.trainer.loggers:
+                if not self._is_run(one):
+                    attempt(type(one).__name__, lambda one=one: one.log_metrics(metrics, step=step))  # type: ignore[misc]
+            return metrics
+
+    @property
+    def description(self) -> dict[str, Any] | None:
+        """What a `.ckpt` needs to be opened, and how it is measured here; None where that takes a class."""
+        live = self._live
+        if live is None or live.description is None:
+            return None
+        if "made_with" not in live.description:
+            encoder = live.encoder(self.trainer.lightning_module, self._device, self.config.precision)
+            live.description["made_with"] = made_with(encoder, self._store(Path()), self._examples)
+        return live.description
+
+    @property
+    def own_run_id(self) -> str | None:
+        """The MLflow run, if it was opened here."""
+        return self._run.run_id if self._run and self._run.own else None
+
+    def close(self, status: str) -> None:
+        """Ends the MLflow run if it was opened here."""
+        run = self._run
+        if run is not None:
+            attempt("closing of the MLflow run", lambda: run.end(status))
+
+    @property
+    def _tasks(self) -> list[Task]:
+        return self.config.dataset
+
+    @property
+    def _device(self) -> str:
+        """Where the trainer's device is, though the module may have left it at the end of training."""
+        return str(self.trainer.strategy.root_device) if self.config.device == "auto" else self.config.device
+
+    @contextmanager
+    def _around(self, module: nn.Module) -> Iterator[None]:
+        """Leaves the module as it is, draws no bars beside the trainer's, and says each warning once."""
+        validation.logger.addFilter(self._first_time)
+        try:
+            with no_progress(), untouched(module, self._live is None or self._live.runs_module):
+                yield
+        finally:
+            validation.logger.removeFilter(self._first_time)
+
+    def _first_time(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = record.levelno < logging.WARNING or text not in self._said
+        self._said.add(text)
+        return new
+
+    def _look_at(self, module: nn.Module) -> LiveModel | None:
+        """How the live module gives hidden states; None where a checkpoint is written for a class of the user's."""
+        target, trainer = self._tasks[0].infer_target, self.trainer
+        if self.config.save and target not in ("auto", *ARCHITECTURES):
+            return None
+        context = trainer.precision_plugin.forward_context
+        return LiveModel(module, target, None, context, str(trainer.precision), [trainer.datamodule])
+
+    def _measure(self, module: nn.Module, step: int) -> dict[str, float]:
+        source = str(self._save(module, step)) if self.config.save else "live weights"
+        encoder = self._open(source) if self.config.save else self._encoder(module)
+        if encoder.max_seq_length != self._limit:
+            self._limit = encoder.max_seq_length
+            self._examples = read(self._tasks, self._limit)
+        with ExitStack() as stack:
+            store = self._store(stack.enter_context(self._folder()))
+            run = self._training_run()
+            tracker: Tracker = NullTracker()
+            if run is not None:
+                open_tracker = partial(run.measurement, step, encoder.digest, source, self.config.child_runs)
+                tracker = stack.enter_context(guarded("logging to MLflow", open_tracker))
+            scores = validate(encoder, self.config.tasks, store, tracker, examples=self._examples)
+        return {name: value for one in scores for name, value in one.metrics.items()}
+
+    def _encoder(self, module: nn.Module) -> Encoder:
+        assert self._live is not None
+        probe = min(self._examples[0].train.sequences, key=len)
+        return self._live.encoder(module, self._device, self.config.precision, probe)
+
+    def _open(self, source: str) -> Encoder:
+        target, precision = self._tasks[0].infer_target, self.config.precision
+        return open_encoder(source, target, self._device, precision, self.config.architecture, trust_pickle=True)
+
+    def _save(self, module: Any, step: int) -> Path:
+        """Writes the weights of the moment as Lightning would, without its callbacks and its barrier."""
+        content = {
+            "epoch": self.trainer.current_epoch,
+            "global_step": self.trainer.global_step,
+            "pytorch-lightning_version": import_module(type(self.trainer).__module__.split(".trainer")[0]).__version__,
+            "state_dict": module.state_dict(),
+            "hyper_parameters": dict(module.hparams),
+        }
+        module.on_save_checkpoint(content)
+        if self.description is not None:
+            content[DESCRIPTION] = self.description
+        folder = Path(self.trainer.default_root_dir) / "downstream"
+        path = folder / f"step={step}.ckpt"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(content, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"save: '{path}' cannot be written ({error}); set default_root_dir") from error
+        return path
+
+    def _store(self, root: Path) -> Store:
+        config = self.config
+        return Store(root, config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        """Where a measurement keeps embeddings and heads: a folder that goes afterwards, unless they are to be kept."""
+        root = Path(self.config.store).expanduser()
+        if self.config.keep_embeddings:
+            yield root
+            return
+        with temporary_folder(root / "live") as folder:
+            yield folder
+
+    def _training_run(self) -> TrainingRun | None:
+        """The MLflow run; None where it cannot be had, which is said once."""
+        if not self._asked:
+            self._asked = True
+            self._run = attempt("opening of the MLflow run", self._open_run)
+        return self._run
+
+    def _open_run(self) -> TrainingRun:
+        from pipeline.tracking.training import TrainingRun
+
+        name = type(self.trainer.lightning_module).__name__
+        run = TrainingRun(self.trainer.loggers, name, self.earlier_run_id)
+        attempt("logging of the configuration", lambda: run.describe(to_mapping(self.config), to_yaml(self.config)))
+        return run
+
+    def _is_run(self, logger: Any) -> bool:
+        """Whether a trainer's logger writes to the run that has the metrics already."""
+        from pipeline.tracking.training import is_mlflow_logger
+
+        return self._run is not None and is_mlflow_logger(logger) and logger.run_id == self._run.run_id
+
+
+def headlines(config: Config) -> list[str]:
+    """The names of the metrics to be shown in a line: one per target."""
+    kinds = [HEADLINE[task.task_type] for task in config.dataset for _ in task.target_column]
+    stems = [stem for stem in metric_stems(config) if not stem.endswith(LOSS)]
+    return [stem + kind for stem, kind in zip(stems, kinds, strict=True)]

@@ -1,0 +1,48 @@
+"""Lightning's `ModelCheckpoint` and `EarlyStopping`, acting on fresh downstream metrics alone.
+
+A trainer keeps a metric until it is logged again. Where a validation was not measured (`every_n_validations`, or a
+measurement that failed), Lightning's own monitors would see the last value once more: save a checkpoint under a score
+that is not its own, and use up patience. Where the metric was never there, they would end the training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.callback import DownstreamValidation
+from pipeline.lightning import pl
+
+
+class _Fresh:
+    """Knows whether a downstream metric was measured since it was last acted on."""
+
+    _acted_on = 0
+
+    def _is_fresh(self, trainer: Any, monitor: str) -> bool:
+        """True for metrics of other origin, and once for each measurement."""
+        sources = [one for one in trainer.callbacks if isinstance(one, DownstreamValidation)]
+        source = next((one for one in sources if one.has_metric(monitor)), None)
+        if source is None:
+            return True
+        fresh = source.measured > self._acted_on
+        self._acted_on = source.measured
+        return fresh
+
+
+class DownstreamModelCheckpoint(_Fresh, pl.callbacks.ModelCheckpoint):
+    """`ModelCheckpoint` that saves under a downstream metric only where it was measured on these weights.
+
+    `save_last` and checkpoints without a monitor are saved as always.
+    """
+
+    def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Any]) -> None:
+        if self.monitor is None or self._is_fresh(trainer, self.monitor):
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+
+class DownstreamEarlyStopping(_Fresh, pl.callbacks.EarlyStopping):
+    """`EarlyStopping` whose patience counts measurements, not validations."""
+
+    def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
+        if self._is_fresh(trainer, self.monitor):
+            super()._run_early_stopping_check(trainer)

@@ -1,0 +1,96 @@
+"""What keeps a training as it is while its module is measured."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def untouched(module: nn.Module, runs_module: bool = True) -> Iterator[None]:
+    """Afterwards module and process are bit for bit what they were, also when an exception passes through.
+
+    Put back are the random states (Python, NumPy, torch, every GPU), each parameter's `requires_grad`, each
+    submodule's mode, every buffer, the default dtype, the grad mode and autocast. Within, the module is in evaluation
+    mode, gradients and autocast are off, and nothing is compiled.
+
+    Args:
+        module: what is in training.
+        runs_module: whether the module itself will run, so that its buffers are copied; else they cannot change.
+    """
+    undo = [_random_states(), _modes(module), _defaults()]
+    if runs_module:
+        undo.append(_buffers(module))
+    with ExitStack() as stack:
+        for one in undo:
+            stack.callback(one)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # new lengths would compile anew
+        for submodule in module.modules():
+            submodule.training = False
+        yield
+
+
+def _random_states() -> Callable[[], None]:
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
+
+    return restore
+
+
+def _modes(module: nn.Module) -> Callable[[], None]:
+    training = [(submodule, submodule.training) for submodule in module.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+
+    def restore() -> None:
+        for submodule, mode in training:
+            submodule.training = mode
+        for parameter, requires_grad in wanted:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+
+    return restore
+
+
+def _defaults() -> Callable[[], None]:
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+
+    def restore() -> None:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+
+    return restore
+
+
+def _buffers(module: nn.Module) -> Callable[[], None]:
+    before: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
+    for submodule in module.modules():
+        for name, tensor in submodule._buffers.items():
+            if tensor is not None:
+                before.append((submodule._buffers, name, tensor, tensor.detach().clone()))
+
+    def restore() -> None:
+        with torch.no_grad():
+            for owner, name, tensor, value in before:
+                owner[name] = tensor
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+    return restore

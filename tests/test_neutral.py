@@ -1,0 +1,156 @@
+"""A training with the callback is bit for bit the training without it, whatever the measurement does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import pytest
+import torch
+from torch import nn
+
+from pipeline import setup_dwnstr_task_validation_callbacks, untouched, validation
+from pipeline.config import Task
+from pipeline.errors import DataError
+from tests.test_path import planted_task
+from tests.training import Busy, Recorder, WithMethod, loader, section, trainer
+
+HARD = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 2}
+STAGES = {"load": "_tell", "embed": "embed", "train_head": "train_head", "score": "score"}
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    return planted_task(tmp_path / "data", num_epochs=1)
+
+
+def train(module: Busy, folder: Path, callbacks: list[Any], **options: Any) -> Recorder:
+    recorder = Recorder()
+    trainer(folder, [*callbacks, recorder], **{**HARD, **options}).fit(module, loader(), loader(shuffle=False))
+    return recorder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[type, Recorder]:
+    folder = tmp_path_factory.mktemp("plain")
+    found = {}
+    model_folder("esm")  # is made by chance, once
+    for kind in (Busy, WithMethod):
+        pl.seed_everything(3, verbose=False)
+        found[kind] = train(kind(model_folder("esm")), folder, [])
+    return found
+
+
+def same(one: Recorder, other: Recorder) -> None:
+    assert len(one.states) == len(other.states) == 8
+    for left, right in zip([*one.states, one.end], [*other.states, other.end], strict=True):
+        assert left == right
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [(Busy, "auto"), (WithMethod, "auto"), (Busy, "tests.training.FromModule")],
+    ids=["hugging face", "own method", "own class"],
+)
+@pytest.mark.parametrize("save", [False, True], ids=["live", "saved"])
+def test_training_is_the_same(
+    kind: type[Busy],
+    target: str,
+    save: bool,
+    task: Task,
+    tmp_path: Path,
+    tracking: str,
+    undisturbed: Any,
+    model_folder: Any,
+) -> None:
+    if save and kind is not Busy or (save and target != "auto"):
+        pytest.skip("a checkpoint of the user's own class: test_callback.py")
+    task.infer_target = target
+    config = section(tmp_path, task, on_start=True, on_end=True, on_error="raise", save=save)
+    callbacks = setup_dwnstr_task_validation_callbacks(config)
+    pl.seed_everything(3, verbose=False)
+    recorder = train(kind(model_folder("esm")), tmp_path, callbacks)
+    assert [step for step, _ in callbacks[0].curve] == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
+    same(recorder, undisturbed[kind])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_is_the_same_when_a_stage_fails(
+    stage: str,
+    task: Task,
+    tmp_path: Path,
+    tracking: str,
+    undisturbed: Any,
+    model_folder: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float64)
+        raise RuntimeError("injected")
+
+    callbacks = setup_dwnstr_task_validation_callbacks(section(tmp_path, task, on_start=True))
+    monkeypatch.setattr(validation, STAGES[stage], fail)
+    pl.seed_everything(3, verbose=False)
+    with pytest.warns(UserWarning, match="failed at step [0-4], training goes on: RuntimeError: injected"):
+        recorder = train(WithMethod(model_folder("esm")), tmp_path, callbacks, num_sanity_val_steps=0)
+    assert callbacks[0].curve == []  # type: ignore[attr-defined]
+    same(recorder, undisturbed[WithMethod])
+
+
+def test_on_error_raise_ends_the_training(
+    task: Task, tmp_path: Path, tracking: str, model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise DataError("injected")
+
+    callbacks = setup_dwnstr_task_validation_callbacks(section(tmp_path, task, on_error="raise"))
+    monkeypatch.setattr(validation, "train_head", fail)
+    with pytest.raises(DataError, match="injected"):
+        train(Busy(model_folder("esm")), tmp_path, callbacks)
+
+
+def test_nothing_is_compiled_anew(task: Task, tmp_path: Path, tracking: str, model_folder: Any) -> None:
+    """The training graph is compiled as often with the callback as without it, and the weights are the same."""
+    counts, ends = [], []
+    for measured in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        callbacks = setup_dwnstr_task_validation_callbacks(section(tmp_path, task)) if measured else []
+        pl.seed_everything(3, verbose=False)
+        module = Busy(model_folder("esm"), compiled=True)
+        ends.append(train(module, tmp_path, callbacks, precision="32-true").end)
+        counts.append(dict(torch._dynamo.utils.counters["stats"]))
+    assert counts[0] == counts[1]
+    assert counts[0]["unique_graphs"] > 0
+    assert ends[0] == ends[1]
+
+
+def test_untouched_puts_everything_back() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2), nn.Dropout())
+    module[1].requires_grad_(False)
+    module[2].eval()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with pytest.raises(KeyError), torch.inference_mode(), untouched(module):
+        assert not torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
+        assert not any(one.training for one in module.modules())
+        module.train().requires_grad_(True)
+        module(torch.rand(4, 2))
+        module[0].register_buffer("running_var", torch.zeros(2))
+        raise KeyError
+    assert [one.training for one in module.modules()] == [True, True, True, False]
+    assert [one.requires_grad for one in module.parameters()] == [True, True, False, False]
+    assert module[0].running_mean.tolist() == [0, 0]
+    assert module[0].running_var.tolist() == [1, 1]
+    assert module[0].num_batches_tracked == 0
+    assert torch.equal(torch.rand(3), expected)
