@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, BartModel, BertModel, EsmForMaskedLM, EsmModel, T5EncoderModel
 
 from pipeline.checkpoints import open_encoder
-from pipeline.huggingface import DESCRIPTION, describe
 from pipeline.encoders import HuggingFaceEncoder
 from pipeline.errors import CheckpointError
+from pipeline.huggingface import DESCRIPTION, describe
 from tests.models import RESIDUES
 
 Make = Callable[..., Path]

@@ -85,7 +85,8 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_stages_run_where_no_tracker_is_installed() -> None:
-    blocked = "import sys\nfor name in ('mlflow', 'wandb', 'tensorboard', 'pytorch_lightning', 'lightning'): sys.modules[name] = None\n"
+    names = ["mlflow", "wandb", "tensorboard", "pytorch_lightning", "lightning"]
+    blocked = f"import sys\nfor name in {names}: sys.modules[name] = None\n"
     code = blocked + "from pipeline import Store, Task, open_encoder, read_config, validate"
     assert {"torch", "pipeline"} <= loaded_after(code)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -67,7 +67,7 @@ def test_training_is_the_same(
     undisturbed: Any,
     model_folder: Any,
 ) -> None:
-    if save and kind is not Busy or (save and target != "auto"):
+    if (save and kind is not Busy) or (save and target != "auto"):
         pytest.skip("a checkpoint of the user's own class: test_callback.py")
     task.infer_target = target
     config = section(tmp_path, task, on_start=True, on_end=True, on_error="raise", save=save)
@@ -96,11 +96,14 @@ def test_training_is_the_same_when_a_stage_fails(
         torch.set_default_dtype(torch.float64)
         raise RuntimeError("injected")
 
-    callbacks = setup_dwnstr_task_validation_callbacks(section(tmp_path, task, on_start=True))
-    monkeypatch.setattr(validation, STAGES[stage], fail)
+    class Saboteur(pl.Callback):  # after the sanity check, which would find out
+        def on_train_start(self, *_: Any) -> None:
+            monkeypatch.setattr(validation, STAGES[stage], fail)
+
+    callbacks = setup_dwnstr_task_validation_callbacks(section(tmp_path, task, on_end=True))
     pl.seed_everything(3, verbose=False)
-    with pytest.warns(UserWarning, match="failed at step [0-4], training goes on: RuntimeError: injected"):
-        recorder = train(WithMethod(model_folder("esm")), tmp_path, callbacks, num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match="failed at step [1-4], training goes on: RuntimeError: injected"):
+        recorder = train(WithMethod(model_folder("esm")), tmp_path, [*callbacks, Saboteur()])
     assert callbacks[0].curve == []  # type: ignore[attr-defined]
     same(recorder, undisturbed[WithMethod])
 

@@ -44,7 +44,7 @@ class Busy(pl.LightningModule):
         self.calls += 1
         tokens = self.tokenizer(list(sequences), return_tensors="pt", padding=True)
         hidden = self.model(**tokens, output_hidden_states=True).hidden_states[-1].mean(1)
-        self.ema.lerp_(hidden.detach().mean(0).float(), 0.1)
+        self.ema.lerp_(hidden.detach().mean(0).to(self.ema.dtype), 0.1)
         result: Tensor = self.out(self.norm(self.drop(hidden)) + self.frozen(hidden))
         return result
 

@@ -1,0 +1,492 @@
+"""The callback in a real trainer: what it measures, when, where the numbers go, and what a checkpoint says."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import pytorch_lightning as pl
+import torch
+from mlflow import MlflowClient
+from omegaconf import OmegaConf
+from torch import nn
+from transformers import AutoTokenizer, EsmForMaskedLM
+
+from pipeline import (
+    DownstreamValidation,
+    LiveModel,
+    Store,
+    open_encoder,
+    setup_dwnstr_task_validation_callbacks,
+    validate,
+)
+from pipeline.config import MaxRows, Task
+from pipeline.config_file import to_yaml
+from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.huggingface import DESCRIPTION
+from pipeline.load import load
+from pipeline.score import Scores
+from tests.test_path import planted_task
+from tests.training import Busy, FromModule, WithMethod, loader, section, trainer
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    return planted_task(tmp_path / "data", num_epochs=2)
+
+
+@pytest.fixture
+def module(model_folder: Any) -> Busy:
+    folder = model_folder("esm")
+    pl.seed_everything(5, verbose=False)
+    return Busy(folder)
+
+
+def callback_of(*args: Any, **options: Any) -> DownstreamValidation:
+    (callback,) = setup_dwnstr_task_validation_callbacks(section(*args, **options))
+    assert isinstance(callback, DownstreamValidation)
+    return callback
+
+
+def steps_of(callback: DownstreamValidation) -> list[int]:
+    return [step for step, _ in callback.curve]
+
+
+def measured(encoder: Any, task: Task, folder: Path) -> Scores:
+    (scores,) = validate(encoder, task, Store(folder))
+    return scores
+
+
+def run_of(callback: DownstreamValidation) -> Any:
+    run_id = callback.state_dict()["run_id"]
+    assert run_id
+    return MlflowClient().get_run(run_id)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, [4, 8]),
+        ({"val_check_interval": 2}, [2, 4, 6, 8]),
+        ({"val_check_interval": 0.25, "max_epochs": 1}, [1, 2, 3, 4]),
+        ({"val_check_interval": 3, "check_val_every_n_epoch": None}, [3, 6]),
+        ({"check_val_every_n_epoch": 2}, [8]),
+        ({"accumulate_grad_batches": 2}, [2, 4]),
+    ],
+    ids=str,
+)
+def test_it_measures_at_every_validation(
+    options: dict[str, Any], steps: list[int], task: Task, module: Busy, tmp_path: Path, tracking: str
+) -> None:
+    callback = callback_of(tmp_path, task)
+    fit = trainer(tmp_path, [callback], **options)
+    fit.fit(module, loader(), loader(shuffle=False))
+    assert steps_of(callback) == steps
+    run = run_of(callback)
+    history = MlflowClient().get_metric_history(run.info.run_id, "test_label_accuracy")
+    assert [one.step for one in history] == steps
+    assert [one.value for one in history] == [metrics["test_label_accuracy"] for _, metrics in callback.curve]
+    assert run.info.status == "FINISHED"
+    assert fit.callback_metrics["test_label_accuracy"] == pytest.approx(history[-1].value)
+
+
+def test_the_untrained_and_the_final_weights(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    """`on_start` is step 0, before any step; `on_end` measures what no validation has."""
+    untrained = measured(LiveModel(module).encoder(module), task, tmp_path / "a")
+    callback = callback_of(tmp_path, task, on_start=True, on_end=True)
+    options = {"max_steps": 5, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    trainer(tmp_path, [callback], **options).fit(module, loader(), loader(shuffle=False))
+    assert steps_of(callback) == [0, 2, 4, 5]
+    assert callback.curve[0][1] == untrained.metrics
+    assert callback.curve[-1][1] == measured(LiveModel(module).encoder(module), task, tmp_path / "b").metrics
+
+
+def test_the_numbers_are_those_of_the_command_line_and_of_python(
+    task: Task, module: Busy, tmp_path: Path, tracking: str
+) -> None:
+    """To the last bit: callback, Python on the live module, Python on the `.ckpt`, the command line on the `.ckpt`."""
+    from pipeline.__main__ import main
+
+    callback = callback_of(tmp_path, task)
+    keep = pl.callbacks.ModelCheckpoint(tmp_path / "kept", "{step}", monitor="step", mode="max", save_top_k=-1)
+    trainer(tmp_path, [callback, keep]).fit(module, loader(), loader(shuffle=False))
+    live = measured(LiveModel(module).encoder(module), task, tmp_path / "live")
+    assert callback.curve[-1] == (8, live.metrics)
+    (tmp_path / "task.yaml").write_text(to_yaml(section(tmp_path / "cli", task)))
+    for step, metrics in callback.curve:
+        path = tmp_path / "kept" / f"step={step}.ckpt"
+        assert measured(open_encoder(str(path)), task, tmp_path / str(step)).metrics == metrics
+        assert main(["main", f"--ckpt={path}", f"--config={tmp_path / 'task.yaml'}"]) == 0
+        newest = MlflowClient().search_runs(["0"], "tags.mlflow.parentRunId is null", max_results=1)
+        run = next(one for one in MlflowClient().search_runs(["0"]) if one.info.run_name == f"step={step}.ckpt")
+        assert newest
+        assert run.data.metrics == metrics
+
+
+def test_a_difference_in_how_it_is_measured_is_said(
+    task: Task, module: Busy, tmp_path: Path, tracking: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    keep = pl.callbacks.ModelCheckpoint(tmp_path / "kept", "{step}")
+    trainer(tmp_path, [callback_of(tmp_path, task), keep]).fit(module, loader(), loader(shuffle=False))
+    path = str(tmp_path / "kept" / "step=8.ckpt")
+    made_with = torch.load(path, weights_only=True)[DESCRIPTION]["made_with"]
+    assert made_with["threads"] == torch.get_num_threads()
+    assert made_with["precision"] == "fp32"
+    with caplog.at_level(logging.WARNING):
+        measured(open_encoder(path), task, tmp_path / "a")
+        assert "in training" not in caplog.text
+        validate(open_encoder(path), task, Store(tmp_path / "b", max_batch_tokens=64))
+    found = f"max_batch_tokens {made_with['max_batch_tokens']} there and 64 here"
+    assert f"in training it was measured with {found}: scores may differ from the callback's" in caplog.text
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_weights_are_measured_wherever_the_callback_stands(
+    first: bool, task: Task, module: Busy, tmp_path: Path, tracking: str
+) -> None:
+    """Lightning swaps them in for the validation; its `.ckpt` holds them, and scores the same."""
+    callback = callback_of(tmp_path, task, on_end=True)
+    average = pl.callbacks.EMAWeightAveraging(decay=0.5)
+    keep = pl.callbacks.ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1)
+    callbacks = [callback, average, keep] if first else [average, keep, callback]
+    trainer(tmp_path, callbacks, max_epochs=1).fit(module, loader(), loader(shuffle=False))
+    encoder = open_encoder(str(tmp_path / "kept" / "step=4.ckpt"))
+    assert callback.curve == [(4, measured(encoder, task, tmp_path / "a").metrics)]
+    stored = torch.load(tmp_path / "kept" / "step=4.ckpt", weights_only=True)
+    key = "model.esm.embeddings.word_embeddings.weight"
+    assert not torch.equal(stored["state_dict"][key], stored["current_model_state"][key])
+
+
+def test_a_checkpoint_for_each_measurement(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    callback = callback_of(tmp_path, task, save=True, on_start=True)
+    trainer(tmp_path, [callback]).fit(module, loader(), loader(shuffle=False))
+    for step, metrics in callback.curve:
+        encoder = open_encoder(str(tmp_path / "downstream" / f"step={step}.ckpt"))
+        assert measured(encoder, task, tmp_path / str(step)).metrics == metrics
+    assert steps_of(callback) == [0, 4, 8]
+
+
+def test_a_checkpoint_for_a_class_of_the_users_own(
+    task: Task, tmp_path: Path, tracking: str, model_folder: Any
+) -> None:
+    """With `save`, the class's `from_checkpoint` opens it; without, its `from_module` takes the live one."""
+
+    class Keeps(Busy):
+        def __init__(self, folder: str) -> None:
+            super().__init__(Path(folder))
+            self.save_hyperparameters()
+
+    task.infer_target = "tests.training.FromModule"
+    found = []
+    for save in (False, True):
+        model_folder("esm")
+        pl.seed_everything(5, verbose=False)
+        callback = callback_of(tmp_path, task, save=save, on_error="raise")
+        trainer(tmp_path, [callback]).fit(Keeps(str(model_folder("esm"))), loader(), loader(shuffle=False))
+        found.append(callback.curve)
+    assert found[0] == found[1]
+
+
+def test_the_modules_own_method_is_used(task: Task, tmp_path: Path, tracking: str, model_folder: Any) -> None:
+    module = WithMethod(model_folder("esm"))
+    callback = callback_of(tmp_path, task)
+    trainer(tmp_path, [callback], max_epochs=1).fit(module, loader(), loader(shuffle=False))
+    expected = measured(open_class(module), task, tmp_path / "a")
+    assert callback.curve[0][1] == expected.metrics
+
+
+def open_class(module: Busy) -> Any:
+    from contextlib import nullcontext
+
+    from pipeline.custom import CustomEncoder
+
+    return CustomEncoder.from_module(FromModule, module.eval(), torch.device("cpu"), nullcontext, "")
+
+
+def test_validate_alone(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    """At the step of the checkpoint, in inference mode; the metrics are there for whoever asks."""
+    keep = pl.callbacks.ModelCheckpoint(tmp_path / "kept", "{step}")
+    first = callback_of(tmp_path, task)
+    trainer(tmp_path, [first, keep], max_epochs=1).fit(module, loader(), loader(shuffle=False))
+    second = callback_of(tmp_path, task)
+    alone = trainer(tmp_path, [second, pl.callbacks.ModelCheckpoint(tmp_path / "kept", "{step}")])
+    path = tmp_path / "kept" / "step=4.ckpt"
+    alone.validate(module, loader(shuffle=False), ckpt_path=str(path), verbose=False, weights_only=True)
+    assert second.curve == first.curve == [(4, first.curve[0][1])]
+    assert alone.callback_metrics["test_label_accuracy"] == pytest.approx(first.curve[0][1]["test_label_accuracy"])
+
+
+def test_nothing_runs_in_the_sanity_check(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    callback = callback_of(tmp_path, task)
+    fit = trainer(tmp_path, [callback], limit_train_batches=0, max_epochs=1)
+    fit.fit(module, loader(), loader(shuffle=False))
+    assert callback.curve == []
+    assert MlflowClient().search_runs(["0"]) == []
+
+
+def test_fast_dev_run_tries_and_measures_nothing(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    callback = callback_of(tmp_path, task, on_start=True, on_end=True)
+    trainer(tmp_path, [callback], fast_dev_run=True).fit(module, loader(), loader(shuffle=False))
+    assert callback.curve == []
+
+
+class NoModel(Busy):
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+        self.layer = nn.Linear(2, 2)
+
+
+def build(kind: str, folder: Path) -> pl.LightningModule:
+    module = Busy(folder)
+    if kind == "no model":
+        return NoModel()
+    if kind == "two models":
+        module.teacher = EsmForMaskedLM.from_pretrained(folder)
+    if kind == "no tokenizer":
+        del module.tokenizer
+    if kind == "two tokenizers":
+        module.second = AutoTokenizer.from_pretrained(folder)
+    if kind == "changed model":
+        module.model.esm.encoder.layer[0].attention.self.query = nn.Sequential(nn.Linear(2, 2))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no model", "NoModel: expected one Hugging Face model, found none; give the module a method hidden_states"),
+        ("two models", "expected one Hugging Face model, found model, teacher; give"),
+        ("no tokenizer", "expected one Hugging Face tokenizer in the module, found none; keep it as an attribute"),
+        ("two tokenizers", "expected one Hugging Face tokenizer in the module, found 2: "),
+        ("changed model", "expected one set of weights of a EsmModel, found none"),
+    ],
+)
+def test_what_cannot_be_found_is_an_error_at_setup(
+    kind: str, message: str, task: Task, tmp_path: Path, tracking: str, model_folder: Any
+) -> None:
+    module = build(kind, model_folder("esm"))
+    with pytest.raises(CheckpointError, match=message):
+        trainer(tmp_path, [callback_of(tmp_path, task)]).fit(module, loader(), loader(shuffle=False))
+    assert MlflowClient().search_runs(["0"]) == []
+
+
+def test_a_short_name_that_does_not_fit_is_an_error(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    task.infer_target = "prott5"
+    with pytest.raises(CheckpointError, match="'prott5' is for t5 or mt5, but the model in Busy is esm; use auto"):
+        trainer(tmp_path, [callback_of(tmp_path, task)]).fit(module, loader(), loader(shuffle=False))
+
+
+def test_data_errors_come_before_the_first_step(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    path = tmp_path / "data" / "train" / "x000.csv"
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header, "M" + rows[0], *rows[1:]]))
+    with pytest.raises(DataError, match=r"x000.csv:2: column 'label'"):
+        trainer(tmp_path, [callback_of(tmp_path, task)]).fit(module, loader(), loader(shuffle=False))
+
+
+def test_a_module_that_builds_its_model_late(task: Task, tmp_path: Path, tracking: str, model_folder: Any) -> None:
+    class Late(Busy):
+        def __init__(self) -> None:
+            super().__init__(model_folder("esm"))
+            self.kept = {"model": self.model}
+            self.model = None
+
+        def setup(self, stage: str) -> None:
+            self.model = self.kept["model"]
+
+    callback = callback_of(tmp_path, task)
+    trainer(tmp_path, [callback], max_epochs=1).fit(Late(), loader(), loader(shuffle=False))
+    assert steps_of(callback) == [4]
+
+
+def test_child_runs(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    callback = callback_of(tmp_path, task, child_runs=True)
+    trainer(tmp_path, [callback]).fit(module, loader(), loader(shuffle=False))
+    run, client = run_of(callback), MlflowClient()
+    children = client.search_runs(["0"], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
+    assert sorted(one.info.run_name for one in children) == ["step=4", "step=8"]
+    for one in children:
+        assert one.data.metrics == dict(callback.curve)[int(one.info.run_name.removeprefix("step="))]
+        stages = client.search_runs(["0"], f"tags.mlflow.parentRunId = '{one.info.run_id}'")
+        assert {stage.info.run_name for stage in stages} == {"load", "embed", "train_head", "score"}
+        assert {stage.info.status for stage in stages} == {"FINISHED"}
+
+
+def test_the_run_of_the_trainers_own_logger_is_used(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    """With a LoggedModel for each step, the data sets once, the configuration, and the other loggers as mirrors."""
+    loggers: list[Any] = [
+        pl.loggers.MLFlowLogger("mine", tracking_uri=tracking),
+        pl.loggers.CSVLogger(tmp_path, name="", version="csv"),
+    ]
+    callback = callback_of(tmp_path, [task])
+    trainer(tmp_path, [callback], logger=loggers).fit(module, loader(), loader(shuffle=False))
+    client = MlflowClient()
+    run = client.get_run(loggers[0].run_id)
+    assert callback.state_dict()["run_id"] is None
+    name = f"{task.task_name}/test_label_accuracy"
+    history = client.get_metric_history(run.info.run_id, name)
+    assert [(one.step, one.value) for one in history] == [(step, metrics[name]) for step, metrics in callback.curve]
+    models = client.search_logged_models([run.info.experiment_id], order_by=[{"field_name": f"metrics.`{name}`"}])
+    assert {one.name for one in models} == {"step=4", "step=8"}
+    assert all(one.source_run_id == run.info.run_id for one in models)
+    assert len(run.inputs.dataset_inputs) == 2
+    assert run.data.params["cfg.dataset.0.num_epochs"] == "2"
+    names = {one.path for one in client.list_artifacts(run.info.run_id, "downstream")}
+    assert names == {f"downstream/{one}" for one in ("config.yaml", "step=4", "step=8")}
+    rows = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()
+    column, when = rows[0].split(",").index(name), rows[0].split(",").index("step")
+    mirrored = [
+        (int(row.split(",")[when]), float(row.split(",")[column])) for row in rows[1:] if row.split(",")[column]
+    ]
+    assert mirrored == [(step, metrics[name]) for step, metrics in callback.curve]
+
+
+def test_the_active_run_and_the_named_run_are_used(
+    task: Task, module: Busy, tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mlflow.start_run() as active:
+        trainer(tmp_path, [callback_of(tmp_path, task)], max_epochs=1).fit(module, loader(), loader(shuffle=False))
+        assert MlflowClient().get_run(active.info.run_id).info.status == "RUNNING"
+    named = MlflowClient().create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", named)
+    trainer(tmp_path, [callback_of(tmp_path, task)], max_epochs=1).fit(module, loader(), loader(shuffle=False))
+    for run_id in (active.info.run_id, named):
+        assert MlflowClient().get_metric_history(run_id, "test_label_accuracy")[0].step == 4
+    assert len(MlflowClient().search_runs(["0"])) == 2
+
+
+def test_trackers_that_fail_only_warn(
+    task: Task,
+    module: Busy,
+    tmp_path: Path,
+    tracking: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Broken(pl.loggers.CSVLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            if "test_label_accuracy" in metrics:
+                raise OSError("no space left")
+            super().log_metrics(metrics, step)
+
+    mlflow.set_tracking_uri("nowhere://there")
+    callback = callback_of(tmp_path, task, on_error="raise")
+    fit = trainer(tmp_path, [callback], logger=Broken(tmp_path, name="", version="csv"))
+    fit.fit(module, loader(), loader(shuffle=False))
+    assert steps_of(callback) == [4, 8]
+    assert caplog.text.count("opening of the MLflow run failed, training goes on") == 1
+    assert caplog.text.count("Broken failed, training goes on: OSError: no space left") == 2
+
+
+def test_a_failure_is_logged_with_its_step(
+    task: Task, module: Busy, tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise DataError("injected")
+
+    class Saboteur(pl.Callback):
+        def on_train_epoch_start(self, fit: pl.Trainer, pl_module: Any) -> None:
+            if fit.current_epoch == 1:
+                monkeypatch.setattr("pipeline.validation.score", fail)
+
+    callback = callback_of(tmp_path, task)
+    fit = trainer(tmp_path, [callback, Saboteur()], max_epochs=3)
+    with pytest.warns(UserWarning, match="failed at step (8|12), training goes on: injected"):
+        fit.fit(module, loader(), loader(shuffle=False))
+    assert steps_of(callback) == [4]
+    run = run_of(callback)
+    assert run.data.tags["downstream.failed.step 8"] == "injected"
+    assert run.info.status == "FINISHED"
+
+
+def test_a_resumed_training_continues_its_run(task: Task, tmp_path: Path, tracking: str, model_folder: Any) -> None:
+    """The validations are counted on, the MLflow run goes on, and each point is that of its checkpoint."""
+    keep = {"dirpath": tmp_path / "kept", "filename": "{step}", "save_top_k": -1}
+    first = callback_of(tmp_path, task, every_n_validations=2)
+    one = trainer(tmp_path, [first, pl.callbacks.ModelCheckpoint(**keep)], max_epochs=2)
+    one.fit(Busy(model_folder("esm")), loader(), loader(shuffle=False))
+    second = callback_of(tmp_path, task, every_n_validations=2, on_start=True)
+    two = trainer(tmp_path, [second, pl.callbacks.ModelCheckpoint(**keep)], max_epochs=5)
+    path = str(tmp_path / "kept" / "step=8.ckpt")
+    two.fit(Busy(model_folder("esm")), loader(), loader(shuffle=False), ckpt_path=path, weights_only=True)
+    assert (steps_of(first), steps_of(second)) == ([4], [12, 20])
+    (run,) = MlflowClient().search_runs(["0"])
+    history = MlflowClient().get_metric_history(run.info.run_id, "test_label_accuracy")
+    assert [point.step for point in history] == [4, 12, 20]
+    for step, metrics in first.curve + second.curve:
+        encoder = open_encoder(str(tmp_path / "kept" / f"step={step}.ckpt"))
+        assert measured(encoder, task, tmp_path / str(step)).metrics == metrics
+
+
+def test_embeddings_of_live_weights_go_unless_they_are_kept(
+    task: Task, module: Busy, tmp_path: Path, tracking: str
+) -> None:
+    for keep in (False, True):
+        trainer(tmp_path, [callback_of(tmp_path, task, keep_embeddings=keep)]).fit(
+            module, loader(), loader(shuffle=False)
+        )
+        kept = list((tmp_path / "store").rglob("*.parquet"))
+        assert len(kept) == (2 if keep else 0)
+    assert list((tmp_path / "store" / "live").iterdir()) == []
+
+
+def test_every_form_of_configuration(task: Task, tmp_path: Path) -> None:
+    config = section(tmp_path, task)
+    path = tmp_path / "task.yaml"
+    path.write_text(to_yaml(config))
+    tree = OmegaConf.load(path)
+    OmegaConf.set_readonly(tree, True)  # type: ignore[arg-type]
+    for form in (config, path, str(path), tree, OmegaConf.to_container(tree)):
+        (callback,) = setup_dwnstr_task_validation_callbacks(form)  # type: ignore[arg-type]
+        assert callback.config == config  # type: ignore[attr-defined]
+
+
+def test_a_disabled_section_gives_no_callback(task: Task, tmp_path: Path) -> None:
+    assert setup_dwnstr_task_validation_callbacks(section(tmp_path, task, enabled=False)) == []
+
+
+def test_a_wrong_configuration_is_an_error_at_once(task: Task, tmp_path: Path) -> None:
+    for options, message in (
+        ({"on_error": "ignore"}, "on_error: expected one of warn, raise, found 'ignore'"),
+        ({"every_n_validations": 0}, "every_n_validations is 0, expected at least 1"),
+        ({"timeout": 0.0}, "timeout is 0.0, expected more than 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            callback_of(tmp_path, task, **options)
+    with pytest.raises(ConfigError, match="cfg: unknown key 'every_n_validation'; did you mean 'every_n_validations'"):
+        setup_dwnstr_task_validation_callbacks(
+            {"model": {"dwnstr_task_validation": {"dataset": {}, "every_n_validation": 1}}}
+        )
+
+
+def test_a_fixed_subsample(task: Task, tmp_path: Path) -> None:
+    """`max_rows`: the same rows each time, in order, others with another seed; the vocabulary is that of all rows."""
+    whole = load(task)
+    task.max_rows = MaxRows(train=5, test=2)
+    some = load(task)
+    assert (len(some.train), len(some.test)) == (5, 2)
+    assert some.train.sequences == load(task).train.sequences
+    order = [whole.train.rows.index(row) for row in some.train.rows]
+    assert order == sorted(order)
+    assert some.targets == whole.targets
+    assert any("max_rows takes 5 of" in note for note in some.notes)
+    task.random_seed += 1
+    assert load(task).train.rows != some.train.rows
+    task.max_rows = MaxRows(train=10**6)
+    assert load(task).train.rows == whole.train.rows
+
+
+def test_float64_and_half_modules(task: Task, tmp_path: Path, tracking: str, model_folder: Any) -> None:
+    """Weights of another dtype are measured in float32, as from a `.ckpt`, and stay what they are."""
+    for precision, dtype in (("bf16-true", torch.bfloat16), ("64-true", torch.float64)):
+        module = Busy(model_folder("esm"))
+        callback = callback_of(tmp_path, task, on_error="raise")
+        keep = pl.callbacks.ModelCheckpoint(tmp_path / precision, "{step}")
+        fit = trainer(tmp_path, [callback, keep], precision=precision, max_epochs=1)
+        fit.fit(module, loader(), loader(shuffle=False))
+        assert {value.dtype for value in module.parameters()} == {dtype}
+        encoder = open_encoder(str(tmp_path / precision / "step=4.ckpt"))
+        assert callback.curve == [(4, measured(encoder, task, tmp_path / f"{precision} again").metrics)]

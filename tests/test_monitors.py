@@ -1,0 +1,118 @@
+"""`ModelCheckpoint` and `EarlyStopping` on downstream metrics, Lightning's own and this project's companions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+
+from pipeline import DownstreamEarlyStopping, DownstreamModelCheckpoint, setup_dwnstr_task_validation_callbacks
+from pipeline.config import Task
+from pipeline.errors import DataError
+from tests.test_path import planted_task
+from tests.training import Busy, loader, section, trainer
+
+LOSS = "dwnstr_task_val_loss"
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    return planted_task(tmp_path / "data", num_epochs=1)
+
+
+@pytest.fixture
+def values(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """What the measurements find, in order, in place of the real loss; None for one that fails."""
+    planned: list[float | None] = []
+    coming: list[float | None] = []
+    from pipeline import validation
+
+    real = validation.score
+
+    def scripted(*args: Any) -> Any:
+        if not coming:
+            coming.extend(planned)
+        value = coming.pop(0)
+        if value is None:
+            raise DataError("injected")
+        scores = real(*args)
+        scores.metrics[LOSS] = value
+        return scores
+
+    monkeypatch.setattr(validation, "score", scripted)
+    return planned
+
+
+def train(module: Busy, folder: Path, task: Task, monitors: list[Any], first: bool = True, **options: Any) -> Any:
+    (callback,) = setup_dwnstr_task_validation_callbacks(section(folder, task, **options))
+    callbacks = [callback, *monitors] if first else [*monitors, callback]
+    fit = trainer(folder, callbacks, max_epochs=6)
+    fit.fit(module, loader(), loader(shuffle=False))
+    return callback, fit
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["callback first", "callback last"])
+@pytest.mark.parametrize("own", [True, False], ids=["companions", "Lightning's"])
+def test_the_best_is_kept_and_patience_counts(
+    own: bool, first: bool, task: Task, tmp_path: Path, tracking: str, model_folder: Any, values: list[float | None]
+) -> None:
+    """Losses 5, 3, 4, 4.5: the second is the best, and with patience 2 the fourth is the last."""
+    values += [5.0, 3.0, 4.0, 4.5, 1.0]
+    save: Any = DownstreamModelCheckpoint if own else pl.callbacks.ModelCheckpoint
+    stop: Any = DownstreamEarlyStopping if own else pl.callbacks.EarlyStopping
+    monitors = [save(tmp_path / "best", "{step}", monitor=LOSS), stop(LOSS, patience=2)]
+    callback, fit = train(Busy(model_folder("esm")), tmp_path, task, monitors, first)
+    assert [metrics[LOSS] for _, metrics in callback.curve] == [5.0, 3.0, 4.0, 4.5]
+    assert fit.current_epoch == 4
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["step=8.ckpt"]
+    assert float(monitors[0].best_model_score) == 3.0
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["callback first", "callback last"])
+def test_every_second_validation(
+    first: bool, task: Task, tmp_path: Path, tracking: str, model_folder: Any, values: list[float | None]
+) -> None:
+    """Measured at epochs 0, 2 and 4: nothing is saved or counted at the others."""
+    values += [3.0, 4.0, 5.0]
+    monitors = [
+        DownstreamModelCheckpoint(tmp_path / "best", "{step}", monitor=LOSS, save_top_k=3),
+        DownstreamEarlyStopping(LOSS, patience=2),
+    ]
+    callback, fit = train(Busy(model_folder("esm")), tmp_path, task, monitors, first, every_n_validations=2)
+    assert [step for step, _ in callback.curve] == [4, 12, 20]
+    assert fit.current_epoch == 5
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {"step=4.ckpt", "step=12.ckpt", "step=20.ckpt"}
+
+
+def test_lightnings_own_monitors_are_warned_of(task: Task, tmp_path: Path, tracking: str, model_folder: Any) -> None:
+    monitors = [pl.callbacks.EarlyStopping("val_loss"), pl.callbacks.ModelCheckpoint(tmp_path / "best", monitor=LOSS)]
+    with pytest.warns(UserWarning, match="use pipeline.DownstreamModelCheckpoint in its place") as seen:
+        train(Busy(model_folder("esm")), tmp_path, task, monitors, every_n_validations=2)
+    assert not any("EarlyStopping" in str(one.message) for one in seen)
+
+
+def test_a_failed_measurement_is_neither_saved_nor_counted(
+    task: Task, tmp_path: Path, tracking: str, model_folder: Any, values: list[float | None]
+) -> None:
+    """Also the first one, where Lightning's own would end the training for want of the metric."""
+    values += [None, 3.0, None, None, 4.0, 2.0]
+    monitors = [
+        DownstreamModelCheckpoint(tmp_path / "best", "{step}", monitor=LOSS, save_top_k=-1, save_last=True),
+        DownstreamEarlyStopping(LOSS, patience=2),
+    ]
+    with pytest.warns(UserWarning, match="failed at step (4|12|16), training goes on: injected"):
+        callback, fit = train(Busy(model_folder("esm")), tmp_path, task, monitors)
+    assert [step for step, _ in callback.curve] == [8, 20, 24]
+    assert fit.current_epoch == 6
+    kept = {path.name for path in (tmp_path / "best").iterdir()}
+    assert kept == {"step=8.ckpt", "step=20.ckpt", "step=24.ckpt", "last.ckpt"}
+
+
+def test_the_companions_monitor_other_metrics_as_lightnings_do(
+    task: Task, tmp_path: Path, tracking: str, model_folder: Any
+) -> None:
+    monitors = [DownstreamModelCheckpoint(tmp_path / "best", "{step}", monitor="val_loss", save_top_k=-1)]
+    train(Busy(model_folder("esm")), tmp_path, task, monitors, every_n_validations=3)
+    assert len(list((tmp_path / "best").iterdir())) == 6
