@@ -37,7 +37,7 @@ def train(module: Busy, folder: Path, callbacks: list[Any], **options: Any) -> R
 @pytest.fixture(scope="module")
 def undisturbed(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[type, Recorder]:
     folder = tmp_path_factory.mktemp("plain")
-    found = {}
+    found: dict[type, Recorder] = {}
     model_folder("esm")  # is made by chance, once
     for kind in (Busy, WithMethod):
         pl.seed_everything(3, verbose=False)
@@ -137,7 +137,7 @@ def test_nothing_is_compiled_anew(task: Task, tmp_path: Path, tracking: str, mod
 
 
 def test_untouched_puts_everything_back() -> None:
-    module = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2), nn.Dropout())
+    module: Any = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2), nn.Dropout())
     module[1].requires_grad_(False)
     module[2].eval()
     torch.manual_seed(0)

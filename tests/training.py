@@ -23,6 +23,9 @@ from tests.models import RESIDUES
 class Busy(pl.LightningModule):
     """An ESM with dropout, batch norm in both modes, frozen layers and buffers that training writes to."""
 
+    ema: Tensor
+    calls: Tensor
+
     def __init__(self, folder: Path, compiled: bool = False) -> None:
         super().__init__()
         config = EsmConfig.from_pretrained(folder, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
@@ -41,7 +44,7 @@ class Busy(pl.LightningModule):
 
     def forward(self, sequences: Sequence[str]) -> Tensor:
         """Shape (sequences, 1)."""
-        self.calls += 1
+        self.calls.add_(1)
         tokens = self.tokenizer(list(sequences), return_tensors="pt", padding=True)
         hidden = self.model(**tokens, output_hidden_states=True).hidden_states[-1].mean(1)
         self.ema.lerp_(hidden.detach().mean(0).to(self.ema.dtype), 0.1)

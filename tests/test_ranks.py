@@ -1,0 +1,152 @@
+"""Two real ranks, over gloo: the same metrics and the same decisions on both, and never a deadlock."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
+
+from pipeline.callback import _check_strategy
+from pipeline.errors import ConfigError
+from tests.conftest import ROOT
+from tests.test_path import planted_task
+
+STAGES = ("load", "embed", "train_head", "score")
+
+
+def run(scenario: str, folder: Path, model: Path, tracking: str, wait_for: tuple[int, ...] = (0, 1)) -> list[Any]:
+    """What each rank wrote; None for one that wrote nothing. Both end when those that are waited for do."""
+    planted_task(folder / "data")
+    shutil.copytree(model, folder / "esm")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own |= {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+        own |= {"MLFLOW_TRACKING_URI": tracking, "PYTHONHASHSEED": 0}
+        environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
+        command = [sys.executable, "-m", "tests.two_ranks", scenario, str(folder)]
+        with (folder / f"rank-{rank}.log").open("w") as log:
+            ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    try:
+        for rank in wait_for:
+            ranks[rank].wait(400)
+    finally:
+        for one in ranks:
+            one.kill()
+            one.wait()
+    files = [folder / f"rank-{rank}.json" for rank in range(2)]
+    return [json.loads(file.read_text()) if file.exists() else None for file in files]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, model_folder: Any, empty_database: Path) -> Any:
+    """Every scenario that the ranks survive, the database they logged to, and the folder."""
+    folder = tmp_path_factory.mktemp("ranks")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    tracking = f"sqlite:///{folder}/mlflow.db"
+    found = run("everything", folder, model_folder("esm"), tracking)
+    assert all(found), (folder / "rank-0.log").read_text()[-3000:] + (folder / "rank-1.log").read_text()[-3000:]
+    return SimpleNamespace(ranks=found, tracking=tracking, folder=folder)
+
+
+def of(both: Any, case: str) -> dict[str, Any]:
+    """What both ranks saw alike."""
+    first, second = (rank[case] for rank in both.ranks)
+    for what in ("curve", "metrics", "epochs", "weights"):
+        assert first[what] == second[what], what
+    return dict(first)
+
+
+def test_metrics_are_the_same_on_both_ranks_and_training_is_untouched(both: Any) -> None:
+    found = of(both, "with")
+    assert [step for step, _ in found["curve"]] == [0, 2, 4, 6]
+    assert found["metrics"]["test_label_accuracy"] == pytest.approx(found["curve"][-1][1]["test_label_accuracy"])
+    assert found["weights"] == of(both, "without")["weights"]
+    for rank in both.ranks:
+        assert rank["with"]["buffers"] == rank["without"]["buffers"]
+
+
+def test_only_rank_0_logs(both: Any) -> None:
+    """A run for each scenario that measured, though two ranks trained."""
+    runs = MlflowClient(both.tracking).search_runs(["0"])
+    measured = [case for case in both.ranks[0] if case not in ("without", "setup")]
+    assert len(runs) == len(measured)
+
+
+def test_lightnings_monitors_on_two_ranks(both: Any) -> None:
+    found = of(both, "monitors")
+    assert found["epochs"] == 2  # patience 1, and nothing improves by 100
+    assert {path.name for path in (both.folder / "best").iterdir()} == {"step=2.ckpt", "step=4.ckpt"}
+
+
+def test_every_second_validation_on_two_ranks(both: Any) -> None:
+    found = of(both, "every")
+    assert [step for step, _ in found["curve"]] == [2, 6]
+    assert found["epochs"] == 3
+    assert {path.name for path in (both.folder / "every").iterdir()} == {"step=2.ckpt", "step=6.ckpt"}
+
+
+def test_an_empty_rank_takes_part(both: Any) -> None:
+    assert [step for step, _ in of(both, "uneven")["curve"]] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_failure_on_rank_0_is_passed_over_by_both(stage: str, both: Any) -> None:
+    found = of(both, f"{stage} warn")
+    assert found["curve"] == []
+    assert found["epochs"] == 3
+    assert found["error"] == ""
+    assert found["weights"] == of(both, "without")["weights"]
+    assert found["said"] == [
+        f"downstream validation failed at step {step}, training goes on: injected" for step in (2, 4, 6)
+    ]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_failure_on_rank_0_ends_both(stage: str, both: Any) -> None:
+    assert of(both, f"{stage} raise")["epochs"] == 0
+    assert both.ranks[0][f"{stage} raise"]["error"] == "DataError: injected"
+    assert both.ranks[1][f"{stage} raise"]["error"] == "RankError: rank 0: DataError: injected"
+
+
+def test_a_data_error_stops_both_before_the_first_step(both: Any) -> None:
+    first, second = (rank["setup"]["error"] for rank in both.ranks)
+    assert first.startswith("DataError: ")
+    assert "x999" in first
+    assert second == f"RankError: rank 0: {first}"
+
+
+@pytest.mark.parametrize(
+    ("scenario", "rank", "message"),
+    [
+        ("late", 0, "rank 0 waited 6 s for every rank: .*[Rr]anks?.* 1"),
+        ("dead", 0, "rank 0 waited 6 s for every rank: .*[Rr]anks?.* 1"),
+        ("stuck", 1, "rank 1 waited up to 6 s for rank 0: .*raise timeout if it was still at work"),
+    ],
+)
+def test_a_rank_that_does_not_come_is_named(
+    scenario: str, rank: int, message: str, tmp_path: Path, tracking: str, model_folder: Any
+) -> None:
+    error = run(scenario, tmp_path, model_folder("esm"), tracking, (rank,))[rank][scenario]["error"]
+    assert re.search(f"^LostRankError: downstream validation: {message}", error), error
+
+
+def test_strategies_that_shard_the_weights_are_refused() -> None:
+    for strategy in (FSDPStrategy(), ModelParallelStrategy()):
+        trainer: Any = SimpleNamespace(strategy=strategy, world_size=2)
+        with pytest.raises(ConfigError, match=f"strategy {type(strategy).__name__}: .* needs all weights on a rank"):
+            _check_strategy(trainer)
