@@ -12,7 +12,7 @@ from pipeline.config_file import read_config
 from pipeline.distributed import LostRankError, Ranks
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.huggingface import DESCRIPTION
-from pipeline.lightning import pl
+from pipeline.lightning import DescribingIO, pl
 from pipeline.measurement import Measurement, headlines
 
 SHARDED = ("FSDP", "ModelParallel", "DeepSpeed")
@@ -55,6 +55,7 @@ class DownstreamValidation(pl.Callback):
         self._last_step: int | None = None
         self._loaded_step = 0
         self._run_id: str | None = None
+        self._description: dict[str, Any] | None = None  # on rank 0, which alone writes checkpoints
         self._late = False
         self._began = self._spent = 0.0
 
@@ -84,7 +85,11 @@ class DownstreamValidation(pl.Callback):
         self._late = any(_overridden(pl_module, hook) for hook in ("setup", "configure_model"))
         work = self.work
         self.ranks.agree(lambda: work.prepare(pl_module, may_wait=self._late))
+        self._description = work.description
         self._warn_of_stale_metrics(trainer)
+        io = trainer.strategy.checkpoint_io
+        if not isinstance(io, DescribingIO):
+            trainer.strategy.checkpoint_io = DescribingIO(io, DESCRIPTION, lambda: self._description)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the encoder in a module that was not complete at `setup`."""
@@ -125,7 +130,9 @@ class DownstreamValidation(pl.Callback):
             self._measure(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Ends the MLflow run if it was opened here."""
+        """Ends the MLflow run if it was opened here, and leaves the trainer as it was."""
+        if isinstance(trainer.strategy.checkpoint_io, DescribingIO):
+            trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner
         self._close("FINISHED")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -149,9 +156,8 @@ class DownstreamValidation(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Adds what is needed to open the checkpoint without the code of the module."""
-        description = self.work.description if self.work else None
-        if description is not None:
-            checkpoint.setdefault(DESCRIPTION, description)
+        if self._description is not None:
+            checkpoint.setdefault(DESCRIPTION, self._description)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -163,6 +169,7 @@ class DownstreamValidation(pl.Callback):
         if self._late and self.work is not None:
             work, self._late = self.work, False
             self.ranks.agree(lambda: work.prepare(pl_module))
+            self._description = work.description
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """The metrics, the same on every rank; empty where the measurement failed and training is to go on."""

@@ -77,7 +77,7 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
     for one in examples:
         for part in one.parts.values():
             wanted[POOLING[one.task.level]].update((sequence_key(text), text) for text in part.sequences)
-    plan = made_with(encoder, store, examples)
+    plan = made_with(encoder.device, precision_of(encoder), store, examples)
     with ExitStack() as locks:
         for shelf in shelves.values():
             locks.enter_context(shelf.lock())
@@ -95,16 +95,21 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
     return [_embeddings(one, shelves, indices, store, counts) for one in examples]
 
 
-def made_with(encoder: Encoder, store: Store, examples: Sequence[Examples]) -> dict[str, Any]:
+def made_with(device: torch.device, precision: str, store: Store, examples: Sequence[Examples]) -> dict[str, Any]:
     """What the last bits of embeddings depend on, beside the weights: the batch plan's limits and the arithmetic."""
     return {
-        "max_batch_tokens": store.max_batch_tokens or BATCH_TOKENS.get(encoder.device.type, BATCH_TOKENS["cpu"]),
+        "max_batch_tokens": store.max_batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]),
         "emb_batch_size": min(one.task.emb_batch_size for one in examples),
-        "device": encoder.device.type,
-        "precision": str(getattr(encoder, "precision", "its own")),
+        "device": device.type,
+        "precision": precision,
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
+
+
+def precision_of(encoder: Encoder) -> str:
+    """The precision of an encoder that says it."""
+    return str(getattr(encoder, "precision", "its own"))
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
 
@@ -25,4 +26,32 @@ else:
     else:
         raise ConfigError("the callback needs Lightning: pip install pytorch-lightning")
 
-__all__ = ["pl"]
+
+class DescribingIO(pl.plugins.CheckpointIO):
+    """Writes checkpoints as `inner` does, with an entry more. Callbacks are not asked about weights-only ones."""
+
+    def __init__(self, inner: Any, key: str, value: Callable[[], Any]) -> None:
+        """Adds `value()` under `key`, unless it is None or there already."""
+        self.inner, self.key, self.value = inner, key, value
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes `checkpoint` with the entry."""
+        value = self.value()
+        if value is not None:
+            checkpoint.setdefault(self.key, value)
+        self.inner.save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> Any:
+        """As `inner`."""
+        return self.inner.load_checkpoint(path, *args, **options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """As `inner`."""
+        self.inner.remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """As `inner`."""
+        self.inner.teardown()
+
+
+__all__ = ["DescribingIO", "pl"]

@@ -18,7 +18,7 @@ from pipeline.checkpoints import open_encoder
 from pipeline.config import ARCHITECTURES, LOSS, Config, Task, metric_stems
 from pipeline.config_file import to_mapping, to_yaml
 from pipeline.embed import made_with
-from pipeline.encoders import Encoder
+from pipeline.encoders import Encoder, find_device, find_precision
 from pipeline.errors import CheckpointError
 from pipeline.huggingface import DESCRIPTION
 from pipeline.live import LiveModel
@@ -40,6 +40,7 @@ class Measurement:
 
     Attributes:
         earlier_run_id: the MLflow run that an interrupted training had opened, to be continued.
+        description: what a `.ckpt` needs to be opened, and how it is measured here; None where that takes a class.
     """
 
     def __init__(self, config: Config, trainer: Any, earlier_run_id: str | None = None) -> None:
@@ -47,6 +48,7 @@ class Measurement:
         self.config = config
         self.trainer = trainer
         self.earlier_run_id = earlier_run_id
+        self.description: dict[str, Any] | None = None
         self._live: LiveModel | None = None
         self._examples: list[Examples] = []
         self._run: TrainingRun | None = None
@@ -73,6 +75,7 @@ class Measurement:
                     raise
             self._limit = self._live.max_seq_length if self._live else None
             self._examples = read(self._tasks, self._limit)
+            self.description = self._describe()
 
     def try_out(self, module: nn.Module) -> None:
         """Embeds a few sequences and makes the heads. Raises PipelineError where a measurement would."""
@@ -99,17 +102,6 @@ class Measurement:
                 if not self._is_run(one):
                     attempt(type(one).__name__, lambda one=one: one.log_metrics(metrics, step=step))  # type: ignore[misc]
             return metrics
-
-    @property
-    def description(self) -> dict[str, Any] | None:
-        """What a `.ckpt` needs to be opened, and how it is measured here; None where that takes a class."""
-        live = self._live
-        if live is None or live.description is None:
-            return None
-        if "made_with" not in live.description:
-            encoder = live.encoder(self.trainer.lightning_module, self._device, self.config.precision)
-            live.description["made_with"] = made_with(encoder, self._store(Path()), self._examples)
-        return live.description
 
     @property
     def own_run_id(self) -> str | None:
@@ -154,6 +146,14 @@ class Measurement:
             return None
         context = trainer.precision_plugin.forward_context
         return LiveModel(module, target, None, context, str(trainer.precision), [trainer.datamodule])
+
+    def _describe(self) -> dict[str, Any] | None:
+        if self._live is None or self._live.description is None:
+            return None
+        device = find_device(self._device)
+        precision = find_precision(self.config.precision, device)
+        plan = made_with(device, precision, self._store(Path()), self._examples)
+        return {**self._live.description, "made_with": plan}
 
     def _measure(self, module: nn.Module, step: int) -> dict[str, float]:
         source = str(self._save(module, step)) if self.config.save else "live weights"

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline import optim
 from pipeline.config import Task, check_names, metric_name
-from pipeline.embed import Embeddings, differences, embed, made_with
+from pipeline.embed import Embeddings, differences, embed, made_with, precision_of
 from pipeline.encoders import Encoder
 from pipeline.load import Examples, load
 from pipeline.score import Scores, score
@@ -116,7 +116,8 @@ def _embed(examples: list[Examples], encoder: Encoder, store: Store, tracker: Tr
         for one in embeddings:
             for note in one.notes:
                 _note(step, one.examples.task.task_name, note)
-        for note in differences(getattr(encoder, "made_with", {}), made_with(encoder, store, examples)):
+        here = made_with(encoder.device, precision_of(encoder), store, examples)
+        for note in differences(getattr(encoder, "made_with", {}), here):
             _note(step, "checkpoint", note)
     return embeddings
 

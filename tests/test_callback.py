@@ -143,6 +143,20 @@ def test_a_difference_in_how_it_is_measured_is_said(
     assert f"in training it was measured with {found}: scores may differ from the callback's" in caplog.text
 
 
+def test_a_weights_only_checkpoint_describes_itself(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    """Lightning asks callbacks about whole checkpoints alone. Afterwards the trainer is as it was."""
+    callback = callback_of(tmp_path, task)
+    keep = pl.callbacks.ModelCheckpoint(tmp_path / "kept", "{step}", save_weights_only=True)
+    fit = trainer(tmp_path, [callback, keep], max_epochs=1)
+    io = fit.strategy.checkpoint_io
+    fit.fit(module, loader(), loader(shuffle=False))
+    assert fit.strategy.checkpoint_io is io
+    fit.save_checkpoint(tmp_path / "kept" / "final.ckpt")
+    for name in ("step=4.ckpt", "final.ckpt"):
+        encoder = open_encoder(str(tmp_path / "kept" / name))
+        assert callback.curve == [(4, measured(encoder, task, tmp_path / name).metrics)]
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_averaged_weights_are_measured_wherever_the_callback_stands(
     first: bool, task: Task, module: Busy, tmp_path: Path, tracking: str

@@ -53,7 +53,7 @@ class Busy(pl.LightningModule):
 
     def training_step(self, batch: Sequence[str], _index: int) -> Tensor:
         noise = random.random() + float(np.random.rand())
-        loss = ((self(batch) - noise) ** 2).mean()
+        loss: Tensor = ((self(batch) - noise) ** 2).mean()
         self.log("train_loss", loss, batch_size=len(batch))
         return loss
 
