@@ -146,9 +146,11 @@ def pretrain(
     train = Windows(sequences[held:], module.tokenizer, settings.crop)
     val = Windows(sequences[:held], module.tokenizer, settings.crop)
     callbacks: list[Any] = setup_dwnstr_task_validation_callbacks(config)
+    interval = max(1, settings.steps // settings.validations)
     trainer = pl.Trainer(
         max_steps=settings.steps,
-        val_check_interval=max(1, settings.steps // settings.validations),
+        val_check_interval=interval,
+        log_every_n_steps=min(50, interval),
         check_val_every_n_epoch=None,
         gradient_clip_val=1.0,
         logger=list(loggers),

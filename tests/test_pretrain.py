@@ -1,0 +1,154 @@
+"""The demonstration and the examples, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from pipeline import Store, open_encoder, read_config, validate
+from pipeline.__main__ import main
+from tests.conftest import ROOT
+
+ACCURACY = "secondary_structure/test_3state_accuracy"
+
+
+def python(*command: str, tracking: str, cwd: Path = ROOT) -> str:
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def in_tensorboard(folder: Path, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def in_wandb(file: Path, name: str) -> list[tuple[int, float]]:
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(file))
+    found = []
+    while (data := store.scan_data()) is not None:
+        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+        record.ParseFromString(data)
+        items = record.history.item
+        row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+        if name in row:
+            found.append((row["trainer/global_step"], row[name]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def demonstration(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> tuple[Path, str, str]:
+    """A short run: the folder, the tracking URI, and what was printed."""
+    folder = tmp_path_factory.mktemp("demonstration")
+    tracking = f"sqlite:///{folder}/mlflow.db"
+    (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
+    overrides = f"dataset.num_epochs=1 store={folder}/store"
+    command = ["-m", "pipeline", "pretrain", "--steps=20", "--validations=2", f"--out={folder}/out"]
+    return folder, tracking, python(*command, f"--overrides={overrides}", tracking=tracking)
+
+
+def test_the_curve_is_in_all_three_trackers(demonstration: tuple[Path, str, str]) -> None:
+    folder, tracking, printed = demonstration
+    client = MlflowClient(tracking)
+    (run,) = client.search_runs(["0"])
+    curve = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, ACCURACY)]
+    assert [step for step, _ in curve] == [0, 10, 20]
+    assert run.info.status == "FINISHED"
+    assert {"train_loss", "val_loss"} <= set(run.data.metrics)
+    shown = in_tensorboard(folder / "out" / "tensorboard", ACCURACY)
+    assert shown == [(step, float(np.float32(value))) for step, value in curve]
+    (file,) = (folder / "out" / "wandb").glob("offline-run-*/*.wandb")
+    assert in_wandb(file, ACCURACY) == curve
+    for step, value in curve:
+        assert any(str(step) in line and f"{value:.4f}" in line for line in printed.splitlines())
+
+
+def test_its_checkpoints_give_the_same_numbers(demonstration: tuple[Path, str, str], monkeypatch: Any) -> None:
+    folder, tracking, _ = demonstration
+    monkeypatch.chdir(ROOT)
+    config = read_config("configs/pretrain.yaml", "dataset.num_epochs=1")
+    client = MlflowClient(tracking)
+    (run,) = client.search_runs(["0"])
+    curve = {point.step: point.value for point in client.get_metric_history(run.info.run_id, ACCURACY)}
+    paths = {10: "out/checkpoints/step=10.ckpt", 20: "out"}
+    for step, path in paths.items():
+        scores = validate(open_encoder(str(folder / path)), config.tasks, Store(folder / str(step)))
+        assert scores[0].metrics[ACCURACY] == curve[step]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps=0"], "steps: expected at least 1, found 0"),
+        (["--overrides=on_error=never"], "on_error: expected one of warn, raise, found 'never'"),
+        (["--overrides=dataset.dataset.train=x999", "--out={tmp}/new"], "expected a CSV file at "),
+        (["--files=x999"], "expected a CSV file at "),
+        (["--out={tmp}"], "is not empty; give a new folder, or remove it"),
+    ],
+)
+def test_a_mistake_is_one_line_before_the_first_step(
+    arguments: list[str], message: str, tmp_path: Path, tracking: str, monkeypatch: Any, capfd: Any
+) -> None:
+    monkeypatch.chdir(ROOT)
+    given = [one.replace("{tmp}", str(tmp_path)) for one in arguments]
+    assert main(["pretrain", "--out=" + str(tmp_path / "out"), *given]) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    runs = MlflowClient().search_runs(["0"])
+    assert not any(run.data.metrics for run in runs)
+    assert all(run.info.status == "FAILED" for run in runs)
+
+
+def test_the_hand_written_loop(tmp_path: Path, tracking: str) -> None:
+    overrides = f"dataset.num_epochs=1 store={tmp_path}/store"
+    python("examples/hand_written_loop.py", "--steps=2", f"--overrides={overrides}", tracking=tracking)
+    (run,) = MlflowClient().search_runs(["0"])
+    history = MlflowClient().get_metric_history(run.info.run_id, ACCURACY)
+    assert [point.step for point in history] == [0, 1, 2]
+    assert run.info.status == "FINISHED"
+
+
+def test_the_hugging_face_trainer(tmp_path: Path, tracking: str, monkeypatch: Any) -> None:
+    """The last point of the curve is what the saved model scores."""
+    out = tmp_path / "out"
+    options = ["--steps=4", f"--out={out}", "--overrides=dataset.num_epochs=1", "--report-to=tensorboard"]
+    python("examples/huggingface_trainer.py", *options, tracking=tracking)
+    (folder,) = (out / "runs").iterdir()
+    curve = in_tensorboard(folder, f"train/{ACCURACY}")
+    assert [step for step, _ in curve] == [2, 4]
+    monkeypatch.chdir(ROOT)
+    config = read_config("configs/pretrain.yaml", "dataset.num_epochs=1")
+    scores = validate(open_encoder(str(out)), config.tasks, Store(tmp_path / "store"))
+    assert scores[0].metrics[ACCURACY] == pytest.approx(curve[-1][1])
+
+
+LIGHTNING = """
+import sys
+import lightning.pytorch as pl
+from pipeline import DownstreamEarlyStopping, DownstreamValidation
+assert issubclass(DownstreamValidation, pl.Callback)
+assert issubclass(DownstreamEarlyStopping, pl.callbacks.EarlyStopping)
+assert "pytorch_lightning" not in sys.modules
+"""
+
+
+def test_the_package_lightning_will_do(tracking: str) -> None:
+    """The callback is of the package that the script imported."""
+    python("-c", LIGHTNING, tracking=tracking)
