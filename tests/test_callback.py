@@ -23,11 +23,10 @@ from pipeline import (
     setup_dwnstr_task_validation_callbacks,
     validate,
 )
-from pipeline.config import MaxRows, Task
+from pipeline.config import Task
 from pipeline.config_file import to_yaml
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.huggingface import DESCRIPTION
-from pipeline.load import load
 from pipeline.score import Scores
 from tests.test_path import planted_task
 from tests.training import Busy, FromModule, WithMethod, loader, section, trainer
@@ -475,23 +474,6 @@ def test_a_wrong_configuration_is_an_error_at_once(task: Task, tmp_path: Path) -
         setup_dwnstr_task_validation_callbacks(
             {"model": {"dwnstr_task_validation": {"dataset": {}, "every_n_validation": 1}}}
         )
-
-
-def test_a_fixed_subsample(task: Task, tmp_path: Path) -> None:
-    """`max_rows`: the same rows each time, in order, others with another seed; the vocabulary is that of all rows."""
-    whole = load(task)
-    task.max_rows = MaxRows(train=5, test=2)
-    some = load(task)
-    assert (len(some.train), len(some.test)) == (5, 2)
-    assert some.train.sequences == load(task).train.sequences
-    order = [whole.train.rows.index(row) for row in some.train.rows]
-    assert order == sorted(order)
-    assert some.targets == whole.targets
-    assert any("max_rows takes 5 of" in note for note in some.notes)
-    task.random_seed += 1
-    assert load(task).train.rows != some.train.rows
-    task.max_rows = MaxRows(train=10**6)
-    assert load(task).train.rows == whole.train.rows
 
 
 def test_float64_and_half_modules(task: Task, tmp_path: Path, tracking: str, model_folder: Any) -> None:

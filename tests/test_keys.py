@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints import open_encoder
-from pipeline.config import Config, Files, Task
+from pipeline.config import Config, Files, MaxRows, Task
 from pipeline.config_file import config_from, read_config
 from pipeline.embed import embed
 from pipeline.errors import CheckpointError, ConfigError
@@ -260,3 +260,20 @@ def test_key_trust_pickle(tmp_path: Path, model_folder: Callable[..., Path]) -> 
 def test_shipped_configurations_have_no_surprises() -> None:
     for path in (ROOT / "configs").glob("*.yaml"):
         assert read_config(path).notes == []
+
+
+def test_key_max_rows(task: Task) -> None:
+    """The same rows each time, in order, others with another seed; the vocabulary is that of all rows."""
+    whole = load(task)
+    task.max_rows = MaxRows(train=5, test=2)
+    some = load(task)
+    assert (len(some.train), len(some.test)) == (5, 2)
+    assert some.train.sequences == load(task).train.sequences
+    order = [whole.train.rows.index(row) for row in some.train.rows]
+    assert order == sorted(order)
+    assert some.targets == whole.targets
+    assert any("max_rows takes 5 of" in note for note in some.notes)
+    task.random_seed += 1
+    assert load(task).train.rows != some.train.rows
+    task.max_rows = MaxRows(train=10**6)
+    assert load(task).train.rows == whole.train.rows

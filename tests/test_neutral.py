@@ -52,11 +52,15 @@ def same(one: Recorder, other: Recorder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "target"),
-    [(Busy, "auto"), (WithMethod, "auto"), (Busy, "tests.training.FromModule")],
-    ids=["hugging face", "own method", "own class"],
+    ("kind", "target", "save"),
+    [
+        (Busy, "auto", False),
+        (Busy, "auto", True),
+        (WithMethod, "auto", False),
+        (Busy, "tests.training.FromModule", False),
+    ],
+    ids=["hugging face", "saved", "own method", "own class"],
 )
-@pytest.mark.parametrize("save", [False, True], ids=["live", "saved"])
 def test_training_is_the_same(
     kind: type[Busy],
     target: str,
@@ -67,8 +71,6 @@ def test_training_is_the_same(
     undisturbed: Any,
     model_folder: Any,
 ) -> None:
-    if (save and kind is not Busy) or (save and target != "auto"):
-        pytest.skip("a checkpoint of the user's own class: test_callback.py")
     task.infer_target = target
     config = section(tmp_path, task, on_start=True, on_end=True, on_error="raise", save=save)
     callbacks = setup_dwnstr_task_validation_callbacks(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from mlflow import MlflowClient
 from pipeline import Store, open_encoder, read_config, validate
 from pipeline.__main__ import main
 from tests.conftest import ROOT
+from tests.readers import in_tensorboard, in_wandb
 
 ACCURACY = "secondary_structure/test_3state_accuracy"
 
@@ -25,31 +25,6 @@ def python(*command: str, tracking: str, cwd: Path = ROOT) -> str:
     run = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
-
-
-def in_tensorboard(folder: Path, tag: str) -> list[tuple[int, float]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
-
-
-def in_wandb(file: Path, name: str) -> list[tuple[int, float]]:
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    store = DataStore()
-    store.open_for_scan(str(file))
-    found = []
-    while (data := store.scan_data()) is not None:
-        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        record.ParseFromString(data)
-        items = record.history.item
-        row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-        if name in row:
-            found.append((row["trainer/global_step"], row[name]))
-    return found
 
 
 @pytest.fixture(scope="module")

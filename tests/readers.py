@@ -1,0 +1,51 @@
+"""Reads back what W&B and TensorBoard wrote to disk."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BLOCK = 32_768
+HEADER = 7  # of the file, and of each chunk: checksum (4), length (2), type (1)
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def in_tensorboard(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """Step and value of each point of a curve."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def in_wandb(file: Path, name: str) -> list[tuple[int, float]]:
+    """The same in a run that W&B kept offline, over `trainer/global_step`."""
+    from wandb.proto import wandb_internal_pb2
+
+    found = []
+    for data in _records(file.read_bytes()):
+        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+        record.ParseFromString(data)
+        row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        if name in row:
+            found.append((row["trainer/global_step"], row[name]))
+    return found
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    """The records of a `.wandb` file, a log in LevelDB's format (wandb 0.31 ships no reader in Python)."""
+    assert content[:4] == b":W&B"
+    place, pending = HEADER, b""
+    while place + HEADER <= len(content):
+        if BLOCK - place % BLOCK < HEADER:  # no chunk begins in the last bytes of a block
+            place += BLOCK - place % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        pending = (b"" if kind in (FULL, FIRST) else pending) + content[place + HEADER : place + HEADER + length]
+        place += HEADER + length
+        if kind in (FULL, LAST):
+            yield pending
