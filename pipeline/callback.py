@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ class DownstreamValidation(pl.Callback):
     to the trainer's loggers, at `trainer.global_step`.
 
     Attributes:
-        measured: how many measurements succeeded in this process; `DownstreamModelCheckpoint` goes by it.
+        published: how many times metrics were published; with the two below, what the companions go by.
+        published_step: when they were last.
+        published_names: which they were.
         curve: the step and the metrics of each, on every rank.
     """
 
@@ -47,13 +50,17 @@ class DownstreamValidation(pl.Callback):
         """Checks the configuration. Raises ConfigError."""
         config.check()
         self.config = config
-        self.measured = 0
+        self.published = 0
+        self.published_step = -1
+        self.published_names: frozenset[str] = frozenset()
         self.curve: list[tuple[int, dict[str, float]]] = []
         self.work: Measurement | None = None
         self.ranks = Ranks(config.timeout)
         self._validations = 0
         self._last_step: int | None = None
-        self._loaded_step = 0
+        self._loaded_step: int | None = None
+        self._stage = ""
+        self._trainer: Any = None
         self._run_id: str | None = None
         self._description: dict[str, Any] | None = None  # on rank 0, which alone writes checkpoints
         self._late = False
@@ -77,6 +84,9 @@ class DownstreamValidation(pl.Callback):
         if stage not in ("fit", "validate"):
             return
         _check_strategy(trainer)
+        if self._trainer is not None and self._trainer() is not trainer:  # another training, such as another fold
+            self._validations, self._last_step, self._run_id = 0, None, None
+        self._trainer, self._stage, self._loaded_step = weakref.ref(trainer), stage, None
         _go_first(self, trainer)
         self.ranks.open()
         self._began, self._spent = time.perf_counter(), 0.0
@@ -117,7 +127,11 @@ class DownstreamValidation(pl.Callback):
             self._validations += 1
             if (self._validations - 1) % self.config.every_n_validations:
                 return
-        for name, value in self._measure(trainer, pl_module).items():
+        metrics = self._measure(trainer, pl_module)
+        if metrics:
+            self.published += 1
+            self.published_step, self.published_names = trainer.global_step, frozenset(metrics)
+        for name, value in metrics.items():
             # The values are the same on all ranks; a maximum leaves them as they are, and a mean might round.
             pl_module.log(
                 name, value, logger=False, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True, batch_size=1
@@ -146,8 +160,9 @@ class DownstreamValidation(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
-        self._validations = state_dict["validations"]
-        self._last_step = state_dict["last_step"]
+        if self._stage == "fit":
+            self._validations = state_dict["validations"]
+            self._last_step = state_dict["last_step"]
         self._run_id = state_dict["run_id"]
         if self.work:
             self.work.earlier_run_id = self._run_id
@@ -175,7 +190,8 @@ class DownstreamValidation(pl.Callback):
         """The metrics, the same on every rank; empty where the measurement failed and training is to go on."""
         assert self.work is not None
         work, began = self.work, time.perf_counter()
-        step = trainer.global_step if trainer.state.fn == "fit" else max(trainer.global_step, self._loaded_step)
+        alone = trainer.state.fn != "fit" and self._loaded_step is not None
+        step: int = self._loaded_step if alone else trainer.global_step  # type: ignore[assignment]
         try:
             metrics = self.ranks.agree(lambda: work.measure(pl_module, step))
         except LostRankError:
@@ -188,7 +204,6 @@ class DownstreamValidation(pl.Callback):
                 f"downstream validation failed at step {step}, training goes on: {kind}{error}", stacklevel=2
             )
             return {}
-        self.measured += 1
         self._last_step = step
         self.curve.append((step, metrics))
         self._report(step, metrics, time.perf_counter() - began)

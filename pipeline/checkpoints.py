@@ -25,7 +25,7 @@ from pipeline.huggingface import (
     encoder_of,
     fresh,
     load_tokenizer,
-    matching_weights,
+    matching_prefix,
     quiet,
     rebuild,
 )
@@ -158,7 +158,8 @@ def _from_lightning(source: str, architecture: str | None, trust_pickle: bool) -
         assert description is not None
         encoder, name, tokenizer = rebuild(description)
         prefix = description["prefix"].replace("_orig_mod.", "")
-    encoder.load_state_dict(matching_weights(encoder, name, state, prefix, source))
+    found = matching_prefix(encoder, name, state, prefix, source)
+    encoder.load_state_dict({key: state[found + key] for key in encoder.state_dict()})
     return encoder, tokenizer, (description or {}).get("made_with", {})
 
 

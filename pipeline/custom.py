@@ -76,7 +76,7 @@ class CustomEncoder:
         if len(states) != len(sequences) or any(len(s) != 2 or s[1] != self.hidden_size for s in shapes):
             expected = f"{len(sequences)} tensors of shape (tokens, {self.hidden_size})"
             raise CheckpointError(f"infer_target: hidden_states: expected {expected}, found shapes {shapes[:3]}")
-        return [state.detach().float() for state in states]
+        return [state.detach().float().clone() for state in states]  # their buffer may be used again
 
     def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
         """See `Encoder.count_unknown`."""
@@ -86,7 +86,10 @@ class CustomEncoder:
 
     def _states(self, sequences: Sequence[str]) -> list[Tensor]:
         with torch.no_grad(), self.context():
-            return list(self.inner.hidden_states(list(sequences)))
+            states = self.inner.hidden_states(list(sequences))
+        if isinstance(states, Tensor):
+            raise CheckpointError("infer_target: hidden_states: expected a list of tensors, found one with padding")
+        return list(states)
 
     def _found_size(self, probe: str) -> int:
         states = self._states([probe])

@@ -56,8 +56,11 @@ class Ranks:
             return heard
         try:
             result = work()
+        except Exception as error:
+            self._tell(None, RankError(f"rank 0: {type(error).__name__}: {error}"))
+            raise
         except BaseException as error:
-            self._tell(None, f"{type(error).__name__}: {error}")
+            self._tell(None, LostRankError(f"downstream validation: rank 0 was stopped: {type(error).__name__}"))
             raise
         self._tell(result, None)
         return result
@@ -69,7 +72,7 @@ class Ranks:
             waited = f"waited {self.timeout.total_seconds():g} s for every rank"
             raise LostRankError(f"downstream validation: rank {dist.get_rank()} {waited}: {error}") from error
 
-    def _tell(self, result: Any, failure: str | None) -> None:
+    def _tell(self, result: Any, failure: PipelineError | None) -> None:
         try:
             dist.broadcast_object_list([(result, failure)], src=0, group=self.group)
         except RuntimeError as error:
@@ -85,5 +88,5 @@ class Ranks:
             raise LostRankError(f"downstream validation: rank {dist.get_rank()} {waited}: {error}; {remedy}") from error
         result, failure = box[0]
         if failure is not None:
-            raise RankError(f"rank 0: {failure}")
+            raise failure
         return result

@@ -102,6 +102,7 @@ def made_with(device: torch.device, precision: str, store: Store, examples: Sequ
         "emb_batch_size": min(one.task.emb_batch_size for one in examples),
         "device": device.type,
         "precision": precision,
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
@@ -180,6 +181,14 @@ def _put(
         if len(state) != len(text):
             raise CheckpointError(_misaligned(text, len(state)))
         writers["none"].add(key, unknown, state.cpu().numpy(), len(state))
+
+
+def check_sequences(examples: Sequence[Examples], encoder: Encoder) -> None:
+    """Raises what `embed` would for a sequence that the encoder cannot take, without embedding any."""
+    texts = [(one.task.level, text) for one in examples for part in one.parts.values() for text in part.sequences]
+    union = {sequence_key(text): text for _, text in texts}
+    aligned = {sequence_key(text): text for level, text in texts if level == "token"}
+    _check(union, aligned, encoder, examples)
 
 
 def _check(

@@ -92,10 +92,12 @@ def load_tokenizer(source: str) -> Any:
         raise CheckpointError(f"ckpt: the tokenizer in '{folder}' cannot be loaded: {error}") from error
 
 
-def matching_weights(
-    encoder: nn.Module, name: str, state: Mapping[str, Tensor], prefix: str | None, source: str
-) -> dict[str, Tensor]:
-    """The encoder's weights in a checkpoint's `state_dict`, found by their names."""
+def matching_prefix(encoder: nn.Module, name: str, state: Mapping[str, Tensor], prefix: str | None, source: str) -> str:
+    """What the names of the encoder's weights begin with in a `state_dict`.
+
+    Raises:
+        CheckpointError: it does not hold the weights, or holds several sets of them.
+    """
     wanted = list(encoder.state_dict())
     first = name + wanted[0]
     prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
@@ -108,7 +110,7 @@ def matching_weights(
         raise CheckpointError(
             f"ckpt: '{source}': expected one set of weights of a {type(encoder).__name__}, found {found}"
         )
-    return {key: state[fitting[0] + name + key] for key in wanted}
+    return fitting[0] + name
 
 
 @contextmanager

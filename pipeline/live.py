@@ -14,7 +14,7 @@ from pipeline.config import ARCHITECTURES, import_class
 from pipeline.custom import Context, CustomEncoder, class_name, module_digest
 from pipeline.encoders import Encoder, HuggingFaceEncoder, find_device
 from pipeline.errors import CheckpointError
-from pipeline.huggingface import check_architecture, describe, matching_weights, quiet, rebuild
+from pipeline.huggingface import check_architecture, describe, matching_prefix, quiet, rebuild
 
 REMEDY = "give the module a method hidden_states(sequences), or name an encoder class in infer_target"
 
@@ -69,12 +69,14 @@ class LiveModel:
         else:
             prefix, model = _only_model(module)
             check_architecture(infer_target, model.config.model_type, f"the model in {type(module).__name__}")
-            tokenizer = tokenizer or _only_tokenizer([*module.modules(), *others])
+            tokenizer = tokenizer or _only_tokenizer(list(module.modules()), others)
             self.description = describe(model, tokenizer, prefix)
             with quiet():
-                self._skeleton, self._name, self._tokenizer = rebuild(self.description)
+                self._skeleton, name, self._tokenizer = rebuild(self.description)
+            self._prefix = self._find(module, self._skeleton, name, prefix.replace("_orig_mod.", ""))
             self._take_weights(module)
             self.max_seq_length = HuggingFaceEncoder(self._skeleton, self._tokenizer, "cpu", "fp32").max_seq_length
+            self.release()
 
     @property
     def runs_module(self) -> bool:
@@ -99,14 +101,34 @@ class LiveModel:
         self._take_weights(module)
         return HuggingFaceEncoder(self._skeleton, self._tokenizer, str(where), precision)
 
+    def release(self) -> None:
+        """Lets go of the weights that `encoder` took: where they are not float32 they are a copy."""
+        if self._skeleton is not None:
+            empty = {key: value.to("meta") for key, value in self._skeleton.state_dict().items()}
+            self._skeleton.load_state_dict(empty, assign=True)
+
+    def _find(self, module: nn.Module, skeleton: nn.Module, name: str, prefix: str) -> str:
+        """What the encoder's names begin with; an error where it is not what its configuration says."""
+        where = type(module).__name__
+        try:
+            found = matching_prefix(skeleton, name, _state_of(module), prefix, where)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {REMEDY}") from error
+        expected = {name: type(one) for name, one in skeleton.named_modules()}
+        for path, one in module.named_modules():
+            clean = f"{path}.".replace("_orig_mod.", "")
+            inside, part = clean.startswith(found), clean[len(found) :].rstrip(".")
+            wrapper = hasattr(one, "_orig_mod")  # of torch.compile
+            if inside and not wrapper and not part.startswith("pooler") and expected.get(part) is not type(one):
+                raise CheckpointError(f"{where}: {path} is not what the model's configuration says; {REMEDY}")
+        return found
+
     def _take_weights(self, module: nn.Module) -> None:
         """Makes the second model's weights those of the module: the same memory where they are float32."""
         assert self._skeleton is not None
-        assert self.description is not None
-        state = {key.replace("_orig_mod.", ""): value for key, value in module.state_dict().items()}
-        prefix = self.description["prefix"].replace("_orig_mod.", "")
-        weights = matching_weights(self._skeleton, self._name, state, prefix, type(module).__name__)
-        taken = {key: value.detach().float() if value.is_floating_point() else value for key, value in weights.items()}
+        state = _state_of(module)
+        weights = {key: state[self._prefix + key].detach() for key in self._skeleton.state_dict()}
+        taken = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
         self._skeleton.load_state_dict(taken, assign=True)
 
 
@@ -118,6 +140,11 @@ class _Method:
         self.max_seq_length = _own_limit(module)
         if callable(getattr(module, "count_unknown", None)):
             self.count_unknown = module.count_unknown
+
+
+def _state_of(module: nn.Module) -> dict[str, Tensor]:
+    """The weights by their names, without what `torch.compile` adds to them."""
+    return {key.replace("_orig_mod.", ""): value for key, value in module.state_dict().items()}
 
 
 def _own_limit(module: nn.Module) -> int | None:
@@ -152,12 +179,15 @@ def _within(name: str, outer: str) -> bool:
     return not outer or name.startswith(f"{outer}.")
 
 
-def _only_tokenizer(holders: Sequence[object]) -> Any:
-    """The one tokenizer among the attributes of some objects."""
+def _only_tokenizer(holders: Sequence[object], others: Sequence[object]) -> Any:
+    """The one tokenizer among the attributes of `holders`, or else of `others`."""
     from transformers import PreTrainedTokenizerBase
 
-    values = [value for holder in holders if holder is not None for value in vars(holder).values()]
-    found = list({id(value): value for value in values if isinstance(value, PreTrainedTokenizerBase)}.values())
+    found: list[Any] = []
+    for some in (holders, others):
+        values = [value for holder in some if holder is not None for value in vars(holder).values()]
+        unique = {id(value): value for value in values if isinstance(value, PreTrainedTokenizerBase)}
+        found = found or list(unique.values())
     if len(found) != 1:
         count = "none" if not found else f"{len(found)}: {', '.join(type(one).__name__ for one in found)}"
         remedy = "keep it as an attribute of the LightningModule, such as self.tokenizer, or " + REMEDY

@@ -15,9 +15,9 @@ from torch import nn
 
 from pipeline import validation
 from pipeline.checkpoints import open_encoder
-from pipeline.config import ARCHITECTURES, LOSS, Config, Task, metric_stems
+from pipeline.config import ARCHITECTURES, LOSS, Config, Task, import_class, metric_stems
 from pipeline.config_file import to_mapping, to_yaml
-from pipeline.embed import made_with
+from pipeline.embed import check_sequences, made_with
 from pipeline.encoders import Encoder, find_device, find_precision
 from pipeline.errors import CheckpointError
 from pipeline.huggingface import DESCRIPTION
@@ -29,6 +29,7 @@ from pipeline.score import HEADLINE
 from pipeline.scratch import temporary_folder
 from pipeline.store import Store
 from pipeline.tracking import NullTracker, Tracker, attempt, guarded
+from pipeline.train_head import make_head
 from pipeline.validation import check, dry_run, read, validate
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Measurement:
             self._limit = self._live.max_seq_length if self._live else None
             self._examples = read(self._tasks, self._limit)
             self.description = self._describe()
+            self._check(module)
 
     def try_out(self, module: nn.Module) -> None:
         """Embeds a few sequences and makes the heads. Raises PipelineError where a measurement would."""
@@ -131,6 +133,8 @@ class Measurement:
             with no_progress(), untouched(module, self._live is None or self._live.runs_module):
                 yield
         finally:
+            if self._live is not None:
+                self._live.release()
             validation.logger.removeFilter(self._first_time)
 
     def _first_time(self, record: logging.LogRecord) -> bool:
@@ -143,6 +147,9 @@ class Measurement:
         """How the live module gives hidden states; None where a checkpoint is written for a class of the user's."""
         target, trainer = self._tasks[0].infer_target, self.trainer
         if self.config.save and target not in ("auto", *ARCHITECTURES):
+            own = import_class(target, "infer_target", ("auto", *ARCHITECTURES))
+            if not hasattr(own, "from_checkpoint"):
+                raise CheckpointError(f"infer_target: {target} has no from_checkpoint(path), which save needs")
             return None
         context = trainer.precision_plugin.forward_context
         return LiveModel(module, target, None, context, str(trainer.precision), [trainer.datamodule])
@@ -154,6 +161,19 @@ class Measurement:
         precision = find_precision(self.config.precision, device)
         plan = made_with(device, precision, self._store(Path()), self._examples)
         return {**self._live.description, "made_with": plan}
+
+    def _check(self, module: nn.Module) -> None:
+        """What can be known of a later failure without running the module, which may not be where it will be."""
+        live, config = self._live, self.config
+        own = self._tasks[0].infer_target not in ("auto", *ARCHITECTURES)
+        if live and config.save and not own and self.description is None and config.architecture is None:
+            remedy = "name a class with from_checkpoint(path) in infer_target, or leave save out"
+            raise CheckpointError(f"save: a checkpoint of {type(module).__name__} cannot be opened again; {remedy}")
+        if live and not live.runs_module:
+            encoder = live.encoder(module, "cpu", "fp32")
+            check_sequences(self._examples, encoder)
+            for one in self._examples:
+                make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
 
     def _measure(self, module: nn.Module, step: int) -> dict[str, float]:
         source = str(self._save(module, step)) if self.config.save else "live weights"
@@ -185,7 +205,7 @@ class Measurement:
         content = {
             "epoch": self.trainer.current_epoch,
             "global_step": self.trainer.global_step,
-            "pytorch-lightning_version": import_module(type(self.trainer).__module__.split(".trainer")[0]).__version__,
+            "pytorch-lightning_version": _lightning_version(self.trainer),
             "state_dict": module.state_dict(),
             "hyper_parameters": dict(module.hparams),
         }
@@ -236,6 +256,12 @@ class Measurement:
         from pipeline.tracking.training import is_mlflow_logger
 
         return self._run is not None and is_mlflow_logger(logger) and logger.run_id == self._run.run_id
+
+
+def _lightning_version(trainer: Any) -> str:
+    """Of the package that the trainer, or a class that it is made from, is of."""
+    homes = [one.__module__.split(".trainer")[0] for one in type(trainer).__mro__ if ".trainer" in one.__module__]
+    return str(import_module(homes[-1]).__version__)
 
 
 def headlines(config: Config) -> list[str]:

@@ -17,16 +17,23 @@ class _Fresh:
     """Knows whether a downstream metric was measured since it was last acted on."""
 
     _acted_on = 0
+    _warned = False
 
     def _is_fresh(self, trainer: Any, monitor: str) -> bool:
-        """True for metrics of other origin, and once for each measurement."""
+        """True for metrics of other origin, and once for each measurement of the weights of this moment."""
         sources = [one for one in trainer.callbacks if isinstance(one, DownstreamValidation)]
         source = next((one for one in sources if one.has_metric(monitor)), None)
         if source is None:
             return True
-        fresh = source.measured > self._acted_on
-        self._acted_on = source.measured
-        return fresh
+        if source.published and monitor not in source.published_names and not self._warned:
+            self._warned = True
+            known = ", ".join(sorted(source.published_names))
+            pl.utilities.rank_zero_warn(f"{type(self).__name__}: '{monitor}' was not measured; known: {known}")
+        new = source.published > self._acted_on and source.published_step == trainer.global_step
+        if not new or monitor not in source.published_names:
+            return False
+        self._acted_on = source.published
+        return True
 
 
 class DownstreamModelCheckpoint(_Fresh, pl.callbacks.ModelCheckpoint):

@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer
 
 
 @contextmanager
@@ -80,16 +81,17 @@ def _defaults() -> Callable[[], None]:
 
 
 def _buffers(module: nn.Module) -> Callable[[], None]:
-    before: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
-    for submodule in module.modules():
-        for name, tensor in submodule._buffers.items():
-            if tensor is not None:
-                before.append((submodule._buffers, name, tensor, tensor.detach().clone()))
+    registered = [(one, dict(one._buffers), set(one._non_persistent_buffers_set)) for one in module.modules()]
+    tensors = [tensor for _, buffers, _ in registered for tensor in buffers.values() if tensor is not None]
+    values = [(one, one.detach().clone()) for one in tensors if not isinstance(one, UninitializedBuffer)]
 
     def restore() -> None:
+        for submodule, buffers, temporary in registered:
+            submodule._buffers.clear()
+            submodule._buffers.update(buffers)
+            submodule._non_persistent_buffers_set = temporary
         with torch.no_grad():
-            for owner, name, tensor, value in before:
-                owner[name] = tensor
+            for tensor, value in values:
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
 

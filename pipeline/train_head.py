@@ -116,7 +116,7 @@ def _key(embeddings: Embeddings, device: torch.device) -> str:
         "targets": [(target.outputs, target.classes is None, target.weights) for target in examples.targets],
         "fit": [getattr(task, name) for name in FIT_SETTINGS],
         "head": task.head and inspect.getsource(import_class(task.head, "class", LEVELS)),
-        "machine": [device.type, torch.get_num_threads(), torch.__version__],
+        "machine": [device.type, torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.__version__],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

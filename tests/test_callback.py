@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ from pipeline import (
 )
 from pipeline.config import Task
 from pipeline.config_file import to_yaml
-from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.errors import CheckpointError, ConfigError, DataError, PipelineError
 from pipeline.huggingface import DESCRIPTION
 from pipeline.score import Scores
 from tests.test_path import planted_task
-from tests.training import Busy, FromModule, WithMethod, loader, section, trainer
+from tests.training import Busy, FromModule, WithMethod, loader, one_state, section, trainer
 
 
 @pytest.fixture
@@ -262,6 +263,8 @@ def build(kind: str, folder: Path) -> Any:
         del module.tokenizer
     if kind == "two tokenizers":
         module.second = AutoTokenizer.from_pretrained(folder)
+    if kind == "longer model":
+        module.model.esm.encoder.layer.append(copy.deepcopy(module.model.esm.encoder.layer[0]))
     if kind == "changed model":
         module.model.esm.encoder.layer[0].attention.self.query = nn.Sequential(nn.Linear(2, 2))
     return module
@@ -274,6 +277,7 @@ def build(kind: str, folder: Path) -> Any:
         ("two models", "expected one Hugging Face model, found model, teacher; give"),
         ("no tokenizer", "expected one Hugging Face tokenizer in the module, found none; keep it as an attribute"),
         ("two tokenizers", "expected one Hugging Face tokenizer in the module, found 2: "),
+        ("longer model", "model.esm.encoder.layer.2 is not what the model's configuration says; give the module a"),
         ("changed model", "expected one set of weights of a EsmModel, found none"),
     ],
 )
@@ -298,6 +302,130 @@ def test_data_errors_come_before_the_first_step(task: Task, module: Busy, tmp_pa
     path.write_text("\n".join([header, "M" + rows[0], *rows[1:]]))
     with pytest.raises(DataError, match=r"x000.csv:2: column 'label'"):
         trainer(tmp_path, [callback_of(tmp_path, task)]).fit(module, loader(), loader(shuffle=False))
+
+
+def test_a_sequence_that_the_encoder_cannot_read_is_an_error_at_setup(
+    task: Task, module: Busy, tmp_path: Path, tracking: str
+) -> None:
+    path = tmp_path / "data" / "test" / "x000.csv"
+    path.write_text(path.read_text() + '1111,nnnn,1111,"[0, 0, 0, 0]"\n')
+    with pytest.raises(DataError, match="expected a sequence with characters the encoder knows, found '1111'"):
+        trainer(tmp_path, [callback_of(tmp_path, task)], num_sanity_val_steps=0).fit(module, loader(), loader())
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "error"),
+    [
+        (Busy, "tests.training.Typo", "'tests.training.Typo' is neither a short name nor a class"),
+        (Busy, "tests.training.Recorder", "tests.training.Recorder has no from_checkpoint"),
+        (WithMethod, "auto", "a checkpoint of WithMethod cannot be opened again; name a class"),
+    ],
+)
+def test_save_needs_a_way_back(
+    kind: type[Busy], target: str, error: str, task: Task, tmp_path: Path, tracking: str, model_folder: Any
+) -> None:
+    task.infer_target = target
+    with pytest.raises(PipelineError, match=error):
+        callback = callback_of(tmp_path, task, save=True)
+        trainer(tmp_path, [callback]).fit(kind(model_folder("esm")), loader(), loader(shuffle=False))
+
+
+def test_weights_that_did_not_change_are_logged_all_the_same(
+    task: Task, module: Busy, tmp_path: Path, tracking: str
+) -> None:
+    """Two validations between two optimiser steps: one LoggedModel, and each point of the curve."""
+    callback = callback_of(tmp_path, task)
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 1, "max_epochs": 1}
+    trainer(tmp_path, [callback], **options).fit(module, loader(), loader(shuffle=False))
+    assert steps_of(callback) == [0, 1, 1, 2]
+    run = run_of(callback)
+    history = MlflowClient().get_metric_history(run.info.run_id, "test_label_accuracy")
+    assert [(one.step, one.value) for one in history] == [(s, m["test_label_accuracy"]) for s, m in callback.curve]
+    assert len(MlflowClient().search_logged_models(["0"])) == 3
+
+
+def test_the_best_checkpoint_validated_after_fit(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    """Its numbers are logged at its own step, not at the last one."""
+    callback = callback_of(tmp_path, task)
+    keep = pl.callbacks.ModelCheckpoint(tmp_path / "kept", "{step}", monitor="step", mode="min")
+    fit = trainer(tmp_path, [callback, keep])
+    fit.fit(module, loader(), loader(shuffle=False))
+    fit.validate(module, loader(shuffle=False), ckpt_path="best", verbose=False, weights_only=True)
+    assert steps_of(callback) == [4, 8, 4]
+    assert callback.curve[0] == callback.curve[2]
+    fit.fit_loop.max_epochs = 3
+    fit.fit(module, loader(), loader(shuffle=False))
+    assert steps_of(callback) == [4, 8, 4, 12]
+
+
+def test_one_callback_in_two_trainings(task: Task, tmp_path: Path, tracking: str, model_folder: Any) -> None:
+    """As in cross-validation: each has its own run, and its own count of validations."""
+    callback = callback_of(tmp_path, task, every_n_validations=2)
+    runs = []
+    for _ in range(2):
+        trainer(tmp_path, [callback], max_epochs=3).fit(Busy(model_folder("esm")), loader(), loader(shuffle=False))
+        runs.append(run_of(callback).info.run_id)
+    assert steps_of(callback) == [4, 12, 4, 12]
+    assert len(set(runs)) == 2
+
+
+def test_a_subclass_of_the_trainer_can_save(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    class Mine(pl.Trainer):
+        pass
+
+    callback = callback_of(tmp_path, task, save=True, on_error="raise")
+    options: dict[str, Any] = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+    Mine(callbacks=[callback], **options, **quiet).fit(module, loader(), loader(shuffle=False))
+    stored = torch.load(tmp_path / "downstream" / "step=4.ckpt", weights_only=True)
+    assert stored["pytorch-lightning_version"] == version("pytorch-lightning")
+
+
+def test_two_mlflow_loggers(task: Task, module: Busy, tmp_path: Path, tracking: str, empty_database: Path) -> None:
+    """The first one's run has the models; the second, on another server, is a mirror."""
+    other = tmp_path / "other.db"
+    other.write_bytes(empty_database.read_bytes())
+    loggers = [
+        pl.loggers.MLFlowLogger("mine", tracking_uri=tracking),
+        pl.loggers.MLFlowLogger("theirs", tracking_uri=f"sqlite:///{other}"),
+    ]
+    callback = callback_of(tmp_path, task)
+    trainer(tmp_path, [callback], logger=loggers).fit(module, loader(), loader(shuffle=False))
+    for uri, one, models in ((tracking, loggers[0], 2), (f"sqlite:///{other}", loggers[1], 0)):
+        client = MlflowClient(uri)
+        history = client.get_metric_history(str(one.run_id), "test_label_accuracy")
+        assert [point.step for point in history] == [4, 8]
+        assert len(client.search_logged_models([str(one.experiment_id)])) == models
+
+
+def test_views_of_one_buffer(task: Task, tmp_path: Path, tracking: str, model_folder: Any) -> None:
+    """A method that hands out the same memory again is read before it does."""
+
+    class Reuses(Busy):
+        copies = False
+
+        def hidden_states(self, sequences: Any) -> list[Any]:
+            if not hasattr(self, "space"):
+                self.space = torch.empty(5000, self.out.in_features)
+            states, place = [], 0
+            for sequence in sequences:
+                state = one_state(self.model, self.tokenizer, sequence)
+                view = self.space[place : place + len(state)]
+                view.copy_(state)
+                place += len(state)
+                states.append(view.clone() if self.copies else view)
+            return states
+
+    found = []
+    for copies in (False, True):
+        model_folder("esm")
+        pl.seed_everything(5, verbose=False)
+        module = Reuses(model_folder("esm"))
+        module.copies = copies
+        callback = callback_of(tmp_path, task, on_error="raise")
+        trainer(tmp_path, [callback], max_epochs=1).fit(module, loader(), loader(shuffle=False))
+        found.append(callback.curve)
+    assert found[0] == found[1]
 
 
 def test_a_module_that_builds_its_model_late(task: Task, tmp_path: Path, tracking: str, model_folder: Any) -> None:

@@ -115,3 +115,40 @@ def test_the_companions_monitor_other_metrics_as_lightnings_do(
     monitors = [DownstreamModelCheckpoint(tmp_path / "best", "{step}", monitor="val_loss", save_top_k=-1)]
     train(Busy(model_folder("esm")), tmp_path, task, monitors, every_n_validations=3)
     assert len(list((tmp_path / "best").iterdir())) == 6
+
+
+def test_the_measurement_at_the_start_counts_for_nothing(
+    task: Task, tmp_path: Path, tracking: str, model_folder: Any, values: list[float | None]
+) -> None:
+    """It is not published: where the first validation fails, there is nothing to act on."""
+    values += [1.0, None, 3.0, 4.0]
+    monitors = [DownstreamModelCheckpoint(tmp_path / "best", "{step}", monitor=LOSS), DownstreamEarlyStopping(LOSS)]
+    with pytest.warns(UserWarning, match="failed at step (4|20), training goes on: injected"):
+        callback, _ = train(Busy(model_folder("esm")), tmp_path, task, monitors, on_start=True)
+    assert [step for step, _ in callback.curve] == [0, 8, 12, 16, 24]
+
+
+def test_a_metric_that_is_left_out_is_not_acted_on(
+    task: Task, tmp_path: Path, tracking: str, model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was there at the first two measurements; a name that never was is warned of."""
+    from pipeline import validation
+    from pipeline.score import score as real
+
+    def without(*args: Any) -> Any:
+        scores = real(*args)
+        seen.append(scores)
+        if len(seen) > 2:
+            scores.metrics.pop("test_label_mcc")
+        return scores
+
+    seen: list[Any] = []
+    monkeypatch.setattr(validation, "score", without)
+    monitors = [
+        DownstreamModelCheckpoint(tmp_path / "best", "{step}", monitor="test_label_mcc", save_top_k=-1),
+        DownstreamEarlyStopping("test_label_mc", patience=1),
+    ]
+    with pytest.warns(UserWarning, match="'test_label_mcc?' was not measured; known: dwnstr_task_val_loss, "):
+        _, fit = train(Busy(model_folder("esm")), tmp_path, task, monitors)
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {"step=4.ckpt", "step=8.ckpt"}
+    assert fit.current_epoch == 6

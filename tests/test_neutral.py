@@ -142,6 +142,8 @@ def test_untouched_puts_everything_back() -> None:
     module: Any = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2), nn.Dropout())
     module[1].requires_grad_(False)
     module[2].eval()
+    module[1].register_buffer("cache", None)
+    names = list(module.state_dict())
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -152,7 +154,10 @@ def test_untouched_puts_everything_back() -> None:
         module.train().requires_grad_(True)
         module(torch.rand(4, 2))
         module[0].register_buffer("running_var", torch.zeros(2))
+        module[1].cache = torch.zeros(2)
+        module[1].register_buffer("new", torch.zeros(2))
         raise KeyError
+    assert list(module.state_dict()) == names
     assert [one.training for one in module.modules()] == [True, True, True, False]
     assert [one.requires_grad for one in module.parameters()] == [True, True, False, False]
     assert module[0].running_mean.tolist() == [0, 0]

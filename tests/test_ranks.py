@@ -83,7 +83,7 @@ def test_metrics_are_the_same_on_both_ranks_and_training_is_untouched(both: Any)
 def test_only_rank_0_logs(both: Any) -> None:
     """A run for each scenario that measured, though two ranks trained."""
     runs = MlflowClient(both.tracking).search_runs(["0"])
-    measured = [case for case in both.ranks[0] if case not in ("without", "setup")]
+    measured = [case for case in both.ranks[0] if case not in ("without", "setup", "interrupted")]
     assert len(runs) == len(measured)
 
 
@@ -121,6 +121,12 @@ def test_a_failure_on_rank_0_ends_both(stage: str, both: Any) -> None:
     assert of(both, f"{stage} raise")["epochs"] == 0
     assert both.ranks[0][f"{stage} raise"]["error"] == "DataError: injected"
     assert both.ranks[1][f"{stage} raise"]["error"] == "RankError: rank 0: DataError: injected"
+
+
+def test_an_interrupt_on_rank_0_is_no_failure_to_be_passed_over(both: Any) -> None:
+    first, second = (rank["interrupted"]["error"] for rank in both.ranks)
+    assert first == "KeyboardInterrupt: "
+    assert second == "LostRankError: downstream validation: rank 0 was stopped: KeyboardInterrupt"
 
 
 def test_a_data_error_stops_both_before_the_first_step(both: Any) -> None:

@@ -22,6 +22,7 @@ from pipeline import (
     setup_dwnstr_task_validation_callbacks,
     validation,
 )
+from pipeline.distributed import Ranks
 from pipeline.errors import DataError
 from tests.test_path import planted_task_at
 from tests.training import Busy, loader, plain, section, trainer
@@ -110,9 +111,25 @@ def everything(folder: Path) -> dict[str, Any]:
             found[case] = sabotaged(
                 name, lambda case=case, on_error=on_error: fit(folder, case, callback(on_error=on_error))
             )
+    found["interrupted"] = {"error": interrupted()}
     task.dataset.train = "x999"
     found["setup"] = fit(folder, "setup", callback())
     return found
+
+
+def interrupted() -> str:
+    """What each rank makes of Ctrl-C on rank 0."""
+    ranks = Ranks(60.0)
+    ranks.open()
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    try:
+        ranks.agree(stop)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def sabotaged(name: str, work: Any) -> Any:

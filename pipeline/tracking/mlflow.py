@@ -22,9 +22,21 @@ from typing import Any
 import mlflow
 from mlflow import MlflowClient
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import (
+    DatasetInput,
+    InputTag,
+    LoggedModel,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
+from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.models.utils import get_external_mlflow_model_spec
 from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 
 from pipeline.errors import CheckpointError, TrackingError
 from pipeline.tracking import Data
@@ -106,25 +118,28 @@ class MlflowTracker:
 
     def checkpoint(self, name: str, digest: str, source: str, step: int = 0) -> None:
         """Links the run's metrics from here on to the LoggedModel of what is measured, made if it is not there yet."""
-        known = mlflow.search_logged_models(
-            experiment_ids=[self.experiment_id],
-            filter_string=f"tags.`ckpt.digest` = '{digest}'",
-            max_results=1,
-            output_format="list",
+        known = self.client.search_logged_models(
+            [self.experiment_id], filter_string=f"tags.`ckpt.digest` = '{digest}'", max_results=1
         )
-        model = (
-            known[0]
-            if known
-            else mlflow.create_external_model(
-                name=re.sub(r"[/:.%\"']", "_", name),
-                source_run_id=self.run_id,
-                experiment_id=self.experiment_id,
-                model_type="checkpoint",
-                tags={"ckpt.digest": digest, "ckpt.source": source},
-            )
-        )
-        self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
+        model = known[0] if known else self._new_model(name, digest, source)
         self.model_id = model.model_id
+        with contextlib.suppress(MlflowException):  # the run is linked to the same weights already
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
+
+    def _new_model(self, name: str, digest: str, source: str) -> LoggedModel:
+        """As `mlflow.create_external_model`, which goes to whatever server was named last."""
+        tags = {MLFLOW_MODEL_IS_EXTERNAL: "true", "ckpt.digest": digest, "ckpt.source": source}
+        model = self.client.create_logged_model(
+            self.experiment_id,
+            name=re.sub(r"[/:.%\"']", "_", name),
+            source_run_id=self.run_id,
+            tags=tags,
+            model_type="checkpoint",
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            get_external_mlflow_model_spec(model).save(str(Path(folder) / MLMODEL_FILE_NAME))
+            self.client.log_model_artifacts(model.model_id, folder)
+        return self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
     @property
     def link(self) -> str:
