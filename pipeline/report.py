@@ -32,7 +32,7 @@ def curve(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str
 
     view = Table(title="Scores on the test set, over the training", title_justify="left")
     for name in ("step", *names):
-        view.add_column(name, justify="right")
+        view.add_column(name, justify="right", overflow="fold")
     for step, metrics in points:
         view.add_row(str(step), *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
     return view

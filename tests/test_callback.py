@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
