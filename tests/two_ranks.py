@@ -155,7 +155,7 @@ def main(scenario: str, folder: Path) -> None:
         found = everything(folder)
     else:
         task = planted_task_at(folder / "data")
-        callbacks = setup_dwnstr_task_validation_callbacks(section(folder, task, timeout=6.0))
+        callbacks = setup_dwnstr_task_validation_callbacks(section(folder, task, timeout=20.0))
         found = {scenario: fit(folder, scenario, [Stray(scenario), *callbacks])}
     (folder / f"rank-{RANK}.json").write_text(json.dumps(found))
     os._exit(0)  # without waiting for a rank that is lost
