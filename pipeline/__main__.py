@@ -130,6 +130,7 @@ def _pretrain(options: argparse.Namespace) -> None:
     for name in ("steps", "validations"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}: expected at least 1, found {getattr(options, name)}")
+    logging.getLogger("pipeline").setLevel(logging.WARNING)  # the stages' lines, at every validation again
     config = read_config(options.config, options.overrides)
     sequences = read_sequences(Path(options.data), options.files)
     settings = Settings(steps=options.steps, validations=options.validations, seed=options.seed)
@@ -188,7 +189,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> None:
 def _print(table: Any) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _check_tracking(tracking_uri: str) -> None:

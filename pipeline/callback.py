@@ -90,13 +90,13 @@ class DownstreamValidation(pl.Callback):
         _go_first(self, trainer)
         self.ranks.open()
         self._began, self._spent = time.perf_counter(), 0.0
-        self.work = Measurement(self.config, trainer, self._run_id)
+        self.work = Measurement(self.config, trainer, pl.utilities.rank_zero_info, self._run_id)
         # A module that builds its layers in a hook that comes later is looked at when they are there.
         self._late = any(_overridden(pl_module, hook) for hook in ("setup", "configure_model"))
         work = self.work
         self.ranks.agree(lambda: work.prepare(pl_module, may_wait=self._late))
         self._description = work.description
-        self._warn_of_stale_metrics(trainer)
+        self._check_monitors(trainer)
         io = trainer.strategy.checkpoint_io
         if not isinstance(io, DescribingIO):
             trainer.strategy.checkpoint_io = DescribingIO(io, DESCRIPTION, lambda: self._description)
@@ -217,14 +217,19 @@ class DownstreamValidation(pl.Callback):
         cost = f"{seconds:.1f} s; {share:.0f} % of the training time so far"
         pl.utilities.rank_zero_info(f"downstream validation at step {step}: {numbers} ({cost})")
 
-    def _warn_of_stale_metrics(self, trainer: pl.Trainer) -> None:
-        """Lightning's own monitors read the last value again where a validation was skipped."""
-        if self.config.every_n_validations == 1:
-            return
+    def _check_monitors(self, trainer: pl.Trainer) -> None:
+        """Warns of monitors with a name that is nearly right, and of Lightning's where they would read old values."""
         callbacks: list[Any] = vars(trainer)["callbacks"]
         for one in callbacks:
-            kind, monitor = type(one).__name__, getattr(one, "monitor", None)
-            if kind in ("ModelCheckpoint", "EarlyStopping") and monitor and self.has_metric(monitor):
+            kind, monitor = type(one).__name__, getattr(one, "monitor", None) or ""
+            meant = [
+                stem for stem in metric_stems(self.config) if monitor.split("/")[-1].startswith(stem.split("/")[-1])
+            ]
+            if meant and not self.has_metric(monitor):
+                rule = "names begin with the task's where dataset is a list"
+                pl.utilities.rank_zero_warn(f"{kind}: no metric '{monitor}' is measured, but '{meant[0]}...': {rule}")
+            stale = self.config.every_n_validations > 1 and kind in ("ModelCheckpoint", "EarlyStopping")
+            if stale and self.has_metric(monitor):
                 pl.utilities.rank_zero_warn(
                     f"{kind}(monitor='{monitor}') acts on old values where every_n_validations skips a validation; "
                     f"use pipeline.Downstream{kind} in its place",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
@@ -44,8 +44,14 @@ class Measurement:
         description: what a `.ckpt` needs to be opened, and how it is measured here; None where that takes a class.
     """
 
-    def __init__(self, config: Config, trainer: Any, earlier_run_id: str | None = None) -> None:
-        """Keeps the trainer: its loggers, precision and folder are asked for when they are needed."""
+    def __init__(
+        self, config: Config, trainer: Any, say: Callable[[str], None], earlier_run_id: str | None = None
+    ) -> None:
+        """Keeps the trainer: its loggers, precision and folder are asked for when they are needed.
+
+        `say` is told what a user wants to see.
+        """
+        self.say = say
         self.config = config
         self.trainer = trainer
         self.earlier_run_id = earlier_run_id
@@ -248,6 +254,8 @@ class Measurement:
 
         name = type(self.trainer.lightning_module).__name__
         run = TrainingRun(self.trainer.loggers, name, self.earlier_run_id)
+        if run.own:
+            self.say(f"downstream validation logs to MLflow run {run.run_id} at {run.uri}")
         attempt("logging of the configuration", lambda: run.describe(to_mapping(self.config), to_yaml(self.config)))
         return run
 

@@ -92,6 +92,16 @@ def test_lightnings_own_monitors_are_warned_of(task: Task, tmp_path: Path, track
     assert not any("EarlyStopping" in str(one.message) for one in seen)
 
 
+def test_a_name_without_its_task_is_warned_of(task: Task, tmp_path: Path, tracking: str, model_folder: Any) -> None:
+    """In a list of tasks the metrics begin with the task's name."""
+    monitors = [DownstreamEarlyStopping(LOSS, strict=False), pl.callbacks.EarlyStopping("val_loss", strict=False)]
+    (callback,) = setup_dwnstr_task_validation_callbacks(section(tmp_path, [task]))
+    fit = trainer(tmp_path, [callback, *monitors], max_epochs=1, limit_val_batches=0)
+    with pytest.warns(UserWarning, match=f"no metric '{LOSS}' is measured, but '{task.task_name}/{LOSS}...'") as seen:
+        fit.fit(Busy(model_folder("esm")), loader(), loader(shuffle=False))
+    assert len([one for one in seen if "is measured" in str(one.message)]) == 1
+
+
 def test_a_failed_measurement_is_neither_saved_nor_counted(
     task: Task, tmp_path: Path, tracking: str, model_folder: Any, values: list[float | None]
 ) -> None:

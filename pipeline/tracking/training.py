@@ -26,6 +26,7 @@ class TrainingRun:
     Attributes:
         own: whether the run was opened here.
         run_id: its id.
+        uri: of its server or database.
     """
 
     def __init__(self, loggers: Sequence[Any], name: str, earlier: str | None = None) -> None:
@@ -52,6 +53,7 @@ class TrainingRun:
             client = MlflowClient()
             self.run = (resume_run(client, earlier) if earlier else None) or new_run(client, name)
         self.run_id = self.run.run_id
+        self.uri: str = self.run.client.tracking_uri
         self._data: set[Data] = set()
 
     def describe(self, config: Mapping[str, Any], yaml: str) -> None:
