@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import (
@@ -152,6 +153,19 @@ class MlflowTracker:
         return f"/#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
 
 
+def connect() -> MlflowClient:
+    """A client of the tracking server or database in force.
+
+    A new SQLite database is made by one process at a time: MLflow makes it without a lock, and two at once break it.
+    """
+    uri = mlflow.get_tracking_uri()
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or ":memory:" in uri or not os.access(path.parent, os.W_OK):
+        return MlflowClient()
+    with FileLock(f"{path}.lock"):
+        return MlflowClient()
+
+
 @contextmanager
 def open_run(name: str, tracking_uri: str = "") -> Iterator[MlflowTracker]:
     """The run of a measurement: the one that `mlflow run` made, else a new one. Sweeps up what a kill left RUNNING.
@@ -163,7 +177,7 @@ def open_run(name: str, tracking_uri: str = "") -> Iterator[MlflowTracker]:
         mlflow.set_tracking_uri(tracking_uri)
     given = os.environ.get("MLFLOW_RUN_ID")
     try:
-        client = MlflowClient()
+        client = connect()
         if given:
             experiment_id = client.get_run(given).info.experiment_id
             run_id = given

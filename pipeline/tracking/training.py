@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow import MlflowClient
 
 from pipeline.tracking import Data, NullTracker, Several, Tracker
-from pipeline.tracking.mlflow import MlflowTracker, new_run, resume_run
+from pipeline.tracking.mlflow import MlflowTracker, connect, new_run, resume_run
 
 FOLDER = "downstream"  # of the run's artifacts
 
@@ -47,10 +46,10 @@ class TrainingRun:
         if found is not None:
             self.run = MlflowTracker(found.experiment, str(found.experiment_id), str(found.run_id))
         elif given is not None:
-            client = MlflowClient()
+            client = connect()
             self.run = MlflowTracker(client, client.get_run(given).info.experiment_id, given)
         else:
-            client = MlflowClient()
+            client = connect()
             self.run = (resume_run(client, earlier) if earlier else None) or new_run(client, name)
         self.run_id = self.run.run_id
         self.uri: str = self.run.client.tracking_uri
