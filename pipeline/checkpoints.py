@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config import ARCHITECTURES, import_class
+from pipeline.config import encoder_class
 from pipeline.custom import CustomEncoder
 from pipeline.encoders import Encoder, HuggingFaceEncoder, find_device
 from pipeline.errors import CheckpointError, PipelineError
@@ -55,8 +55,8 @@ def open_encoder(
         CheckpointError: there is no such checkpoint, it cannot be read, or `infer_target` does not fit it.
         ConfigError: `infer_target`, `device` or `precision` is not known here.
     """
-    if infer_target not in ("auto", *ARCHITECTURES):
-        own = import_class(infer_target, "infer_target", ("auto", *ARCHITECTURES))
+    own = encoder_class(infer_target)
+    if own is not None:
         return CustomEncoder.from_checkpoint(own, _locate(ckpt), find_device(device))
     source = _locate(ckpt)
     try:

@@ -261,6 +261,12 @@ def import_class(path: str, key: str, known: tuple[str, ...]) -> Any:
         ) from error
 
 
+def encoder_class(infer_target: str) -> Any:
+    """The user's own encoder class that `infer_target` names; None for a short name. Raises ConfigError as above."""
+    known = ("auto", *ARCHITECTURES)
+    return None if infer_target in known else import_class(infer_target, "infer_target", known)
+
+
 def _choice(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{key}: expected one of {', '.join(known)}, found '{value}'{nearest(value, known)}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ARCHITECTURES, import_class
+from pipeline.config import encoder_class
 from pipeline.custom import Context, CustomEncoder, class_name, module_digest
 from pipeline.encoders import Encoder, HuggingFaceEncoder, find_device
 from pipeline.errors import CheckpointError
@@ -58,10 +58,9 @@ class LiveModel:
         """
         self.context, self.mode = context, mode
         self.description: dict[str, Any] | None = None
-        self._class: Any = None
+        self._class = encoder_class(infer_target)
         self._skeleton: nn.Module | None = None
-        if infer_target not in ("auto", *ARCHITECTURES):
-            self._class = import_class(infer_target, "infer_target", ("auto", *ARCHITECTURES))
+        if self._class is not None:
             found = CustomEncoder.from_module(self._class, module, _device_of(module), context, mode)
             self.max_seq_length = found.max_seq_length
         elif callable(getattr(module, "hidden_states", None)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import compress
 from pathlib import Path
 
@@ -70,7 +71,7 @@ class Part:
         values, masks = [array[units] for array in self.values], [array[units] for array in self.masks]
         return Part([self.sequences[first]], [self.rows[first]], self.counts[[first]], values, masks, 0)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A digest of the content: sequences, labels and masks, in order."""
         digest = hashlib.sha256(json.dumps(self.sequences).encode())

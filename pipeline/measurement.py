@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline import validation
 from pipeline.checkpoints import open_encoder
-from pipeline.config import ARCHITECTURES, LOSS, Config, Task, import_class, metric_stems
+from pipeline.config import LOSS, Config, Task, encoder_class, metric_stems
 from pipeline.config_file import to_mapping, to_yaml
 from pipeline.embed import check_sequences, made_with
 from pipeline.encoders import Encoder, find_device, find_precision
@@ -152,8 +152,8 @@ class Measurement:
     def _look_at(self, module: nn.Module) -> LiveModel | None:
         """How the live module gives hidden states; None where a checkpoint is written for a class of the user's."""
         target, trainer = self._tasks[0].infer_target, self.trainer
-        if self.config.save and target not in ("auto", *ARCHITECTURES):
-            own = import_class(target, "infer_target", ("auto", *ARCHITECTURES))
+        own = encoder_class(target)
+        if self.config.save and own is not None:
             if not hasattr(own, "from_checkpoint"):
                 raise CheckpointError(f"infer_target: {target} has no from_checkpoint(path), which save needs")
             return None
@@ -171,8 +171,7 @@ class Measurement:
     def _check(self, module: nn.Module) -> None:
         """What can be known of a later failure without running the module, which may not be where it will be."""
         live, config = self._live, self.config
-        own = self._tasks[0].infer_target not in ("auto", *ARCHITECTURES)
-        if live and config.save and not own and self.description is None and config.architecture is None:
+        if live and config.save and self.description is None and config.architecture is None:
             remedy = "name a class with from_checkpoint(path) in infer_target, or leave save out"
             raise CheckpointError(f"save: a checkpoint of {type(module).__name__} cannot be opened again; {remedy}")
         if live and not live.runs_module:
