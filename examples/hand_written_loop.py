@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from mlflow import MlflowClient
 from transformers import DataCollatorForLanguageModeling, EsmForMaskedLM, EsmTokenizer
 
 from pipeline import LiveModel, Store, read_config, validate
@@ -33,12 +32,12 @@ def main() -> None:
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     live = LiveModel(model, tokenizer=tokenizer)  # finds its way to the hidden states once
-    run = TrainingRun([], "hand-written loop")  # the active run, or MLFLOW_RUN_ID's, or one of its own
+    run = TrainingRun([], "hand-written loop", config)  # the active run, or MLFLOW_RUN_ID's, or one of its own
     torch.manual_seed(1234)
     for step in range(options.steps + 1):
         if step % max(1, options.steps // 2) == 0:
             encoder = live.encoder(model)  # the weights of this moment; the model itself is left alone
-            with run.measurement(step, encoder.digest, "live weights", child=False) as tracker:
+            with run.measurement(step, encoder.digest) as tracker:
                 scores = validate(encoder, config.tasks, Store(Path(config.store)), tracker)
             print(step, {name: round(value, 4) for one in scores for name, value in one.metrics.items()})
         some = torch.randint(len(sequences), (8,)).tolist()
@@ -47,7 +46,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
     run.end("FINISHED")
-    print(MlflowClient().get_run(run.run_id).info.run_name, run.run_id)
+    print(run.place)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,19 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.errors import ConfigError, PipelineError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.tracking.runs import OpenRun
 
 DEFAULT_CONFIG = "configs/default.yaml"
 DEFAULT_CKPT = "sample/checkpoint"
 OVERRIDES = "dot-list, such as 'dataset.num_epochs=3 device=cpu'"
+CKPT = "model folder, hub id, .ckpt or MLflow URI; several are a list with commas, or a pattern such as 'run/*.ckpt'"
 STAGES = {
     "main": "the whole path: load, embed, train_head, score",
     "load": "read and check the CSV files",
@@ -73,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in STAGES.items():
         stage = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         _add_config(stage)
-        stage.add_argument("--ckpt", default=DEFAULT_CKPT, help="model folder, hub id, .ckpt or MLflow URI")
+        stage.add_argument("--ckpt", default=DEFAULT_CKPT, help=CKPT)
         stage.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
         stage.set_defaults(run=_measure)
     text = "train a small ESM, and watch its embeddings get better"
@@ -89,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--seed", type=int, default=1234)
     pretrain.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
     pretrain.set_defaults(run=_pretrain)
+    compare = commands.add_parser("compare", help="measurements already made, side by side", allow_abbrev=False)
+    compare.add_argument("runs", nargs="+", metavar="RUN_ID", help="run of a measurement, of several, or of a training")
+    compare.add_argument("--by", default="", help="metric to rank by; by default the first task's main one")
+    compare.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
+    compare.set_defaults(run=_compare)
+    replay = commands.add_parser("replay", help="send what MLflow has missed", allow_abbrev=False)
+    replay.add_argument("journal", nargs="+", metavar="JOURNAL", help="the .jsonl file that a warning named")
+    replay.add_argument("--tracking-uri", "--tracking_uri", default="", help="by default, where it was meant for")
+    replay.set_defaults(run=_replay)
     config = commands.add_parser("config", help="print the resolved configuration", allow_abbrev=False)
     config.add_argument("file", nargs="?", default=DEFAULT_CONFIG, help="YAML file")
     config.add_argument("--overrides", default="", help=OVERRIDES)
@@ -118,72 +129,103 @@ def _print_config(options: argparse.Namespace) -> None:
 def _pretrain(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    import mlflow
-
     from pipeline.config_file import read_config
-    from pipeline.measurement import headlines
     from pipeline.pretrain import Settings, make_loggers, pretrain, read_sequences
     from pipeline.report import curve
-    from pipeline.tracking.mlflow import open_run
+    from pipeline.score import headlines
+    from pipeline.tracking.runs import open_run
 
     _check_tracking(options.tracking_uri)
     for name in ("steps", "validations"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}: expected at least 1, found {getattr(options, name)}")
-    logging.getLogger("pipeline").setLevel(logging.WARNING)  # the stages' lines, at every validation again
+    logging.getLogger("pipeline.validation").setLevel(logging.WARNING)  # the stages' lines, at every validation again
     config = read_config(options.config, options.overrides)
     sequences = read_sequences(Path(options.data), options.files)
     settings = Settings(steps=options.steps, validations=options.validations, seed=options.seed)
-    with open_run("pretrain", options.tracking_uri) as run:
-        out = Path(options.out or f"pretrained/{run.run_id[:8]}")
-        loggers = make_loggers(out, run.run_id, mlflow.get_tracking_uri())
-        measured = pretrain(sequences, out, settings, config, loggers)
+    with open_run("pretrain", config, options.tracking_uri) as opened:
+        out = Path(options.out or f"pretrained/{os.environ.get('MLFLOW_RUN_ID', opened.run.key)[:8]}")
+        measured = pretrain(sequences, out, settings, config, make_loggers(out, opened.run))
     _print(curve(measured, headlines(config)))
     print(f"Measure it:     mlflow run . --env-manager local -P ckpt={out}")
+    print(f"All of them:    mlflow run . --env-manager local -P ckpt='{out}/checkpoints/*' -P config={options.config}")
     print(f"TensorBoard:    tensorboard --logdir {out}")
     print(f"W&B:            wandb sync {out}/wandb/offline-run-*")
-    _print_links(run)
+    _print_links(opened)
 
 
 def _measure(options: argparse.Namespace) -> None:
-    """One measurement: a run with a nested run per stage, as far as the stage asked for."""
+    """A measurement is a run with a nested run per stage; several are nested in one."""
     from pipeline.config_file import read_config
 
     config = read_config(options.config, options.overrides)
     for note in config.notes:
         logging.getLogger("pipeline").info("config      %s", note)
     _check_tracking(options.tracking_uri)
-    _measure_tracked(options, config)
+    until = "score" if options.stage == "main" else options.stage
+    failed = _measure_tracked(options, config, until)
+    if failed:
+        raise PipelineError("; ".join(f"{name}: {why}" for name, why in failed.items()))
 
 
-def _measure_tracked(options: argparse.Namespace, config: Config) -> None:
+def _measure_tracked(options: argparse.Namespace, config: Config, until: str) -> Mapping[str, str]:
+    """Measures, and prints. Returns what failed of several checkpoints, and why."""
     from pathlib import Path
 
-    from pipeline.checkpoints import open_encoder
-    from pipeline.config_file import to_mapping, to_yaml
-    from pipeline.report import markdown, table
-    from pipeline.store import Store
-    from pipeline.tracking.mlflow import open_run
-    from pipeline.validation import validate
+    from pipeline import compare, measure
+    from pipeline.checkpoints import expand
+    from pipeline.config_file import to_mapping
+    from pipeline.report import table
+    from pipeline.score import headlines
+    from pipeline.tracking.mirrors import mirrors
+    from pipeline.tracking.runs import open_run
 
-    name = options.ckpt.rstrip("/").rpartition("/")[2] or "checkpoint"
-    with open_run(name, options.tracking_uri) as run:
-        run.parameters(to_mapping(config))
-        run.text(to_yaml(config), "config.yaml")
-        first = config.dataset[0]
-        encoder = open_encoder(
-            options.ckpt, first.infer_target, config.device, config.precision, config.architecture, config.trust_pickle
-        )
-        if options.stage in ("main", "score"):
-            run.checkpoint(name, encoder.digest, options.ckpt)
-        store = Store(Path(config.store), config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
-        until = "score" if options.stage == "main" else options.stage
-        scores = validate(encoder, config.tasks, store, run, until)
-        if scores:
-            run.describe(markdown(options.ckpt, scores))
-    if scores:
-        _print(table(scores))
-    _print_links(run)
+    ckpts = expand(options.ckpt)
+    name = measure.label_of(ckpts[0], None) if len(ckpts) == 1 else f"{len(ckpts)} checkpoints"
+    store = Path(config.store).expanduser()
+    with (
+        open_run(name, config, options.tracking_uri) as opened,
+        mirrors(config.logging, name, to_mapping(config), store) as others,
+    ):
+        measure.describe(opened.run, config)
+        if len(ckpts) == 1:
+            measured = [measure.measure(ckpts[0], config, opened.run, others, until)]
+        else:
+            measured = measure.measure_several(ckpts, config, opened.run, others, until)
+        failed = {one.label: one.error for one in measured if one.error}
+        if failed:
+            opened.run.end("FAILED")
+    names = headlines(config)
+    if len(ckpts) == 1 and measured[0].scores:
+        _print(table(measured[0].scores))
+    elif any(one.scores for one in measured):
+        _print(compare.table(compare.rank(measure.rows_of(measured), names[0]), names))
+    _print_links(opened)
+    return failed
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from pipeline import compare, measure
+    from pipeline.config import Config
+    from pipeline.tracking.earlier import read_runs
+    from pipeline.tracking.runs import open_run
+
+    _check_tracking(options.tracking_uri)
+    runs = read_runs(options.runs, options.tracking_uri)
+    names = compare.choose([row for run in runs for row in measure.rows_of_run(run)], options.by)
+    with open_run(f"{len(runs)} runs compared", Config(), options.tracking_uri) as opened:
+        board = measure.compare_runs(runs, names, opened.run)
+    _print(compare.table(board, names))
+    _print_links(opened)
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from pipeline.tracking.earlier import replay_journal
+
+    for name in options.journal:
+        arrived, refused = replay_journal(name, options.tracking_uri)
+        said = f", {refused} were refused" if refused else ""
+        print(f"{name}: {arrived} records sent{said}")
 
 
 def _print(table: Any) -> None:
@@ -199,22 +241,23 @@ def _check_tracking(tracking_uri: str) -> None:
         raise ConfigError(f"tracking_uri: the run is at '{given}' already; set MLFLOW_TRACKING_URI for mlflow run")
 
 
-def _print_links(run: Any) -> None:
+def _print_links(opened: OpenRun) -> None:
     """Where to look at the run; for a local database, how to start the UI first."""
-    import mlflow
+    from pipeline.tracking.runs import link, runs_link
 
-    uri = mlflow.get_tracking_uri()
-    server = uri if uri.startswith("http") else "http://127.0.0.1:5000"
-    if server != uri:
-        print(f"To look at it:  mlflow ui --backend-store-uri {uri}")
-    print(f"This run:       {server}{run.link}")
-    print(f"All runs:       {server}{run.runs_link}")
+    if opened.ids is None:  # what is to be done is said already
+        return
+    server = opened.uri if opened.uri.startswith("http") else "http://127.0.0.1:5000"
+    if server != opened.uri:
+        print(f"To look at it:  mlflow ui --backend-store-uri {opened.uri}")
+    print(f"This run:       {server}{link(opened.ids)}")
+    print(f"All runs:       {server}{runs_link(opened.ids)}")
 
 
 def _say_on_run(message: str) -> None:
     """Under `mlflow run`, an error before the run was opened is said on its page too."""
     if os.environ.get("MLFLOW_RUN_ID"):
-        from pipeline.tracking.mlflow import fail_run
+        from pipeline.tracking.client import fail_run
 
         fail_run(message)
 

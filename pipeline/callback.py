@@ -14,7 +14,8 @@ from pipeline.distributed import LostRankError, Ranks
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.huggingface import DESCRIPTION
 from pipeline.lightning import DescribingIO, pl
-from pipeline.measurement import Measurement, headlines
+from pipeline.measurement import Measurement
+from pipeline.score import headlines
 
 SHARDED = ("FSDP", "ModelParallel", "DeepSpeed")
 
@@ -61,7 +62,8 @@ class DownstreamValidation(pl.Callback):
         self._loaded_step: int | None = None
         self._stage = ""
         self._trainer: Any = None
-        self._run_id: str | None = None
+        self._run: str | None = None
+        self._points: list[tuple[int, dict[str, float]]] = []  # of this training, before it was interrupted too
         self._description: dict[str, Any] | None = None  # on rank 0, which alone writes checkpoints
         self._late = False
         self._began = self._spent = 0.0
@@ -85,12 +87,13 @@ class DownstreamValidation(pl.Callback):
             return
         _check_strategy(trainer)
         if self._trainer is not None and self._trainer() is not trainer:  # another training, such as another fold
-            self._validations, self._last_step, self._run_id = 0, None, None
+            self._validations, self._last_step, self._run = 0, None, None
+            self._points = []
         self._trainer, self._stage, self._loaded_step = weakref.ref(trainer), stage, None
         _go_first(self, trainer)
         self.ranks.open()
         self._began, self._spent = time.perf_counter(), 0.0
-        self.work = Measurement(self.config, trainer, pl.utilities.rank_zero_info, self._run_id)
+        self.work = Measurement(self.config, trainer, pl.utilities.rank_zero_info, self._run)
         # A module that builds its layers in a hook that comes later is looked at when they are there.
         self._late = any(_overridden(pl_module, hook) for hook in ("setup", "configure_model"))
         work = self.work
@@ -155,17 +158,23 @@ class DownstreamValidation(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs to go on with the same curve."""
-        run = self.work.own_run_id if self.work else None
-        return {"validations": self._validations, "last_step": self._last_step, "run_id": run or self._run_id}
+        run = self.work.own_run if self.work else None
+        return {
+            "validations": self._validations,
+            "last_step": self._last_step,
+            "run": run or self._run,
+            "points": list(self._points),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         if self._stage == "fit":
             self._validations = state_dict["validations"]
             self._last_step = state_dict["last_step"]
-        self._run_id = state_dict["run_id"]
+            self._points = list(state_dict["points"])
+        self._run = state_dict["run"]
         if self.work:
-            self.work.earlier_run_id = self._run_id
+            self.work.earlier_run = self._run
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -206,6 +215,7 @@ class DownstreamValidation(pl.Callback):
             return {}
         self._last_step = step
         self.curve.append((step, metrics))
+        self._points.append((step, metrics))
         self._report(step, metrics, time.perf_counter() - began)
         return metrics
 
@@ -238,8 +248,8 @@ class DownstreamValidation(pl.Callback):
 
     def _close(self, status: str) -> None:
         if self.work is not None:
-            self._run_id = self.work.own_run_id or self._run_id
-            self.work.close(status)
+            self._run = self.work.own_run or self._run
+            self.work.close(status, self._points)
         self.work = None
         self.ranks.close()
 

@@ -7,11 +7,13 @@ fills them in at random would have us measure noise.
 from __future__ import annotations
 
 import glob
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from braceexpand import braceexpand
 from torch import nn
 
 from pipeline.config import encoder_class
@@ -30,7 +32,47 @@ from pipeline.huggingface import (
     rebuild,
 )
 
+STEP = re.compile(r"(?:^|[^a-z])(?:step|checkpoint|ckpt|iter|iteration)[=_-]?(\d+)(?!\.?\d)", re.IGNORECASE)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def expand(ckpt: str) -> list[str]:
+    """The checkpoints that a list or a pattern names: `a,b`, `run/step=*.ckpt`, `run/step={300,600}.ckpt`.
+
+    What a pattern finds is in the order of the numbers in the names. What is not a pattern is left as it is.
+
+    Raises:
+        CheckpointError: a pattern finds nothing.
+    """
+    if Path(ckpt).expanduser().exists():
+        return [ckpt]
+    found: list[str] = []
+    for one in _alternatives(ckpt):
+        matches = glob.glob(str(Path(one).expanduser())) if glob.has_magic(one) else [one]  # noqa: PTH207
+        if not matches:
+            raise CheckpointError(f"ckpt: no checkpoint matches '{one}'")
+        found += sorted(matches, key=lambda name: [(len(part), part) for part in re.split(r"(\d+)", name)])
+    return list(dict.fromkeys(found))
+
+
+def _alternatives(ckpt: str) -> list[str]:
+    """The entries of a list, with braces written out."""
+    parts = [part.strip() for part in re.split(r",(?![^{]*\})", ckpt) if part.strip()]
+    return [one for part in parts for one in (braceexpand(part) if re.search(r"\{[^{}]*\}", part) else [part])] or [
+        ckpt
+    ]
+
+
+def step_of(ckpt: str, encoder: Encoder) -> int | None:
+    """The training step of a checkpoint: as it says itself, as Hugging Face's trainer wrote it, or as its name says."""
+    said = getattr(encoder, "step", None)
+    if said is not None:
+        return int(said)
+    state = Path(ckpt).expanduser() / "trainer_state.json"
+    if state.is_file():
+        return int(json.loads(state.read_text())["global_step"])
+    named = STEP.search(Path(ckpt).name)
+    return int(named[1]) if named else None
 
 
 def open_encoder(
@@ -62,9 +104,9 @@ def open_encoder(
     try:
         with quiet():
             if source.endswith(".ckpt"):
-                model, tokenizer, made_with = _from_lightning(source, architecture, trust_pickle)
+                model, tokenizer, said = _from_lightning(source, architecture, trust_pickle)
             else:
-                (model, tokenizer), made_with = _from_folder(source), {}
+                (model, tokenizer), said = _from_folder(source), {}
     except PipelineError:
         raise
     except Exception as error:
@@ -74,13 +116,15 @@ def open_encoder(
         # whatever a library raises on a broken checkpoint, the checkpoint is at fault
         raise CheckpointError(f"ckpt: '{ckpt}' cannot be loaded: {type(error).__name__}: {error}") from error
     check_architecture(infer_target, str(model.config.model_type), f"'{ckpt}'")  # type: ignore[union-attr]
-    return HuggingFaceEncoder(model, tokenizer, device, precision, made_with)
+    encoder = HuggingFaceEncoder(model, tokenizer, device, precision, said.get("made_with"))
+    encoder.step = said.get("global_step")
+    return encoder
 
 
 def _locate(ckpt: str) -> str:
     """The path or hub id behind `ckpt`."""
     if ckpt.startswith(("runs:/", "models:/")):
-        from pipeline.tracking.mlflow import download
+        from pipeline.tracking.client import download
 
         return _model_in(download(ckpt), ckpt)
     if not ckpt:
@@ -96,11 +140,11 @@ def _locate(ckpt: str) -> str:
         if path.suffix != ".ckpt":
             raise CheckpointError(f"ckpt: expected a model folder or a Lightning .ckpt, found the file '{ckpt}'")
         return str(path)
-    matches = sorted(glob.glob(str(path)))  # noqa: PTH207  (an absolute pattern)
-    if len(matches) == 1:
-        return _locate(matches[0])
-    if matches:
-        raise CheckpointError(f"ckpt: expected one checkpoint, '{ckpt}' matches {len(matches)}; name one of them")
+    several = expand(ckpt) if glob.has_magic(ckpt) or "," in ckpt else []
+    if len(several) == 1 and several != [ckpt]:
+        return _locate(several[0])
+    if len(several) > 1:
+        raise CheckpointError(f"ckpt: expected one checkpoint, '{ckpt}' names {len(several)}; open them one by one")
     if ckpt and HUB_ID.fullmatch(ckpt) and not ckpt.startswith(".") and not ckpt.endswith(".ckpt"):
         return ckpt
     raise CheckpointError(f"ckpt: '{ckpt}' does not exist; give a model folder, a .ckpt, a hub id or an MLflow URI")
@@ -160,7 +204,8 @@ def _from_lightning(source: str, architecture: str | None, trust_pickle: bool) -
         prefix = description["prefix"].replace("_orig_mod.", "")
     found = matching_prefix(encoder, name, state, prefix, source)
     encoder.load_state_dict({key: state[found + key] for key in encoder.state_dict()})
-    return encoder, tokenizer, (description or {}).get("made_with", {})
+    said = {"made_with": (description or {}).get("made_with"), "global_step": stored.get("global_step")}
+    return encoder, tokenizer, said
 
 
 def _read_ckpt(source: str, trust_pickle: bool) -> Any:

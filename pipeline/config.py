@@ -36,6 +36,8 @@ ON_ERROR = ("warn", "raise")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STORED_DTYPES = ("float32", "float16")
+WANDB_MODES = ("online", "offline", "disabled")
+BOOLEANS = ("True", "False")  # what YAML makes of on, yes and true, and of off, no and false, as text
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -153,6 +155,37 @@ class Task:
 
 
 @dataclass
+class Logging:
+    """Where results go beside MLflow, and what is made of them."""
+
+    wandb: str = _key("W&B run of a measurement on the command line: `online`, `offline` or `disabled`", "disabled")
+    project: str = _key("W&B project of that run", "downstream-validation")
+    entity: str | None = _key("W&B user or team; null: the account's default")
+    tags: list[str] = _key("tags of the W&B run", list)
+    tensorboard: str | None = _key("folder for TensorBoard's files, from the command line; null: none")
+    figures: bool = _key("make pictures, and `report.html`", True)
+    journal: str | None = _key(
+        "folder where what MLflow is sent is written first; it goes when all has arrived; null: `<store>/journal`"
+    )
+
+    def check(self) -> None:
+        """Raises ConfigError where a value is not one that W&B or a file system takes."""
+        if self.wandb in BOOLEANS:
+            why = f"'{self.wandb.lower()}', which YAML reads for on, off, yes and no; for off, write disabled"
+            raise ConfigError(f"logging.wandb: expected one of {', '.join(WANDB_MODES)}, found {why}")
+        _choice("logging.wandb", self.wandb, WANDB_MODES)
+        for key in ("tensorboard", "journal"):
+            folder = getattr(self, key)
+            named = folder is None or (folder.strip() and folder not in BOOLEANS)
+            _need(bool(named), f"logging.{key}: expected a folder, or null, found '{folder}'")
+        project = "expected 1 to 128 characters without / \\ # ? % :"
+        fits = 0 < len(self.project) <= 128 and not re.search(r"[/\\#?%:]", self.project)
+        _need(fits, f"logging.project: {project}, found '{self.project[:200]}'")
+        for tag in self.tags:
+            _need(0 < len(tag) <= 64, f"logging.tags: expected 1 to 64 characters in a tag, found '{tag[:100]}'")
+
+
+@dataclass
 class Config:
     """The whole section: the tasks, and how embeddings are made and kept.
 
@@ -177,6 +210,7 @@ class Config:
     child_runs: bool = _key("each measurement of the callback has an MLflow run of its own too, as a child", False)
     keep_embeddings: bool = _key("the callback keeps embeddings of live weights in `store`", False)
     timeout: float = _key("seconds that the ranks of a training wait for one another in the callback", 7200.0)
+    logging: Logging = _key("where results go beside MLflow, and what is made of them", Logging)
     is_list: bool = field(default=False, metadata={"hidden": True})
     notes: list[str] = field(default_factory=list, metadata={"hidden": True}, compare=False)
 
@@ -184,6 +218,12 @@ class Config:
     def tasks(self) -> Task | list[Task]:
         """What `validate` takes: a task alone has plain metric names, in a list they carry its name."""
         return self.dataset if self.is_list else self.dataset[0]
+
+    @property
+    def title(self) -> str:
+        """The tasks' names, or how many there are."""
+        names = [task.task_name for task in self.dataset]
+        return ", ".join(names) if len(names) <= 2 else f"{len(names)} tasks"
 
     @property
     def memory_bytes(self) -> int:
@@ -202,6 +242,7 @@ class Config:
         budget = self.max_batch_tokens
         _need(budget is None or budget >= 1, f"max_batch_tokens is {budget}, expected at least 1")
         parse_bytes(self.memory_budget)
+        self.logging.check()
         for task in self.dataset:
             task.check()
         check_names(self.dataset)

@@ -16,7 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import LEVELS, Config, Files, MaxRows, Task, import_class
+from pipeline.config import LEVELS, Config, Files, Logging, MaxRows, Task, import_class
 from pipeline.errors import ConfigError, nearest
 
 SECTION = "model.dwnstr_task_validation"
@@ -26,6 +26,7 @@ ELEMENTS: dict[str, tuple[type, ...]] = {
     "target_column": (str,),
     "target_sizes": (int,),
     "mask_column": (str, type(None)),
+    "tags": (str,),
 }
 CLASSES = {
     "SingleValuePredictionCallback": "sequence",
@@ -90,6 +91,8 @@ def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
             f"{lines.at(('dataset',))}: {SECTION}.dataset: expected a task or a list of tasks, found {tasks!r}"
         )
     _check_keys(raw, Config, (), lines)
+    if isinstance(raw.get("logging"), dict):
+        raw["logging"] = _logging(raw["logging"], lines)
     entries = tasks if isinstance(tasks, list) else [tasks]
     paths: list[tuple[Any, ...]] = [
         ("dataset", i) if isinstance(tasks, list) else ("dataset",) for i in range(len(entries))
@@ -107,6 +110,14 @@ def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
     return config
 
 
+def _logging(entry: dict[Any, Any], lines: _Lines) -> dict[str, Any]:
+    """The content of `logging` with its types; one tag becomes a list."""
+    _check_keys(entry, Logging, ("logging",), lines)
+    tags = entry.get("tags")
+    one = {"tags": [tags]} if isinstance(tags, (str, int)) else {}
+    return _typed(Logging, {**entry, **one}, ("logging",), lines)
+
+
 def _refuse_missing(node: Any, path: tuple[str, ...]) -> None:
     """OmegaConf's `???` stands for a value that somebody has yet to give."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
@@ -122,6 +133,7 @@ def to_mapping(config: Config) -> dict[str, Any]:
     """The section with every key, as plain values."""
     own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("hidden")}
     tasks = [_task_mapping(task) for task in config.dataset]
+    own["logging"] = dataclasses.asdict(config.logging)
     return {**own, "dataset": tasks if config.is_list else tasks[0]}
 
 
@@ -263,7 +275,7 @@ def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: _
     container = OmegaConf.to_container(base)
     assert isinstance(container, dict)
     for key, kinds in ELEMENTS.items():
-        for element in container.get(key) or [] if schema is Task else []:
+        for element in container.get(key) or []:
             if not isinstance(element, kinds):  # OmegaConf lets a list within a list pass
                 raise ConfigError(
                     f"{lines.at((*path, key))}: {key}: expected a list of {kinds[0].__name__}, found {element}"

@@ -42,7 +42,7 @@ class Embeddings:
         memory_bytes: the budget of `rows`.
         embedded: how many distinct sequences went through the encoder, over all tasks.
         cached: how many were there already.
-        characters: how many characters the embedded ones have.
+        tokens: how many tokens the embedded ones have, special ones out.
         notes: warnings for whoever reads the result.
     """
 
@@ -53,7 +53,7 @@ class Embeddings:
     memory_bytes: int
     embedded: int
     cached: int
-    characters: int
+    tokens: int
     notes: tuple[str, ...] = ()
 
     def rows(self, part: str) -> Rows:
@@ -84,14 +84,13 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
         for _ in range(100):  # once, unless a shard turns out to be damaged
             indices = {pooling: shelf.index() for pooling, shelf in shelves.items()}
             missing = {p: {k: s for k, s in wanted[p].items() if k not in indices[p]} for p in shelves}
-            _embed_missing(missing, shelves, encoder, plan, examples)
+            tokens = _embed_missing(missing, shelves, encoder, plan, examples)
             indices = {p: shelf.index() if missing[p] else indices[p] for p, shelf in shelves.items()}
             if not _drop_damaged(shelves, wanted, indices):
                 break
     union = {key: text for texts in wanted.values() for key, text in texts.items()}
     done = {key: text for texts in missing.values() for key, text in texts.items()}
-    characters = sum(len(text) for text in done.values())
-    counts = (len(done), len(union) - len(done), characters)
+    counts = (len(done), len(union) - len(done), tokens)
     return [_embeddings(one, shelves, indices, store, counts) for one in examples]
 
 
@@ -150,11 +149,12 @@ def _embed_missing(
     encoder: Encoder,
     plan: Mapping[str, Any],
     examples: Sequence[Examples],
-) -> None:
-    """One pass of the encoder over the union of what the shelves lack."""
+) -> int:
+    """One pass of the encoder over the union of what the shelves lack; how many tokens that has."""
     union = {key: text for texts in missing.values() for key, text in texts.items()}
     if not union:
-        return
+        return 0
+    tokens = 0
     unknown = _check(union, missing.get("none", {}), encoder, examples)
     writers = {pooling: shelves[pooling].writer(plan) for pooling in shelves}
     with progress("embed", sum(map(len, union.values())), "residues") as advance:
@@ -162,12 +162,14 @@ def _embed_missing(
             states = encoder.hidden_states([union[key] for key in batch])
             for key, state in zip(batch, states, strict=True):
                 _put(key, state, missing, writers, unknown[key])
+                tokens += len(state)
             if any(writer.is_full for writer in writers.values()):
                 for writer in writers.values():
                     writer.flush()
             advance(sum(len(union[key]) for key in batch))
     for writer in writers.values():
         writer.flush()
+    return tokens
 
 
 def _put(
@@ -260,7 +262,7 @@ def _embeddings(
         few = sum(bool(index[key].unknown) for key in distinct)
         notes.append(f"{unknown} tokens in {few} of {len(distinct)} sequences are unknown to the tokenizer")
     shelf = shelves[pooling]
-    embedded, cached, characters = counts
+    embedded, cached, tokens = counts
     return Embeddings(
-        one, shelf.folder.name, shelf, entries, store.memory_bytes, embedded, cached, characters, tuple(notes)
+        one, shelf.folder.name, shelf, entries, store.memory_bytes, embedded, cached, tokens, tuple(notes)
     )

@@ -82,6 +82,7 @@ class HuggingFaceEncoder:
         self.hidden_size: int = getattr(config, "hidden_size", None) or config.d_model
         self.max_seq_length = _limit(config, tokenizer, len(self.tokens.before + self.tokens.after))
         self.made_with = dict(made_with or {})
+        self.step: int | None = None  # of the training, where the checkpoint says it
 
     @cached_property
     def digest(self) -> str:

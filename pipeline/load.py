@@ -52,6 +52,7 @@ class Part:
         values: per target, class indices (int64) or numbers (float64), shape (u,).
         masks: per target, which units have a label, shape (u,), bool.
         left_out: sequences longer than the limit.
+        lengths: characters of every sequence of the files, those that are not used too, shape (all,).
     """
 
     sequences: list[str]
@@ -60,6 +61,7 @@ class Part:
     values: list[npt.NDArray[np.int64] | npt.NDArray[np.float64]]
     masks: list[npt.NDArray[np.bool_]]
     left_out: int
+    lengths: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -69,7 +71,8 @@ class Part:
         first = min(range(len(self)), key=lambda row: len(self.sequences[row]))
         units = unit_index(self.counts, np.array([first]))
         values, masks = [array[units] for array in self.values], [array[units] for array in self.masks]
-        return Part([self.sequences[first]], [self.rows[first]], self.counts[[first]], values, masks, 0)
+        sequence, length = self.sequences[first], np.array([len(self.sequences[first])])
+        return Part([sequence], [self.rows[first]], self.counts[[first]], values, masks, 0, length)
 
     @cached_property
     def digest(self) -> str:
@@ -83,7 +86,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Examples:
-    """A task's labelled sequences; `notes` are warnings for whoever reads the result."""
+    """A task's labelled sequences.
+
+    Attributes:
+        task: whose they are.
+        targets: what is predicted.
+        train: to train heads on.
+        test: to score them on.
+        val: for early stopping.
+        notes: warnings for whoever reads the result.
+        limit: the most characters that a sequence may have; longer ones are left out.
+        encoder_limit: the encoder's own limit, which `limit` never exceeds.
+    """
 
     task: Task
     targets: tuple[Target, ...]
@@ -91,6 +105,8 @@ class Examples:
     test: Part
     val: Part | None = None
     notes: tuple[str, ...] = ()
+    limit: int | None = None
+    encoder_limit: int | None = None
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -134,7 +150,7 @@ def load(task: Task, max_seq_length: int | None = None) -> Examples:
             notes.append(f"{name}: max_rows takes {len(part)} of {fitting} sequences")
         if part.left_out:
             notes.append(f"{name}: {part.left_out} of {len(raw[name].counts)} sequences left out, over {limit}")
-    return Examples(task, targets, parts["train"], parts["test"], parts.get("val"), tuple(notes))
+    return Examples(task, targets, parts["train"], parts["test"], parts.get("val"), tuple(notes), limit, max_seq_length)
 
 
 def _read_part(task: Task, part: str, name: str) -> _RawPart:
@@ -218,11 +234,11 @@ def _filter(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, l
     """The part without the sequences that are longer than `limit`."""
     table = raw.table
     sequences = table.columns[task.sequence_column]
-    lengths = [len(sequence) for sequence in sequences]
-    fits = np.array([limit is None or length <= limit for length in lengths])
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    fits = np.full(len(lengths), True) if limit is None else lengths <= limit
     keep = _some(fits, getattr(task.max_rows, part), f"{task.random_seed} {part}")
     if not keep.any():
-        found = f"the shortest of {len(lengths)} has {min(lengths)}"
+        found = f"the shortest of {len(lengths)} has {lengths.min()}"
         own = limit == task.max_seq_length
         remedy = "raise max_seq_length" if own else "that is all the encoder takes: use another checkpoint"
         raise DataError(f"{table.files[0]}: expected sequences of at most {limit} in {part}, {found}; {remedy}")
@@ -235,7 +251,7 @@ def _filter(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, l
             raise DataError(f"{table.files[0]}: column '{target.name}': no label is left in {part} up to {limit}")
     rows = [f"{table.files[f].name}:{row}" for f, row in zip(table.file_of, table.row_of, strict=True)]
     kept = list(compress(sequences, keep))
-    return Part(kept, list(compress(rows, keep)), raw.counts[keep], values, masks, int((~fits).sum()))
+    return Part(kept, list(compress(rows, keep)), raw.counts[keep], values, masks, int((~fits).sum()), lengths)
 
 
 def _some(fits: npt.NDArray[np.bool_], most: int | None, seed: str) -> npt.NDArray[np.bool_]:

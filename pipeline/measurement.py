@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline import validation
 from pipeline.checkpoints import open_encoder
-from pipeline.config import LOSS, Config, Task, encoder_class, metric_stems
+from pipeline.config import Config, Task, encoder_class
 from pipeline.config_file import to_mapping, to_yaml
 from pipeline.embed import check_sequences, made_with
 from pipeline.encoders import Encoder, find_device, find_precision
@@ -25,10 +25,12 @@ from pipeline.live import LiveModel
 from pipeline.load import Examples
 from pipeline.neutral import untouched
 from pipeline.progress import no_progress
-from pipeline.score import HEADLINE
+from pipeline.publish import facts_of, publish, publish_curves, versions
+from pipeline.score import Scores
 from pipeline.scratch import temporary_folder
 from pipeline.store import Store
-from pipeline.tracking import NullTracker, Tracker, attempt, guarded
+from pipeline.tracking import FOLDER, AtStep, Guarded, NullTracker, Several, Tracker, attempt, guarded
+from pipeline.tracking.mirrors import LoggerTracker
 from pipeline.train_head import make_head
 from pipeline.validation import check, dry_run, read, validate
 
@@ -40,12 +42,12 @@ class Measurement:
     """Measures a module in training, without touching it.
 
     Attributes:
-        earlier_run_id: the MLflow run that an interrupted training had opened, to be continued.
+        earlier_run: key of the MLflow run that an interrupted training had opened, to be continued.
         description: what a `.ckpt` needs to be opened, and how it is measured here; None where that takes a class.
     """
 
     def __init__(
-        self, config: Config, trainer: Any, say: Callable[[str], None], earlier_run_id: str | None = None
+        self, config: Config, trainer: Any, say: Callable[[str], None], earlier_run: str | None = None
     ) -> None:
         """Keeps the trainer: its loggers, precision and folder are asked for when they are needed.
 
@@ -54,7 +56,7 @@ class Measurement:
         self.say = say
         self.config = config
         self.trainer = trainer
-        self.earlier_run_id = earlier_run_id
+        self.earlier_run = earlier_run
         self.description: dict[str, Any] | None = None
         self._live: LiveModel | None = None
         self._examples: list[Examples] = []
@@ -62,6 +64,7 @@ class Measurement:
         self._asked = False
         self._limit: int | None = None
         self._said: set[str] = set()
+        self._mirrors: list[LoggerTracker] | None = None
 
     def prepare(self, module: nn.Module, may_wait: bool = False) -> None:
         """Finds how the module gives hidden states, and reads and checks all data.
@@ -106,21 +109,22 @@ class Measurement:
                 if run is not None:
                     attempt("logging of the failure", lambda: run.failed(step, message))
                 raise
-            for one in self.trainer.loggers:
-                if not self._is_run(one):
-                    attempt(type(one).__name__, lambda one=one: one.log_metrics(metrics, step=step))  # type: ignore[misc]
             return metrics
 
     @property
-    def own_run_id(self) -> str | None:
-        """The MLflow run, if it was opened here."""
-        return self._run.run_id if self._run and self._run.own else None
+    def own_run(self) -> str | None:
+        """The key of the MLflow run, if it was opened here."""
+        return self._run.run.key if self._run and self._run.own else None
 
-    def close(self, status: str) -> None:
-        """Ends the MLflow run if it was opened here."""
+    def close(self, status: str, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Draws the curves of a training, and ends the MLflow run if it was opened here."""
         run = self._run
-        if run is not None:
-            attempt("closing of the MLflow run", lambda: run.end(status))
+        if run is None:
+            return
+        if self.config.logging.figures:
+            several = Several([Guarded(run.run), *self._loggers()])
+            attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
+        attempt("closing of the MLflow run", lambda: run.end(status))
 
     @property
     def _tasks(self) -> list[Task]:
@@ -191,10 +195,27 @@ class Measurement:
             run = self._training_run()
             tracker: Tracker = NullTracker()
             if run is not None:
-                open_tracker = partial(run.measurement, step, encoder.digest, source, self.config.child_runs)
+                child = self.config.child_runs
+                open_tracker = partial(run.measurement, step, encoder.digest, source, self.config.title, child)
                 tracker = stack.enter_context(guarded("logging to MLflow", open_tracker))
             scores = validate(encoder, self.config.tasks, store, tracker, examples=self._examples)
-        return {name: value for one in scores for name, value in one.metrics.items()}
+            metrics = {name: value for one in scores for name, value in one.metrics.items()}
+            mirrors = AtStep(Several(self._loggers()), step)
+            mirrors.metrics(metrics)
+            attempt("the report", lambda: self._publish(scores, Several([tracker, mirrors]), encoder, step, source))
+        return metrics
+
+    def _publish(self, scores: list[Scores], tracker: Tracker, encoder: Encoder, step: int, source: str) -> None:
+        """Notes that the stages made, pictures and the page."""
+        if self.config.logging.figures:
+            facts = facts_of(source, step, encoder, scores)
+            publish(scores, tracker, f"step={step}: {self.config.title}", facts, to_yaml(self.config))
+
+    def _loggers(self) -> list[LoggerTracker]:
+        """The trainer's loggers, but for one that writes to the run that has the metrics already."""
+        if self._mirrors is None:
+            self._mirrors = [LoggerTracker(one) for one in self.trainer.loggers if not self._is_run(one)]
+        return self._mirrors
 
     def _encoder(self, module: nn.Module) -> Encoder:
         assert self._live is not None
@@ -252,27 +273,25 @@ class Measurement:
         from pipeline.tracking.training import TrainingRun
 
         name = type(self.trainer.lightning_module).__name__
-        run = TrainingRun(self.trainer.loggers, name, self.earlier_run_id)
+        run = TrainingRun(self.trainer.loggers, name, self.config, self.earlier_run)
         if run.own:
-            self.say(f"downstream validation logs to MLflow run {run.run_id} at {run.uri}")
-        attempt("logging of the configuration", lambda: run.describe(to_mapping(self.config), to_yaml(self.config)))
+            self.say(f"downstream validation logs to MLflow: {run.place}")
+        run.describe(to_mapping(self.config), to_yaml(self.config), versions())
         return run
 
     def _is_run(self, logger: Any) -> bool:
         """Whether a trainer's logger writes to the run that has the metrics already."""
-        from pipeline.tracking.training import is_mlflow_logger
+        from pipeline.tracking.training import is_kind
 
-        return self._run is not None and is_mlflow_logger(logger) and logger.run_id == self._run.run_id
+        run = self._run
+        if run is None:
+            return False
+        if is_kind(logger, "JournalLogger"):
+            return logger.experiment is run.run
+        return is_kind(logger, "MLFlowLogger") and logger.run_id == run.run_id
 
 
 def _lightning_version(trainer: Any) -> str:
     """Of the package that the trainer, or a class that it is made from, is of."""
     homes = [one.__module__.split(".trainer")[0] for one in type(trainer).__mro__ if ".trainer" in one.__module__]
     return str(import_module(homes[-1]).__version__)
-
-
-def headlines(config: Config) -> list[str]:
-    """The names of the metrics to be shown in a line: one per target."""
-    kinds = [HEADLINE[task.task_type] for task in config.dataset for _ in task.target_column]
-    stems = [stem for stem in metric_stems(config) if not stem.endswith(LOSS)]
-    return [stem + kind for stem, kind in zip(stems, kinds, strict=True)]

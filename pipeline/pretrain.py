@@ -25,6 +25,8 @@ from pipeline.callback import setup_dwnstr_task_validation_callbacks
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.lightning import pl
+from pipeline.loggers import JournalLogger
+from pipeline.tracking.journal import JournalRun
 
 # The vocabulary of ESM-2.
 VOCABULARY = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
@@ -168,8 +170,8 @@ def pretrain(
     return [point for one in callbacks for point in one.curve]
 
 
-def make_loggers(out: Path, run_id: str, tracking_uri: str) -> list[Any]:
-    """MLflow, TensorBoard, and W&B: offline, without an account, unless `WANDB_MODE` says otherwise.
+def make_loggers(out: Path, run: JournalRun) -> list[Any]:
+    """MLflow by way of a journal, TensorBoard, and W&B: offline, with no account, unless `WANDB_MODE` says otherwise.
 
     Raises:
         ConfigError: `out` holds something already.
@@ -180,7 +182,7 @@ def make_loggers(out: Path, run_id: str, tracking_uri: str) -> list[Any]:
     os.environ.setdefault("WANDB_SILENT", "true")
     out.mkdir(parents=True, exist_ok=True)
     return [
-        pl.loggers.MLFlowLogger(run_id=run_id, tracking_uri=tracking_uri),
+        JournalLogger(run=run),
         pl.loggers.TensorBoardLogger(out, name="", version="tensorboard"),
         pl.loggers.WandbLogger(project="downstream-validation", save_dir=out),
     ]

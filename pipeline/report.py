@@ -20,7 +20,7 @@ def table(scores: Sequence[Scores]) -> Table:
     view.add_column("score", justify="right")
     view.add_column("constant guess", justify="right", style="dim")
     for one in scores:
-        for name, value, floor in _rows(one):
+        for name, value, floor in rows(one):
             view.add_row(name, value, floor)
         view.add_section()
     return view
@@ -38,17 +38,23 @@ def curve(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str
     return view
 
 
-def markdown(ckpt: str, scores: Sequence[Scores]) -> str:
-    """The same, with the checkpoint and the warnings."""
-    lines = [f"Checkpoint `{ckpt}`", "", "| metric | score | constant guess |", "|---|---:|---:|"]
+def markdown(facts: Mapping[str, str], scores: Sequence[Scores]) -> str:
+    """What was measured, on what, with which result, and the warnings."""
+    lines = [
+        *(f"- {name}: `{value}`" for name, value in facts.items()),
+        "",
+        "| metric | score | constant guess |",
+        "|---|---:|---:|",
+    ]
     for one in scores:
-        lines += [f"| {name} | {value} | {floor} |" for name, value, floor in _rows(one)]
+        lines += [f"| {name} | {value} | {floor} |" for name, value, floor in rows(one)]
     notes = [f"- {one.task_name}: {note}" for one in scores for note in one.notes]
     notes += [f"- {name} is left out: {reason}" for one in scores for name, reason in one.omitted.items()]
     return "\n".join([*lines, "", *notes])
 
 
-def _rows(scores: Scores) -> list[tuple[str, str, str]]:
+def rows(scores: Scores) -> list[tuple[str, str, str]]:
+    """Each metric's name, its value and, where it says something, that of a constant guess; as text."""
     floors = scores.constant
     return [
         (name, f"{value:.4f}", f"{floors[name]:.4f}" if name in floors else "")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.config import Config, Files, MaxRows, Task
+from pipeline.config import Config, Files, Logging, MaxRows, Task
 from pipeline.config_file import CLASSES, ENCODERS, RENAMED, SECTION, UNUSED
 
 SCHEDULES = (
@@ -26,6 +26,7 @@ def _lines() -> Iterator[str]:
     yield from ("# Configuration", "", f"Keys of the section `{SECTION}` of a YAML file.", "")
     yield from ("This page is what `python -m pipeline config --schema` prints.", "")
     yield from _table("The section", Config)
+    yield from _table("Logging: `logging`", Logging)
     yield from _table("A task: `dataset`, or an entry of the list", Task)
     yield from _table("Files: `dataset.dataset`", Files)
     yield from _table("Most rows: `dataset.max_rows`", MaxRows)

@@ -10,14 +10,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from pipeline.config import LOSS, metric_name
+from pipeline.config import LOSS, Config, metric_name, metric_stems
 from pipeline.embed import Embeddings
 from pipeline.fit import loss_of, predict
-from pipeline.load import Part, Target
+from pipeline.load import Examples, Part, Target
 from pipeline.metrics import Metrics, classification, regression
 from pipeline.train_head import FittedHead
 
 HEADLINE = {"classification": "accuracy", "regression": "spearman"}  # the metric to show where there is room for one
+LOWER_IS_BETTER = (LOSS, "_mse", "_rmse", "_mae")
 FLOORS = ("accuracy", "macro_f1", "mse", "rmse", "mae")  # metrics for which a constant guess says something
 
 
@@ -34,6 +35,8 @@ class Scores:
         predictions: a row per unit of the test set: `row` (FILE:ROW), `position` in token-level tasks, and for each
             target `<target>_target`, `_mask`, `_prediction` and, for classes, `_probabilities`.
         losses: the head's mean training loss at each epoch.
+        held_losses: with `patience`, the loss on the held-out part after each epoch.
+        examples: what was scored.
         notes: warnings from the stages before.
     """
 
@@ -43,6 +46,8 @@ class Scores:
     constant: dict[str, float]
     predictions: pa.Table
     losses: list[float]
+    held_losses: list[float]
+    examples: Examples
     notes: tuple[str, ...] = ()
 
     def prefixed(self, prefix: str) -> Scores:
@@ -81,7 +86,20 @@ def score(embeddings: Embeddings, fitted: FittedHead) -> Scores:
     if worse:
         remedy = "train longer, raise optim.lr, or bring the labels to a mean of 0 and a deviation of 1"
         notes += (f"{', '.join(worse)} is worse than a constant guess: {remedy}",)
-    return Scores(examples.task.task_name, values, omitted, constant, table, fitted.losses, notes)
+    losses = fitted.losses, fitted.held_losses
+    return Scores(examples.task.task_name, values, omitted, constant, table, *losses, examples, notes)
+
+
+def headlines(config: Config) -> list[str]:
+    """The names of the metrics to be shown in a line: one per target."""
+    kinds = [HEADLINE[task.task_type] for task in config.dataset for _ in task.target_column]
+    stems = [stem for stem in metric_stems(config) if not stem.endswith(LOSS)]
+    return [stem + kind for stem, kind in zip(stems, kinds, strict=True)]
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether the better of two checkpoints has the lower value."""
+    return metric.endswith(LOWER_IS_BETTER)
 
 
 def _predict(embeddings: Embeddings, fitted: FittedHead) -> list[torch.Tensor]:

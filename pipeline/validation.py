@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import torch
 
 from pipeline import optim
 from pipeline.config import Task, check_names, metric_name
@@ -54,7 +58,7 @@ def validate(
     wanted = [tasks] if isinstance(tasks, Task) else list(tasks)
     last = STAGES.index(until)
     check(wanted)
-    with tracker.step("load") as step:
+    with _stage(tracker, "load") as step:
         loaded = list(examples or read(wanted, encoder.max_seq_length))
         _tell(loaded, tracker, step)
     embeddings = _embed(loaded, encoder, store, tracker) if last >= 1 else []
@@ -93,6 +97,35 @@ def dry_run(encoder: Encoder, examples: Sequence[Examples]) -> None:
         make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
 
 
+def data_of(examples: Examples, part: str) -> Data:
+    """What trackers are told of a part."""
+    task, content = examples.task, examples.parts[part]
+    source = f"{task.dataset_path}/{part}"
+    return Data(task.task_name, part, source, content.digest, len(content), content.left_out)
+
+
+@contextmanager
+def _stage(tracker: Tracker, name: str) -> Iterator[Tracker]:
+    """A step of the tracker that is told at its end what it took: wall-clock seconds, and the process's peak memory."""
+    with tracker.step(name) as step:
+        began = time.perf_counter()
+        yield step
+        step.metrics({"seconds": time.perf_counter() - began, **_peak_memory()})
+
+
+def _peak_memory() -> dict[str, float]:
+    """Peak resident memory of the process so far, and of the GPU, in MB."""
+    peak = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    if torch.cuda.is_available():
+        peak["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    return peak
+
+
 def _tell(examples: Sequence[Examples], tracker: Tracker, step: Tracker) -> None:
     """Tells the trackers and the user of the data."""
     for one in examples:
@@ -101,17 +134,21 @@ def _tell(examples: Sequence[Examples], tracker: Tracker, step: Tracker) -> None
             rows, left_out = len(content), content.left_out
             step.metrics({f"{metric_name(name)}/{part}_rows": rows, f"{metric_name(name)}/{part}_left_out": left_out})
             for run in (step, tracker):
-                run.data(Data(name, part, f"{one.task.dataset_path}/{part}", content.digest, rows, left_out))
+                run.data(data_of(one, part))
         logger.info("load        %s: %s", name, ", ".join(f"{len(c)} {p}" for p, c in one.parts.items()))
         for note in one.notes:
             _note(step, name, note)
 
 
 def _embed(examples: list[Examples], encoder: Encoder, store: Store, tracker: Tracker) -> list[Embeddings]:
-    with tracker.step("embed") as step:
+    with _stage(tracker, "embed") as step:
+        began = time.perf_counter()
         embeddings = embed(examples, encoder, store)
-        first = embeddings[0]
-        step.metrics({"embedded": first.embedded, "cached": first.cached, "characters": first.characters})
+        seconds, first = time.perf_counter() - began, embeddings[0]
+        step.metrics({"embedded": first.embedded, "cached": first.cached, "tokens": first.tokens})
+        step.metrics({"cache_hits": first.cached / max(1, first.cached + first.embedded)})
+        if first.tokens:
+            step.metrics({"tokens_per_second": first.tokens / seconds})
         logger.info("embed       %d sequences embedded, %d already stored", first.embedded, first.cached)
         for one in embeddings:
             for note in one.notes:
@@ -127,7 +164,7 @@ def _fit_and_score(
 ) -> list[Scores]:
     prefix, suffix, last = how
     name = embeddings.examples.task.task_name
-    with tracker.step(f"train_head{suffix}") as step:
+    with _stage(tracker, f"train_head{suffix}") as step:
         fitted = train_head(embeddings, store, encoder.device)
         for epoch, loss in enumerate(fitted.losses):
             step.metrics({"train_loss": loss}, step=epoch + 1)
@@ -138,10 +175,10 @@ def _fit_and_score(
         logger.info("train_head  %s: %s, %d epochs", name, state, len(fitted.losses))
     if last < STAGES.index("score"):
         return []
-    with tracker.step(f"score{suffix}") as step:
+    with _stage(tracker, f"score{suffix}") as step:
         scores = score(embeddings, fitted).prefixed(prefix)
         for run in (step, tracker):
-            run.metrics(scores.metrics)
+            run.metrics(scores.metrics, data=data_of(embeddings.examples, "test"))
         for metric, reason in scores.omitted.items():
             _note(step, name, f"{metric} is left out: {reason}")
         with tempfile.TemporaryDirectory() as folder:

@@ -22,18 +22,39 @@ def in_tensorboard(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def in_wandb(file: Path, name: str) -> list[tuple[int, float]]:
-    """The same in a run that W&B kept offline, over `trainer/global_step`."""
-    from wandb.proto import wandb_internal_pb2
+def pictures_in_tensorboard(folder: Path, tag: str) -> list[tuple[int, bytes]]:
+    """Step and PNG file of each picture."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.encoded_image_string) for event in events.Images(tag)]
+
+
+def in_wandb(file: Path, name: str) -> list[tuple[int, Any]]:
+    """The same in a run that W&B kept offline, over `trainer/global_step`; `NAME/path` is a picture's file."""
     found = []
-    for data in _records(file.read_bytes()):
-        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        record.ParseFromString(data)
+    for record in _wandb_records(file):
         row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         if name in row:
             found.append((row["trainer/global_step"], row[name]))
     return found
+
+
+def run_in_wandb(file: Path) -> tuple[Any, list[int]]:
+    """What describes such a run, and the exit codes that it ended with: one, or none while it is open."""
+    records = list(_wandb_records(file))
+    (run,) = (record.run for record in records if record.HasField("run"))
+    return run, [record.exit.exit_code for record in records if record.HasField("exit")]
+
+
+def _wandb_records(file: Path) -> Iterator[Any]:
+    from wandb.proto import wandb_internal_pb2
+
+    for data in _records(file.read_bytes()):
+        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+        record.ParseFromString(data)
+        yield record
 
 
 def _records(content: bytes) -> Iterator[bytes]:

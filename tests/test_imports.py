@@ -14,19 +14,22 @@ from tests.conftest import ROOT
 
 # Each module may import those before it.
 ORDER = """
-errors config config_file progress schema tables labels load tokens encoders custom huggingface tracking tracking.mlflow
-tracking.training checkpoints live store scratch rows embed heads schedules optim fit train_head metrics score
-validation report neutral distributed measurement lightning callback monitors pretrain __main__
+errors config config_file progress schema tables labels load tokens encoders custom huggingface
+tracking tracking.journal tracking.sender tracking.client tracking.mlflow tracking.runs tracking.earlier
+tracking.wandb tracking.tensorboard tracking.mirrors tracking.training
+checkpoints live store scratch rows embed heads schedules optim fit train_head metrics score validation
+canvas class_figures example_figures figures report page publish compare measure
+neutral distributed measurement lightning callback monitors loggers pretrain __main__
 """.split()
 ADAPTERS = {
-    "mlflow": {"tracking.mlflow", "tracking.training"},
-    "wandb": set(),
-    "tensorboard": set(),
+    "mlflow": {f"tracking.{name}" for name in ("client", "mlflow", "runs", "earlier", "training")},
+    "wandb": {"tracking.wandb"},
+    "tensorboard": {"tracking.tensorboard"},
     "pytorch_lightning": {"lightning"},
     "lightning": {"lightning"},
 }
 # `__init__` gives the public names their homes and `__main__` calls everything: both stand outside the order.
-LINKS = {"__main__": {"mlflow"}}
+LINKS: dict[str, set[str]] = {}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints import open_encoder
-from pipeline.config import Config, Files, MaxRows, Task
+from pipeline.config import Config, Files, Logging, MaxRows, Task
 from pipeline.config_file import config_from, read_config
 from pipeline.embed import embed
 from pipeline.errors import CheckpointError, ConfigError
@@ -28,6 +28,7 @@ from pipeline.validation import validate
 from tests.conftest import ROOT, FakeEncoder, make_task, write_csv
 from tests.test_path import planted, planted_task, proteins
 
+SCHEMAS = (Config, Logging, Task, Files)
 # Where a key that has no test below is tested.
 ELSEWHERE = {
     "enabled": "test_callback.py: test_a_disabled_section_gives_no_callback",
@@ -39,6 +40,14 @@ ELSEWHERE = {
     "child_runs": "test_callback.py: test_child_runs",
     "keep_embeddings": "test_callback.py: test_embeddings_of_live_weights_go_unless_they_are_kept",
     "timeout": "test_ranks.py: test_a_rank_that_does_not_come_is_named",
+    "logging": "test_mirrors.py: test_the_section_logging",
+    "wandb": "test_mirrors.py: test_mirrors_of_a_measurement",
+    "project": "test_mirrors.py: test_mirrors_of_a_measurement",
+    "entity": "test_mirrors.py: test_mirrors_of_a_measurement",
+    "tags": "test_mirrors.py: test_mirrors_of_a_measurement",
+    "tensorboard": "test_mirrors.py: test_mirrors_of_a_measurement",
+    "figures": "test_figures.py",
+    "journal": "test_journal.py",
     "architecture": "test_encoders.py: test_a_lightning_checkpoint_that_describes_itself",
     "max_seq_length": "test_load.py: test_long_sequences_go_out_whole_and_are_counted",
     "dataset_path": "every test",
@@ -62,8 +71,8 @@ def task(tmp_path: Path) -> Task:
 
 
 def test_no_key_is_without_a_test() -> None:
-    keys = {one.metadata.get("key", one.name) for schema in (Config, Task, Files) for one in dataclasses.fields(schema)}
-    hidden = {one.name for schema in (Config, Task) for one in dataclasses.fields(schema) if one.metadata.get("hidden")}
+    keys = {one.metadata.get("key", one.name) for schema in SCHEMAS for one in dataclasses.fields(schema)}
+    hidden = {one.name for schema in SCHEMAS for one in dataclasses.fields(schema) if one.metadata.get("hidden")}
     tested = {name.removeprefix("test_key_") for name in globals() if name.startswith("test_key_")}
     assert keys - hidden == tested | set(FIT) | set(ELSEWHERE)
     assert not tested & set(ELSEWHERE)

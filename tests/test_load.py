@@ -60,10 +60,13 @@ def test_long_sequences_go_out_whole_and_are_counted(tmp_path: Path) -> None:
     examples = load(task)
     assert examples.train.sequences == ["MMM", "MMMM"]
     assert examples.train.left_out == 2
+    assert examples.train.lengths.tolist() == [3, 9, 4, 5]
+    assert examples.limit == 4
     assert examples.targets[0].classes == ("a", "b", "c")  # the vocabulary is older than the filter
     assert examples.train.values[0].tolist() == [1, 1]
     assert "train: 2 of 4 sequences left out, over 4" in examples.notes
     assert load(task, max_seq_length=3).train.sequences == ["MMM"]
+    assert load(task, max_seq_length=3).limit == 3
     assert load(task, max_seq_length=100).train.sequences == ["MMM", "MMMM"]
 
 

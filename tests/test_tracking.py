@@ -13,9 +13,10 @@ from tests.conftest import ROOT
 
 START = """
 import sys
-from pipeline.tracking.mlflow import open_run
-with open_run(sys.argv[1], sys.argv[2]) as run:
-    run.metrics({"x": 1.0})
+from pipeline.config import Config
+from pipeline.tracking.runs import open_run
+with open_run(sys.argv[1], Config(store="store"), sys.argv[2]) as opened:
+    opened.run.metrics({"x": 1.0})
 """
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, EsmConfig, EsmForMaskedLM
 
-from pipeline.config import Config, Task
+from pipeline.config import Config, Logging, Task
+from pipeline.tracking.sender import flush
 from tests.models import RESIDUES
 
 
@@ -165,6 +166,22 @@ def loader(number: int = 16, shuffle: bool = True) -> DataLoader[Any]:
     return DataLoader(sequences(number), batch_size=4, shuffle=shuffle)  # type: ignore[arg-type]
 
 
+class Trainer(pl.Trainer):
+    """Waits at the end until MLflow has everything, as the program's end would."""
+
+    def fit(self, *args: Any, **options: Any) -> None:
+        try:
+            super().fit(*args, **options)
+        finally:
+            flush()
+
+    def validate(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().validate(*args, **options)
+        finally:
+            flush()
+
+
 def trainer(folder: Path, callbacks: Sequence[pl.Callback] = (), **options: Any) -> pl.Trainer:
     """A quiet trainer on the CPU that keeps everything in `folder`."""
     given: dict[str, Any] = {
@@ -178,12 +195,11 @@ def trainer(folder: Path, callbacks: Sequence[pl.Callback] = (), **options: Any)
         "default_root_dir": folder,
         "callbacks": list(callbacks),
     }
-    return pl.Trainer(**{**given, **options})
+    return Trainer(**{**given, **options})
 
 
 def section(folder: Path, tasks: Task | list[Task], **options: Any) -> Config:
     """A configuration of one task, or of a list, that keeps everything in `folder`."""
     several = isinstance(tasks, list)
-    return Config(
-        dataset=tasks if isinstance(tasks, list) else [tasks], is_list=several, store=str(folder / "store"), **options
-    )
+    given: dict[str, Any] = {"store": str(folder / "store"), "logging": Logging(figures=False), **options}
+    return Config(dataset=tasks if isinstance(tasks, list) else [tasks], is_list=several, **given)

@@ -12,6 +12,8 @@ from typing import Protocol, TypeVar
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+FOLDER = "downstream"  # of the files that a training's run is given
+
 
 @dataclass(frozen=True)
 class Data:
@@ -32,12 +34,12 @@ class Tracker(Protocol):
         """A stage: what the tracker it gives is told belongs to the stage. An exception ends the stage as failed."""
         ...
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Numbers by name, none of them NaN, at a step."""
+    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
+        """Numbers by name, none of them NaN, at a step; `data` is what they were measured on."""
         ...
 
-    def artifact(self, path: Path) -> None:
-        """A file to keep."""
+    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
+        """A file to keep, in a folder of the run's files; a picture may be shown at a step."""
         ...
 
     def note(self, text: str) -> None:
@@ -57,10 +59,10 @@ class NullTracker:
         """See `Tracker.step`."""
         yield self
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
         """See `Tracker.metrics`."""
 
-    def artifact(self, path: Path) -> None:
+    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
         """See `Tracker.artifact`."""
 
     def note(self, text: str) -> None:
@@ -83,15 +85,15 @@ class Several:
         with ExitStack() as stack:
             yield Several([stack.enter_context(tracker.step(name)) for tracker in self.trackers])
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
         """See `Tracker.metrics`."""
         for tracker in self.trackers:
-            tracker.metrics(values, step)
+            tracker.metrics(values, step, data)
 
-    def artifact(self, path: Path) -> None:
+    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
         """See `Tracker.artifact`."""
         for tracker in self.trackers:
-            tracker.artifact(path)
+            tracker.artifact(path, folder, step)
 
     def note(self, text: str) -> None:
         """See `Tracker.note`."""
@@ -104,12 +106,49 @@ class Several:
             tracker.data(data)
 
 
-def attempt(what: str, act: Callable[[], T]) -> T | None:
-    """Does something that must not stop a training, such as a call of a tracker; what it raises becomes a warning."""
+class AtStep:
+    """A tracker at one step: that of the weights that are measured. Stages keep their own steps, such as epochs."""
+
+    def __init__(self, inner: Tracker, at: int) -> None:
+        """What `inner` is told of results is told at step `at`."""
+        self.inner = inner
+        self.at = at
+
+    def step(self, name: str) -> AbstractContextManager[Tracker]:
+        """See `Tracker.step`."""
+        return self.inner.step(name)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:  # noqa: ARG002
+        """See `Tracker.metrics`."""
+        self.inner.metrics(values, self.at, data)
+
+    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
+        """See `Tracker.artifact`."""
+        self.inner.artifact(path, folder, self.at)
+
+    def note(self, text: str) -> None:
+        """See `Tracker.note`."""
+        self.inner.note(text)
+
+    def data(self, data: Data) -> None:
+        """See `Tracker.data`."""
+        self.inner.data(data)
+
+
+def attempt(what: str, act: Callable[[], T], fatal: tuple[type[Exception], ...] = ()) -> T | None:
+    """Does something that must not stop the work, such as a call of a tracker; what it raises becomes a warning.
+
+    Args:
+        what: names it in the warning.
+        act: does it.
+        fatal: what is raised all the same.
+    """
     try:
         return act()
+    except fatal:
+        raise
     except Exception as error:
-        logger.warning("%s failed, training goes on: %s: %s", what, type(error).__name__, " ".join(str(error).split()))
+        logger.warning("%s failed, work goes on: %s: %s", what, type(error).__name__, " ".join(str(error).split()))
         return None
 
 
@@ -124,13 +163,13 @@ class Guarded:
         """See `Tracker.step`."""
         return guarded(f"tracking of {name}", lambda: self.inner.step(name))
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
         """See `Tracker.metrics`."""
-        attempt("logging of metrics", lambda: self.inner.metrics(values, step))
+        attempt("logging of metrics", lambda: self.inner.metrics(values, step, data))
 
-    def artifact(self, path: Path) -> None:
+    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
         """See `Tracker.artifact`."""
-        attempt(f"logging of {path.name}", lambda: self.inner.artifact(path))
+        attempt(f"logging of {path.name}", lambda: self.inner.artifact(path, folder, step))
 
     def note(self, text: str) -> None:
         """See `Tracker.note`."""
@@ -142,10 +181,18 @@ class Guarded:
 
 
 @contextmanager
-def guarded(what: str, open_tracker: Callable[[], AbstractContextManager[Tracker]]) -> Iterator[Tracker]:
-    """A tracker that is opened and closed, whose failures become warnings; what the work within raises passes."""
-    context = attempt(what, open_tracker)
-    tracker = attempt(what, context.__enter__) if context else None
+def guarded(
+    what: str, open_tracker: Callable[[], AbstractContextManager[Tracker]], fatal: tuple[type[Exception], ...] = ()
+) -> Iterator[Tracker]:
+    """A tracker that is opened and closed, whose failures become warnings; what the work within raises passes.
+
+    Args:
+        what: names it in the warnings.
+        open_tracker: opens it.
+        fatal: what is raised all the same when it is opened.
+    """
+    context = attempt(what, open_tracker, fatal)
+    tracker = attempt(what, context.__enter__, fatal) if context else None
     try:
         yield Guarded(tracker) if tracker else NullTracker()
     except BaseException as error:

@@ -10,92 +10,115 @@ from typing import Any
 
 import mlflow
 
-from pipeline.tracking import Data, NullTracker, Several, Tracker
-from pipeline.tracking.mlflow import MlflowTracker, connect, new_run, resume_run
+from pipeline.config import Config
+from pipeline.tracking import FOLDER, AtStep, Data, NullTracker, Several, Tracker
+from pipeline.tracking.journal import JournalRun
+from pipeline.tracking.runs import OpenRun, journal_path
 
-FOLDER = "downstream"  # of the run's artifacts
+MOMENT = 0.2  # seconds that the end of a training waits for what is on its way; the end of the program waits longer
 
 
 class TrainingRun:
-    """The MLflow run of a training.
+    """The MLflow run of a training, written by way of a journal: nothing here waits for a server.
 
     It is the trainer's own run if it has one, else the active run, else the one that `MLFLOW_RUN_ID` names, else one
     that is opened here, continued after a resume, and ended by `end`.
 
     Attributes:
         own: whether the run was opened here.
-        run_id: its id.
-        uri: of its server or database.
+        run: what is told of the results.
+        run_id: the run's on the server, where it is known.
     """
 
-    def __init__(self, loggers: Sequence[Any], name: str, earlier: str | None = None) -> None:
+    def __init__(self, loggers: Sequence[Any], name: str, config: Config, earlier: str | None = None) -> None:
         """Finds or opens the run.
 
         Args:
             loggers: the trainer's.
             name: of a new run.
-            earlier: id of the run that was opened here before the training was interrupted.
+            config: says where the journal is.
+            earlier: key of the run that was opened here before the training was interrupted.
 
         Raises:
-            MlflowException: the tracking server or database cannot be used.
+            OSError: the journal cannot be written.
         """
-        found = next((one for one in loggers if is_mlflow_logger(one)), None)
-        active = mlflow.active_run()
-        given = active.info.run_id if active else os.environ.get("MLFLOW_RUN_ID")
-        self.own = found is None and given is None
-        if found is not None:
-            self.run = MlflowTracker(found.experiment, str(found.experiment_id), str(found.run_id))
-        elif given is not None:
-            client = connect()
-            self.run = MlflowTracker(client, client.get_run(given).info.experiment_id, given)
-        else:
-            client = connect()
-            self.run = (resume_run(client, earlier) if earlier else None) or new_run(client, name)
-        self.run_id = self.run.run_id
-        self.uri: str = self.run.client.tracking_uri
+        self.run_id: str | None = None
+        self._opened: OpenRun | None = None
         self._data: set[Data] = set()
+        journalled = next((one for one in loggers if is_kind(one, "JournalLogger")), None)
+        found = next((one for one in loggers if is_kind(one, "MLFlowLogger")), None)
+        active = mlflow.active_run()
+        self.own = False
+        if journalled is not None:
+            self.run: JournalRun = journalled.experiment
+            return
+        if found is not None:
+            self.run_id, uri = str(found.run_id), found.experiment.tracking_uri
+        else:
+            self.run_id = active.info.run_id if active else os.environ.get("MLFLOW_RUN_ID")
+            uri = mlflow.get_tracking_uri()
+        self.own = self.run_id is None
+        what = {"run_id": self.run_id} if self.run_id else {"key": earlier, "name": name}
+        self._opened = OpenRun(journal_path(config, name), uri, config.logging.journal is None, **what)
+        self.run = self._opened.run
 
-    def describe(self, config: Mapping[str, Any], yaml: str) -> None:
-        """Logs the configuration, as parameters and as a file."""
+    @property
+    def place(self) -> str:
+        """Where the run is, for the log: it may not have its id yet."""
+        if self._opened is None:
+            return "the run of the trainer's logger"
+        self._opened.sender.settle(MOMENT)
+        ids = self._opened.ids
+        name = f"run {ids[1]}" if ids else "a new run"
+        return f"{name} at {self._opened.uri}"
+
+    def describe(self, config: Mapping[str, Any], yaml: str, versions: Mapping[str, str]) -> None:
+        """Logs the configuration, as parameters and as a file, and the versions."""
+        self.run.tags({f"version.{name}": number for name, number in versions.items()})
         self.run.parameters(config)
         self.run.text(yaml, f"{FOLDER}/config.yaml")
 
     @contextmanager
-    def measurement(self, step: int, digest: str, source: str, child: bool) -> Iterator[Tracker]:
-        """The tracker of one measurement: of the weights with `digest`, at `step`.
+    def measurement(
+        self, step: int, digest: str, source: str = "live weights", tasks: str = "", child: bool = False
+    ) -> Iterator[Tracker]:
+        """The tracker of one measurement, of the weights with `digest` at `step` of the training.
 
         Args:
-            step: of the training.
+            step: of the training; results are logged at it.
             digest: of the encoder.
             source: where the weights are.
+            tasks: what is measured, for the name of a run of its own.
             child: give the measurement a run of its own too, with nested runs for its stages.
         """
         name = f"step={step}"
-        self.run.checkpoint(name, digest, source, step)
-        here = _AtStep(self.run, step, self._data)
+        linked = JournalRun(self.run.journal, self.run.key, self.run.context)  # a logger may write to the run as well
+        linked.checkpoint(name, digest, source, step)
+        here = _Here(linked, self._data)
         if not child:
-            yield here
+            yield AtStep(here, step)
             return
-        with self.run.step(name) as own:
-            own.model_id = self.run.model_id
-            yield Several([here, own])
+        with linked.step(f"{name} {tasks}".strip()) as own:
+            yield AtStep(Several([here, own]), step)
 
     def failed(self, step: int, message: str) -> None:
         """Says on the run that a measurement failed."""
         self.run.tags({f"{FOLDER}.failed.step {step}": message})
 
     def end(self, status: str) -> None:
-        """Ends the run if it was opened here."""
+        """Ends the run if it was opened here. What is not sent yet is, before the program ends."""
         if self.own:
-            self.run.client.set_terminated(self.run_id, status)
+            self.run.end(status)
+        if self._opened:
+            self._opened.sender.finish()
+            self._opened.sender.settle(MOMENT)
 
 
-class _AtStep:
-    """A tracker that logs a measurement's results, not its stages, at a step of the training."""
+class _Here(NullTracker):
+    """Tells the training's run of a measurement's results, not of its stages."""
 
-    def __init__(self, run: MlflowTracker, step: int, data: set[Data]) -> None:
+    def __init__(self, run: JournalRun, data: set[Data]) -> None:
         self.run = run
-        self.at = step
         self._data = data
         self._notes: list[str] = []
 
@@ -104,18 +127,17 @@ class _AtStep:
         """See `Tracker.step`. Notes of the stages are kept, and nothing else."""
         yield _Notes(self)
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:  # noqa: ARG002
+    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
         """See `Tracker.metrics`."""
-        self.run.metrics(values, self.at)
+        self.run.metrics(values, step, data)
 
-    def artifact(self, path: Path) -> None:
+    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
         """See `Tracker.artifact`."""
-        self.run.client.log_artifact(self.run.run_id, str(path), f"{FOLDER}/step={self.at}")
+        self.run.artifact(path, f"{FOLDER}/step={step}/{folder}".rstrip("/"))
 
     def note(self, text: str) -> None:
         """See `Tracker.note`."""
         self._notes.append(f"- {text}\n")
-        self.run.text("".join(self._notes), f"{FOLDER}/step={self.at}/notes.md")
 
     def data(self, data: Data) -> None:
         """See `Tracker.data`. A run holds a data set once, however often it was used."""
@@ -125,7 +147,7 @@ class _AtStep:
 
 
 class _Notes(NullTracker):
-    def __init__(self, outer: _AtStep) -> None:
+    def __init__(self, outer: _Here) -> None:
         self.outer = outer
 
     def note(self, text: str) -> None:
@@ -133,6 +155,6 @@ class _Notes(NullTracker):
         self.outer.note(text)
 
 
-def is_mlflow_logger(logger: Any) -> bool:
-    """Whether a trainer's logger is Lightning's for MLflow, of either package."""
-    return any(one.__name__ == "MLFlowLogger" for one in type(logger).__mro__)
+def is_kind(logger: Any, name: str) -> bool:
+    """Whether a trainer's logger is of the class `name`, of either Lightning package, or made from it."""
+    return any(one.__name__ == name for one in type(logger).__mro__)

@@ -1,0 +1,84 @@
+"""What trackers are told of a measurement beside its numbers: the pictures, and the page that puts all together."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pipeline.config import metric_name
+from pipeline.encoders import Encoder
+from pipeline.figures import curves, draw
+from pipeline.page import page
+from pipeline.score import Scores
+from pipeline.tracking import Tracker
+
+PACKAGES = ("downstream-validation", "torch", "transformers", "mlflow")
+
+
+def publish(scores: Sequence[Scores], tracker: Tracker, title: str, facts: Mapping[str, str], yaml: str) -> None:
+    """Draws the pictures of a measurement, and writes `report.html`.
+
+    Args:
+        scores: what was measured.
+        tracker: gets the files: `figures/<task>/*.png`, and the page.
+        title: of the page.
+        facts: what else it says of the measurement.
+        yaml: the configuration.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        pictures: dict[str, Sequence[Path]] = {}
+        for one in scores:
+            name = metric_name(one.task_name)
+            folder = Path(temporary) / name
+            folder.mkdir()
+            pictures[one.task_name] = draw(one, one.examples, folder)
+            for path in pictures[one.task_name]:
+                tracker.artifact(path, f"figures/{name}")
+        report = Path(temporary) / "report.html"
+        report.write_text(page(title, scores, pictures, facts, yaml), encoding="utf-8")
+        tracker.artifact(report)
+
+
+def publish_curves(points: Sequence[tuple[int, Mapping[str, float]]], tracker: Tracker, folder: str = "curves") -> None:
+    """Draws every metric against the step, where there are two steps at least."""
+    if len(points) < 2:
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for path in curves(points, Path(temporary)):
+            tracker.artifact(path, folder, points[-1][0])
+
+
+def facts_of(ckpt: str, step: int | None, encoder: Encoder, scores: Sequence[Scores]) -> dict[str, str]:
+    """What a reader asks of a measurement first."""
+    facts = {"checkpoint": ckpt}
+    if step is not None:
+        facts["step"] = str(step)
+    for one in scores:
+        parts = one.examples.parts.items()
+        rows = [
+            f"{len(part)} {name}" + (f" ({part.left_out} left out)" if part.left_out else "") for name, part in parts
+        ]
+        facts[f"data of {one.task_name}"] = f"{one.examples.task.dataset_path}: {', '.join(rows)}"
+    precision = getattr(encoder, "precision", "")
+    return {
+        **facts,
+        "digest": encoder.digest[:16],
+        "device": f"{encoder.device} {precision}".strip(),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a score may depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

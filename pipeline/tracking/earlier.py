@@ -1,0 +1,93 @@
+"""What was measured before: runs that MLflow has, and journals that it has not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipeline.config import LOSS
+from pipeline.errors import ConfigError, TrackingError
+from pipeline.tracking.client import be_brief, connect
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.mlflow import MlflowSink
+from pipeline.tracking.sender import replay
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A run that MLflow has: of a measurement, of several, or of a training.
+
+    Attributes:
+        name: the run's.
+        points: downstream metrics at each step, the first step first.
+        data: digests of the test sets.
+    """
+
+    name: str
+    points: list[tuple[int, dict[str, float]]]
+    data: frozenset[str]
+
+
+def read_runs(run_ids: Sequence[str], tracking_uri: str = "") -> list[Earlier]:
+    """The downstream metrics of runs that MLflow has.
+
+    Raises:
+        TrackingError: MLflow does not answer, or has no such run.
+        ConfigError: a run holds no downstream metric.
+    """
+    if tracking_uri:
+        mlflow.set_tracking_uri(tracking_uri)
+    be_brief()
+    try:
+        client = connect()
+        return [_read(client, run_id) for run_id in dict.fromkeys(run_ids)]
+    except MlflowException as error:
+        raise TrackingError(f"MLflow at '{mlflow.get_tracking_uri()}': {error}; check the run's id") from error
+
+
+def _read(client: MlflowClient, run_id: str) -> Earlier:
+    run = client.get_run(run_id)
+    points: dict[int, dict[str, float]] = {}
+    for name in sorted(run.data.metrics):
+        for point in client.get_metric_history(run_id, name) if _is_score(name) else []:
+            points.setdefault(point.step, {})[name] = point.value
+    if not points:
+        raise ConfigError(f"run '{run_id}' holds no measurement; give runs of measurements or of trainings")
+    sets = [one.dataset for one in (run.inputs.dataset_inputs if run.inputs else [])]
+    data = frozenset(one.digest for one in sets if one.name.endswith(" test"))
+    return Earlier(str(run.info.run_name), sorted(points.items(), key=lambda point: point[0]), data)
+
+
+def _is_score(name: str) -> bool:
+    """Whether a metric is one of a downstream task's."""
+    last = name.rpartition("/")[2]
+    return last == LOSS or last.startswith("test_")
+
+
+def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:
+    """Sends what a journal holds and MLflow does not have; how many records arrived, and how many were refused.
+
+    Raises:
+        TrackingError: there is no such journal, MLflow does not answer, or another process is sending it.
+    """
+    path = Path(name)
+    if not path.is_file() or path.suffix != ".jsonl":
+        raise TrackingError(f"journal: '{name}' is not there; give the .jsonl file that a warning named")
+    journal = Journal(path)
+    head = next((record for record, _ in journal.read()), {})
+    uri = tracking_uri or head.get("uri", "")
+    if not uri:
+        raise TrackingError(f"journal: '{name}' does not say where it is for; give --tracking-uri")
+    be_brief()
+    try:
+        sink = MlflowSink(connect(uri), journal)
+        counts = replay(journal, sink)
+        sink.kill_unended()
+    except MlflowException as error:
+        raise TrackingError(f"MLflow at '{uri}' does not answer: {error}; start it, and replay again") from error
+    return counts

@@ -1,0 +1,307 @@
+"""The journal: what MLflow is to be told, written to a local file first, so that nothing waits for a server.
+
+A record is a line of JSON. `tracking.sender` sends the records on, in order, and notes how far it has come in a second
+file; a run has a key of the journal's, since its id is the server's to give, later.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking import Data
+
+Record = dict[str, Any]
+logger = logging.getLogger(__name__)
+
+NOTE = "mlflow.note.content"
+PROCESS = "pipeline.process"
+HOST = "pipeline.host"
+
+
+class Journal:
+    """A file of JSON lines that is only ever appended to, and a folder beside it with the files that runs keep.
+
+    What cannot be written, on a full disk say, is warned of once: it must not stop what it is a record of.
+    """
+
+    def __init__(self, path: Path, uri: str = "") -> None:
+        """Opens the journal at `path`, or makes one whose records are for the server or database at `uri`.
+
+        Raises:
+            OSError: it can be neither read nor made.
+        """
+        self.path = path
+        self.files = path.with_suffix(".files")
+        self.listener: Callable[[], None] = lambda: None  # called after each record
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._broken = False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)  # an address may hold a password
+        self._stream = os.fdopen(descriptor, "ab")
+        if new:
+            self.append({"op": "journal", "uri": uri})
+        elif path.stat().st_size and path.read_bytes()[-1:] != b"\n":
+            self._stream.write(b"\n")  # a kill tore the last line
+            self._stream.flush()
+
+    @property
+    def end(self) -> int:
+        """The length of the file in bytes; 0 where it is gone, since all of it had arrived."""
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
+
+    @property
+    def sent(self) -> int:
+        """How many bytes of it have arrived."""
+        try:
+            return int(self.path.with_suffix(".sent").read_text())
+        except (OSError, ValueError):
+            return 0
+
+    @sent.setter
+    def sent(self, offset: int) -> None:
+        temporary = self.path.with_suffix(".sent.tmp")
+        temporary.write_text(str(offset))
+        temporary.replace(self.path.with_suffix(".sent"))
+
+    def append(self, record: Record) -> None:
+        """Adds a record; never raises."""
+        line = json.dumps(record, separators=(",", ":"), default=str).encode() + b"\n"
+        with self._lock, self._said():
+            self._stream.write(line)
+            self._stream.flush()
+        self.listener()
+
+    def keep(self, source: Path | str, name: str) -> str | None:
+        """Keeps a copy of a file, or a text, and gives the name of the copy within `files`; None if it cannot."""
+        kept = f"{next(self._numbers)}-{os.getpid()}/{name}"
+        with self._said():
+            path = self.files / kept
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(source, Path):
+                shutil.copyfile(source, path)
+            else:
+                path.write_text(source, encoding="utf-8")
+            return kept
+        return None
+
+    def read(self, offset: int = 0) -> Iterator[tuple[Record, int]]:
+        """The whole records from `offset` on, each with the offset behind it; what a kill tore is passed over."""
+        with self.path.open("rb") as stream:
+            stream.seek(offset)
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    return
+                offset += len(line)
+                try:
+                    yield json.loads(line), offset
+                except ValueError:
+                    yield {"op": "torn"}, offset
+
+    def drop(self, records: Sequence[Record]) -> None:
+        """Removes the copies of files that have arrived."""
+        for record in records:
+            if record["op"] == "artifact":
+                shutil.rmtree((self.files / record["file"]).parent, ignore_errors=True)
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._lock, self._said():
+            self._stream.close()
+
+    def remove(self) -> None:
+        """Removes the journal and what belongs to it."""
+        shutil.rmtree(self.files, ignore_errors=True)
+        for path in (self.path, self.path.with_suffix(".sent"), self.path.with_suffix(".lock")):
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if not self._broken:
+                logger.warning("the journal '%s' cannot be written, results are not logged: %s", self.path, error)
+            self._broken = True
+
+
+class JournalRun:
+    """A run as far as the journal knows it. A `Tracker`; its steps are nested runs. No call waits for a server.
+
+    Attributes:
+        key: the run's, in the journal; on the server it is the tag `pipeline.journal`.
+    """
+
+    def __init__(self, journal: Journal, key: str, context: Mapping[str, str]) -> None:
+        """The run must be in the journal already; see `begin`."""
+        self.journal = journal
+        self.key = key
+        self.context = context
+        self.model: str | None = None
+        self.ended = False
+        self._notes: list[str] = []
+
+    @classmethod
+    def begin(
+        cls, journal: Journal, key: str | None = None, context: Mapping[str, str] | None = None, **what: Any
+    ) -> JournalRun:
+        """Begins a run, or goes on with the one that has this key.
+
+        Args:
+            journal: where it is written.
+            key: of a run that is to be continued.
+            context: tags of the run and of those nested in it, such as who began it.
+            what: `name`; `parent`, the key of another run; `run_id` of a run that is on the server already;
+                `experiment`, the name or the id of its experiment.
+        """
+        run = cls(journal, key or uuid.uuid4().hex, context or {})
+        run._write("run", tags={**run.context, **process_tags()}, time=now(), **what)
+        return run
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[JournalRun]:
+        """See `Tracker.step`. The nested run ends as FINISHED, FAILED or KILLED; its metrics are linked to no model."""
+        child = JournalRun.begin(self.journal, context=self.context, name=name, parent=self.key)
+        with child.ending():
+            yield child
+
+    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
+        """See `Tracker.metrics`. On a run with a checkpoint, the metrics are linked to it too."""
+        numbers = {key: float(value) for key, value in values.items()}
+        on = [dataset_name(data), data.digest[:16]] if data else None
+        self._write("metrics", values=numbers, step=step, time=now(), model=self.model, data=on)
+
+    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
+        """See `Tracker.artifact`."""
+        self._file(path, path.name, folder)
+
+    def text(self, content: str, name: str) -> None:
+        """A text artifact; `name` may have folders in it."""
+        folder, _, file = name.rpartition("/")
+        self._file(content, file, folder)
+
+    def rename(self, name: str) -> None:
+        """Gives the run another name."""
+        self._write("name", name=name)
+
+    def note(self, text: str) -> None:
+        """See `Tracker.note`. Notes are the run's description."""
+        self._notes.append(text)
+        self.describe("\n".join(f"- {note}" for note in self._notes))
+
+    def data(self, data: Data) -> None:
+        """See `Tracker.data`."""
+        self._write("data", data={**asdict(data), "name": dataset_name(data)})
+
+    def parameters(self, values: Mapping[str, Any], prefix: str = "cfg.") -> None:
+        """Nested settings as `cfg.<key>`: MLproject's own parameters are logged by `mlflow run`, under their names."""
+        flat = {clean(f"{prefix}{key}"): str(value)[:6000] for key, value in _flatten(values)}
+        self._write("parameters", values=flat)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Tags of the run."""
+        self._write("tags", values={key: value[:8000] for key, value in values.items()})
+
+    def describe(self, markdown: str) -> None:
+        """The description on the run's page."""
+        self.tags({NOTE: markdown})
+
+    def checkpoint(self, name: str, digest: str, source: str, step: int | None = None) -> None:
+        """Links the run's metrics from here on to the LoggedModel of what is measured, made if it is not there yet."""
+        self.model = digest
+        self._write("model", name=name, digest=digest, source=source, step=step)
+
+    def end(self, status: str) -> None:
+        """Ends the run: FINISHED, FAILED or KILLED."""
+        if not self.ended:
+            self._write("end", status=status, time=now())
+        self.ended = True
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Ends the run with the status that the exception, if there is one, calls for."""
+        try:
+            yield
+        except Exception as error:
+            self.describe(f"**Failed:** {error}")
+            self.end("FAILED")
+            raise
+        except BaseException:
+            self.end("KILLED")
+            raise
+        self.end("FINISHED")  # unless it was ended otherwise within
+
+    def _file(self, source: Path | str, name: str, folder: str) -> None:
+        kept = self.journal.keep(source, name)
+        if kept is not None:
+            self._write("artifact", file=kept, folder=folder)
+
+    def _write(self, op: str, **what: Any) -> None:
+        self.journal.append({"op": op, "run": self.key, **what})
+
+
+def dataset_name(data: Data) -> str:
+    """What MLflow calls a part of a task's data."""
+    return f"{data.name} {data.part}"
+
+
+def clean(name: str) -> str:
+    """A name with every character that MLflow refuses turned into `_`."""
+    return re.sub(r"[^\w./ :-]", "_", name)
+
+
+def now() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
+def process_tags() -> dict[str, str]:
+    """Tags that name this process, so that another can see whether it lives."""
+    return {HOST: socket.gethostname(), PROCESS: f"{os.getpid()} {_started(os.getpid())}"}
+
+
+def alive(process: str) -> bool:
+    """Whether the process that a tag names is there."""
+    pid, _, started = process.partition(" ")
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return started in ("?", _started(int(pid)))
+
+
+def _started(pid: int) -> str:
+    """When a process started, in clock ticks since boot, so that a number used again is not taken for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return "?"
+
+
+def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, (Mapping, list)) and values:
+        items = values.items() if isinstance(values, Mapping) else enumerate(values)
+        for key, value in items:
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values

@@ -1,0 +1,107 @@
+"""Where runs of this project are begun: the journal, the thread that sends it to MLflow, and the run's page."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.context.registry import resolve_tags
+
+from pipeline.config import Config
+from pipeline.errors import TrackingError
+from pipeline.tracking.client import connect
+from pipeline.tracking.journal import Journal, JournalRun
+from pipeline.tracking.mlflow import MlflowSink, open_sink
+from pipeline.tracking.sender import Sender
+
+
+class OpenRun:
+    """A run, and what sends it.
+
+    Attributes:
+        run: what is told of the results.
+        uri: of the server or database.
+        sender: sends what the run is told.
+    """
+
+    def __init__(self, path: Path, uri: str = "", remove: bool = False, key: str | None = None, **what: Any) -> None:
+        """Begins a run, or goes on with the one in a journal that is there already.
+
+        Args:
+            path: the journal.
+            uri: by default, the tracking server or database in force.
+            remove: removes the journal when everything has arrived.
+            key: of a run that is to be continued.
+            what: see `JournalRun.begin`.
+
+        Raises:
+            OSError: the journal cannot be written.
+        """
+        self.uri = uri or mlflow.get_tracking_uri()
+        journal = Journal(path, self.uri)
+        self.sender = Sender(journal, partial(open_sink, self.uri, journal), remove)
+        key = key or next((record["run"] for record, _ in journal.read() if record["op"] == "run"), None)
+        self.run = JournalRun.begin(journal, key, resolve_tags(), **{"experiment": experiment(), **what})
+
+    @property
+    def ids(self) -> tuple[str, str] | None:
+        """Of the experiment and of the run on the server; None as long as it is not there."""
+        sink = self.sender.sink
+        if not isinstance(sink, MlflowSink) or self.run.key not in sink.ids:
+            return None
+        return sink.experiments[self.run.key], sink.ids[self.run.key]
+
+
+@contextmanager
+def open_run(name: str, config: Config, tracking_uri: str = "") -> Iterator[OpenRun]:
+    """The run of a measurement: the one that `mlflow run` made, else a new one. Waits at the end until it has arrived.
+
+    Raises:
+        TrackingError: the tracking database cannot be used, or the journal. A server that does not answer only warns.
+    """
+    if tracking_uri:
+        mlflow.set_tracking_uri(tracking_uri)
+    uri = mlflow.get_tracking_uri()
+    try:
+        connect()
+        given = os.environ.get("MLFLOW_RUN_ID")
+        opened = OpenRun(journal_path(config, name), uri, config.logging.journal is None, name=name, run_id=given)
+    except MlflowException as error:
+        raise TrackingError(f"MLflow at '{uri}' cannot be used: {error}") from error
+    except OSError as error:
+        raise TrackingError(f"logging.journal cannot be written ({error}); set it to another folder") from error
+    try:
+        with opened.run.ending():
+            yield opened
+    finally:
+        opened.sender.close()
+
+
+def journal_path(config: Config, name: str) -> Path:
+    """A new journal's path, in the folder that the configuration says."""
+    folder = Path(config.logging.journal or f"{config.store}/journal").expanduser()
+    label = re.sub(r"[^\w=.-]", "_", name)[:60]
+    return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}-{os.urandom(3).hex()}.jsonl"
+
+
+def experiment() -> dict[str, str | None]:
+    """The experiment that MLflow's own variables name."""
+    return {"name": os.environ.get("MLFLOW_EXPERIMENT_NAME"), "id": os.environ.get("MLFLOW_EXPERIMENT_ID")}
+
+
+def link(ids: tuple[str, str]) -> str:
+    """A run's page, below the address of the UI. Without the last part MLflow 3 opens its view for agents."""
+    return f"/#/experiments/{ids[0]}/runs/{ids[1]}?workflowType=machine_learning"
+
+
+def runs_link(ids: tuple[str, str]) -> str:
+    """The experiment's table of runs, likewise."""
+    return f"/#/experiments/{ids[0]}/runs?workflowType=machine_learning"
