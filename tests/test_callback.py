@@ -123,7 +123,7 @@ def test_the_numbers_are_those_of_the_command_line_and_of_python(
         assert measured(open_encoder(str(path)), task, tmp_path / str(step)).metrics == metrics
         assert main(["main", f"--ckpt={path}", f"--config={tmp_path / 'task.yaml'}"]) == 0
         newest = MlflowClient().search_runs(["0"], "tags.mlflow.parentRunId is null", max_results=1)
-        run = next(one for one in MlflowClient().search_runs(["0"]) if one.info.run_name == f"step={step}.ckpt")
+        run = next(one for one in MlflowClient().search_runs(["0"]) if one.info.run_name.startswith(f"step={step} "))
         assert newest
         assert run.data.metrics == metrics
 

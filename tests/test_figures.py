@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from pipeline import canvas, figures
-from pipeline.canvas import LARGEST, cell, clean, drawable, extent, fitting, span
-from pipeline.class_figures import MOST, class_picture, confusion, confusion_picture, precision_recall, row_shares
+from pipeline import figures
 from pipeline.config import Task
 from pipeline.embed import embed
-from pipeline.example_figures import choose, row_of
-from pipeline.figures import curves, draw
+from pipeline.figures import canvas, curves, draw
+from pipeline.figures.canvas import LARGEST, cell, clean, drawable, extent, fitting, span
+from pipeline.figures.classes import MOST, class_picture, confusion, confusion_picture, precision_recall, row_shares
+from pipeline.figures.examples import choose, row_of
 from pipeline.load import Examples, Part, Target, load
 from pipeline.score import Scores, score
 from pipeline.store import Store

@@ -18,7 +18,7 @@ errors config config_file progress schema tables labels load tokens encoders cus
 tracking tracking.journal tracking.sender tracking.client tracking.mlflow tracking.runs tracking.earlier
 tracking.wandb tracking.tensorboard tracking.mirrors tracking.training
 checkpoints live store scratch rows embed heads schedules optim fit train_head metrics score validation
-canvas class_figures example_figures figures report page publish compare measure
+figures.canvas figures.classes figures.examples figures report page publish compare measure
 neutral distributed measurement lightning callback monitors loggers pretrain __main__
 """.split()
 ADAPTERS = {

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.canvas import (
+from pipeline.config import metric_name
+from pipeline.figures.canvas import (
     BLUE,
     GREEN,
     GREY,
@@ -26,9 +27,8 @@ from pipeline.canvas import (
     ticks,
     write,
 )
-from pipeline.class_figures import class_picture, confusion, confusion_picture
-from pipeline.config import metric_name
-from pipeline.example_figures import curve_picture, text_picture
+from pipeline.figures.classes import class_picture, confusion, confusion_picture
+from pipeline.figures.examples import curve_picture, text_picture
 from pipeline.load import Examples, Part, Target
 from pipeline.score import Scores
 

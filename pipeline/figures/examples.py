@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.canvas import (
+from pipeline.figures.canvas import (
     BLUE,
     GREY,
     HEAD,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.canvas import BLUE, HEAD, INK, ORANGE, PALE, Sheet, clean, extent, line, shorten, ticks, write
+from pipeline.figures.canvas import BLUE, HEAD, INK, ORANGE, PALE, Sheet, clean, extent, line, shorten, ticks, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
