@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pipeline.encoders import HuggingFaceEncoder as HuggingFaceEncoder
     from pipeline.errors import PipelineError as PipelineError
     from pipeline.live import LiveModel as LiveModel
+    from pipeline.loggers import JournalLogger as JournalLogger
     from pipeline.monitors import DownstreamEarlyStopping as DownstreamEarlyStopping
     from pipeline.monitors import DownstreamModelCheckpoint as DownstreamModelCheckpoint
     from pipeline.neutral import untouched as untouched
@@ -53,6 +54,7 @@ _HOMES = {
     "Encoder": "encoders",
     "Files": "config",
     "HuggingFaceEncoder": "encoders",
+    "JournalLogger": "loggers",
     "LiveModel": "live",
     "NullTracker": "tracking",
     "PipelineError": "errors",

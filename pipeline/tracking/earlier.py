@@ -90,4 +90,6 @@ def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:
         sink.kill_unended()
     except MlflowException as error:
         raise TrackingError(f"MLflow at '{uri}' does not answer: {error}; start it, and replay again") from error
+    finally:
+        journal.close()
     return counts

@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -35,7 +36,8 @@ HOST = "pipeline.host"
 class Journal:
     """A file of JSON lines that is only ever appended to, and a folder beside it with the files that runs keep.
 
-    What cannot be written, on a full disk say, is warned of once: it must not stop what it is a record of.
+    What cannot be written, on a full disk say, is warned of once: it must not stop what it is a record of. `close()`
+    closes the file.
     """
 
     def __init__(self, path: Path, uri: str = "") -> None:
@@ -54,6 +56,7 @@ class Journal:
         new = not path.exists()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)  # an address may hold a password
         self._stream = os.fdopen(descriptor, "ab")
+        self.close = weakref.finalize(self, self._stream.close)
         if new:
             self.append({"op": "journal", "uri": uri})
         elif path.stat().st_size and path.read_bytes()[-1:] != b"\n":
@@ -121,11 +124,6 @@ class Journal:
         for record in records:
             if record["op"] == "artifact":
                 shutil.rmtree((self.files / record["file"]).parent, ignore_errors=True)
-
-    def close(self) -> None:
-        """Closes the file."""
-        with self._lock, self._said():
-            self._stream.close()
 
     def remove(self) -> None:
         """Removes the journal and what belongs to it."""

@@ -1,0 +1,396 @@
+"""Never in the way: servers that are killed, silent, or whose answers are lost; and the journal that outlives them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow import MlflowClient, environment_variables
+
+from pipeline import DownstreamValidation, JournalLogger
+from pipeline.__main__ import main
+from pipeline.tracking import sender as sending
+from pipeline.tracking.client import be_brief
+from pipeline.tracking.journal import Journal, JournalRun, Record
+from pipeline.tracking.runs import OpenRun
+from pipeline.tracking.sender import RefusedError, Sender
+from tests import servers
+from tests.conftest import ROOT
+from tests.test_path import planted_task
+from tests.training import Busy, loader, section, trainer
+
+VOLATILE = {"pipeline.process", "pipeline.journal", "mlflow.user"}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests wait for is what happens, not these times."""
+    monkeypatch.setattr(sending, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(sending, "LONGEST_PAUSE", 0.2)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[servers.MlflowServer]:
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
+    with servers.running(folder) as server:
+        yield server
+
+
+def state(uri: str, name: str) -> dict[str, Any]:
+    """Everything that MLflow has of the run of this name, ids and times out."""
+    client = MlflowClient(uri)
+    (run,) = [one for one in client.search_runs(["0"]) if one.info.run_name == name]
+    run_id = run.info.run_id
+    models = {model.model_id: model for model in client.search_logged_models(["0"]) if model.source_run_id == run_id}
+    linked = run.outputs.model_outputs if run.outputs else []
+    return {
+        "status": run.info.status,
+        "params": run.data.params,
+        "tags": {key: value for key, value in run.data.tags.items() if key not in VOLATILE},
+        "metrics": {
+            key: [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+            for key in run.data.metrics
+        },
+        "data": sorted((one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs),  # type: ignore[union-attr]
+        "models": sorted((models[one.model_id].name, one.step) for one in linked),
+        "ranked": sorted(
+            (model.name, metric.key, metric.value, metric.step, metric.dataset_name)
+            for model in models.values()
+            for metric in model.metrics or []
+        ),
+        "files": sorted(files(client, run_id)),
+    }
+
+
+def files(client: MlflowClient, run_id: str, folder: str | None = None) -> Iterator[str]:
+    for one in client.list_artifacts(run_id, folder):
+        if one.is_dir:
+            yield from files(client, run_id, one.path)
+        else:
+            yield one.path
+
+
+class At(pl.Callback):
+    """Does something in the middle of the training."""
+
+    def __init__(self, batch: int, act: Callable[[], None]) -> None:
+        self.batch, self.act = batch, act
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        if trainer.global_step == self.batch:
+            self.act()
+
+
+def train(folder: Path, esm: Path, uri: str, act: Callable[[], None] = lambda: None) -> Path:
+    """A training of 8 steps with two measurements, logged by way of the journal that is returned."""
+    folder.mkdir()
+    task = planted_task(folder / "data")
+    task.dataset_path = str(folder / "data")
+    journal = folder / "journal.jsonl"
+    logger = JournalLogger("training", tracking_uri=uri, journal=journal)
+    callback = DownstreamValidation(section(folder, task))
+    pl.seed_everything(7, verbose=False)
+    fit = trainer(folder, [callback, At(3, act)], logger=logger, log_every_n_steps=1)
+    fit.fit(Busy(esm), loader(), loader(shuffle=False))
+    assert fit.state.finished
+    assert [step for step, _ in callback.curve] == [4, 8]
+    return journal
+
+
+def sent(journal: Path) -> int:
+    """How many bytes of a journal have arrived."""
+    path = journal.with_suffix(".sent")
+    return int(path.read_text()) if path.exists() else 0
+
+
+def leave() -> None:
+    """As if the program had ended: what is not sent stays in the journals."""
+    for sender in list(sending._senders):
+        sender.close(0.1, 0.1)
+        sender._thread.join()
+
+
+def wait(sender: Sender) -> None:
+    """Until everything has arrived, whatever fails meanwhile."""
+    for _ in range(6000):
+        if sender.settle(60):
+            return
+        time.sleep(0.01)
+    raise AssertionError(sender.failure)
+
+
+def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Apart from the folder of the data, which is in the configuration."""
+    return bool(without_folders(found) == without_folders(wanted))
+
+
+def without_folders(what: dict[str, Any]) -> Any:
+    folders = ("cfg.dataset.dataset_path", "cfg.store")
+    params = {key: value for key, value in what["params"].items() if key not in folders}
+    return {**what, "params": params}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folder: Any, empty_database: Path) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
+    train(folder / "training", model_folder("esm"), uri)
+    return state(uri, "training")
+
+
+def test_a_training_with_a_server(
+    server: servers.MlflowServer, undisturbed: dict[str, Any], tmp_path: Path, model_folder: Any
+) -> None:
+    journal = train(tmp_path / "t", model_folder("esm"), server.uri)
+    assert undisturbed["status"] == "FINISHED"
+    assert [step for step, _ in undisturbed["metrics"]["train_loss"]] == list(range(8))
+    assert [step for step, _ in undisturbed["metrics"]["test_label_accuracy"]] == [4, 8]
+    assert undisturbed["models"] == [("step=4", 4), ("step=8", 8)]
+    assert {key for _, key, *_ in undisturbed["ranked"]} == {"dwnstr_task_val_loss"} | {
+        f"test_label_{name}" for name in ("accuracy", "macro_f1", "mcc", "auroc")
+    }
+    assert same(state(server.uri, "training"), undisturbed)
+    assert sent(journal) == journal.stat().st_size
+
+
+def test_a_server_killed_in_the_middle(
+    undisturbed: dict[str, Any], tmp_path: Path, model_folder: Any, empty_database: Path, capsys: Any
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
+    with servers.running(tmp_path) as server:
+        journal = train(tmp_path / "t", model_folder("esm"), server.uri, server.kill)
+        lines = [json.loads(line) for line in journal.read_text().splitlines()]
+        written = [line["step"] for line in lines if "train_loss" in line.get("values", {})]
+        assert written == list(range(8))
+        assert sent(journal) < journal.stat().st_size
+        leave()
+        server.start()
+        for _ in range(2):
+            assert main(["replay", str(journal)]) == 0
+        assert same(state(server.uri, "training"), undisturbed)
+        assert "0 records sent" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_server_that_never_answers(
+    undisturbed: dict[str, Any], tmp_path: Path, model_folder: Any, tracking: str, capsys: Any
+) -> None:
+    with servers.silent() as uri:
+        journal = train(tmp_path / "t", model_folder("esm"), uri)
+    assert sent(journal) < len(journal.read_text().splitlines()[0]) + 2  # at most the head, which is for nobody
+    leave()
+    assert main(["replay", str(journal)]) == 2
+    assert "start it, and replay again" in capsys.readouterr().err
+    assert main(["replay", str(journal), f"--tracking-uri={tracking}"]) == 0
+    assert same(state(tracking, "training"), undisturbed)
+
+
+@pytest.mark.parametrize("path", ["runs/create", "logged-models", "runs/log-batch", "runs/outputs", "runs/log-inputs"])
+def test_an_answer_that_is_lost(
+    path: str, server: servers.MlflowServer, undisturbed: dict[str, Any], tmp_path: Path, model_folder: Any
+) -> None:
+    """The server did what it was asked; asked again, it must not do it twice."""
+    lost: list[str] = []
+
+    def loses(method: str, url: str) -> bool:
+        hit = method == "POST" and url.split("?")[0].endswith(path) and not lost
+        lost.extend([url] if hit else [])
+        return hit
+
+    before = len(MlflowClient(server.uri).search_logged_models(["0"]))
+    with servers.between(server, loses) as uri:
+        opened = OpenRun(tmp_path / "journal.jsonl", uri, name=f"lost {path}")
+        write_everything(opened.run, digest=path)
+        wait(opened.sender)
+        assert len(lost) == 1
+    found = state(server.uri, f"lost {path}")
+    assert found["metrics"] == {"x": [(3, 0.5), (4, 0.25)]}
+    assert found["models"] == [("weights", 3)]
+    assert found["status"] == "FINISHED"
+    assert len(MlflowClient(server.uri).search_logged_models(["0"])) == before + 1
+
+
+def write_everything(run: JournalRun, digest: str) -> None:
+    from pipeline.tracking import Data
+
+    data = Data("task", "test", ".", f"0123456789{digest}", 3, 0)
+    run.data(data)
+    run.parameters({"a": 1})
+    run.checkpoint("weights", digest, ".", 3)
+    run.metrics({"x": 0.5}, 3, data)
+    run.text("hello", "notes/hello.txt")
+    run.metrics({"x": 0.25}, 4, data)
+    run.end("FINISHED")
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from pipeline.tracking.runs import OpenRun
+opened = OpenRun(Path(sys.argv[1]), sys.argv[2], name="killed")
+opened.run.metrics({"x": 0.5}, 3)
+opened.run.text("hello", "hello.txt")
+os.write(os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND), b'{"op":"metrics","run":')
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_program_that_is_killed(tmp_path: Path, tracking: str) -> None:
+    """What it had written arrives, and its run does not stay RUNNING."""
+    journal = tmp_path / "journal.jsonl"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with servers.silent() as uri:
+        code = subprocess.run([sys.executable, "-c", KILLED, str(journal), uri], env=environment).returncode
+    assert code == -signal.SIGKILL
+    assert main(["replay", str(journal), f"--tracking-uri={tracking}"]) == 0
+    found = state(tracking, "killed")
+    assert found["metrics"] == {"x": [(3, 0.5)]}
+    assert found["files"] == ["hello.txt"]
+    assert found["status"] == "KILLED"
+
+
+def test_what_is_written_after_a_torn_line_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b'{"op":"journal","uri":""}\n{"op":"me')
+    Journal(path).append({"op": "next"})
+    assert [record["op"] for record, _ in Journal(path).read()] == ["journal", "torn", "next"]
+
+
+@given(st.lists(st.dictionaries(st.text(), st.integers() | st.text() | st.none()), max_size=5), st.data())
+def test_a_journal_cut_anywhere_gives_its_whole_records(
+    tmp_path_factory: pytest.TempPathFactory, records: list[Record], data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
+    journal = Journal(path)
+    for record in records:
+        journal.append(record)
+    journal.close()
+    every = list(journal.read())
+    cut = data.draw(st.integers(0, path.stat().st_size))
+    os.truncate(path, cut)
+    assert [record for record, _ in every[1:]] == json.loads(json.dumps(records))
+    assert list(journal.read()) == [(record, end) for record, end in every if end <= cut]
+
+
+class FakeSink:
+    """Fails as often as it is told to; refuses what says so."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.failures = failures
+        self.records: list[Record] = []
+
+    def apply(self, records: Sequence[Record]) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise OSError("no route to host")
+        if any(record["op"] == "bad" for record in records):
+            raise RefusedError("not such a one")
+        self.records += records
+
+
+def test_a_server_that_comes_back_is_sent_everything_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sink = FakeSink(failures=3)
+    journal = Journal(tmp_path / "a.jsonl")
+    sender = Sender(journal, lambda: sink, remove=True)
+    for number in range(5):
+        journal.append({"op": "x", "number": number})
+    wait(sender)
+    assert sender.close()
+    assert [record.get("number") for record in sink.records] == [None, 0, 1, 2, 3, 4]
+    assert caplog.text.count("MLflow does not answer (no route to host)") == 1
+    assert caplog.text.count("MLflow answers again") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_refused_is_said_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sink = FakeSink()
+    journal = Journal(tmp_path / "a.jsonl")
+    sender = Sender(journal, lambda: sink, remove=True)
+    for op in ("x", "bad", "y"):
+        journal.append({"op": op})
+    assert sender.close()
+    assert [record["op"] for record in sink.records] == ["journal", "x", "y"]
+    assert "MLflow refused not such a one" in caplog.text
+    assert journal.path.exists()  # with what was refused in it
+
+
+def test_one_bad_metric_does_not_spoil_the_others(tmp_path: Path, tracking: str) -> None:
+    opened = OpenRun(tmp_path / "a.jsonl", name="mixed")
+    for name in ("good", "b@d", "fine"):
+        opened.run.metrics({name: 1.0})
+    assert opened.sender.close()
+    assert set(state(tracking, "mixed")["metrics"]) == {"good", "fine"}
+
+
+def test_a_journal_that_another_sends_is_left_alone(tmp_path: Path, tracking: str, capsys: Any) -> None:
+    with servers.silent() as uri:
+        opened = OpenRun(tmp_path / "a.jsonl", uri, name="mine")
+        assert main(["replay", str(tmp_path / "a.jsonl"), f"--tracking-uri={tracking}"]) == 2
+        assert "is being sent by another process" in capsys.readouterr().err
+        opened.sender.close(0.1, 0.1)
+
+
+@pytest.mark.parametrize(("name", "message"), [("nothing.jsonl", "is not there"), ("x.csv", "give the .jsonl file")])
+def test_replay_of_what_is_no_journal(name: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "x.csv").touch()
+    assert main(["replay", str(tmp_path / name)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path / "a.jsonl")
+    journal.close()
+    run = JournalRun.begin(journal, name="lost")
+    run.metrics({"x": 1.0})
+    run.artifact(tmp_path / "nothing.txt")
+    assert caplog.text.count("cannot be written") == 1
+
+
+def test_the_users_own_client_keeps_its_manners() -> None:
+    """The sender asks once; other threads of the program ask as often as MLflow does."""
+    found: dict[str, tuple[int, int]] = {}
+
+    def ask(name: str) -> None:
+        variables: Any = environment_variables
+        found[name] = (variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES.get(), variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get())
+
+    def brief() -> None:
+        be_brief()
+        ask("sender")
+
+    for name, work in (("before", lambda: ask("before")), ("sender", brief), ("after", lambda: ask("after"))):
+        thread = threading.Thread(target=work, name=name)
+        thread.start()
+        thread.join()
+    assert found == {"before": (7, 120), "sender": (0, 10), "after": (7, 120)}
+
+
+def test_the_command_line_goes_on_without_a_server(
+    tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    """A server that is down when a measurement ends has its results from `replay`."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sending, "PATIENCE", 1.0)
+    with servers.silent() as uri:
+        options = f"store={tmp_path}/store dataset.num_epochs=1 logging.figures=false"
+        assert main(["main", f"--tracking-uri={uri}", f"--overrides={options}"]) == 0
+    assert "secondary_structure/test_3state_accuracy" in capsys.readouterr().out
+    (journal,) = (tmp_path / "store" / "journal").glob("*.jsonl")
+    assert f"python -m pipeline replay {journal}" in caplog.text
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    assert main(["replay", str(journal), f"--tracking-uri={tracking}"]) == 0
+    assert state(tracking, "checkpoint 4 tasks")["status"] == "FINISHED"
