@@ -132,7 +132,7 @@ def _compare(done: Sequence[Measured], config: Config, run: JournalRun, mirrors:
     rows = rows_of(done)
     board = compare.rank(rows, headlines(config)[0])
     several = Several([run, *mirrors])
-    steps = [row.step for row in rows]
+    steps = [row.step for row in rows if row.metrics]
     have_steps = None not in steps and len(set(steps)) == len(steps)
     points = [(row.step or 0 if have_steps else place, row.metrics) for place, row in enumerate(rows) if row.metrics]
     for step, metrics in points:

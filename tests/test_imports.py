@@ -14,10 +14,10 @@ from tests.conftest import ROOT
 
 # Each module may import those before it.
 ORDER = """
-errors config config_file progress schema tables labels load tokens encoders custom huggingface
+errors config config_file progress schema tables labels load tokens encoders custom huggingface metrics
 tracking tracking.journal tracking.sender tracking.client tracking.mlflow tracking.runs tracking.earlier
 tracking.wandb tracking.tensorboard tracking.mirrors tracking.training
-checkpoints live store scratch rows embed heads schedules optim fit train_head metrics score validation
+checkpoints live store scratch rows embed heads schedules optim fit train_head score validation
 figures.canvas figures.classes figures.examples figures report page publish compare measure
 neutral distributed measurement lightning callback monitors loggers pretrain __main__
 """.split()

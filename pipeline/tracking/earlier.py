@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.config import LOSS
 from pipeline.errors import ConfigError, TrackingError
+from pipeline.metrics import NAMES
 from pipeline.tracking.client import be_brief, connect
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow import MlflowSink
@@ -66,7 +67,7 @@ def _read(client: MlflowClient, run_id: str) -> Earlier:
 def _is_score(name: str) -> bool:
     """Whether a metric is one of a downstream task's."""
     last = name.rpartition("/")[2]
-    return last == LOSS or last.startswith("test_")
+    return last == LOSS or (last.startswith("test_") and last.endswith(NAMES))
 
 
 def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:

@@ -1,0 +1,211 @@
+"""Several checkpoints side by side: measured together, or before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.artifacts import load_text
+from transformers import AutoTokenizer, EsmForMaskedLM
+
+from pipeline.__main__ import main
+from pipeline.checkpoints import expand, open_encoder, step_of
+from pipeline.compare import Row, choose, comparable, markdown, rank
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.huggingface import DESCRIPTION, describe
+from tests.readers import in_tensorboard, in_wandb
+from tests.test_mlflow import STAGES, VALUE, Lab, furnished, own_signals
+
+SPEARMAN = "test_value_spearman"
+
+
+@pytest.fixture
+def lab(tmp_path: Path, model_folder: Callable[..., Path], tracking: str) -> Iterator[Lab]:
+    """With checkpoints of five steps, the last two of the same weights."""
+    with own_signals():
+        lab = furnished(tmp_path / "lab", model_folder, tracking)
+        for step in (0, 50, 100, 1000, 1050):
+            write_checkpoint(lab, step, noise=0 if step >= 1000 else 3 - step / 50)
+        yield lab
+
+
+def write_checkpoint(lab: Lab, step: int, noise: float) -> None:
+    model = EsmForMaskedLM.from_pretrained(lab.ckpt)
+    generator = torch.Generator().manual_seed(step)
+    state = {
+        f"model.{name}": value + noise * torch.randn(value.shape, generator=generator)
+        for name, value in model.state_dict().items()
+    }
+    description = describe(model, AutoTokenizer.from_pretrained(lab.ckpt), "model.")
+    path = lab.folder / "run" / f"step={step}.ckpt"
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"state_dict": state, DESCRIPTION: description, "global_step": step}, path)
+
+
+def measure(lab: Lab, ckpt: str, **section: Any) -> int:
+    entry, _, config = lab.command(VALUE, **section)
+    return main([entry, f"--ckpt={ckpt}", config])
+
+
+def test_a_pattern_gives_a_leaderboard_and_a_curve(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    board = lab.folder / "board"
+    logging = {"wandb": "offline", "tensorboard": str(board), "figures": True}
+    assert measure(lab, f"{lab.folder}/run/*.ckpt", logging=logging) == 0
+    printed = capsys.readouterr().out
+    (parent,) = lab.parents()
+    children = lab.nested(parent)
+    steps = [0, 50, 100, 1000, 1050]
+    assert list(children) == [f"step={step} value" for step in steps]
+    assert parent.info.run_name == "5 checkpoints value"
+    for child in children.values():
+        assert list(lab.nested(child)) == STAGES
+    values = {step: child.data.metrics for step, child in zip(steps, children.values(), strict=True)}
+    for name in values[0]:
+        curve = [(point.step, point.value) for point in lab.client.get_metric_history(parent.info.run_id, name)]
+        assert curve == [(step, values[step][name]) for step in steps]
+        (folder,) = board.iterdir()
+        assert [step for step, _ in in_tensorboard(folder, name)] == steps
+        (file,) = (lab.folder / "store" / "wandb").glob("offline-run-*/*.wandb")
+        assert in_wandb(file, name) == curve
+    table = json.loads(load_text(f"{parent.info.artifact_uri}/leaderboard.json"))
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row[SPEARMAN] for row in rows] == sorted((one[SPEARMAN] for one in values.values()), reverse=True)
+    assert {row["step"]: {name: row[name] for name in values[0]} for row in rows} == values
+    ranked = lab.client.search_logged_models(
+        ["0"], order_by=[{"field_name": f"metrics.{SPEARMAN}", "ascending": False, "dataset_name": "value test"}]
+    )
+    assert [one.name for one in ranked] == list(dict.fromkeys(model_of(row["step"]) for row in rows))
+    lines = [line for line in printed.splitlines() if "step=" in line]
+    assert [line.split("│")[2].strip() for line in lines] == [row["checkpoint"] for row in rows]
+    assert {one.path for one in lab.client.list_artifacts(parent.info.run_id, "curves")} == {"curves/curve.png"}
+    assert f"| 1 | {rows[0]['checkpoint']} |" in parent.data.tags["mlflow.note.content"]
+
+
+def model_of(step: int) -> str:
+    """The same weights are one model, under the name that they were first seen with."""
+    return f"step={1000 if step == 1050 else step}"
+
+
+def test_what_checkpoints_have_in_common_is_done_once(lab: Lab) -> None:
+    assert measure(lab, f"{lab.folder}/run/step={{1000,1050}}.ckpt") == 0
+    first, second = lab.nested(lab.parents()[0]).values()
+    done = [lab.nested(one) for one in (first, second)]
+    assert [one["embed"].data.metrics["embedded"] for one in done] == [40, 0]
+    assert [one["train_head"].data.metrics["reused"] for one in done] == [0, 1]
+    assert first.data.metrics == second.data.metrics
+
+
+def test_one_that_cannot_be_measured_does_not_stop_the_others(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    (lab.folder / "run" / "step=70.ckpt").write_bytes(b"not a checkpoint")
+    assert (
+        measure(lab, f"{lab.folder}/run/step=50.ckpt,{lab.folder}/run/step=70.ckpt,{lab.folder}/run/step=100.ckpt") == 2
+    )
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith("error: step=70: ckpt: ")
+    assert "failed" in next(line for line in said.out.splitlines() if "step=70" in line)
+    (parent,) = lab.parents()
+    assert parent.info.status == "FAILED"
+    assert {name: run.info.status for name, run in lab.nested(parent).items()} == {
+        "step=50 value": "FINISHED",
+        "step=70": "FAILED",
+        "step=100 value": "FINISHED",
+    }
+    assert "- step=70: ckpt: " in parent.data.tags["mlflow.note.content"]
+    assert [point.step for point in lab.client.get_metric_history(parent.info.run_id, SPEARMAN)] == [50, 100]
+
+
+def test_runs_made_before_are_compared(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (50, 100):
+        assert measure(lab, f"{lab.folder}/run/step={step}.ckpt") == 0
+    assert measure(lab, f"{lab.folder}/run/step=*0.ckpt") == 0
+    several, late, early = lab.parents()
+    capsys.readouterr()
+    runs = [run.info.run_id for run in (early, late, several)]
+    assert main(["compare", *runs, f"--tracking-uri={lab.uri}", "--by=test_value_mse"]) == 0
+    printed = capsys.readouterr().out
+    made = lab.parents()[0]
+    assert made.info.run_name == "3 runs compared"
+    table = json.loads(load_text(f"{made.info.artifact_uri}/leaderboard.json"))
+    column = table["columns"].index("test_value_mse")
+    found = [row[column] for row in table["data"]]
+    assert found == sorted(found)
+    assert len(found) == 2 + 5
+    assert "Checkpoints by test_value_mse" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "check the run's id"),
+        (["{stage}"], "holds no measurement; give runs of measurements or of trainings"),
+        (["{run}", "--by=test_value_accuracy"], "by: expected a metric of the runs, found 'test_value_accuracy'; did"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(
+    arguments: list[str], message: str, lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert measure(lab, f"{lab.folder}/run/step=50.ckpt") == 0
+    (parent,) = lab.parents()
+    ids = {"run": parent.info.run_id, "stage": lab.nested(parent)["load"].info.run_id}
+    before = len(lab.runs())
+    assert main(["compare", *(one.format(**ids) for one in arguments), f"--tracking-uri={lab.uri}"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert len(lab.runs()) == before
+
+
+def test_lists_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("step=2.ckpt", "step=10.ckpt", "step=1.ckpt", "a,b"):
+        Path(name).touch()
+    assert expand("step=*.ckpt") == ["step=1.ckpt", "step=2.ckpt", "step=10.ckpt"]
+    assert expand("a,b") == ["a,b"]
+    assert expand("org/model, step=2.ckpt ,runs:/x/y,step=2.ckpt") == ["org/model", "step=2.ckpt", "runs:/x/y"]
+    assert expand("step={2,10}.ckpt,x") == ["step=2.ckpt", "step=10.ckpt", "x"]
+    assert expand("") == [""]
+    with pytest.raises(CheckpointError, match=r"no checkpoint matches 'nothing\*'"):
+        expand("step=1.ckpt,nothing*")
+
+
+def test_steps(tmp_path: Path, model_folder: Callable[..., Path], lab: Lab) -> None:
+    """What the checkpoint says, then what Hugging Face's trainer wrote, then the name."""
+    folder = model_folder("esm")
+    encoder = open_encoder(str(folder))
+    names = {"checkpoint-500": 500, "step_20": 20, "epoch=3-step=1500": 1500, "esm2_t6_8M": None, "step=1.5": None}
+    assert {name: step_of(f"some/{name}", encoder) for name in names} == names
+    saved = tmp_path / "checkpoint-7"
+    saved.mkdir()
+    (saved / "trainer_state.json").write_text('{"global_step": 9}')
+    assert step_of(str(saved), encoder) == 9
+    renamed = (lab.folder / "run" / "step=50.ckpt").rename(lab.folder / "step=3.ckpt")
+    assert step_of(str(renamed), open_encoder(str(renamed))) == 50
+
+
+def test_ranks() -> None:
+    rows = [Row("a", 1, {"x_mse": 2.0, "y_accuracy": 0.5}), Row("b", 2, {"x_mse": 1.0}), Row("c", 3, {}, "broken")]
+    assert [row.label for row in rank(rows, "x_mse")] == ["b", "a", "c"]
+    assert [row.label for row in rank(rows, "y_accuracy")] == ["a", "b", "c"]
+    assert choose(rows[:2]) == ["y_accuracy"]
+    assert choose(rows[:2], "x_mse") == ["x_mse", "y_accuracy"]
+    with pytest.raises(ConfigError, match="did you mean 'x_mse'"):
+        choose(rows, "x_mes")
+
+
+def test_rows_of_other_test_sets_are_told_apart() -> None:
+    one, other = frozenset({"1"}), frozenset({"2"})
+    rows = [Row("a", 1, {"m": 1.0}, data=one), Row("b", 2, {"m": 1.0}, data=other), Row("c", 3, {}, "broken")]
+    assert not comparable(rows)
+    assert comparable([rows[0], rows[2]])
+    assert "The test sets differ between rows" in markdown(rows, ["m"])
+
+
+def test_search_finds_checkpoints_by_step(lab: Lab) -> None:
+    assert measure(lab, f"{lab.folder}/run/step=50.ckpt") == 0
+    (model,) = MlflowClient().search_logged_models(["0"], "params.global_step = '50'")
+    assert model.name == "step=50"
