@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-
 # What the names of metrics end with.
 NAMES = tuple(f"_{name}" for name in "accuracy macro_f1 mcc auroc mse rmse mae r2 pearson spearman".split())
 
