@@ -126,7 +126,12 @@ def read_sequences(folder: Path, files: str, max_length: int = 1022) -> list[str
 
 
 def pretrain(
-    sequences: Sequence[str], out: Path, settings: Settings, config: Config, loggers: Sequence[Any] = ()
+    sequences: Sequence[str],
+    out: Path,
+    settings: Settings,
+    config: Config,
+    loggers: Sequence[Any] = (),
+    callbacks: Sequence[Any] = (),
 ) -> list[tuple[int, dict[str, float]]]:
     """Trains from scratch, measuring as `config` says, and writes checkpoints, model and tokenizer to `out`.
 
@@ -147,7 +152,7 @@ def pretrain(
     options: dict[str, Any] = {"batch_size": settings.batch_size, "collate_fn": collate}
     train = Windows(sequences[held:], module.tokenizer, settings.crop)
     val = Windows(sequences[:held], module.tokenizer, settings.crop)
-    callbacks: list[Any] = setup_dwnstr_task_validation_callbacks(config)
+    measuring: list[Any] = setup_dwnstr_task_validation_callbacks(config)
     interval = max(1, settings.steps // settings.validations)
     trainer = pl.Trainer(
         max_steps=settings.steps,
@@ -157,6 +162,7 @@ def pretrain(
         gradient_clip_val=1.0,
         logger=list(loggers),
         callbacks=[
+            *measuring,
             *callbacks,
             pl.callbacks.ModelCheckpoint(out / "checkpoints", "{step}", monitor="step", mode="max", save_top_k=-1),
         ],
@@ -167,7 +173,7 @@ def pretrain(
     trainer.fit(module, loader, DataLoader(val, **options))
     module.model.save_pretrained(out)
     module.tokenizer.save_pretrained(out)
-    return [point for one in callbacks for point in one.curve]
+    return [point for one in measuring for point in one.curve]
 
 
 def make_loggers(out: Path, run: JournalRun) -> list[Any]:
