@@ -145,7 +145,9 @@ def _pretrain(options: argparse.Namespace) -> None:
     settings = Settings(steps=options.steps, validations=options.validations, seed=options.seed)
     with open_run("pretrain", config, options.tracking_uri) as opened:
         out = Path(options.out or f"pretrained/{os.environ.get('MLFLOW_RUN_ID', opened.run.key)[:8]}")
-        measured = pretrain(sequences, out, settings, config, make_loggers(out, opened.run))
+        loggers = make_loggers(out, opened.run)
+        measured = pretrain(sequences, out, settings, config, loggers)
+        loggers[-1].experiment.finish()  # Lightning leaves W&B writing behind the program's end
     _print(curve(measured, headlines(config)))
     print(f"Measure it:     mlflow run . --env-manager local -P ckpt={out}")
     print(f"All of them:    mlflow run . --env-manager local -P ckpt='{out}/checkpoints/*' -P config={options.config}")

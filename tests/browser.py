@@ -96,7 +96,7 @@ def show_model_metrics(page: Page, metrics: Sequence[str]) -> None:
     """Has the table of models show these metrics alone, in columns as wide as their names."""
     page.get_by_role("button", name="Columns").click()
     tree = page.locator(".du-bois-light-tree")
-    for hidden in ("Logged from", "Registered models", "Metrics", "Parameters"):
+    for hidden in ("Status", "Logged from", "Registered models", "Dataset", "Metrics", "Parameters"):
         tree.get_by_text(hidden, exact=True).click()
     for name in metrics:
         tree.locator(".du-bois-light-tree-treenode", has_text=f"Dataset: {name.split('/')[0]} test").locator(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -18,7 +19,7 @@ from pipeline.checkpoints import expand, open_encoder, step_of
 from pipeline.compare import Row, choose, comparable, markdown, rank
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.huggingface import DESCRIPTION, describe
-from tests.readers import in_tensorboard, in_wandb
+from tests.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
 from tests.test_mlflow import STAGES, VALUE, Lab, furnished, own_signals
 
 SPEARMAN = "test_value_spearman"
@@ -89,6 +90,29 @@ def test_a_pattern_gives_a_leaderboard_and_a_curve(lab: Lab, capsys: pytest.Capt
 def model_of(step: int) -> str:
     """The same weights are one model, under the name that they were first seen with."""
     return f"step={1000 if step == 1050 else step}"
+
+
+def test_one_checkpoint_is_mirrored(lab: Lab) -> None:
+    """The same numbers at the same step everywhere, and the pictures."""
+    board = lab.folder / "board"
+    logging = {"wandb": "offline", "tensorboard": str(board), "figures": True}
+    assert measure(lab, f"{lab.folder}/run/step=50.ckpt", logging=logging) == 0
+    (parent,) = lab.parents()
+    (folder,) = board.iterdir()
+    (file,) = (lab.folder / "store" / "wandb").glob("offline-run-*/*.wandb")
+    for name, value in parent.data.metrics.items():
+        (point,) = lab.client.get_metric_history(parent.info.run_id, name)
+        assert (point.step, point.value) == (50, value)
+        assert in_wandb(file, name) == [(50, value)]
+        assert in_tensorboard(folder, name) == [(50, float(np.float32(value)))]
+    pictures = [one.path for one in lab.client.list_artifacts(parent.info.run_id, "figures/value")]
+    assert [Path(one).name for one in pictures] == ["learning_curve.png", "lengths.png", "value_predicted.png"]
+    for path in pictures:
+        tag = path.removesuffix(".png")
+        assert [step for step, _ in pictures_in_tensorboard(folder, tag)] == [50]
+        assert [step for step, _ in in_wandb(file, f"{tag}/path")] == [50]
+    page = load_text(f"{parent.info.artifact_uri}/report.html")
+    assert f"{parent.data.metrics[SPEARMAN]:.4f}" in page
 
 
 def test_what_checkpoints_have_in_common_is_done_once(lab: Lab) -> None:

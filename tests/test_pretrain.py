@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from pipeline import Store, open_encoder, read_config, validate
 from pipeline.__main__ import main
 from tests.conftest import ROOT
-from tests.readers import in_tensorboard, in_wandb
+from tests.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
 
 ACCURACY = "secondary_structure/test_3state_accuracy"
 
@@ -52,6 +52,26 @@ def test_the_curve_is_in_all_three_trackers(demonstration: tuple[Path, str, str]
     assert in_wandb(file, ACCURACY) == curve
     for step, value in curve:
         assert any(str(step) in line and f"{value:.4f}" in line for line in printed.splitlines())
+
+
+def test_the_pictures_are_in_all_three_trackers(demonstration: tuple[Path, str, str]) -> None:
+    folder, tracking, _ = demonstration
+    client = MlflowClient(tracking)
+    (run,) = client.search_runs(["0"])
+    name = "figures/secondary_structure/3state_confusion"
+    for step in (0, 10, 20):
+        kept = {one.path for one in client.list_artifacts(run.info.run_id, f"downstream/step={step}")}
+        assert f"downstream/step={step}/report.html" in kept
+        kept = {
+            one.path for one in client.list_artifacts(run.info.run_id, f"downstream/step={step}/{Path(name).parent}")
+        }
+        assert f"downstream/step={step}/{name}.png" in kept
+    (file,) = (folder / "out" / "wandb").glob("offline-run-*/*.wandb")
+    assert [step for step, _ in in_wandb(file, f"{name}/path")] == [0, 10, 20]
+    assert [step for step, _ in pictures_in_tensorboard(folder / "out" / "tensorboard", name)] == [0, 10, 20]
+    curves = [Path(one.path).name for one in client.list_artifacts(run.info.run_id, "downstream/curves")]
+    assert curves == ["curve_secondary_structure.png", "curve_stability.png"]
+    assert not list((folder / "store" / "journal").iterdir())  # everything has arrived
 
 
 def test_its_checkpoints_give_the_same_numbers(demonstration: tuple[Path, str, str], monkeypatch: Any) -> None:

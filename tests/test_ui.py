@@ -1,0 +1,264 @@
+"""What a person sees in the MLflow UI: pages of a real server in a real browser, beside what the database holds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from PIL import Image
+
+from tests.browser import Ui, chromium, missing, show_columns, show_model_metrics
+from tests.conftest import ROOT
+from tests.servers import running
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page
+
+ACCURACY = "secondary_structure/test_3state_accuracy"
+SPEARMAN = "stability/test_stability_spearman"
+PARENT = "mlflow.parentRunId"
+NAMES = {
+    "single": "checkpoint 4 tasks",
+    "training": "pretrain",
+    "several": "2 checkpoints secondary_structure, stability",
+}
+
+
+@dataclass
+class Lab:
+    """A database with a measurement, a training, and a measurement of the two checkpoints that it wrote."""
+
+    uri: str
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.uri)
+
+    @cached_property
+    def runs(self) -> dict[str, Run]:
+        """The three runs that are nested in no other, as in `NAMES`."""
+        names = {name: key for key, name in NAMES.items()}
+        every = self.client.search_runs(["0"])
+        return {names[run.info.run_name]: run for run in every if PARENT not in run.data.tags}
+
+    @cached_property
+    def children(self) -> list[Run]:
+        """The measurements of the several checkpoints, in the order of their steps."""
+        several = self.client.search_runs(["0"], f"tags.`{PARENT}` = '{self.id('several')}'")
+        return sorted(several, key=lambda run: str(run.info.run_name))
+
+    def id(self, key: str) -> str:
+        return str(self.runs[key].info.run_id)
+
+    def file(self, key: str, path: str) -> Path:
+        return Path(self.client.download_artifacts(self.id(key), path))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    lack = missing()
+    assert not (lack and os.environ.get("CI")), f"CI has not {lack}"
+    if lack:
+        pytest.skip(f"needs {lack}")
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def lab(browser: Browser, tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Lab:
+    """Made as a user does, in as few steps as there can be; the two that do not depend on one another, at once."""
+    folder = tmp_path_factory.mktemp("ui")
+    lab = Lab(f"sqlite:///{shutil.copy(empty_database, folder / 'mlflow.db')}")
+    short = "--overrides=dataset.num_epochs=1 store="
+    single = begin(lab, "main", f"{short}{folder}/single")
+    training = begin(lab, "pretrain", "--steps=20", "--validations=2", f"--out={folder}/out", f"{short}{folder}/store")
+    finish(training)
+    ckpt = f"--ckpt={folder}/out/checkpoints/*"
+    finish(begin(lab, "main", ckpt, "--config=configs/pretrain.yaml", f"{short}{folder}/store"))
+    finish(single)
+    return lab
+
+
+def begin(lab: Lab, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": lab.uri, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.fixture(scope="module")
+def server(lab: Lab) -> Iterator[str]:
+    with running(Path(lab.uri.removeprefix("sqlite:///")).parent) as started:
+        yield started.uri
+
+
+@pytest.fixture
+def ui(browser: Browser, server: str) -> Iterator[Ui]:
+    """Tall enough for MLflow to draw all of a run's charts: it leaves out what would have to be scrolled to."""
+    yield Ui(browser, server, height=2600)
+    for context in browser.contexts:
+        context.close()
+
+
+def shown(value: float) -> str:
+    """A number as JavaScript writes it, in full."""
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+def cells(page: Page, column: str) -> Locator:
+    """Of a column of the tables of runs and models; there is a row that the table has, and keeps out of sight."""
+    return page.locator(f"[role=gridcell][col-id*='{column}']")
+
+
+def in_rows(page: Page, column: str) -> list[str]:
+    """The texts of a column, from the top: in the document the rows are in any order."""
+    cells(page, column).first.wait_for()
+    ranked = cells(page, column).evaluate_all(
+        "all => all.map(one => [+one.closest('[row-index]').getAttribute('row-index'), one.innerText])"
+    )
+    return [text for _, text in sorted(ranked)]
+
+
+def test_the_table_of_runs(ui: Ui, lab: Lab) -> None:
+    page = ui.runs()
+    show_columns(page, [ACCURACY, SPEARMAN])
+    runs = sorted(lab.runs.values(), key=lambda run: -run.info.start_time)
+    for name in NAMES.values():
+        page.get_by_role("link", name=name, exact=True).wait_for()
+    for metric in (ACCURACY, SPEARMAN):
+        assert in_rows(page, metric) == [shown(run.data.metrics[metric]) for run in runs]
+
+
+def test_the_table_of_runs_ranks_them(ui: Ui, lab: Lab) -> None:
+    """What the leaderboard does for checkpoints given together, sorting does for all."""
+    page = ui.runs(ACCURACY)
+    show_columns(page, [ACCURACY])
+    values = [run.data.metrics[ACCURACY] for run in lab.client.search_runs(["0"]) if ACCURACY in run.data.metrics]
+    assert in_rows(page, ACCURACY)[: len(values)] == [shown(value) for value in sorted(values, reverse=True)]
+
+
+def test_two_runs_side_by_side(ui: Ui, lab: Lab) -> None:
+    page = ui.compare([run.info.run_id for run in lab.children])
+    page.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()
+    for run in lab.children:
+        page.get_by_text(str(run.info.run_name), exact=True).first.wait_for()
+    for metric in (ACCURACY, SPEARMAN):
+        name = page.locator("[role=rowgroup] > div", has_text=metric)
+        name.wait_for()
+        top = name.evaluate("one => one.style.top")
+        row = name.locator("xpath=ancestor::*[.//*[@role='rowgroup']][2]").locator(f"div[style*='top: {top};'] > span")
+        values = [float(text) for text in row.all_inner_texts()]
+        assert values == pytest.approx([run.data.metrics[metric] for run in lab.children], abs=0.0005)
+
+
+@pytest.mark.parametrize(("key", "steps"), [("training", [0, 10, 20]), ("several", [10, 20])])
+def test_the_charts_of_a_run_are_grouped_by_task(key: str, steps: list[int], ui: Ui, lab: Lab) -> None:
+    run = lab.runs[key]
+    page = ui.run(run.info.run_id, "model-metrics")
+    for task in ("secondary_structure", "stability"):
+        names = [name for name in run.data.metrics if name.startswith(f"{task}/")]
+        page.get_by_text(task, exact=True).wait_for()
+        page.get_by_text(f"({len(names)})", exact=True).wait_for()
+        for name in names:
+            card = page.locator("[data-testid='experiment-view-compare-runs-card']", has_text=name.split("/")[1])
+            plot = card.filter(has_text=f"({name})").locator(".js-plotly-plot .trace, .js-plotly-plot .scatterlayer")
+            plot.first.wait_for()
+            points = plot.first.evaluate(
+                "one => { const {x, y} = one.closest('.js-plotly-plot').data[0]; return [x, y] }"
+            )
+            history = sorted(lab.client.get_metric_history(run.info.run_id, name), key=lambda point: point.step)
+            assert points == [steps, [point.value for point in history]]
+
+
+def test_the_checkpoints_in_the_tab_of_models(ui: Ui, lab: Lab) -> None:
+    page = ui.models()
+    show_model_metrics(page, [ACCURACY, SPEARMAN])
+    models = lab.client.search_logged_models(["0"])
+    assert {model.name for model in models} == {"checkpoint", "step=0", "step=10", "step=20"}
+    names = [text.split()[-1] for text in in_rows(page, "name")]
+    for metric in (ACCURACY, SPEARMAN):
+        values = {model.name: shown(value_of(model.metrics, metric)) for model in models}
+        assert dict(zip(names, in_rows(page, metric), strict=True)) == values
+
+
+def value_of(metrics: object, name: str) -> float:
+    assert isinstance(metrics, list)
+    return float(next(metric.value for metric in metrics if metric.key == name))
+
+
+def test_a_picture_among_the_artifacts(ui: Ui, lab: Lab) -> None:
+    path = "figures/secondary_structure/3state_confusion.png"
+    image = ui.run(lab.id("single"), f"artifacts/{path}").locator(f"img[alt='{path}']")
+    image.wait_for()
+    with Image.open(lab.file("single", path)) as drawn:
+        assert image.evaluate("one => [one.naturalWidth, one.naturalHeight]") == list(drawn.size)
+
+
+def test_the_leaderboard_is_a_table(ui: Ui, lab: Lab) -> None:
+    page = ui.run(lab.id("several"), "artifacts/leaderboard.json")
+    page.get_by_role("columnheader", name=ACCURACY, exact=True).wait_for()
+    heads, *rows = [
+        row.all_inner_texts()
+        for row in [each.locator("[role=columnheader], [role=cell]") for each in page.get_by_role("row").all()]
+    ]
+    ranked = sorted(lab.children, key=lambda run: -run.data.metrics[ACCURACY])
+    assert heads[:3] == ["rank", "checkpoint", "step"]
+    for place, (run, texts) in enumerate(zip(ranked, rows, strict=True), 1):
+        row = dict(zip(heads, texts, strict=True))
+        step = str(run.info.run_name).split()[0].removeprefix("step=")
+        assert (row["rank"], row["checkpoint"], row["step"]) == (str(place), f"step={step}", step)
+        assert {name: shown(value) for name, value in run.data.metrics.items()}.items() <= row.items()
+
+
+def markdown_table(page: Page) -> list[list[str]]:
+    """The rows of the table in a run's description."""
+    page.locator("table td").first.wait_for()
+    return [row.locator("td").all_inner_texts() for row in page.locator("table tbody tr").all()]
+
+
+def test_the_description_of_a_measurement_is_a_table(ui: Ui, lab: Lab) -> None:
+    page = ui.run(lab.id("single"))
+    page.get_by_text("Show more").click()
+    scores = {name: value for name, value, _ in markdown_table(page)}
+    assert scores == {name: f"{value:.4f}" for name, value in lab.runs["single"].data.metrics.items()}
+    page.get_by_role("link", name=ACCURACY).wait_for()
+    row = page.get_by_role("row", name=ACCURACY).filter(has=page.get_by_role("link"))
+    assert shown(lab.runs["single"].data.metrics[ACCURACY]) in row.inner_text().split()
+
+
+def test_the_description_of_several_is_the_leaderboard(ui: Ui, lab: Lab) -> None:
+    table = markdown_table(ui.run(lab.id("several")))
+    ranked = sorted(lab.children, key=lambda run: -run.data.metrics[ACCURACY])
+    names = [(str(run.info.run_name).split()[0], run.data.metrics) for run in ranked]
+    assert table == [
+        [str(place), name, *(f"{metrics[metric]:.4f}" for metric in (ACCURACY, SPEARMAN))]
+        for place, (name, metrics) in enumerate(names, 1)
+    ]
+
+
+def test_the_report_among_the_artifacts(ui: Ui, lab: Lab) -> None:
+    page = ui.run(lab.id("single"), "artifacts/report.html")
+    report = page.frame_locator("iframe")
+    report.get_by_role("heading", name="checkpoint: 4 tasks").wait_for()
+    rows = [row.locator("th, td").all_inner_texts()[:2] for row in report.locator("tbody tr").all()]
+    metrics: Mapping[str, float] = lab.runs["single"].data.metrics
+    assert dict(rows) == {name: f"{value:.4f}" for name, value in metrics.items()}
+    widths = report.locator("img").evaluate_all("all => all.map(one => one.naturalWidth)")
+    assert len(widths) == len(list(lab.file("single", "figures").rglob("*.png")))
+    assert all(widths)
