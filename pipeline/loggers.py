@@ -36,7 +36,7 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
         """Names the run; it is begun when the first thing is logged.
 
         Args:
-            run_name: MLflow makes one up by default.
+            run_name: by default the beginning of the run's key.
             experiment_name: by default the one in MLflow's own variables, or the default one.
             tracking_uri: server or database; by default the one in force.
             run_id: of a run on the server that is to be written to; it is not ended here.

@@ -79,7 +79,7 @@ class Ui:
         width, height = self.size
         page = self.browser.new_page(viewport={"width": width, "height": height})
         page.add_init_script(QUIET)
-        page.goto(f"{self.server}/#/{path}?workflowType=machine_learning&{query}")
+        page.goto(f"{self.server}/#/{path}?{query}&workflowType=machine_learning".replace("?&", "?"))
         return page
 
 

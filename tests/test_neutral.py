@@ -13,8 +13,8 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from pipeline import setup_dwnstr_task_validation_callbacks, untouched, validation
-from pipeline.config import Task
+from pipeline import JournalLogger, setup_dwnstr_task_validation_callbacks, untouched, validation
+from pipeline.config import Logging, Task
 from pipeline.errors import DataError
 from tests.test_path import planted_task
 from tests.training import Busy, Recorder, WithMethod, loader, section, trainer
@@ -49,6 +49,18 @@ def same(one: Recorder, other: Recorder) -> None:
     assert len(one.states) == len(other.states) == 8
     for left, right in zip([*one.states, one.end], [*other.states, other.end], strict=True):
         assert left == right
+
+
+def test_the_journal_changes_nothing(
+    task: Task, tmp_path: Path, tracking: str, undisturbed: Any, model_folder: Any
+) -> None:
+    """Neither do the pictures, nor the thread that sends, which MLflow would have draw a run's name by chance."""
+    config = section(tmp_path, task, on_start=True, on_error="raise", logging=Logging())
+    callbacks = setup_dwnstr_task_validation_callbacks(config)
+    pl.seed_everything(3, verbose=False)
+    logger = JournalLogger(journal=tmp_path / "journal.jsonl")
+    recorder = train(Busy(model_folder("esm")), tmp_path, callbacks, logger=logger, log_every_n_steps=1)
+    same(recorder, undisturbed[Busy])
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,9 @@ def test_two_runs_side_by_side(ui: Ui, lab: Lab) -> None:
         name = page.locator("[role=rowgroup] > div", has_text=metric)
         name.wait_for()
         top = name.evaluate("one => one.style.top")
-        row = name.locator("xpath=ancestor::*[.//*[@role='rowgroup']][2]").locator(f"div[style*='top: {top};'] > span")
+        section = name.locator("xpath=ancestor::*[contains(@class, 'collapse-content-box')]")
+        row = section.locator(f"[role=rowgroup] > div[style*='top: {top};'] > span")
+        row.nth(1).wait_for()
         values = [float(text) for text in row.all_inner_texts()]
         assert values == pytest.approx([run.data.metrics[metric] for run in lab.children], abs=0.0005)
 
@@ -212,7 +214,7 @@ def test_a_picture_among_the_artifacts(ui: Ui, lab: Lab) -> None:
 
 def test_the_leaderboard_is_a_table(ui: Ui, lab: Lab) -> None:
     page = ui.run(lab.id("several"), "artifacts/leaderboard.json")
-    page.get_by_role("columnheader", name=ACCURACY, exact=True).wait_for()
+    page.get_by_role("columnheader").filter(has_text=ACCURACY).wait_for()
     heads, *rows = [
         row.all_inner_texts()
         for row in [each.locator("[role=columnheader], [role=cell]") for each in page.get_by_role("row").all()]

@@ -103,7 +103,9 @@ class MlflowSink:
         tags = {**record["tags"], KEY: record["run"]}
         if record.get("parent"):
             tags["mlflow.parentRunId"] = self.run_id(record["parent"])
-        made = self.client.create_run(experiment, record["time"], tags, record.get("name"))
+        # Without a name MLflow draws one from the program's own random numbers, in the middle of a training.
+        name = record.get("name") or f"run {record['run'][:8]}"
+        made = self.client.create_run(experiment, record["time"], tags, name)
         return str(made.info.run_id)
 
     def _find(self, experiment: str, key: str) -> str | None:

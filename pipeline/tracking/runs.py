@@ -77,7 +77,8 @@ def open_run(name: str, config: Config, tracking_uri: str = "") -> Iterator[Open
     except MlflowException as error:
         raise TrackingError(f"MLflow at '{uri}' cannot be used: {error}") from error
     except OSError as error:
-        raise TrackingError(f"logging.journal cannot be written ({error}); set it to another folder") from error
+        key, folder = ("logging.journal", config.logging.journal) if config.logging.journal else ("store", config.store)
+        raise TrackingError(f"{key}: '{folder}' cannot be written ({error}); set {key} to another folder") from error
     try:
         with opened.run.ending():
             yield opened

@@ -1,0 +1,128 @@
+"""Makes the README's pictures: fills a database as the README says, and opens it in the MLflow UI.
+
+    python docs/screenshots.py [--short] [--tracking-uri URI] [--out FOLDER]
+
+`--short` trains for a minute less, for a trial; `--tracking-uri` takes a server that holds such runs already. Needs
+Chromium (`apt-get install chromium`) and the extra `test`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlflow import MlflowClient
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.browser import Ui, chromium, show_model_metrics  # noqa: E402
+from tests.servers import running  # noqa: E402
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from playwright.sync_api import Browser, Page
+
+COLOURS = 128
+METRICS = ("secondary_structure/test_3state_accuracy", "stability/test_stability_spearman")
+# The Assistant's button floats over the page.
+NO_BUTTON = "button:has(> svg linearGradient), [data-component-id*='assistant'] { visibility: hidden; }"
+
+
+def main() -> None:
+    """Fills, opens, photographs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="few steps and epochs")
+    parser.add_argument("--tracking-uri", default="", help="MLflow server with the runs; by default they are made")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for the pictures")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        server = options.tracking_uri or stack.enter_context(_filled(options.short))
+        _photograph(stack.enter_context(chromium()), server, options.out)
+
+
+@contextlib.contextmanager
+def _filled(short: bool) -> Iterator[str]:
+    """A server with what the README's commands leave: the main job, the demonstration, and all its checkpoints."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        uri = f"sqlite:///{folder}/mlflow.db"
+        with contextlib.chdir(folder):  # where the default experiment keeps its artifacts from now on
+            MlflowClient(uri).search_experiments()
+        store = f"overrides=store={folder}/store" + (" dataset.num_epochs=1" if short else "")
+        steps = ["-P", "steps=60", "-P", "validations=2"] if short else []
+        out = folder / "pretrained"
+        _mlflow_run(uri, "-P", store)
+        _mlflow_run(uri, "-e", "pretrain", "-P", store, "-P", f"out={out}", *steps)
+        _mlflow_run(uri, "-P", store, "-P", f"ckpt={out}/checkpoints/*", "-P", "config=configs/pretrain.yaml")
+        with running(folder) as server:
+            yield server.uri
+
+
+def _mlflow_run(uri: str, *arguments: str) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PATH": path}
+    command = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", "local", *arguments]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdin=subprocess.DEVNULL)
+
+
+def _photograph(browser: Browser, server: str, out: Path) -> None:
+    client = MlflowClient(server)
+    runs = [run for run in client.search_runs(["0"]) if "mlflow.parentRunId" not in run.data.tags]
+    single, training, several = (_named(runs, name) for name in ("checkpoint 4 tasks", "pretrain", "checkpoints "))
+
+    page = Ui(browser, server, 1400, 1460).run(single)
+    page.get_by_text("Show more").click()
+    page.get_by_role("link", name=METRICS[0]).wait_for()
+    _save(page, out / "mlflow-run.png")
+
+    page = Ui(browser, server, 1400, 1900).run(training, "model-metrics")
+    charts = len([name for name in client.get_run(training).data.metrics if "/" in name])
+    page.wait_for_function(f"document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length >= {charts}")
+    _save(page, out / "mlflow-curve.png")
+
+    page = Ui(browser, server, 1300, 480).models()
+    show_model_metrics(page, METRICS)
+    page.get_by_role("columnheader").filter(has_text=METRICS[1]).wait_for()
+    _save(page, out / "mlflow-models.png")
+
+    page = Ui(browser, server, 1400, 820).run(several)
+    page.locator("table td").first.wait_for()
+    page.get_by_role("link", name=METRICS[0]).wait_for()
+    _save(page, out / "mlflow-leaderboard.png")
+
+    with tempfile.TemporaryDirectory() as folder:
+        page = browser.new_page(viewport={"width": 1000, "height": 1500})
+        page.goto(Path(client.download_artifacts(single, "report.html", folder)).as_uri())
+        _save(page, out / "report.png")
+
+
+def _named(runs: list[Run], name: str) -> str:
+    """The id of the first run whose name has this in it."""
+    return next(str(run.info.run_id) for run in runs if name in str(run.info.run_name))
+
+
+def _save(page: Page, path: Path) -> None:
+    """The window, in few colours: a picture in a repository should be small."""
+    page.mouse.move(0, 0)  # what is hovered over shows tools
+    page.add_style_tag(content=NO_BUTTON)
+    page.wait_for_load_state("networkidle")
+    shot = page.screenshot(path=None, animations="disabled")
+    with Image.open(io.BytesIO(shot)) as image:
+        image.convert("RGB").quantize(COLOURS).save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size // 1024} KB")
+    page.close()
+
+
+if __name__ == "__main__":
+    main()
