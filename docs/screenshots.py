@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 COLOURS = 128
 METRICS = ("secondary_structure/test_3state_accuracy", "stability/test_stability_spearman")
-# The Assistant's button floats over the page.
-NO_BUTTON = "button:has(> svg linearGradient), [data-component-id*='assistant'] { visibility: hidden; }"
+NO_BUTTON = "[data-assistant-ui] { visibility: hidden; }"  # MLflow's Assistant, which floats over the page
 
 
 def main() -> None:
@@ -91,8 +90,9 @@ def _photograph(browser: Browser, server: str, out: Path) -> None:
     page.wait_for_function(f"document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length >= {charts}")
     _save(page, out / "mlflow-curve.png")
 
-    page = Ui(browser, server, 1300, 480).models()
+    page = Ui(browser, server, 1400, 1000).models()  # of which the list of columns takes all
     show_model_metrics(page, METRICS)
+    page.set_viewport_size({"width": 1400, "height": 500})
     page.get_by_role("columnheader").filter(has_text=METRICS[1]).wait_for()
     _save(page, out / "mlflow-models.png")
 
@@ -116,8 +116,7 @@ def _save(page: Page, path: Path) -> None:
     """The window, in few colours: a picture in a repository should be small."""
     page.mouse.move(0, 0)  # what is hovered over shows tools
     page.add_style_tag(content=NO_BUTTON)
-    page.wait_for_load_state("networkidle")
-    shot = page.screenshot(path=None, animations="disabled")
+    shot = page.screenshot(animations="disabled")
     with Image.open(io.BytesIO(shot)) as image:
         image.convert("RGB").quantize(COLOURS).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size // 1024} KB")
