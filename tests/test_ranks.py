@@ -71,6 +71,20 @@ def of(both: Any, case: str) -> dict[str, Any]:
     return dict(first)
 
 
+def test_one_rank_talks_to_trackers(both: Any) -> None:
+    found = of(both, "journal")
+    lines = [json.loads(line) for line in (both.folder / "journal.jsonl").read_text().splitlines()]
+    assert [line["op"] for line in lines].count("run") == 1
+    client = MlflowClient(both.tracking)
+    (run,) = client.search_runs(["0"], "attributes.run_name = 'two ranks'")
+    name = "test_label_accuracy"
+    curve = [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)]
+    assert curve == [(step, metrics[name]) for step, metrics in found["curve"]]
+    losses = [one.step for one in client.get_metric_history(run.info.run_id, "train_loss")]
+    assert losses == list(range(6))
+    assert run.info.status == "FINISHED"
+
+
 def test_metrics_are_the_same_on_both_ranks_and_training_is_untouched(both: Any) -> None:
     found = of(both, "with")
     assert [step for step, _ in found["curve"]] == [0, 2, 4, 6]

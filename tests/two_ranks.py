@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from pipeline import (
     DownstreamEarlyStopping,
     DownstreamModelCheckpoint,
+    JournalLogger,
     setup_dwnstr_task_validation_callbacks,
     validation,
 )
@@ -100,6 +101,8 @@ def everything(folder: Path) -> dict[str, Any]:
 
     found = {"without": fit(folder, "without", []), "with": fit(folder, "with", callback(on_start=True, on_end=True))}
     found["monitors"] = fit(folder, "monitors", callback() + monitors(folder / "best", own=False))
+    logger = JournalLogger("two ranks", journal=folder / "journal.jsonl")
+    found["journal"] = fit(folder, "journal", callback(), logger=logger, log_every_n_steps=1)
     own = monitors(folder / "every", own=True) + callback(every_n_validations=2)
     found["every"] = fit(folder, "every", own, max_epochs=5)
     # Else DDP itself waits for the other rank at every validation batch, to share its buffers.
