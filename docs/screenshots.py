@@ -59,7 +59,7 @@ def _filled(short: bool) -> Iterator[str]:
         with contextlib.chdir(folder):  # where the default experiment keeps its artifacts from now on
             MlflowClient(uri).search_experiments()
         store = f"overrides=store={folder}/store" + (" dataset.num_epochs=1" if short else "")
-        steps = ["-P", "steps=60", "-P", "validations=2"] if short else []
+        steps = ["-P", "steps=60"] if short else []
         out = folder / "pretrained"
         _mlflow_run(uri, "-P", store)
         _mlflow_run(uri, "-e", "pretrain", "-P", store, "-P", f"out={out}", *steps)
@@ -85,7 +85,7 @@ def _photograph(browser: Browser, server: str, out: Path) -> None:
     page.get_by_role("link", name=METRICS[0]).wait_for()
     _save(page, out / "mlflow-run.png")
 
-    page = Ui(browser, server, 1400, 1900).run(training, "model-metrics")
+    page = Ui(browser, server, 1400, 2120).run(training, "model-metrics")
     charts = len([name for name in client.get_run(training).data.metrics if "/" in name])
     page.wait_for_function(f"document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length >= {charts}")
     _save(page, out / "mlflow-curve.png")
@@ -96,13 +96,13 @@ def _photograph(browser: Browser, server: str, out: Path) -> None:
     page.get_by_role("columnheader").filter(has_text=METRICS[1]).wait_for()
     _save(page, out / "mlflow-models.png")
 
-    page = Ui(browser, server, 1400, 820).run(several)
-    page.locator("table td").first.wait_for()
+    page = Ui(browser, server, 1400, 900).run(several)
+    page.get_by_text("Show more").click()
     page.get_by_role("link", name=METRICS[0]).wait_for()
     _save(page, out / "mlflow-leaderboard.png")
 
     with tempfile.TemporaryDirectory() as folder:
-        page = browser.new_page(viewport={"width": 1000, "height": 1500})
+        page = browser.new_page(viewport={"width": 1000, "height": 1420})
         page.goto(Path(client.download_artifacts(single, "report.html", folder)).as_uri())
         _save(page, out / "report.png")
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, TrackingError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -36,6 +36,10 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see python -m pipeline --help")
 
 
+class PartlyError(PipelineError):
+    """Some of several checkpoints could not be measured; the run says so already."""
+
+
 class _Interrupted(BaseException):
     """SIGTERM or SIGINT."""
 
@@ -54,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         options.run(options)
     except PipelineError as error:
-        _say_on_run(str(error))
+        if not isinstance(error, PartlyError):
+            _say_on_run(str(error))
         print(f"error: {error}", file=sys.stderr)
         return 2
     except _Interrupted as interrupted:
@@ -167,7 +172,7 @@ def _measure(options: argparse.Namespace) -> None:
     until = "score" if options.stage == "main" else options.stage
     failed = _measure_tracked(options, config, until)
     if failed:
-        raise PipelineError("; ".join(f"{name}: {why}" for name, why in failed.items()))
+        raise PartlyError("; ".join(f"{name}: {why}" for name, why in failed.items()))
 
 
 def _measure_tracked(options: argparse.Namespace, config: Config, until: str) -> Mapping[str, str]:
@@ -175,15 +180,14 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
     from pathlib import Path
 
     from pipeline import compare, measure
-    from pipeline.checkpoints import expand
+    from pipeline.checkpoints import expand, name_of
     from pipeline.config_file import to_mapping
     from pipeline.report import table
-    from pipeline.score import headlines
     from pipeline.tracking.mirrors import mirrors
     from pipeline.tracking.runs import open_run
 
     ckpts = expand(options.ckpt)
-    name = measure.label_of(ckpts[0], None) if len(ckpts) == 1 else f"{len(ckpts)} checkpoints"
+    name = name_of(ckpts[0]) if len(ckpts) == 1 else f"{len(ckpts)} checkpoints"
     store = Path(config.store).expanduser()
     with (
         open_run(name, config, options.tracking_uri) as opened,
@@ -191,17 +195,18 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
     ):
         measure.describe(opened.run, config)
         if len(ckpts) == 1:
-            measured = [measure.measure(ckpts[0], config, opened.run, others, until)]
+            scores = measure.measure(ckpts[0], config, opened.run, others, until).scores
+            view = table(scores) if scores else None
+            failed = {}
         else:
-            measured = measure.measure_several(ckpts, config, opened.run, others, until)
-        failed = {one.label: one.error for one in measured if one.error}
+            rows = measure.measure_several(ckpts, config, opened.run, others, until)
+            names = measure.shown(rows, config)
+            view = compare.table(compare.rank(rows, names[0]), names) if any(row.metrics for row in rows) else None
+            failed = {row.label: row.error for row in rows if row.error}
         if failed:
             opened.run.end("FAILED")
-    names = headlines(config)
-    if len(ckpts) == 1 and measured[0].scores:
-        _print(table(measured[0].scores))
-    elif any(one.scores for one in measured):
-        _print(compare.table(compare.rank(measure.rows_of(measured), names[0]), names))
+    if view is not None:
+        _print(view)
     _print_links(opened)
     return failed
 
@@ -224,10 +229,17 @@ def _compare(options: argparse.Namespace) -> None:
 def _replay(options: argparse.Namespace) -> None:
     from pipeline.tracking.earlier import replay_journal
 
+    failed = []
     for name in options.journal:
-        arrived, refused = replay_journal(name, options.tracking_uri)
+        try:
+            arrived, refused = replay_journal(name, options.tracking_uri)
+        except PipelineError as error:
+            failed.append(str(error))
+            continue
         said = f", {refused} were refused" if refused else ""
         print(f"{name}: {arrived} records sent{said}")
+    if failed:
+        raise TrackingError("; ".join(failed))
 
 
 def _print(table: Any) -> None:
@@ -245,13 +257,15 @@ def _check_tracking(tracking_uri: str) -> None:
 
 def _print_links(opened: OpenRun) -> None:
     """Where to look at the run; for a local database, how to start the UI first."""
+    from pipeline.tracking.client import shown
     from pipeline.tracking.runs import link, runs_link
 
     if opened.ids is None:  # what is to be done is said already
         return
     server = opened.uri if opened.uri.startswith("http") else "http://127.0.0.1:5000"
     if server != opened.uri:
-        print(f"To look at it:  mlflow ui --backend-store-uri {opened.uri}")
+        print(f"To look at it:  mlflow ui --backend-store-uri {shown(opened.uri)}")
+    server = shown(server)
     print(f"This run:       {server}{link(opened.ids)}")
     print(f"All runs:       {server}{runs_link(opened.ids)}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def expand(ckpt: str) -> list[str]:
         return [ckpt]
     found: list[str] = []
     for one in _alternatives(ckpt):
-        matches = glob.glob(str(Path(one).expanduser())) if glob.has_magic(one) else [one]  # noqa: PTH207
+        pattern = glob.has_magic(one) and not Path(one).expanduser().exists()
+        matches = glob.glob(str(Path(one).expanduser()), recursive=True) if pattern else [one]  # noqa: PTH207
         if not matches:
             raise CheckpointError(f"ckpt: no checkpoint matches '{one}'")
         found += sorted(matches, key=lambda name: [(len(part), part) for part in re.split(r"(\d+)", name)])
@@ -73,6 +75,28 @@ def step_of(ckpt: str, encoder: Encoder) -> int | None:
         return int(json.loads(state.read_text())["global_step"])
     named = STEP.search(Path(ckpt).name)
     return int(named[1]) if named else None
+
+
+def name_of(ckpt: str) -> str:
+    """What a checkpoint is called: the last part of a path, or an MLflow URI without its scheme."""
+    place = re.sub(r"^\w+:/+", "", ckpt).rstrip("/")
+    return (place if place != ckpt.rstrip("/") else Path(place).name).removesuffix(".ckpt") or "checkpoint"
+
+
+def with_step(name: str, step: int | None) -> str:
+    """The name with its step in front, where it does not say it: long names are cut in the UI."""
+    said = STEP.search(name)
+    return name if step is None or (said and int(said[1]) == step) else f"step={step} {name}"
+
+
+def names_of(ckpts: Sequence[str]) -> list[str]:
+    """What several are called, told apart by their folders where names repeat."""
+    names = [name_of(ckpt) for ckpt in ckpts]
+    if len(set(names)) == len(names):
+        return names
+    parts = [Path(ckpt.removesuffix(".ckpt")).parts for ckpt in ckpts]
+    shared = next(place for place in range(max(map(len, parts))) if len({part[: place + 1] for part in parts}) > 1)
+    return ["/".join(part[shared:]) for part in parts]
 
 
 def open_encoder(

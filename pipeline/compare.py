@@ -61,23 +61,25 @@ def choose(rows: Sequence[Row], by: str = "") -> list[str]:
 
 def table(rows: Sequence[Row], names: Sequence[str]) -> Table:
     """The leaderboard for a terminal, by the first of `names`, best first."""
+    from rich.markup import escape
     from rich.table import Table
 
-    view = Table(title=f"Checkpoints by {names[0]}", title_justify="left")
+    view = Table(title=escape(f"Checkpoints by {names[0]}"), title_justify="left")
     view.add_column("#", justify="right")
     view.add_column("checkpoint", overflow="fold")
     for name in names:
-        view.add_column(name, justify="right", overflow="fold")
+        view.add_column(escape(name), justify="right", overflow="fold")
     for place, row in enumerate(rows, 1):
-        view.add_row(str(place), row.label, *_cells(row, names))
+        view.add_row(str(place), escape(row.label), *_cells(row, names))
     return view
 
 
 def markdown(rows: Sequence[Row], names: Sequence[str]) -> str:
     """The same in Markdown, with what went wrong, and whether the rows can be compared."""
     lines = [f"| # | checkpoint | {' | '.join(names)} |", f"|---:|---|{'---:|' * len(names)}"]
-    lines += [f"| {place} | {row.label} | {' | '.join(_cells(row, names))} |" for place, row in enumerate(rows, 1)]
-    lines += ["", *(f"- {row.label}: {row.error}" for row in rows if row.error)]
+    for place, row in enumerate(rows, 1):
+        lines.append(f"| {place} | {_plain(row.label)} | {' | '.join(_cells(row, names))} |")
+    lines += ["", *(f"- {_plain(row.label)}: {row.error}" for row in rows if row.error)]
     if not comparable(rows):
         lines.append("- The test sets differ between rows: sequences that one encoder takes are too long for another.")
     return "\n".join(lines)
@@ -102,6 +104,11 @@ def publish(rows: Sequence[Row], names: Sequence[str], tracker: Tracker, run: Jo
         tracker.artifact(path)
     run.tags({"mlflow.loggedArtifacts": json.dumps([{"path": FILE, "type": "table"}])})
     run.describe(f"{len(rows)} checkpoints by `{names[0]}`\n\n{markdown(rows, names)}")
+
+
+def _plain(text: str) -> str:
+    """Text that does not break a table."""
+    return " ".join(text.replace("|", "/").split())
 
 
 def _cells(row: Row, names: Sequence[str]) -> list[str]:

@@ -165,7 +165,7 @@ class Logging:
     tensorboard: str | None = _key("folder for TensorBoard's files, from the command line; null: none")
     figures: bool = _key("make pictures, and `report.html`", True)
     journal: str | None = _key(
-        "folder where what MLflow is sent is written first; it goes when all has arrived; null: `<store>/journal`"
+        "folder where what MLflow is sent is written first, and stays; null: `<store>/journal`, until all has arrived"
     )
 
     def check(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -12,7 +14,7 @@ from pipeline.lightning import pl
 from pipeline.tracking.journal import JournalRun, clean
 from pipeline.tracking.runs import OpenRun
 
-MOMENT = 0.2  # seconds that `finalize` waits for what is on its way; the end of the program waits longer
+logger = logging.getLogger(__name__)
 rank_zero_only = pl.utilities.rank_zero_only
 
 
@@ -52,16 +54,28 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
         self._own = run is None and run_id is None
         self._run = run
         self._opened: OpenRun | None = None
+        self._failed = False
 
     @property
     def experiment(self) -> JournalRun | None:
         """The run, on rank 0; None on the others."""
         if getattr(rank_zero_only, "rank", 0) == 0 and self._run is None:
-            new = Path("mlflow-journal") / f"{time.strftime('%Y%m%d-%H%M%S')}-{id(self):x}.jsonl"
-            path = Path(self._journal) if self._journal else new
-            self._opened = OpenRun(path, self._uri, self._journal is None, **self._what)
-            self._run = self._opened.run
+            self._run = self._begin()
         return self._run
+
+    def _begin(self) -> JournalRun | None:
+        """Begins the run; None where no journal can be made, which is said once."""
+        if self._failed:
+            return None
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}.jsonl"
+        path = Path(self._journal or Path("mlflow-journal") / name)
+        try:
+            self._opened = OpenRun(path, self._uri, self._journal is None, **self._what)
+        except OSError as error:
+            self._failed = True
+            logger.warning("JournalLogger: '%s' cannot be written, nothing is logged: %s", path, error)
+            return None
+        return self._opened.run
 
     @property
     def name(self) -> str:
@@ -76,14 +90,20 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Numbers at a step."""
-        assert self.experiment is not None
-        self.experiment.metrics({clean(name): float(value) for name, value in metrics.items()}, step or 0)
+        numbers = {}
+        for name, value in metrics.items():
+            try:
+                numbers[clean(name)] = float(value)
+            except (TypeError, ValueError):
+                logger.warning("JournalLogger: '%s' is not logged: expected a number, found %r", name, value)
+        if self.experiment is not None:
+            self.experiment.metrics(numbers, step or 0)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_args: Any, **_options: Any) -> None:
         """Settings of the training, nested ones as `a.b`."""
-        assert self.experiment is not None
-        self.experiment.parameters(vars(params) if isinstance(params, Namespace) else dict(params), "")
+        if self.experiment is not None:
+            self.experiment.parameters(vars(params) if isinstance(params, Namespace) else dict(params), "")
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -93,4 +113,5 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
         if self._own:
             self._run.end({"success": "FINISHED", "finished": "FINISHED"}.get(status, "FAILED"))
         if self._opened:
-            self._opened.sender.settle(MOMENT)
+            self._opened.sender.rest()
+            self._opened.sender.settle()

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import compare
-from pipeline.checkpoints import open_encoder, step_of
-from pipeline.config import Config
+from pipeline.checkpoints import name_of, names_of, open_encoder, step_of, with_step
+from pipeline.config import Config, metric_name
 from pipeline.config_file import to_mapping, to_yaml
 from pipeline.encoders import Encoder
 from pipeline.errors import PipelineError
@@ -34,23 +34,12 @@ class Measured:
     """A checkpoint's scores, or why there are none.
 
     Attributes:
-        ckpt: as it was given.
-        label: short, and beginning with what varies.
-        step: of the training, where the checkpoint says it.
+        row: what the leaderboard says of it.
         scores: of each task.
-        error: what stopped the measurement.
     """
 
-    ckpt: str
-    label: str
-    step: int | None = None
+    row: compare.Row
     scores: list[Scores] = field(default_factory=list)
-    error: str = ""
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Of all tasks."""
-        return {name: value for one in self.scores for name, value in one.metrics.items()}
 
 
 def describe(run: JournalRun, config: Config) -> None:
@@ -66,7 +55,8 @@ def measure(
     run: JournalRun,
     mirrors: Sequence[Tracker],
     until: str = "score",
-    known: Sequence[Scores] = (),
+    known: Sequence[Examples] = (),
+    name: str | None = None,
 ) -> Measured:
     """Measures a stored checkpoint.
 
@@ -76,7 +66,8 @@ def measure(
         run: what is told of the results; it is renamed after the checkpoint and the tasks.
         mirrors: are told the metrics and shown the pictures too.
         until: the last stage.
-        known: of a checkpoint measured before: its data are not read again, if they are the same.
+        known: the data of a checkpoint measured before; they are not read again, if this one takes the same.
+        name: of the checkpoint; by default the last part of the path.
 
     Raises:
         PipelineError: see `open_encoder` and `validate`.
@@ -84,67 +75,72 @@ def measure(
     target = config.dataset[0].infer_target
     encoder = open_encoder(ckpt, target, config.device, config.precision, config.architecture, config.trust_pickle)
     step = step_of(ckpt, encoder)
-    label = label_of(ckpt, step)
+    label = with_step(name or name_of(ckpt), step)
     run.rename(f"{label} {config.title}")
     if until == "score":
         run.checkpoint(label, encoder.digest, ckpt, step)
     store = Store(Path(config.store), config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
     here = AtStep(run, step or 0)
     scores = validate(encoder, config.tasks, store, here, until, _same(known, encoder))
-    measured = Measured(ckpt, label, step, scores)
+    metrics = {name: value for one in scores for name, value in one.metrics.items()}
     if scores:
         facts = facts_of(ckpt, step, encoder, scores)
         run.describe(markdown(facts, scores))
         mirrored = AtStep(Several(mirrors), step or 0)
-        mirrored.metrics(measured.metrics)
+        mirrored.metrics(metrics)
         if config.logging.figures:
             title = f"{label}: {config.title}"
             publish(scores, Several([here, mirrored]), title, facts, to_yaml(config))
-    return measured
+    data = frozenset(one.examples.test.digest for one in scores)
+    return Measured(compare.Row(label, step, metrics, "", data), scores)
 
 
 def measure_several(
     ckpts: Sequence[str], config: Config, run: JournalRun, mirrors: Sequence[Tracker], until: str = "score"
-) -> list[Measured]:
+) -> list[compare.Row]:
     """Measures each of several checkpoints in a nested run, and compares them in `run`.
 
     One that cannot be measured is said and passed over. Data are read once; what two have in common, such as the same
     weights under two names, is embedded and fitted once.
     """
     run.rename(f"{len(ckpts)} checkpoints {config.title}")
-    done: list[Measured] = []
-    for number, ckpt in enumerate(ckpts, 1):
+    rows: list[compare.Row] = []
+    known: list[Examples] = []
+    for number, (ckpt, name) in enumerate(zip(ckpts, names_of(ckpts), strict=True), 1):
         logger.info("checkpoint  %d of %d: %s", number, len(ckpts), ckpt)
-        known = next((one.scores for one in done if one.scores), [])
         try:
-            with run.step(label_of(ckpt, None)) as child:
-                done.append(measure(ckpt, config, child, [], until, known))
-        except PipelineError as error:
-            logger.warning("%s: %s", ckpt, error)
-            done.append(Measured(ckpt, label_of(ckpt, None), error=str(error)))
-    if any(one.scores for one in done):
-        _compare(done, config, run, mirrors)
-    return done
+            with run.step(name) as child:
+                measured = measure(ckpt, config, child, [], until, known, name)
+        except Exception as error:  # whatever a checkpoint is guilty of, such as no memory for it
+            kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
+            rows.append(compare.Row(name, None, {}, f"{kind}{' '.join(str(error).split())}"))
+            logger.warning("%s: %s", ckpt, rows[-1].error)
+            continue
+        rows.append(measured.row)
+        known = known or [one.examples for one in measured.scores]
+    if any(row.metrics for row in rows):
+        _compare(rows, config, run, mirrors)
+    return rows
 
 
-def _compare(done: Sequence[Measured], config: Config, run: JournalRun, mirrors: Sequence[Tracker]) -> None:
+def _compare(rows: Sequence[compare.Row], config: Config, run: JournalRun, mirrors: Sequence[Tracker]) -> None:
     """The leaderboard, and the curve against the step, or against the order given where checkpoints do not say one."""
-    rows = rows_of(done)
-    board = compare.rank(rows, headlines(config)[0])
     several = Several([run, *mirrors])
     steps = [row.step for row in rows if row.metrics]
     have_steps = None not in steps and len(set(steps)) == len(steps)
     points = [(row.step or 0 if have_steps else place, row.metrics) for place, row in enumerate(rows) if row.metrics]
     for step, metrics in points:
         several.metrics(metrics, step)
-    compare.publish(board, headlines(config), several, run)
+    names = shown(rows, config)
+    compare.publish(compare.rank(rows, names[0]), names, several, run)
     if config.logging.figures and have_steps:
         publish_curves(sorted(points, key=lambda point: point[0]), several)
 
 
-def rows_of(done: Sequence[Measured]) -> list[compare.Row]:
-    """A row of the leaderboard for each."""
-    return [compare.Row(one.label, one.step, one.metrics, one.error, _data_of(one.scores)) for one in done]
+def shown(rows: Sequence[compare.Row], config: Config) -> list[str]:
+    """The metrics that a leaderboard shows: the main ones, those first that a row has at all."""
+    names = headlines(config)
+    return [name for name in names if any(name in row.metrics for row in rows)] or compare.choose(rows) or names
 
 
 def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun) -> list[compare.Row]:
@@ -152,30 +148,19 @@ def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun)
     board = compare.rank([row for one in runs for row in rows_of_run(one)], names[0])
     compare.publish(board, names, run, run)
     for one in runs:
-        publish_curves(one.points, run, f"curves/{one.name}")
+        publish_curves(one.points, run, f"curves/{metric_name(one.name)} {one.run_id[:8]}")
     return board
 
 
 def rows_of_run(run: Earlier) -> list[compare.Row]:
     """A row for each step that a run was measured at."""
-    single = len(run.points) == 1
+    single, name = len(run.points) == 1, f"{run.name} ({run.run_id[:8]})"
     return [
-        compare.Row(run.name if single else f"step={step} {run.name}", step, metrics, "", run.data)
+        compare.Row(name if single else f"step={step} {name}", step, metrics, "", run.data)
         for step, metrics in run.points
     ]
 
 
-def _data_of(scores: Sequence[Scores]) -> frozenset[str]:
-    return frozenset(one.examples.test.digest for one in scores)
-
-
-def _same(known: Sequence[Scores], encoder: Encoder) -> list[Examples] | None:
+def _same(known: Sequence[Examples], encoder: Encoder) -> list[Examples] | None:
     """The data of another checkpoint, where this one takes sequences of the same lengths."""
-    examples = [one.examples for one in known]
-    return examples if examples and all(one.encoder_limit == encoder.max_seq_length for one in examples) else None
-
-
-def label_of(ckpt: str, step: int | None) -> str:
-    """A checkpoint's name, with its step in front where the name does not hold it: names are cut in the UI."""
-    name = ckpt.rstrip("/").rpartition("/")[2].removesuffix(".ckpt") or "checkpoint"
-    return name if step is None or str(step) in name else f"step={step} {name}"
+    return list(known) if known and all(one.encoder_limit == encoder.max_seq_length for one in known) else None

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient, environment_variables
@@ -24,9 +25,10 @@ from pipeline import DownstreamValidation, JournalLogger
 from pipeline.__main__ import main
 from pipeline.tracking import sender as sending
 from pipeline.tracking.client import be_brief
+from pipeline.tracking.delivery import RefusedError, Sink
 from pipeline.tracking.journal import Journal, JournalRun, Record
 from pipeline.tracking.runs import OpenRun
-from pipeline.tracking.sender import RefusedError, Sender
+from pipeline.tracking.sender import Sender
 from tests import servers
 from tests.conftest import ROOT
 from tests.test_path import planted_task
@@ -120,8 +122,10 @@ def sent(journal: Path) -> int:
 def leave() -> None:
     """As if the program had ended: what is not sent stays in the journals."""
     for sender in list(sending._senders):
+        thread = sender._thread
         sender.close(0.1, 0.1)
-        sender._thread.join()
+        if thread is not None:
+            thread.join()
 
 
 def wait(sender: Sender) -> None:
@@ -276,6 +280,7 @@ def test_a_journal_cut_anywhere_gives_its_whole_records(
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
     journal = Journal(path)
+    records = [{**record, "op": "x"} for record in records]
     for record in records:
         journal.append(record)
     journal.close()
@@ -286,7 +291,7 @@ def test_a_journal_cut_anywhere_gives_its_whole_records(
     assert list(journal.read()) == [(record, end) for record, end in every if end <= cut]
 
 
-class FakeSink:
+class FakeSink(Sink):
     """Fails as often as it is told to; refuses what says so."""
 
     def __init__(self, failures: int = 0) -> None:
@@ -300,6 +305,9 @@ class FakeSink:
         if any(record["op"] == "bad" for record in records):
             raise RefusedError("not such a one")
         self.records += records
+
+    def answers(self) -> bool:
+        return False
 
 
 def test_a_server_that_comes_back_is_sent_everything_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -349,6 +357,100 @@ def test_replay_of_what_is_no_journal(name: str, message: str, tmp_path: Path, c
     (tmp_path / "x.csv").touch()
     assert main(["replay", str(tmp_path / name)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_second_logger_goes_on_in_the_same_journal(tmp_path: Path, tracking: str) -> None:
+    """In the same process, whose first one holds the lock."""
+    for step in range(3):
+        JournalLogger("again", journal=tmp_path / "a.jsonl").log_metrics({"x": 1.0}, step)
+    assert sending.flush()
+    assert state(tracking, "again")["metrics"] == {"x": [(0, 1.0), (1, 1.0), (2, 1.0)]}
+
+
+def test_a_logger_may_be_used_after_a_training(tmp_path: Path, tracking: str) -> None:
+    """Its thread has ended then; the run's status stays, or becomes that of the last training."""
+    logger = JournalLogger("twice", journal=tmp_path / "a.jsonl")
+    for step, status in enumerate(("failed", "success")):
+        logger.log_metrics({"x": 1.0}, step)
+        logger.finalize(status)
+        assert sending.flush()
+        assert state(tracking, "twice")["status"] == {"failed": "FAILED", "success": "FINISHED"}[status]
+    logger.log_metrics({"x": 2.0}, 9)
+    assert sending.flush()
+    found = state(tracking, "twice")
+    assert found["metrics"] == {"x": [(0, 1.0), (1, 1.0), (9, 2.0)]}
+    assert found["status"] == "FINISHED"
+
+
+def test_what_another_process_sends_is_waited_for(tmp_path: Path) -> None:
+    sink = FakeSink()
+    journal = Journal(tmp_path / "a.jsonl")
+    with FileLock(tmp_path / "a.lock"):
+        sender = Sender(journal, lambda: sink)
+        journal.append({"op": "x"})
+        assert not sender.settle(0.1)
+        while sender.failure is None:
+            time.sleep(0.01)
+        assert "another process" in sender.failure
+    wait(sender)
+    assert [record["op"] for record in sink.records] == ["journal", "x"]
+    assert sender.close()
+
+
+def test_a_file_that_cannot_be_kept_does_not_hold_up_the_rest(
+    tmp_path: Path, tracking: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    nowhere = MlflowClient().create_experiment("nowhere", artifact_location="/dev/null/artifacts")
+    opened = OpenRun(tmp_path / "a.jsonl", name="files", experiment={"id": nowhere})
+    opened.run.text("hello", "hello.txt")
+    opened.run.metrics({"x": 1.0})
+    opened.run.end("FINISHED")
+    wait(opened.sender)
+    (run,) = MlflowClient().search_runs([nowhere])
+    assert (run.data.metrics, run.info.status) == ({"x": 1.0}, "FINISHED")
+    assert caplog.text.count("MLflow refused artifact failed 3 times") == 1
+
+
+def test_an_older_journal_does_not_end_a_run_that_went_on(tmp_path: Path, tracking: str) -> None:
+    """Killed with the server down, resumed in a journal of its own: then the first is sent, and sent again."""
+    with servers.silent() as uri:
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, str(tmp_path / "a.jsonl"), uri], env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+    assert killed.returncode == -signal.SIGKILL
+    key = next(iter(Journal(tmp_path / "a.jsonl").runs))
+    resumed = OpenRun(tmp_path / "b.jsonl", key=key, name="killed")
+    resumed.run.metrics({"x": 0.75}, 4)
+    assert resumed.sender.settle(30)
+    assert main(["replay", str(tmp_path / "a.jsonl"), f"--tracking-uri={tracking}"]) == 0
+    assert state(tracking, "killed")["status"] == "RUNNING"
+    resumed.run.end("FINISHED")
+    assert resumed.sender.close()
+    assert main(["replay", str(tmp_path / "a.jsonl"), f"--tracking-uri={tracking}"]) == 0
+    found = state(tracking, "killed")
+    assert found["status"] == "FINISHED"
+    assert found["metrics"] == {"x": [(3, 0.5), (4, 0.75)]}
+
+
+def test_names_and_values_that_mlflow_would_refuse(tmp_path: Path, tracking: str, caplog: Any) -> None:
+    logger = JournalLogger("odd", journal=tmp_path / "a.jsonl")
+    odd: Any = {"a//b": 1.0, "/c@d": 2.0, "e" * 300: 3.0, "nan": float("nan"), "none": None, "text": "x"}
+    logger.log_metrics(odd, 1)
+    logger.log_hyperparams({"/abs/path": 1, "lr": 0.1})
+    assert sending.flush()
+    found = state(tracking, "odd")
+    assert set(found["metrics"]) == {"a/b", "c_d", "e" * 250, "nan"}
+    assert found["params"] == {"abs/path": "1", "lr": "0.1"}
+    assert caplog.text.count("expected a number") == 2
+
+
+def test_a_given_run_is_not_taken_for_ours(tmp_path: Path, tracking: str) -> None:
+    """Others sweep up runs whose process is gone; whoever made this one may still be at work."""
+    made = MlflowClient().create_run("0", run_name="theirs")
+    opened = OpenRun(tmp_path / "a.jsonl", run_id=made.info.run_id)
+    opened.run.metrics({"x": 1.0})
+    assert opened.sender.close()
+    assert not any(key.startswith("pipeline.") for key in MlflowClient().get_run(made.info.run_id).data.tags)
 
 
 def test_a_full_disk_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -31,7 +31,7 @@ from pipeline import Store, open_encoder, read_config, validate
 from pipeline.__main__ import main
 from pipeline.config_file import to_mapping
 from pipeline.huggingface import DESCRIPTION, describe
-from pipeline.tracking.journal import HOST, PROCESS
+from pipeline.tracking.process import HOST, PROCESS
 from tests.conftest import ROOT, write_csv
 
 PARENT = "mlflow.parentRunId"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import shutil
 import socket
 import tempfile
 import threading
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,22 @@ from mlflow import MlflowClient, environment_variables
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import CheckpointError
-from pipeline.tracking.journal import HOST, NOTE, PROCESS, alive
+from pipeline.tracking.journal import NOTE
+from pipeline.tracking.process import HOST, PROCESS, alive
 
 # For this thread alone, MLflow's client asks once and waits briefly: the sender has manners of its own, and a create
 # that the client repeats by itself after a lost answer makes two.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": 0, "MLFLOW_HTTP_REQUEST_TIMEOUT": 10}
-brief: Any = threading.local()
+BRIEFLY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": 0, "MLFLOW_HTTP_REQUEST_TIMEOUT": 10}
+UPLOAD_SECONDS = 300
+
+
+class _Brief(threading.local):
+    on = False
+    upload = 0
+
+
+brief = _Brief()
+lock = threading.Lock()
 
 
 def connect(uri: str = "") -> MlflowClient:
@@ -42,13 +55,37 @@ def connect(uri: str = "") -> MlflowClient:
 def be_brief() -> None:
     """Makes MLflow's client give up soon, in this thread alone; what the user's environment says holds."""
     brief.on = True
-    for name, value in PATIENCE.items():
-        variable = getattr(environment_variables, name, None)
-        if variable is not None and not hasattr(variable, "usual"):
-            variable.usual = variable.get
-            variable.get = lambda variable=variable, value=value: (
-                value if getattr(brief, "on", False) and not variable.is_set() else variable.usual()
-            )
+    with lock:
+        for name in BRIEFLY:
+            variable: Any = getattr(environment_variables, name, None)
+            if variable is not None and not hasattr(variable, "usual"):
+                variable.usual = variable.get
+                variable.get = partial(_briefly, variable)
+
+
+def _briefly(variable: Any) -> Any:
+    if not brief.on or variable.is_set():
+        return variable.usual()
+    return brief.upload if brief.upload and "TIMEOUT" in variable.name else BRIEFLY[variable.name]
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """Within, a call may take as long as a file does."""
+    brief.upload = UPLOAD_SECONDS
+    try:
+        yield
+    finally:
+        brief.upload = 0
+
+
+def shown(uri: str) -> str:
+    """An address without the password in it.
+
+    >>> shown("https://me:secret@host:5000/x")
+    'https://host:5000/x'
+    """
+    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def fail_run(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from mlflow.exceptions import MlflowException
 from pipeline.config import LOSS
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.metrics import NAMES
-from pipeline.tracking.client import be_brief, connect
-from pipeline.tracking.journal import Journal
+from pipeline.tracking.client import be_brief, connect, shown
+from pipeline.tracking.delivery import replay
+from pipeline.tracking.journal import Journal, Record
 from pipeline.tracking.mlflow import MlflowSink
-from pipeline.tracking.sender import replay
+
+SCORE = re.compile(f"test_.+({'|'.join(NAMES)})")
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,13 @@ class Earlier:
     """A run that MLflow has: of a measurement, of several, or of a training.
 
     Attributes:
+        run_id: of the run.
         name: the run's.
         points: downstream metrics at each step, the first step first.
         data: digests of the test sets.
     """
 
+    run_id: str
     name: str
     points: list[tuple[int, dict[str, float]]]
     data: frozenset[str]
@@ -48,7 +53,7 @@ def read_runs(run_ids: Sequence[str], tracking_uri: str = "") -> list[Earlier]:
         client = connect()
         return [_read(client, run_id) for run_id in dict.fromkeys(run_ids)]
     except MlflowException as error:
-        raise TrackingError(f"MLflow at '{mlflow.get_tracking_uri()}': {error}; check the run's id") from error
+        raise TrackingError(f"MLflow at '{shown(mlflow.get_tracking_uri())}': {error}; check the run's id") from error
 
 
 def _read(client: MlflowClient, run_id: str) -> Earlier:
@@ -61,13 +66,13 @@ def _read(client: MlflowClient, run_id: str) -> Earlier:
         raise ConfigError(f"run '{run_id}' holds no measurement; give runs of measurements or of trainings")
     sets = [one.dataset for one in (run.inputs.dataset_inputs if run.inputs else [])]
     data = frozenset(one.digest for one in sets if one.name.endswith(" test"))
-    return Earlier(str(run.info.run_name), sorted(points.items(), key=lambda point: point[0]), data)
+    return Earlier(run_id, str(run.info.run_name), sorted(points.items(), key=lambda point: point[0]), data)
 
 
 def _is_score(name: str) -> bool:
     """Whether a metric is one of a downstream task's."""
     last = name.rpartition("/")[2]
-    return last == LOSS or (last.startswith("test_") and last.endswith(NAMES))
+    return last == LOSS or SCORE.fullmatch(last) is not None
 
 
 def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:
@@ -80,17 +85,19 @@ def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:
     if not path.is_file() or path.suffix != ".jsonl":
         raise TrackingError(f"journal: '{name}' is not there; give the .jsonl file that a warning named")
     journal = Journal(path)
-    head = next((record for record, _ in journal.read()), {})
+    head: Record = next((record for record, _ in journal.read()), {})
     uri = tracking_uri or head.get("uri", "")
     if not uri:
         raise TrackingError(f"journal: '{name}' does not say where it is for; give --tracking-uri")
     be_brief()
     try:
         sink = MlflowSink(connect(uri), journal)
-        counts = replay(journal, sink)
+        arrived, refused = replay(journal, sink)
         sink.kill_unended()
-    except MlflowException as error:
-        raise TrackingError(f"MLflow at '{uri}' does not answer: {error}; start it, and replay again") from error
+    except (MlflowException, ImportError) as error:
+        raise TrackingError(f"MLflow at '{shown(uri)}' does not answer: {error}; start it, and replay again") from error
     finally:
         journal.close()
-    return counts
+    if head.get("remove") and not refused:
+        journal.remove()
+    return arrived, refused

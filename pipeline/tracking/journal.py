@@ -6,13 +6,12 @@ file; a run has a key of the journal's, since its id is the server's to give, la
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-import socket
 import threading
 import time
 import uuid
@@ -24,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tracking import Data
+from pipeline.tracking.process import process_tags
 
 Record = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 NOTE = "mlflow.note.content"
-PROCESS = "pipeline.process"
-HOST = "pipeline.host"
 
 
 class Journal:
@@ -40,8 +38,10 @@ class Journal:
     closes the file.
     """
 
-    def __init__(self, path: Path, uri: str = "") -> None:
+    def __init__(self, path: Path, uri: str = "", remove: bool = False) -> None:
         """Opens the journal at `path`, or makes one whose records are for the server or database at `uri`.
+
+        `remove` is for whoever replays it: it was to go when everything had arrived.
 
         Raises:
             OSError: it can be neither read nor made.
@@ -49,19 +49,24 @@ class Journal:
         self.path = path
         self.files = path.with_suffix(".files")
         self.listener: Callable[[], None] = lambda: None  # called after each record
-        self._numbers = itertools.count()
+        self.runs: dict[str, Record] = {}  # the last beginning of each run
+        self.lost = 0  # records that could not be written
         self._lock = threading.Lock()
-        self._broken = False
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)  # an address may hold a password
         self._stream = os.fdopen(descriptor, "ab")
         self.close = weakref.finalize(self, self._stream.close)
         if new:
-            self.append({"op": "journal", "uri": uri})
-        elif path.stat().st_size and path.read_bytes()[-1:] != b"\n":
-            self._stream.write(b"\n")  # a kill tore the last line
+            self.append({"op": "journal", "uri": uri, "remove": remove})
+            return
+        with path.open("rb") as stream:
+            stream.seek(max(0, self.end - 1))
+            torn = stream.read() not in (b"", b"\n")
+        if torn:  # by a kill
+            self._stream.write(b"\n")
             self._stream.flush()
+        self.runs = {record["run"]: record for record, _ in self.read() if record["op"] == "run"}
 
     @property
     def end(self) -> int:
@@ -81,13 +86,16 @@ class Journal:
 
     @sent.setter
     def sent(self, offset: int) -> None:
-        temporary = self.path.with_suffix(".sent.tmp")
-        temporary.write_text(str(offset))
-        temporary.replace(self.path.with_suffix(".sent"))
+        with contextlib.suppress(OSError):  # on a full disk some records are sent once more, which does no harm
+            temporary = self.path.with_suffix(".sent.tmp")
+            temporary.write_text(str(offset))
+            temporary.replace(self.path.with_suffix(".sent"))
 
     def append(self, record: Record) -> None:
-        """Adds a record; never raises."""
+        """Adds a record."""
         line = json.dumps(record, separators=(",", ":"), default=str).encode() + b"\n"
+        if record["op"] == "run":
+            self.runs[record["run"]] = record
         with self._lock, self._said():
             self._stream.write(line)
             self._stream.flush()
@@ -95,7 +103,7 @@ class Journal:
 
     def keep(self, source: Path | str, name: str) -> str | None:
         """Keeps a copy of a file, or a text, and gives the name of the copy within `files`; None if it cannot."""
-        kept = f"{next(self._numbers)}-{os.getpid()}/{name}"
+        kept = f"{os.urandom(8).hex()}/{name}"
         with self._said():
             path = self.files / kept
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,9 +144,9 @@ class Journal:
         try:
             yield
         except (OSError, ValueError) as error:
-            if not self._broken:
+            if not self.lost:
                 logger.warning("the journal '%s' cannot be written, results are not logged: %s", self.path, error)
-            self._broken = True
+            self.lost += 1
 
 
 class JournalRun:
@@ -154,12 +162,17 @@ class JournalRun:
         self.key = key
         self.context = context
         self.model: str | None = None
-        self.ended = False
+        self.ended: str | None = None
         self._notes: list[str] = []
 
     @classmethod
     def begin(
-        cls, journal: Journal, key: str | None = None, context: Mapping[str, str] | None = None, **what: Any
+        cls,
+        journal: Journal,
+        key: str | None = None,
+        context: Mapping[str, str] | None = None,
+        mine: bool = True,
+        **what: Any,
     ) -> JournalRun:
         """Begins a run, or goes on with the one that has this key.
 
@@ -167,11 +180,13 @@ class JournalRun:
             journal: where it is written.
             key: of a run that is to be continued.
             context: tags of the run and of those nested in it, such as who began it.
+            mine: it ends with this process.
             what: `name`; `parent`, the key of another run; `run_id` of a run that is on the server already;
                 `experiment`, the name or the id of its experiment.
         """
         run = cls(journal, key or uuid.uuid4().hex, context or {})
-        run._write("run", tags={**run.context, **process_tags()}, time=now(), **what)
+        tags = {**run.context, **process_tags()} if mine else {}
+        run._write("run", tags=tags, time=now(), **what)
         return run
 
     @contextmanager
@@ -229,9 +244,9 @@ class JournalRun:
 
     def end(self, status: str) -> None:
         """Ends the run: FINISHED, FAILED or KILLED."""
-        if not self.ended:
+        if status != self.ended:
             self._write("end", status=status, time=now())
-        self.ended = True
+        self.ended = status
 
     @contextmanager
     def ending(self) -> Iterator[None]:
@@ -245,7 +260,7 @@ class JournalRun:
         except BaseException:
             self.end("KILLED")
             raise
-        self.end("FINISHED")  # unless it was ended otherwise within
+        self.end(self.ended or "FINISHED")
 
     def _file(self, source: Path | str, name: str, folder: str) -> None:
         kept = self.journal.keep(source, name)
@@ -262,38 +277,17 @@ def dataset_name(data: Data) -> str:
 
 
 def clean(name: str) -> str:
-    """A name with every character that MLflow refuses turned into `_`."""
-    return re.sub(r"[^\w./ :-]", "_", name)
+    """A name that MLflow takes: with `_` for every character that it refuses, and no longer than it takes.
+
+    >>> clean("/a//b@c/")
+    'a/b_c'
+    """
+    return re.sub(r"/+", "/", re.sub(r"[^\w./ :-]", "_", name)).strip("/")[:250] or "_"
 
 
 def now() -> int:
     """Milliseconds since 1970."""
     return int(time.time() * 1000)
-
-
-def process_tags() -> dict[str, str]:
-    """Tags that name this process, so that another can see whether it lives."""
-    return {HOST: socket.gethostname(), PROCESS: f"{os.getpid()} {_started(os.getpid())}"}
-
-
-def alive(process: str) -> bool:
-    """Whether the process that a tag names is there."""
-    pid, _, started = process.partition(" ")
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        pass
-    return started in ("?", _started(int(pid)))
-
-
-def _started(pid: int) -> str:
-    """When a process started, in clock ticks since boot, so that a number used again is not taken for it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return "?"
 
 
 def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

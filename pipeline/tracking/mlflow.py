@@ -7,6 +7,7 @@ active run per thread, and would open a second one for a caller that has its own
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import tempfile
@@ -23,6 +24,7 @@ from mlflow.entities import (
     LoggedModelStatus,
     Metric,
     Param,
+    Run,
     RunTag,
     ViewType,
 )
@@ -31,9 +33,10 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.models.utils import get_external_mlflow_model_spec
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 
-from pipeline.tracking.client import be_brief, connect, sweep
-from pipeline.tracking.journal import HOST, PROCESS, Journal, Record, alive
-from pipeline.tracking.sender import RefusedError
+from pipeline.tracking.client import be_brief, connect, patient, sweep
+from pipeline.tracking.delivery import RefusedError
+from pipeline.tracking.journal import Journal, Record
+from pipeline.tracking.process import HOST, PROCESS, alive
 
 KEY = "pipeline.journal"  # the tag that holds a run's key
 BATCH = 100  # most parameters or tags in one call; a server refuses more
@@ -56,7 +59,6 @@ class MlflowSink:
         self.journal = journal
         self.ids: dict[str, str] = {}
         self.experiments: dict[str, str] = {}
-        self._begun = {record["run"]: record for record, _ in journal.read() if record["op"] == "run"}
         self._models: dict[tuple[str, str], str] = {}
         self._lost: set[str] = set()
 
@@ -68,8 +70,8 @@ class MlflowSink:
             return
         try:
             act(records)
-        except MlflowException as error:
-            if error.error_code not in REFUSALS:
+        except (MlflowException, ImportError, KeyError) as error:
+            if isinstance(error, MlflowException) and error.error_code not in REFUSALS:
                 raise
             key = first["run"]
             refused = RefusedError(f"{first['op']} of run {key[:8]}: {error}", said=key in self._lost)
@@ -77,16 +79,28 @@ class MlflowSink:
                 self._lost.add(key)
             raise refused from error
 
+    def answers(self) -> bool:
+        """See `Sink.answers`."""
+        try:
+            self.client.search_experiments(max_results=1)
+        except MlflowException:
+            return False
+        return True
+
     def run_id(self, key: str) -> str:
         """The id of a run, by its key; found on the server if this object did not make it."""
         if key not in self.ids:
-            self._run([self._begun[key]])
+            self._begin(self.journal.runs[key], again=False)
         return self.ids[key]
 
     def _run(self, records: Sequence[Record]) -> None:
-        record = records[0]
+        self._begin(records[0], again=True)
+        if not records[0].get("parent"):
+            sweep(self.client, self.experiments[records[0]["run"]])
+
+    def _begin(self, record: Record, again: bool) -> None:
+        """Finds the run of a record, or makes it; with `again`, one that had ended goes on."""
         key, given = record["run"], record.get("run_id")
-        self._begun[key] = record
         if given:
             experiment = self.client.get_run(given).info.experiment_id
             self._tag(given, record["tags"])
@@ -94,10 +108,11 @@ class MlflowSink:
                 self.client.update_run(given, name=record["name"])
         else:
             experiment = self._experiment_of(record)
-            given = self._find(experiment, key) or self._create(experiment, record)
+            found = self._find(experiment, key)
+            if found and again:
+                self._go_on(found, record)
+            given = found.info.run_id if found else self._create(experiment, record)
         self.ids[key], self.experiments[key] = given, experiment
-        if not record.get("parent"):
-            sweep(self.client, experiment)
 
     def _create(self, experiment: str, record: Record) -> str:
         tags = {**record["tags"], KEY: record["run"]}
@@ -108,17 +123,26 @@ class MlflowSink:
         made = self.client.create_run(experiment, record["time"], tags, name)
         return str(made.info.run_id)
 
-    def _find(self, experiment: str, key: str) -> str | None:
-        """The run with this key, going on again; the first of them, where a late answer left two."""
+    def _go_on(self, run: Run, record: Record) -> None:
+        """Opens a run that had ended before it was begun again; not one that another process has gone on with."""
+        ended, process = run.info.end_time, run.data.tags.get(PROCESS, "")
+        if (ended and ended >= record["time"]) or (process and alive(process)):
+            return
+        self.client.update_run(run.info.run_id, status="RUNNING")
+        self._tag(run.info.run_id, record["tags"])
+
+    def _find(self, experiment: str, key: str) -> Run | None:
+        """The run with this key; the one that was written to, where an answer that came late left two."""
         mine = f"tags.`{KEY}` = '{key}'"
-        found = self.client.search_runs([experiment], mine, ViewType.ACTIVE_ONLY, 10, ["attributes.start_time ASC"])
-        for run in found[1:]:
-            self.client.delete_run(run.info.run_id)
-        if not found:
-            return None
-        self.client.update_run(found[0].info.run_id, status="RUNNING")
-        self._tag(found[0].info.run_id, self._begun[key]["tags"])
-        return str(found[0].info.run_id)
+        found = self.client.search_runs([experiment], mine, ViewType.ACTIVE_ONLY, 10)
+        return max(found, key=lambda run: len(run.data.metrics) + len(run.data.params), default=None)
+
+    def _remove_others(self, key: str) -> None:
+        """Where the server made a run after it was given up, and was asked again, there are two."""
+        mine = f"tags.`{KEY}` = '{key}'"
+        for run in self.client.search_runs([self.experiments[key]], mine, ViewType.ACTIVE_ONLY, 10):
+            if run.info.run_id != self.ids[key]:
+                self.client.delete_run(run.info.run_id)
 
     def _experiment_of(self, record: Record) -> str:
         if record.get("parent"):
@@ -129,7 +153,13 @@ class MlflowSink:
         if not name:
             return str(named.get("id") or "0")
         found = self.client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else self.client.create_experiment(name))
+        if found is None:
+            with contextlib.suppress(MlflowException):  # another process may have made it meanwhile
+                return str(self.client.create_experiment(name))
+            found = self.client.get_experiment_by_name(name)
+        if found is None:
+            raise MlflowException(f"experiment '{name}' cannot be made")
+        return str(found.experiment_id)
 
     def _metrics(self, records: Sequence[Record]) -> None:
         run_id = self.run_id(records[0]["run"])
@@ -167,7 +197,9 @@ class MlflowSink:
         path = self.journal.files / record["file"]
         if not path.is_file():
             raise RefusedError(f"the file '{path}' is gone")
-        self.client.log_artifact(self.run_id(record["run"]), str(path), record["folder"] or None)
+        run_id = self.run_id(record["run"])
+        with patient():
+            self.client.log_artifact(run_id, str(path), record["folder"] or None)
 
     def _data(self, records: Sequence[Record]) -> None:
         from mlflow.data import sources
@@ -220,20 +252,26 @@ class MlflowSink:
     def _finish(self, model: LoggedModel) -> None:
         with tempfile.TemporaryDirectory() as folder:
             get_external_mlflow_model_spec(model).save(str(Path(folder) / MLMODEL_FILE_NAME))
-            self.client.log_model_artifacts(model.model_id, folder)
+            with patient():
+                self.client.log_model_artifacts(model.model_id, folder)
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
     def _end(self, records: Sequence[Record]) -> None:
         record = records[0]
+        begun = self.journal.runs[record["run"]]
         self.client.set_terminated(self.run_id(record["run"]), record["status"], record["time"])
+        if not begun.get("run_id") and not begun.get("parent"):
+            self._remove_others(record["run"])
 
     def kill_unended(self) -> None:
         """Ends the runs that the journal began and did not end, where their process is gone."""
-        ended = {record["run"] for record, _ in self.journal.read() if record["op"] == "end"}
-        for key, record in self._begun.items():
-            mine = not record.get("run_id") and record["tags"][HOST] == socket.gethostname()
-            if key not in ended and mine and not alive(record["tags"][PROCESS]):
-                self.client.set_terminated(self.run_id(key), "KILLED")
+        for key, record in self.journal.runs.items():
+            if record.get("run_id") or record["tags"].get(HOST) != socket.gethostname():
+                continue
+            run = self.client.get_run(self.run_id(key))
+            same = run.data.tags.get(PROCESS) == record["tags"][PROCESS]
+            if run.info.status == "RUNNING" and same and not alive(record["tags"][PROCESS]):
+                self.client.set_terminated(run.info.run_id, "KILLED")
 
 
 def open_sink(uri: str, journal: Journal) -> MlflowSink:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -17,10 +18,13 @@ from mlflow.tracking.context.registry import resolve_tags
 
 from pipeline.config import Config
 from pipeline.errors import TrackingError
-from pipeline.tracking.client import connect
+from pipeline.tracking.client import connect, shown
 from pipeline.tracking.journal import Journal, JournalRun
 from pipeline.tracking.mlflow import MlflowSink, open_sink
 from pipeline.tracking.sender import Sender
+
+LIMIT_INTERRUPTED = 5.0  # seconds
+_senders: WeakValueDictionary[Path, Sender] = WeakValueDictionary()
 
 
 class OpenRun:
@@ -46,10 +50,11 @@ class OpenRun:
             OSError: the journal cannot be written.
         """
         self.uri = uri or mlflow.get_tracking_uri()
-        journal = Journal(path, self.uri)
-        self.sender = Sender(journal, partial(open_sink, self.uri, journal), remove)
-        key = key or next((record["run"] for record, _ in journal.read() if record["op"] == "run"), None)
-        self.run = JournalRun.begin(journal, key, resolve_tags(), **{"experiment": experiment(), **what})
+        self.sender = _sender(path, self.uri, remove)
+        journal = self.sender.journal
+        key = key or next(iter(journal.runs), None)
+        mine = what.pop("mine", not what.get("run_id"))
+        self.run = JournalRun.begin(journal, key, resolve_tags(), mine, **{"experiment": experiment(), **what})
 
     @property
     def ids(self) -> tuple[str, str] | None:
@@ -58,6 +63,16 @@ class OpenRun:
         if not isinstance(sink, MlflowSink) or self.run.key not in sink.ids:
             return None
         return sink.experiments[self.run.key], sink.ids[self.run.key]
+
+
+def _sender(path: Path, uri: str, remove: bool) -> Sender:
+    """What sends a journal; there is one in a process for each."""
+    place = path.absolute()
+    known = _senders.get(place)
+    if known is None or known.ended:
+        journal = Journal(path, uri, remove)
+        known = _senders[place] = Sender(journal, partial(open_sink, uri, journal), remove)
+    return known
 
 
 @contextmanager
@@ -73,17 +88,23 @@ def open_run(name: str, config: Config, tracking_uri: str = "") -> Iterator[Open
     try:
         connect()
         given = os.environ.get("MLFLOW_RUN_ID")
-        opened = OpenRun(journal_path(config, name), uri, config.logging.journal is None, name=name, run_id=given)
-    except MlflowException as error:
-        raise TrackingError(f"MLflow at '{uri}' cannot be used: {error}") from error
+        remove = config.logging.journal is None
+        opened = OpenRun(journal_path(config, name), uri, remove, name=name, run_id=given, mine=True)
+    except (MlflowException, ImportError) as error:
+        raise TrackingError(f"MLflow at '{shown(uri)}' cannot be used: {error}") from error
     except OSError as error:
         key, folder = ("logging.journal", config.logging.journal) if config.logging.journal else ("store", config.store)
         raise TrackingError(f"{key}: '{folder}' cannot be written ({error}); set {key} to another folder") from error
     try:
         with opened.run.ending():
             yield opened
-    finally:
+    except Exception:
         opened.sender.close()
+        raise
+    except BaseException:  # whoever interrupts does not want to wait
+        opened.sender.close(LIMIT_INTERRUPTED)
+        raise
+    opened.sender.close()
 
 
 def journal_path(config: Config, name: str) -> Path:
@@ -94,7 +115,10 @@ def journal_path(config: Config, name: str) -> Path:
 
 
 def experiment() -> dict[str, str | None]:
-    """The experiment that MLflow's own variables name."""
+    """The experiment that the program has set, or that MLflow's own variables name."""
+    chosen = getattr(mlflow.tracking.fluent, "_active_experiment_id", None)
+    if chosen:
+        return {"name": None, "id": str(chosen)}
     return {"name": os.environ.get("MLFLOW_EXPERIMENT_NAME"), "id": os.environ.get("MLFLOW_EXPERIMENT_ID")}
 
 

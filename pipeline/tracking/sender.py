@@ -3,46 +3,26 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
+import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from pipeline.errors import TrackingError
+from pipeline.tracking.delivery import Sink, groups, holding, line_of, say, send
 from pipeline.tracking.journal import Journal, Record
 
 logger = logging.getLogger(__name__)
 
-BATCH = 500  # most records that are read from the journal at a time
+LINGER = 1.0  # seconds in which further records may join the first of a group
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries of a server that fails
+TRIES = 3  # of one record, where the server answers all else
+MOMENT = 0.2  # seconds that the end of a training waits for what is on its way
 PATIENCE = 10.0  # seconds for the next record to arrive, at the end of a program
 LIMIT = 300.0  # seconds in all
-
-
-class RefusedError(Exception):
-    """The server will not have this record, now or later; `said` where the user knows why."""
-
-    def __init__(self, message: str, said: bool = False) -> None:
-        super().__init__(message)
-        self.said = said
-
-
-class Sink(Protocol):
-    """Where records go."""
-
-    def apply(self, records: Sequence[Record]) -> None:
-        """Applies one record, or several of metrics of one run. Doing it twice must be as doing it once.
-
-        Raises:
-            RefusedError: it is of no use to try again.
-            Exception: anything else is taken for a server that does not answer.
-        """
-        ...
 
 
 class Sender:
@@ -67,25 +47,31 @@ class Sender:
         self.journal = journal
         self.failure: str | None = None
         self.refused = 0
+        self.sink: Sink | None = None
         self._open_sink = open_sink
         self._remove = remove
-        self.sink: Sink | None = None
         self._arrived = threading.Condition()
-        self._wake = threading.Event()
-        self._finishing = self._closed = self._hurried = self._said = False
-        self._tries = 0
+        self._wake, self._hurry = threading.Event(), threading.Event()
+        self._finishing = self._resting = self._closed = self._tidied = False
+        self._said: set[str] = set()
+        self._failures = self._of_record = 0
         self._offset = journal.sent
-        journal.listener = self._wake.set
-        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        journal.listener = self._notify
         _senders.add(self)
+        self._notify()
 
     @property
     def done(self) -> bool:
         """Whether everything that was written has arrived."""
         return self._offset >= self.journal.end
 
-    def settle(self, limit: float, patience: float | None = None) -> bool:
+    @property
+    def ended(self) -> bool:
+        """Whether it sends no more."""
+        return self._closed or self._tidied
+
+    def settle(self, limit: float = MOMENT, patience: float | None = None) -> bool:
         """Waits until everything has arrived, and says whether it has.
 
         Args:
@@ -93,9 +79,9 @@ class Sender:
             patience: most seconds for the next record to arrive. A server that is known to be down is not waited for.
         """
         deadline = time.monotonic() + limit
-        self._wake.set()
+        self._hurry.set()
         with self._arrived:
-            while not self.done and self.failure is None and self._thread.is_alive():
+            while not self.done and self.failure is None and self._thread is not None:
                 rest = deadline - time.monotonic()
                 if rest <= 0:
                     break
@@ -103,157 +89,139 @@ class Sender:
                 self._arrived.wait(min(rest, patience or rest))
                 if patience and patience < rest and self._offset == before and self.failure is None:
                     break
+        self._hurry.clear()
         return self.done
 
-    def finish(self) -> None:
-        """Says that nothing will be added: the thread ends when everything has arrived."""
-        self._finishing = True
+    def rest(self) -> None:
+        """Says that nothing is expected for now: the thread ends when everything has arrived, until there is more."""
+        self._resting = True
+        self._hurry.set()
         self._wake.set()
+
+    def finish(self) -> None:
+        """Says that nothing will be added: the thread ends when everything has arrived, and tidies up."""
+        self._finishing = True
+        self.rest()
 
     def close(self, limit: float = LIMIT, patience: float | None = PATIENCE) -> bool:
         """Sends what is left, as `settle` does, and stops. What has not arrived stays in the journal, which is said."""
+        if self.ended:
+            return self.done and not self.journal.lost
+        thread = self._thread
         self.finish()
-        self._try_again(patience or limit)
+        self._notify()
+        self._try_again(min(patience or limit, limit))
         done = self.settle(limit, patience)
         self._closed = True
         self._wake.set()
+        self._hurry.set()
         _senders.discard(self)
         if done:
-            self._thread.join(5.0)
-            return True
+            if thread is not None:
+                thread.join(5.0)
+            return not self.journal.lost
         reason = self.failure or "it answers too slowly"
         remedy = f"send it later with: python -m pipeline replay {self.journal.path}"
         logger.warning("MLflow does not have everything yet (%s); %s", reason, remedy)
         return False
 
+    def _notify(self) -> None:
+        """There is something new; starts the thread if it has come to rest."""
+        self._wake.set()
+        with self._arrived:
+            if self._thread is None and not self.ended:
+                self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+                self._thread.start()
+
     def _try_again(self, limit: float) -> None:
         """Where the circuit is open, waits for one try more."""
         with self._arrived:
-            tries, self._hurried = self._tries, True
-            self._wake.set()
+            failures = self._failures
+            self._hurry.set()
             if self.failure is not None:
-                self._arrived.wait_for(lambda: self.failure is None or self._tries > tries, limit)
+                self._arrived.wait_for(lambda: self.failure is None or self._failures > failures, limit)
 
     def _run(self) -> None:
         pause = FIRST_PAUSE
-        with contextlib.suppress(Timeout), holding(self.journal):
-            while not self._closed:
-                self._wake.clear()
-                try:
-                    self._send()
-                except Exception as error:
-                    self._fail(error)
-                    self._rest(pause)
-                    pause = min(2 * pause, LONGEST_PAUSE)
-                    continue
-                if self._finishing and self.done:
-                    break
-                pause = FIRST_PAUSE
-                self._wake.wait(LONGEST_PAUSE)
-        if self.done:
-            self._tidy()
+        while not self._closed:
+            try:
+                with holding(self.journal):
+                    self._work()
+                break
+            except Timeout:
+                self._fail("another process is sending the journal", pause)
+            except Exception as error:
+                self._fail(line_of(error), pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        with self._arrived:
+            self._thread = None
+            self._arrived.notify_all()
+        if not self.ended and not self.done:  # something was added at the last moment
+            self._notify()
 
-    def _tidy(self) -> None:
-        """Everything has arrived."""
-        _senders.discard(self)
-        self.journal.close()
-        if self._remove and not self.refused:
-            self.journal.remove()
+    def _work(self) -> None:
+        """Sends what there is, again and again, until it may rest. Raises where the server fails."""
+        while not self._closed:
+            self._wake.clear()
+            self._send()
+            if self.done and self._finishing:
+                self._tidy()
+                return
+            if self.done and self._resting:
+                self._resting = False
+                return
+            if self._wake.wait(LONGEST_PAUSE) and not self._resting:
+                self._hurry.wait(LINGER)
 
     def _send(self) -> None:
         """Sends until the end of the journal. Raises where the server fails."""
-        for records, offset in batches(self.journal, self._offset):
+        for records, offset in groups(self.journal, self._offset):
             self.sink = self.sink or self._open_sink()
-            self.refused += send(self.sink, records)
+            self._apply(records)
             self.journal.sent = offset
             if self._remove:
                 self.journal.drop(records)
             with self._arrived:
                 if self.failure is not None:
                     logger.warning("MLflow answers again; what it missed is being sent")
-                self.failure, self._said = None, False
-                self._offset = offset
+                self.failure, self._offset, self._of_record = None, offset, 0
                 self._arrived.notify_all()
             if self._closed:
                 return
 
-    def _fail(self, error: Exception) -> None:
+    def _apply(self, records: Sequence[Record]) -> None:
+        """Applies records. One that fails again and again, where the server answers all else, counts as refused."""
+        assert self.sink is not None
+        try:
+            self.refused += send(self.sink, records, self._said)
+        except Exception as error:
+            self._of_record += 1
+            if self._of_record < TRIES or not self.sink.answers():
+                raise
+            self.refused += len(records)
+            say(f"{records[0]['op']} failed {TRIES} times: {line_of(error)}", self._said)
+
+    def _fail(self, reason: str, pause: float) -> None:
+        """Opens the circuit: what is new does not close it, only time and the end do."""
         self.sink = None
         with self._arrived:
-            self.failure = _line(error)
-            self._tries += 1
+            said, self.failure = self.failure is not None, reason
+            self._failures += 1
             self._arrived.notify_all()
-        if not self._said:
-            self._said = True
+        if not said:
             text = "MLflow does not answer (%s); the work goes on, and results are kept in %s"
-            logger.warning(text, self.failure, self.journal.path)
+            logger.warning(text, reason, self.journal.path)
+        self._hurry.wait(pause)
+        if not self._closed:
+            self._hurry.clear()
 
-    def _rest(self, seconds: float) -> None:
-        """Waits with the circuit open: what is new does not close it, only time and the end do."""
-        end = time.monotonic() + seconds
-        while not (self._closed or self._hurried) and (rest := end - time.monotonic()) > 0:
-            self._wake.wait(rest)
-            self._wake.clear()
-        self._hurried = False
-
-
-def batches(journal: Journal, offset: int) -> Iterator[tuple[list[Record], int]]:
-    """The records from `offset` on, metrics of one run that follow one another together, each with the offset behind.
-
-    Ends at what is the end of the file at the moment.
-    """
-    group: list[Record] = []
-    behind = offset
-    for record, after in journal.read(offset):
-        joins = group and record["op"] == group[0]["op"] == "metrics" and record["run"] == group[0]["run"]
-        if group and (not joins or sum(len(one["values"]) for one in group) >= BATCH):
-            yield group, behind
-            group = []
-        group.append(record)
-        behind = after
-    if group:
-        yield group, behind
-
-
-def send(sink: Sink, records: Sequence[Record]) -> int:
-    """Applies records; those that the server refuses are warned of, and counted."""
-    try:
-        sink.apply(records)
-    except RefusedError as error:
-        if len(records) > 1:  # one of them spoils all
-            return sum(send(sink, [record]) for record in records)
-        if not error.said:
-            logger.warning("MLflow refused %s", _line(error))
-        return 1
-    return 0
-
-
-@contextlib.contextmanager
-def holding(journal: Journal) -> Iterator[None]:
-    """Only one process sends a journal. Raises Timeout where another does."""
-    with FileLock(journal.path.with_suffix(".lock"), timeout=0):
-        yield
-
-
-def replay(journal: Journal, sink: Sink) -> tuple[int, int]:
-    """Sends what has not been sent; the number of records that arrived now, and that were refused.
-
-    Raises:
-        TrackingError: the server does not answer; what has arrived is noted. Or another process is sending it.
-    """
-    arrived = refused = 0
-    try:
-        with holding(journal):
-            for records, offset in batches(journal, journal.sent):
-                failed = send(sink, records)
-                journal.sent = offset
-                arrived, refused = arrived + len(records) - failed, refused + failed
-    except Timeout as error:
-        raise TrackingError(f"journal: '{journal.path}' is being sent by another process; wait for its end") from error
-    except Exception as error:
-        remedy = "start it, and replay again"
-        raise TrackingError(f"MLflow does not answer after {arrived} records ({_line(error)}); {remedy}") from error
-    return arrived, refused
+    def _tidy(self) -> None:
+        """Everything has arrived, and nothing will be added."""
+        self._tidied = True
+        _senders.discard(self)
+        self.journal.close()
+        if self._remove and not self.refused and not self.journal.lost:
+            self.journal.remove()
 
 
 def flush(limit: float = 30.0) -> bool:
@@ -262,14 +230,19 @@ def flush(limit: float = 30.0) -> bool:
     return all(settled)
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 _senders: weakref.WeakSet[Sender] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
+    """All of them together are waited for as long as one would be."""
+    deadline = time.monotonic() + LIMIT
+    patience = PATIENCE
     for sender in list(_senders):
-        sender.close()
+        began = time.monotonic()
+        if not sender.close(max(0.1, deadline - began), patience):
+            patience = max(0.5, patience - (time.monotonic() - began))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _senders.clear())  # their threads are the parent's

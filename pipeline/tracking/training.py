@@ -12,10 +12,9 @@ import mlflow
 
 from pipeline.config import Config
 from pipeline.tracking import FOLDER, AtStep, Data, NullTracker, Several, Tracker
+from pipeline.tracking.client import shown
 from pipeline.tracking.journal import JournalRun
 from pipeline.tracking.runs import OpenRun, journal_path
-
-MOMENT = 0.2  # seconds that the end of a training waits for what is on its way; the end of the program waits longer
 
 
 class TrainingRun:
@@ -67,10 +66,10 @@ class TrainingRun:
         """Where the run is, for the log: it may not have its id yet."""
         if self._opened is None:
             return "the run of the trainer's logger"
-        self._opened.sender.settle(MOMENT)
+        self._opened.sender.settle()
         ids = self._opened.ids
         name = f"run {ids[1]}" if ids else "a new run"
-        return f"{name} at {self._opened.uri}"
+        return f"{name} at {shown(self._opened.uri)}"
 
     def describe(self, config: Mapping[str, Any], yaml: str, versions: Mapping[str, str]) -> None:
         """Logs the configuration, as parameters and as a file, and the versions."""
@@ -111,7 +110,7 @@ class TrainingRun:
             self.run.end(status)
         if self._opened:
             self._opened.sender.finish()
-            self._opened.sender.settle(MOMENT)
+            self._opened.sender.settle()
 
 
 class _Here(NullTracker):

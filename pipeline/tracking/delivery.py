@@ -1,0 +1,125 @@
+"""How the records of a journal are delivered: in order, in groups, each until it has arrived or is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from filelock import FileLock, Timeout
+
+from pipeline.errors import TrackingError
+from pipeline.tracking.journal import Journal, Record
+
+logger = logging.getLogger(__name__)
+
+GROUP = 500  # most metrics that are sent at once
+
+
+class RefusedError(Exception):
+    """The server will not have this record, now or later; `said` where the user knows why."""
+
+    def __init__(self, message: str, said: bool = False) -> None:
+        super().__init__(message)
+        self.said = said
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def apply(self, records: Sequence[Record]) -> None:
+        """Applies one record, or several of metrics of one run. Doing it twice must be as doing it once.
+
+        Raises:
+            RefusedError: it is of no use to try again.
+            Exception: anything else may be a server that does not answer.
+        """
+        ...
+
+    def answers(self) -> bool:
+        """Whether the server answers at all: then it is the record that fails."""
+        ...
+
+
+def groups(journal: Journal, offset: int) -> Iterator[tuple[list[Record], int]]:
+    """The records from `offset` on, metrics of one run that follow one another together, each with the offset behind.
+
+    Ends at what is the end of the file at the moment.
+    """
+    group: list[Record] = []
+    behind = offset
+    for record, after in journal.read(offset):
+        joins = group and record["op"] == group[0]["op"] == "metrics" and record["run"] == group[0]["run"]
+        if group and (not joins or sum(len(one["values"]) for one in group) + len(record["values"]) > GROUP):
+            yield group, behind
+            group = []
+        group.append(record)
+        behind = after
+    if group:
+        yield group, behind
+
+
+def send(sink: Sink, records: Sequence[Record], said: set[str]) -> int:
+    """Applies records; those that the server refuses are said, each reason once, and counted."""
+    try:
+        sink.apply(records)
+    except RefusedError as error:
+        parts = split(records)
+        if len(parts) > 1:  # one of them spoils all
+            return sum(send(sink, part, said) for part in parts)
+        if not error.said:
+            say(line_of(error), said)
+        return 1
+    return 0
+
+
+def split(records: Sequence[Record]) -> list[list[Record]]:
+    """Several records one by one; one of several metrics or parameters, value by value."""
+    if len(records) > 1:
+        return [[record] for record in records]
+    values = records[0].get("values") or {}
+    return [[{**records[0], "values": {name: value}}] for name, value in values.items()]
+
+
+def say(reason: str, said: set[str]) -> None:
+    """Warns of what is refused, once."""
+    if reason not in said:
+        logger.warning("MLflow refused %s", reason)
+    said.add(reason)
+
+
+@contextlib.contextmanager
+def holding(journal: Journal) -> Iterator[None]:
+    """Only one process sends a journal. Raises Timeout where another does."""
+    with FileLock(journal.path.with_suffix(".lock"), timeout=0):
+        yield
+
+
+def replay(journal: Journal, sink: Sink) -> tuple[int, int]:
+    """Sends what has not been sent; the number of records that arrived now, and that were refused.
+
+    Raises:
+        TrackingError: the server does not answer; what has arrived is noted. Or another process is sending it.
+    """
+    arrived = refused = 0
+    said: set[str] = set()
+    try:
+        with holding(journal):
+            for records, offset in groups(journal, journal.sent):
+                failed = send(sink, records, said)
+                journal.sent = offset
+                real = len(records) if "run" in records[0] else 0  # but for the head and torn lines
+                arrived, refused = arrived + max(0, real - failed), refused + failed
+    except Timeout as error:
+        raise TrackingError(f"journal: '{journal.path}' is being sent by another process; wait for its end") from error
+    except Exception as error:
+        remedy = "start it, and replay again"
+        raise TrackingError(f"MLflow does not answer after {arrived} records ({line_of(error)}); {remedy}") from error
+    return arrived, refused
+
+
+def line_of(error: Exception) -> str:
+    """What an error says, on one line of bearable length."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, RefusedError) or text else type(error).__name__
