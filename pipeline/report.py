@@ -39,18 +39,14 @@ def curve(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str
 
 
 def markdown(facts: Mapping[str, str], scores: Sequence[Scores]) -> str:
-    """What was measured, on what, with which result, and the warnings."""
-    lines = [
-        *(f"- {name}: `{value}`" for name, value in facts.items()),
-        "",
-        "| metric | score | constant guess |",
-        "|---|---:|---:|",
-    ]
+    """The result, which MLflow shows the first lines of; the warnings; what was measured, on what."""
+    lines = ["| metric | score | constant guess |", "|---|---:|---:|"]
     for one in scores:
         lines += [f"| {name} | {value} | {floor} |" for name, value, floor in rows(one)]
+    about = [f"- {name}: `{value}`" for name, value in facts.items()]
     notes = [f"- {one.task_name}: {note}" for one in scores for note in one.notes]
     notes += [f"- {name} is left out: {reason}" for one in scores for name, reason in one.omitted.items()]
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([*lines, "", *notes, *about])
 
 
 def rows(scores: Scores) -> list[tuple[str, str, str]]:
