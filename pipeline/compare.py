@@ -92,7 +92,7 @@ def comparable(rows: Sequence[Row]) -> bool:
 
 def publish(rows: Sequence[Row], names: Sequence[str], tracker: Tracker, run: JournalRun) -> None:
     """Logs the leaderboard: as a table that MLflow shows, and in the run's description."""
-    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    metrics = list(dict.fromkeys([*names, *(name for row in rows for name in row.metrics)]))
     columns = ["rank", "checkpoint", "step", *metrics, "error"]
     data = [
         [place, row.label, row.step, *(row.metrics.get(name) for name in metrics), row.error]

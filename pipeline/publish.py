@@ -57,12 +57,9 @@ def facts_of(ckpt: str, step: int | None, encoder: Encoder, scores: Sequence[Sco
     facts = {"checkpoint": ckpt}
     if step is not None:
         facts["step"] = str(step)
-    for one in scores:
-        parts = one.examples.parts.items()
-        rows = [
-            f"{len(part)} {name}" + (f" ({part.left_out} left out)" if part.left_out else "") for name, part in parts
-        ]
-        facts[f"data of {one.task_name}"] = f"{one.examples.task.dataset_path}: {', '.join(rows)}"
+    data = {one.task_name: _data_of(one) for one in scores}
+    same = len(set(data.values())) == 1
+    facts |= {"data": data[scores[0].task_name]} if same else {f"data of {name}": what for name, what in data.items()}
     precision = getattr(encoder, "precision", "")
     return {
         **facts,
@@ -71,6 +68,15 @@ def facts_of(ckpt: str, step: int | None, encoder: Encoder, scores: Sequence[Sco
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
         "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _data_of(scores: Scores) -> str:
+    """Where a task's data are, and how many sequences were used and left out."""
+    rows = []
+    for name, part in scores.examples.parts.items():
+        left_out = f" ({part.left_out} left out)" if part.left_out else ""
+        rows.append(f"{len(part)} {name}{left_out}")
+    return f"{scores.examples.task.dataset_path}: {', '.join(rows)}"
 
 
 def versions() -> dict[str, str]:
