@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 ORDER = """
 errors config config_file progress schema tables labels load tokens encoders custom huggingface metrics
 tracking tracking.process tracking.journal tracking.delivery tracking.sender tracking.client
-tracking.mlflow tracking.runs tracking.earlier
+tracking.mlflow tracking.earlier tracking.runs
 tracking.wandb tracking.tensorboard tracking.mirrors tracking.training
 checkpoints live store scratch rows embed heads schedules optim fit train_head score validation
 figures.canvas figures.classes figures.examples figures report page publish compare measure

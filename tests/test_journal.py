@@ -267,6 +267,22 @@ def test_a_program_that_is_killed(tmp_path: Path, tracking: str) -> None:
     assert found["status"] == "KILLED"
 
 
+def test_the_next_program_sends_what_a_killed_one_left(tmp_path: Path, tracking: str) -> None:
+    """From the folder where journals are by default; not what another process is still writing."""
+    other = JournalRun.begin(Journal(tmp_path / "b.jsonl", tracking), name="alive")
+    other.metrics({"x": 1.0})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WAIT": "60"}
+    command = [sys.executable, "-c", KILLED.replace("name=", "remove=True, name="), str(tmp_path / "a.jsonl"), tracking]
+    with FileLock(tmp_path / "a.lock"):  # nobody sends it meanwhile
+        assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+    opened = OpenRun(tmp_path / "c.jsonl", tracking, True, name="next")
+    assert opened.sender.close()
+    assert state(tracking, "killed")["metrics"] == {"x": [(3, 0.5)]}
+    assert state(tracking, "killed")["status"] == "KILLED"
+    assert {run.info.run_name for run in MlflowClient().search_runs(["0"])} == {"killed", "next"}
+    assert not list(tmp_path.glob("[ac].*"))
+
+
 def test_what_is_written_after_a_torn_line_is_read(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_bytes(b'{"op":"journal","uri":""}\n{"op":"me')

@@ -15,6 +15,7 @@ from pipeline.tracking.journal import Journal, Record
 logger = logging.getLogger(__name__)
 
 GROUP = 500  # most metrics that are sent at once
+TRIES = 3  # of one record, where the server answers all else
 
 
 class RefusedError(Exception):
@@ -74,6 +75,19 @@ def send(sink: Sink, records: Sequence[Record], said: set[str]) -> int:
     return 0
 
 
+def _insist(sink: Sink, records: Sequence[Record], said: set[str]) -> int:
+    """As `send`; records that fail again and again, where the server answers all else, count as refused."""
+    for rest in reversed(range(TRIES)):
+        try:
+            return send(sink, records, said)
+        except Exception as error:
+            if not sink.answers():
+                raise
+            if rest == 0:
+                say(f"{records[0]['op']} failed {TRIES} times: {line_of(error)}", said)
+    return len(records)
+
+
 def split(records: Sequence[Record]) -> list[list[Record]]:
     """Several records one by one; one of several metrics or parameters, value by value."""
     if len(records) > 1:
@@ -107,7 +121,7 @@ def replay(journal: Journal, sink: Sink) -> tuple[int, int]:
     try:
         with holding(journal):
             for records, offset in groups(journal, journal.sent):
-                failed = send(sink, records, said)
+                failed = _insist(sink, records, said)
                 journal.sent = offset
                 real = len(records) if "run" in records[0] else 0  # but for the head and torn lines
                 arrived, refused = arrived + max(0, real - failed), refused + failed

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
+from filelock import Timeout
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -15,10 +19,12 @@ from pipeline.config import LOSS
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.metrics import NAMES
 from pipeline.tracking.client import be_brief, connect, shown
-from pipeline.tracking.delivery import replay
-from pipeline.tracking.journal import Journal, Record
+from pipeline.tracking.delivery import holding, replay
+from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow import MlflowSink
+from pipeline.tracking.process import HOST, PROCESS, alive
 
+logger = logging.getLogger(__name__)
 SCORE = re.compile(f"test_.+({'|'.join(NAMES)})")
 
 
@@ -85,11 +91,11 @@ def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:
     if not path.is_file() or path.suffix != ".jsonl":
         raise TrackingError(f"journal: '{name}' is not there; give the .jsonl file that a warning named")
     journal = Journal(path)
-    head: Record = next((record for record, _ in journal.read()), {})
-    uri = tracking_uri or head.get("uri", "")
+    uri = tracking_uri or journal.head.get("uri", "")
     if not uri:
         raise TrackingError(f"journal: '{name}' does not say where it is for; give --tracking-uri")
     be_brief()
+    remove = journal.head.get("remove")
     try:
         sink = MlflowSink(connect(uri), journal)
         arrived, refused = replay(journal, sink)
@@ -98,6 +104,28 @@ def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:
         raise TrackingError(f"MLflow at '{shown(uri)}' does not answer: {error}; start it, and replay again") from error
     finally:
         journal.close()
-    if head.get("remove") and not refused:
+    if remove and not refused:
         journal.remove()
     return arrived, refused
+
+
+def catch_up(folder: Path, uri: str) -> None:
+    """Sends to the same server what programs of this machine left in `folder` when they ended.
+
+    Raises:
+        TrackingError: MLflow does not answer.
+    """
+    for path in sorted(folder.glob("*.jsonl")):
+        with contextlib.suppress(OSError, Timeout):  # another process may be doing the same
+            if _is_left(path, uri):
+                arrived, _ = replay_journal(str(path), uri)
+                logger.info("sent %d records to MLflow that an earlier program left in %s", arrived, path)
+
+
+def _is_left(path: Path, uri: str) -> bool:
+    """Whether a journal is for this server, has something to send, and nobody who does. Raises Timeout, OSError."""
+    with contextlib.closing(Journal(path)) as journal, holding(journal):
+        head, left = journal.head, journal.sent < journal.end
+    tags = head.get("tags", {})
+    gone = tags.get(HOST) == socket.gethostname() and not alive(tags.get(PROCESS, ""))
+    return bool(left and gone and head.get("uri") == uri)

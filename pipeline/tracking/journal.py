@@ -34,8 +34,7 @@ NOTE = "mlflow.note.content"
 class Journal:
     """A file of JSON lines that is only ever appended to, and a folder beside it with the files that runs keep.
 
-    What cannot be written, on a full disk say, is warned of once: it must not stop what it is a record of. `close()`
-    closes the file.
+    What cannot be written, on a full disk say, is warned of once. `close()` closes the file.
     """
 
     def __init__(self, path: Path, uri: str = "", remove: bool = False) -> None:
@@ -58,7 +57,7 @@ class Journal:
         self._stream = os.fdopen(descriptor, "ab")
         self.close = weakref.finalize(self, self._stream.close)
         if new:
-            self.append({"op": "journal", "uri": uri, "remove": remove})
+            self.append({"op": "journal", "uri": uri, "remove": remove, "tags": process_tags()})
             return
         with path.open("rb") as stream:
             stream.seek(max(0, self.end - 1))
@@ -90,6 +89,11 @@ class Journal:
             temporary = self.path.with_suffix(".sent.tmp")
             temporary.write_text(str(offset))
             temporary.replace(self.path.with_suffix(".sent"))
+
+    @property
+    def head(self) -> Record:
+        """The first record: where the journal is for, and which process made it."""
+        return next((record for record, _ in self.read() if record["op"] == "journal"), {})
 
     def append(self, record: Record) -> None:
         """Adds a record."""

@@ -19,6 +19,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from pipeline.config import Config
 from pipeline.errors import TrackingError
 from pipeline.tracking.client import connect, shown
+from pipeline.tracking.earlier import catch_up
 from pipeline.tracking.journal import Journal, JournalRun
 from pipeline.tracking.mlflow import MlflowSink, open_sink
 from pipeline.tracking.sender import Sender
@@ -71,8 +72,18 @@ def _sender(path: Path, uri: str, remove: bool) -> Sender:
     known = _senders.get(place)
     if known is None or known.ended:
         journal = Journal(path, uri, remove)
-        known = _senders[place] = Sender(journal, partial(open_sink, uri, journal), remove)
+        known = _senders[place] = Sender(
+            journal, partial(_open, uri, journal, [place.parent] if remove else []), remove
+        )
     return known
+
+
+def _open(uri: str, journal: Journal, folders: list[Path]) -> MlflowSink:
+    """Connects, in the sender's thread; first, and once, what earlier programs left in the journal's folder is sent."""
+    for folder in folders:
+        catch_up(folder, uri)
+    folders.clear()
+    return open_sink(uri, journal)
 
 
 @contextmanager

@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 
 from filelock import Timeout
 
-from pipeline.tracking.delivery import Sink, groups, holding, line_of, say, send
+from pipeline.tracking.delivery import TRIES, Sink, groups, holding, line_of, say, send
 from pipeline.tracking.journal import Journal, Record
 
 logger = logging.getLogger(__name__)
 
 LINGER = 1.0  # seconds in which further records may join the first of a group
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries of a server that fails
-TRIES = 3  # of one record, where the server answers all else
 MOMENT = 0.2  # seconds that the end of a training waits for what is on its way
 PATIENCE = 10.0  # seconds for the next record to arrive, at the end of a program
 LIMIT = 300.0  # seconds in all
@@ -112,13 +111,13 @@ class Sender:
         self._notify()
         self._try_again(min(patience or limit, limit))
         done = self.settle(limit, patience)
+        if done and thread is not None:
+            thread.join(5.0)  # it ends by itself, and tidies up
         self._closed = True
         self._wake.set()
         self._hurry.set()
         _senders.discard(self)
         if done:
-            if thread is not None:
-                thread.join(5.0)
             return not self.journal.lost
         reason = self.failure or "it answers too slowly"
         remedy = f"send it later with: python -m pipeline replay {self.journal.path}"
