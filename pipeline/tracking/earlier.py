@@ -95,7 +95,7 @@ def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:
     if not uri:
         raise TrackingError(f"journal: '{name}' does not say where it is for; give --tracking-uri")
     be_brief()
-    remove = journal.head.get("remove")
+    remove = journal.head.get("remove") and not alive(journal.head.get("tags", {}).get(PROCESS, ""))
     try:
         sink = MlflowSink(connect(uri), journal)
         arrived, refused = replay(journal, sink)

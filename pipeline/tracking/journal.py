@@ -120,6 +120,8 @@ class Journal:
 
     def read(self, offset: int = 0) -> Iterator[tuple[Record, int]]:
         """The whole records from `offset` on, each with the offset behind it; what a kill tore is passed over."""
+        if not self.path.exists():
+            return
         with self.path.open("rb") as stream:
             stream.seek(offset)
             for line in stream:

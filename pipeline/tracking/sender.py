@@ -101,14 +101,14 @@ class Sender:
         """Says that nothing will be added: the thread ends when everything has arrived, and tidies up."""
         self._finishing = True
         self.rest()
+        self._notify()
 
     def close(self, limit: float = LIMIT, patience: float | None = PATIENCE) -> bool:
         """Sends what is left, as `settle` does, and stops. What has not arrived stays in the journal, which is said."""
         if self.ended:
             return self.done and not self.journal.lost
-        thread = self._thread
         self.finish()
-        self._notify()
+        thread = self._thread
         self._try_again(min(patience or limit, limit))
         done = self.settle(limit, patience)
         if done and thread is not None:
@@ -160,6 +160,7 @@ class Sender:
 
     def _work(self) -> None:
         """Sends what there is, again and again, until it may rest. Raises where the server fails."""
+        self._offset = max(self._offset, self.journal.sent)
         while not self._closed:
             self._wake.clear()
             self._send()
@@ -168,6 +169,7 @@ class Sender:
                 return
             if self.done and self._resting:
                 self._resting = False
+                self._hurry.clear()
                 return
             if self._wake.wait(LONGEST_PAUSE) and not self._resting:
                 self._hurry.wait(LINGER)
