@@ -237,7 +237,8 @@ def _replay(options: argparse.Namespace) -> None:
             failed.append(str(error))
             continue
         said = f", {refused} were refused" if refused else ""
-        print(f"{name}: {arrived} records sent{said}")
+        where = f" to {options.tracking_uri}" if options.tracking_uri else ""
+        print(f"{name}: {arrived} records sent{where}{said}")
     if failed:
         raise TrackingError("; ".join(failed))
 

@@ -50,7 +50,10 @@ def expand(ckpt: str) -> list[str]:
     found: list[str] = []
     for one in _alternatives(ckpt):
         pattern = glob.has_magic(one) and not Path(one).expanduser().exists()
-        matches = glob.glob(str(Path(one).expanduser()), recursive=True) if pattern else [one]  # noqa: PTH207
+        matches = [one]
+        if pattern:
+            every = glob.glob(str(Path(one).expanduser()), recursive=True)  # noqa: PTH207
+            matches = [path for path in every if path.endswith(".ckpt") or Path(path).is_dir()]
         if not matches:
             raise CheckpointError(f"ckpt: no checkpoint matches '{one}'")
         found += sorted(matches, key=lambda name: [(len(part), part) for part in re.split(r"(\d+)", name)])

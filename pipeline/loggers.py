@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import Config
 from pipeline.lightning import pl
 from pipeline.tracking.journal import JournalRun, clean
-from pipeline.tracking.runs import OpenRun
+from pipeline.tracking.runs import OpenRun, journal_path
 
 logger = logging.getLogger(__name__)
 rank_zero_only = pl.utilities.rank_zero_only
@@ -42,7 +41,7 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
             experiment_name: by default the one in MLflow's own variables, or the default one.
             tracking_uri: server or database; by default the one in force.
             run_id: of a run on the server that is to be written to; it is not ended here.
-            journal: the file; by default a new one in the folder `mlflow-journal`, removed when everything has arrived.
+            journal: the file, which stays; by default one beside the default `store`, until everything has arrived.
             run: one that is begun already; it is not ended here, and all of the above is left out.
         """
         super().__init__()
@@ -67,8 +66,7 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
         """Begins the run; None where no journal can be made, which is said once."""
         if self._failed:
             return None
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}.jsonl"
-        path = Path(self._journal or Path("mlflow-journal") / name)
+        path = Path(self._journal or journal_path(Config(), str(self._what["name"] or "training")))
         try:
             self._opened = OpenRun(path, self._uri, self._journal is None, **self._what)
         except OSError as error:
@@ -80,7 +78,7 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
     @property
     def name(self) -> str:
         """Of the folder of Lightning's checkpoints, where none is given."""
-        return "mlflow-journal"
+        return "journalled"
 
     @property
     def version(self) -> str:

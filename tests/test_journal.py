@@ -368,11 +368,28 @@ def test_a_journal_that_another_sends_is_left_alone(tmp_path: Path, tracking: st
         opened.sender.close(0.1, 0.1)
 
 
-@pytest.mark.parametrize(("name", "message"), [("nothing.jsonl", "is not there"), ("x.csv", "give the .jsonl file")])
-def test_replay_of_what_is_no_journal(name: str, message: str, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "x.csv").touch()
-    assert main(["replay", str(tmp_path / name)]) == 2
-    assert message in capsys.readouterr().err
+@pytest.mark.parametrize("content", [b"", b"a,b\n", b'{"a": 1}', b"[1]\n", b"PK\x03\xff\xfe"])
+def test_replay_of_what_is_no_journal(content: bytes, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "x.jsonl"
+    assert main(["replay", str(path)]) == 2
+    path.write_bytes(content)
+    assert main(["replay", str(path)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "is not there" in said[0]
+    assert "is no journal" in said[1]
+    assert path.read_bytes() == content
+
+
+def test_a_journal_may_be_sent_elsewhere_too(tmp_path: Path, tracking: str, empty_database: Path) -> None:
+    """All of it, though another server has it already."""
+    opened = OpenRun(tmp_path / "a.jsonl", name="both")
+    write_everything(opened.run, "elsewhere")
+    assert opened.sender.close()
+    (tmp_path / "other.db").write_bytes(empty_database.read_bytes())
+    other = f"sqlite:///{tmp_path}/other.db"
+    for _ in range(2):
+        assert main(["replay", str(tmp_path / "a.jsonl"), f"--tracking-uri={other}"]) == 0
+    assert state(other, "both") == state(tracking, "both")
 
 
 def test_a_second_logger_goes_on_in_the_same_journal(tmp_path: Path, tracking: str) -> None:

@@ -261,14 +261,17 @@ def test_what_is_not_installed_is_an_error(
 
 def test_a_mirror_that_cannot_be_opened_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    logging = Logging("offline", tensorboard=str(tmp_path / "file" / "tb"))
-    with mirrors(logging, "name", {}, tmp_path / "file" / "out") as trackers:
+    with mirrors(Logging("offline"), "name", {}, tmp_path / "file" / "out") as trackers:
         for tracker in trackers:
             tracker.metrics({"a": 1.0})
-    assert [line.split(": ")[0] for line in caplog.messages] == [
-        "W&B failed, work goes on",
-        "TensorBoard failed, work goes on",
-    ]
+    assert [line.split(": ")[0] for line in caplog.messages] == ["W&B failed, work goes on"]
+
+
+def test_a_folder_that_cannot_be_written_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    wanted = mirrors(Logging(tensorboard=str(tmp_path / "file" / "tb")), "name", {}, tmp_path)
+    with pytest.raises(ConfigError, match=r"logging\.tensorboard: '.*' cannot be written"), wanted:
+        pass
 
 
 def test_measurements_at_once_get_folders_of_their_own(tmp_path: Path) -> None:

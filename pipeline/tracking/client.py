@@ -26,7 +26,11 @@ from pipeline.tracking.process import HOST, PROCESS, alive
 
 # For this thread alone, MLflow's client asks once and waits briefly: the sender has manners of its own, and a create
 # that the client repeats by itself after a lost answer makes two.
-BRIEFLY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": 0, "MLFLOW_HTTP_REQUEST_TIMEOUT": 10}
+BRIEFLY = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": 0,
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": 10,
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": True,  # two lines for each nested run
+}
 UPLOAD_SECONDS = 300
 
 

@@ -15,6 +15,15 @@ from pipeline.tracking.journal import Journal, Record
 logger = logging.getLogger(__name__)
 
 GROUP = 500  # most metrics that are sent at once
+# What requests and urllib3 say in four hundred characters.
+SHORT = {
+    "Connection refused": "connection refused",
+    "Read timed out": "no answer in time",
+    "ConnectTimeoutError": "no connection in time",
+    "RemoteDisconnected": "the connection was lost",
+    "Connection reset by peer": "the connection was lost",
+    "Name or service not known": "there is no such host",
+}
 TRIES = 3  # of one record, where the server answers all else
 
 
@@ -110,8 +119,10 @@ def holding(journal: Journal) -> Iterator[None]:
         yield
 
 
-def replay(journal: Journal, sink: Sink) -> tuple[int, int]:
+def replay(journal: Journal, sink: Sink, elsewhere: bool = False) -> tuple[int, int]:
     """Sends what has not been sent; the number of records that arrived now, and that were refused.
+
+    With `elsewhere`, the sink is not the one that the journal is for, and has nothing of it: all of it is sent.
 
     Raises:
         TrackingError: the server does not answer; what has arrived is noted. Or another process is sending it.
@@ -120,9 +131,10 @@ def replay(journal: Journal, sink: Sink) -> tuple[int, int]:
     said: set[str] = set()
     try:
         with holding(journal):
-            for records, offset in groups(journal, journal.sent):
+            for records, offset in groups(journal, 0 if elsewhere else journal.sent):
                 failed = _insist(sink, records, said)
-                journal.sent = offset
+                if not elsewhere:
+                    journal.sent = offset
                 real = len(records) if "run" in records[0] else 0  # but for the head and torn lines
                 arrived, refused = arrived + max(0, real - failed), refused + failed
     except Timeout as error:
@@ -135,5 +147,6 @@ def replay(journal: Journal, sink: Sink) -> tuple[int, int]:
 
 def line_of(error: Exception) -> str:
     """What an error says, on one line of bearable length."""
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, RefusedError) or text else type(error).__name__
+    text = " ".join(str(error).split())
+    known = next((short for sign, short in SHORT.items() if sign in text), text[:300])
+    return known or type(error).__name__

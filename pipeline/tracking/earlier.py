@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import socket
@@ -88,17 +89,20 @@ def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:
         TrackingError: there is no such journal, MLflow does not answer, or another process is sending it.
     """
     path = Path(name)
-    if not path.is_file() or path.suffix != ".jsonl":
+    if not path.exists():
         raise TrackingError(f"journal: '{name}' is not there; give the .jsonl file that a warning named")
+    if not _is_journal(path):
+        raise TrackingError(f"journal: '{name}' is no journal; give the .jsonl file that a warning named")
     journal = Journal(path)
-    uri = tracking_uri or journal.head.get("uri", "")
+    meant = journal.head.get("uri", "")
+    uri = tracking_uri or meant
     if not uri:
         raise TrackingError(f"journal: '{name}' does not say where it is for; give --tracking-uri")
     be_brief()
     remove = journal.head.get("remove") and not alive(journal.head.get("tags", {}).get(PROCESS, ""))
     try:
         sink = MlflowSink(connect(uri), journal)
-        arrived, refused = replay(journal, sink)
+        arrived, refused = replay(journal, sink, elsewhere=uri != meant)
         sink.kill_unended()
     except (MlflowException, ImportError) as error:
         raise TrackingError(f"MLflow at '{shown(uri)}' does not answer: {error}; start it, and replay again") from error
@@ -107,6 +111,16 @@ def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:
     if remove and not refused:
         journal.remove()
     return arrived, refused
+
+
+def _is_journal(path: Path) -> bool:
+    """Whether a file begins as a journal does."""
+    try:
+        with path.open("rb") as stream:
+            first = json.loads(stream.readline())
+    except (OSError, ValueError):
+        return False
+    return isinstance(first, dict) and first.get("op") == "journal"
 
 
 def catch_up(folder: Path, uri: str) -> None:

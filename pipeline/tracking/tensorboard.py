@@ -61,7 +61,7 @@ def open_tensorboard(folder: Path, name: str) -> Iterator[TensorBoardTracker]:
     """A writer to a new sub-folder, which TensorBoard shows by its name: `<name>-<date>-<time>`.
 
     Raises:
-        ConfigError: TensorBoard is not installed.
+        ConfigError: TensorBoard is not installed, or the folder cannot be written.
     """
     try:
         with warnings.catch_warnings():
@@ -69,7 +69,11 @@ def open_tensorboard(folder: Path, name: str) -> Iterator[TensorBoardTracker]:
             from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("logging.tensorboard needs TensorBoard: pip install tensorboard") from error
-    writer = SummaryWriter(str(_new_folder(folder, name)))
+    try:
+        writer = SummaryWriter(str(_new_folder(folder, name)))
+    except OSError as error:
+        remedy = "set it to another folder"
+        raise ConfigError(f"logging.tensorboard: '{folder}' cannot be written ({error}); {remedy}") from error
     try:
         yield TensorBoardTracker(writer)
     finally:
