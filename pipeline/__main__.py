@@ -136,7 +136,7 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     from pipeline.config_file import read_config
     from pipeline.pretrain import Settings, make_loggers, pretrain, read_sequences
-    from pipeline.report import curve
+    from pipeline.report import curve, curve_markdown
     from pipeline.score import headlines
     from pipeline.tracking.runs import open_run
 
@@ -152,6 +152,7 @@ def _pretrain(options: argparse.Namespace) -> None:
         out = Path(options.out or f"pretrained/{os.environ.get('MLFLOW_RUN_ID', opened.run.key)[:8]}")
         loggers = make_loggers(out, opened.run)
         measured = pretrain(sequences, out, settings, config, loggers)
+        opened.run.describe(curve_markdown(measured, headlines(config)))
         loggers[-1].experiment.finish()  # Lightning leaves W&B writing behind the program's end
     _print(curve(measured, headlines(config)))
     print(f"Measure it:     mlflow run . --env-manager local -P ckpt={out}")

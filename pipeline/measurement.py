@@ -26,7 +26,8 @@ from pipeline.load import Examples
 from pipeline.neutral import untouched
 from pipeline.progress import no_progress
 from pipeline.publish import facts_of, publish, publish_curves, versions
-from pipeline.score import Scores
+from pipeline.report import curve_markdown
+from pipeline.score import Scores, headlines
 from pipeline.scratch import temporary_folder
 from pipeline.store import Store
 from pipeline.tracking import FOLDER, AtStep, Guarded, NullTracker, Several, Tracker, attempt, guarded
@@ -124,6 +125,8 @@ class Measurement:
         if self.config.logging.figures:
             several = Several([Guarded(run.run), *self._loggers()])
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
+        if run.own and points:
+            run.run.describe(curve_markdown(points, headlines(self.config)))
         attempt("closing of the MLflow run", lambda: run.end(status))
 
     @property

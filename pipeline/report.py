@@ -38,6 +38,15 @@ def curve(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str
     return view
 
 
+def curve_markdown(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str]) -> str:
+    """The same in Markdown."""
+    lines = [f"| step | {' | '.join(names)} |", f"|---:|{'---:|' * len(names)}"]
+    for step, metrics in points:
+        cells = (f"{metrics[name]:.4f}" if name in metrics else "" for name in names)
+        lines.append(f"| {step} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def markdown(facts: Mapping[str, str], scores: Sequence[Scores]) -> str:
     """The result, which MLflow shows the first lines of; the warnings; what was measured, on what."""
     lines = ["| metric | score | constant guess |", "|---|---:|---:|"]

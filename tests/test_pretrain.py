@@ -46,6 +46,8 @@ def test_the_curve_is_in_all_three_trackers(demonstration: tuple[Path, str, str]
     assert [step for step, _ in curve] == [0, 10, 20]
     assert run.info.status == "FINISHED"
     assert {"train_loss", "val_loss"} <= set(run.data.metrics)
+    for step, value in curve:
+        assert f"| {step} | {value:.4f} |" in run.data.tags["mlflow.note.content"]
     shown = in_tensorboard(folder / "out" / "tensorboard", ACCURACY)
     assert shown == [(step, float(np.float32(value))) for step, value in curve]
     (file,) = (folder / "out" / "wandb").glob("offline-run-*/*.wandb")
