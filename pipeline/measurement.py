@@ -209,7 +209,7 @@ class Measurement:
         return metrics
 
     def _publish(self, scores: list[Scores], tracker: Tracker, encoder: Encoder, step: int, source: str) -> None:
-        """Notes that the stages made, pictures and the page."""
+        """Pictures and the page."""
         if self.config.logging.figures:
             facts = facts_of(source, step, encoder, scores)
             publish(scores, tracker, f"step={step}: {self.config.title}", facts, to_yaml(self.config))

@@ -487,6 +487,14 @@ def test_the_run_of_the_trainers_own_logger_is_used(task: Task, module: Busy, tm
     assert mirrored == [(step, metrics[name]) for step, metrics in callback.curve]
 
 
+def test_notes_of_a_measurement_are_kept(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    task.max_rows.test = 5
+    callback = callback_of(tmp_path, task)
+    trainer(tmp_path, [callback], max_epochs=1).fit(module, loader(), loader(shuffle=False))
+    text = mlflow.artifacts.load_text(f"{run_of(callback).info.artifact_uri}/downstream/step=4/notes.md")
+    assert "- downstream: test: max_rows takes 5 of 30 sequences" in text.splitlines()
+
+
 def test_the_active_run_and_the_named_run_are_used(
     task: Task, module: Busy, tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

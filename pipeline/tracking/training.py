@@ -93,7 +93,7 @@ class TrainingRun:
         name = f"step={step}"
         linked = JournalRun(self.run.journal, self.run.key, self.run.context)  # a logger may write to the run as well
         linked.checkpoint(name, digest, source, step)
-        here = _Here(linked, self._data)
+        here = _Here(linked, self._data, step)
         if not child:
             yield AtStep(here, step)
             return
@@ -116,8 +116,9 @@ class TrainingRun:
 class _Here(NullTracker):
     """Tells the training's run of a measurement's results, not of its stages."""
 
-    def __init__(self, run: JournalRun, data: set[Data]) -> None:
+    def __init__(self, run: JournalRun, data: set[Data], at: int) -> None:
         self.run = run
+        self.at = at
         self._data = data
         self._notes: list[str] = []
 
@@ -135,8 +136,9 @@ class _Here(NullTracker):
         self.run.artifact(path, f"{FOLDER}/step={step}/{folder}".rstrip("/"))
 
     def note(self, text: str) -> None:
-        """See `Tracker.note`."""
+        """See `Tracker.note`. Notes are a file beside the others of the measurement."""
         self._notes.append(f"- {text}\n")
+        self.run.text("".join(self._notes), f"{FOLDER}/step={self.at}/notes.md")
 
     def data(self, data: Data) -> None:
         """See `Tracker.data`. A run holds a data set once, however often it was used."""
