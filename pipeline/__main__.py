@@ -183,6 +183,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
     from pipeline import compare, measure
     from pipeline.checkpoints import expand, name_of
     from pipeline.config_file import to_mapping
+    from pipeline.publish import describe
     from pipeline.report import table
     from pipeline.tracking.mirrors import mirrors
     from pipeline.tracking.runs import open_run
@@ -194,7 +195,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
         open_run(name, config, options.tracking_uri) as opened,
         mirrors(config.logging, name, to_mapping(config), store) as others,
     ):
-        measure.describe(opened.run, config)
+        describe(opened.run, config)
         if len(ckpts) == 1:
             scores = measure.measure(ckpts[0], config, opened.run, others, until).scores
             view = table(scores) if scores else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, nearest
+from pipeline.report import cells
 from pipeline.score import HEADLINE, lower_is_better
 from pipeline.tracking import Tracker
 from pipeline.tracking.journal import JournalRun
@@ -114,4 +115,4 @@ def _plain(text: str) -> str:
 def _cells(row: Row, names: Sequence[str]) -> list[str]:
     if row.error:
         return ["failed", *[""] * (len(names) - 1)]
-    return [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in names]
+    return cells(row.metrics, names)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from pipeline import compare
 from pipeline.checkpoints import name_of, names_of, open_encoder, step_of, with_step
 from pipeline.config import Config, metric_name
-from pipeline.config_file import to_mapping, to_yaml
+from pipeline.config_file import to_yaml
 from pipeline.encoders import Encoder
 from pipeline.errors import PipelineError
 from pipeline.load import Examples
-from pipeline.publish import facts_of, publish, publish_curves, versions
+from pipeline.publish import facts_of, publish, publish_curves
 from pipeline.report import markdown
 from pipeline.score import Scores, headlines
 from pipeline.store import Store
@@ -40,13 +40,6 @@ class Measured:
 
     row: compare.Row
     scores: list[Scores] = field(default_factory=list)
-
-
-def describe(run: JournalRun, config: Config) -> None:
-    """Logs the configuration, as parameters and as a file, and the versions."""
-    run.parameters(to_mapping(config))
-    run.text(to_yaml(config), "config.yaml")
-    run.tags({f"version.{name}": number for name, number in versions().items()})
 
 
 def measure(

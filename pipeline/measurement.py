@@ -16,7 +16,7 @@ from torch import nn
 from pipeline import validation
 from pipeline.checkpoints import open_encoder
 from pipeline.config import Config, Task, encoder_class
-from pipeline.config_file import to_mapping, to_yaml
+from pipeline.config_file import to_yaml
 from pipeline.embed import check_sequences, made_with
 from pipeline.encoders import Encoder, find_device, find_precision
 from pipeline.errors import CheckpointError
@@ -25,7 +25,7 @@ from pipeline.live import LiveModel
 from pipeline.load import Examples
 from pipeline.neutral import untouched
 from pipeline.progress import no_progress
-from pipeline.publish import facts_of, publish, publish_curves, versions
+from pipeline.publish import describe, facts_of, publish, publish_curves
 from pipeline.report import curve_markdown
 from pipeline.score import Scores, headlines
 from pipeline.scratch import temporary_folder
@@ -279,7 +279,7 @@ class Measurement:
         run = TrainingRun(self.trainer.loggers, name, self.config, self.earlier_run)
         if run.own:
             self.say(f"downstream validation logs to MLflow: {run.place}")
-        run.describe(to_mapping(self.config), to_yaml(self.config), versions())
+        describe(run.run, self.config, FOLDER)
         return run
 
     def _is_run(self, logger: Any) -> bool:

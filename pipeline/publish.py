@@ -9,14 +9,23 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.config import metric_name
+from pipeline.config import Config, metric_name
+from pipeline.config_file import to_mapping, to_yaml
 from pipeline.encoders import Encoder
 from pipeline.figures import curves, draw
 from pipeline.page import page
 from pipeline.score import Scores
 from pipeline.tracking import Tracker
+from pipeline.tracking.journal import JournalRun
 
 PACKAGES = ("downstream-validation", "torch", "transformers", "mlflow")
+
+
+def describe(run: JournalRun, config: Config, folder: str = "") -> None:
+    """Logs the configuration, as parameters and as a file in `folder`, and the versions."""
+    run.tags({f"version.{name}": number for name, number in versions().items()})
+    run.parameters(to_mapping(config))
+    run.text(to_yaml(config), f"{folder}/config.yaml".lstrip("/"))
 
 
 def publish(scores: Sequence[Scores], tracker: Tracker, title: str, facts: Mapping[str, str], yaml: str) -> None:

@@ -34,7 +34,7 @@ def curve(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str
     for name in ("step", *names):
         view.add_column(name, justify="right", overflow="fold")
     for step, metrics in points:
-        view.add_row(str(step), *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
+        view.add_row(str(step), *cells(metrics, names))
     return view
 
 
@@ -42,9 +42,13 @@ def curve_markdown(points: Sequence[tuple[int, Mapping[str, float]]], names: Seq
     """The same in Markdown."""
     lines = [f"| step | {' | '.join(names)} |", f"|---:|{'---:|' * len(names)}"]
     for step, metrics in points:
-        cells = (f"{metrics[name]:.4f}" if name in metrics else "" for name in names)
-        lines.append(f"| {step} | {' | '.join(cells)} |")
+        lines.append(f"| {step} | {' | '.join(cells(metrics, names))} |")
     return "\n".join(lines)
+
+
+def cells(metrics: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    """The values of some metrics as text; empty where there is none."""
+    return [f"{metrics[name]:.4f}" if name in metrics else "" for name in names]
 
 
 def markdown(facts: Mapping[str, str], scores: Sequence[Scores]) -> str:

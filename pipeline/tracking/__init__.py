@@ -52,12 +52,12 @@ class Tracker(Protocol):
 
 
 class NullTracker:
-    """Keeps nothing."""
+    """Keeps nothing; others are made from it that keep something, but of stages nothing."""
 
     @contextmanager
     def step(self, name: str) -> Iterator[Tracker]:  # noqa: ARG002
         """See `Tracker.step`."""
-        yield self
+        yield NullTracker()
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
         """See `Tracker.metrics`."""

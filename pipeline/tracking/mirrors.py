@@ -47,7 +47,7 @@ def mirrors(logging: Logging, name: str, config: Mapping[str, Any], folder: Path
         yield [stack.enter_context(guarded(what, opening, (ConfigError,))) for what, opening in asked.items()]
 
 
-class LoggerTracker:
+class LoggerTracker(NullTracker):
     """A Lightning trainer's logger of any kind. A call neither raises nor lasts longer than `patience`.
 
     A call that lasts longer goes on in a thread of its own; until it is back, the logger is told nothing else.
@@ -62,11 +62,6 @@ class LoggerTracker:
         self._back.set()
         self._skipped = 0
 
-    @contextmanager
-    def step(self, name: str) -> Iterator[Tracker]:  # noqa: ARG002
-        """See `Tracker.step`. What stages tell is MLflow's."""
-        yield NullTracker()
-
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:  # noqa: ARG002
         """See `Tracker.metrics`."""
         copied = dict(values)
@@ -79,12 +74,6 @@ class LoggerTracker:
         if show is not None and path.suffix == ".png":
             key = f"{folder}/{path.stem}" if folder else path.stem
             self._call(lambda: show(self.logger.experiment, key, path, step))
-
-    def note(self, text: str) -> None:
-        """See `Tracker.note`."""
-
-    def data(self, data: Data) -> None:
-        """See `Tracker.data`."""
 
     def _call(self, act: Callable[[], None]) -> None:
         if not self._back.is_set():

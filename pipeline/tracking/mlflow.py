@@ -133,14 +133,16 @@ class MlflowSink:
 
     def _find(self, experiment: str, key: str) -> Run | None:
         """The run with this key; the one that was written to, where an answer that came late left two."""
-        mine = f"tags.`{KEY}` = '{key}'"
-        found = self.client.search_runs([experiment], mine, ViewType.ACTIVE_ONLY, 10)
-        return max(found, key=lambda run: len(run.data.metrics) + len(run.data.params), default=None)
+        return max(
+            self._with_key(experiment, key), key=lambda run: len(run.data.metrics) + len(run.data.params), default=None
+        )
+
+    def _with_key(self, experiment: str, key: str) -> list[Run]:
+        return list(self.client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", ViewType.ACTIVE_ONLY, 10))
 
     def _remove_others(self, key: str) -> None:
         """Where the server made a run after it was given up, and was asked again, there are two."""
-        mine = f"tags.`{KEY}` = '{key}'"
-        for run in self.client.search_runs([self.experiments[key]], mine, ViewType.ACTIVE_ONLY, 10):
+        for run in self._with_key(self.experiments[key], key):
             if run.info.run_id != self.ids[key]:
                 self.client.delete_run(run.info.run_id)
 

@@ -12,23 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
-from pipeline.tracking import Data, NullTracker, Tracker
+from pipeline.tracking import Data, NullTracker
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(NullTracker):
     """Writes results and pictures; stages, notes and other files are MLflow's."""
 
     def __init__(self, writer: SummaryWriter) -> None:
         """The writer must be open."""
         self.writer = writer
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[Tracker]:  # noqa: ARG002
-        """See `Tracker.step`."""
-        yield NullTracker()
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:  # noqa: ARG002
         """See `Tracker.metrics`. TensorBoard keeps them in single precision."""
@@ -39,12 +34,6 @@ class TensorBoardTracker:
         """See `Tracker.artifact`. Pictures are shown, other files are not kept."""
         if path.suffix == ".png":
             log_picture(self.writer, f"{folder}/{path.stem}" if folder else path.stem, path, step)
-
-    def note(self, text: str) -> None:
-        """See `Tracker.note`."""
-
-    def data(self, data: Data) -> None:
-        """See `Tracker.data`."""
 
 
 def log_picture(writer: Any, key: str, path: Path, step: int) -> None:

@@ -71,12 +71,6 @@ class TrainingRun:
         name = f"run {ids[1]}" if ids else "a new run"
         return f"{name} at {shown(self._opened.uri)}"
 
-    def describe(self, config: Mapping[str, Any], yaml: str, versions: Mapping[str, str]) -> None:
-        """Logs the configuration, as parameters and as a file, and the versions."""
-        self.run.tags({f"version.{name}": number for name, number in versions.items()})
-        self.run.parameters(config)
-        self.run.text(yaml, f"{FOLDER}/config.yaml")
-
     @contextmanager
     def measurement(
         self, step: int, digest: str, source: str = "live weights", tasks: str = "", child: bool = False

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Logging
 from pipeline.errors import ConfigError, TrackingError
-from pipeline.tracking import Data, NullTracker, Tracker
+from pipeline.tracking import Data, NullTracker
 
 if TYPE_CHECKING:
     import wandb
@@ -21,17 +21,12 @@ INIT_SECONDS, FINISH_SECONDS = 30, 60  # longest wait for a server that does not
 MAX_NAME = 128
 
 
-class WandbTracker:
+class WandbTracker(NullTracker):
     """Writes results and pictures to a run; stages and notes are MLflow's."""
 
     def __init__(self, run: wandb.Run) -> None:
         """The run must be open."""
         self.run = run
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[Tracker]:  # noqa: ARG002
-        """See `Tracker.step`."""
-        yield NullTracker()
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:  # noqa: ARG002
         """See `Tracker.metrics`. The step is a metric too: W&B's own may not go back, and a late result's does."""
@@ -46,12 +41,6 @@ class WandbTracker:
             import wandb
 
             self.run.log({key: wandb.Html(str(path), inject=False), STEP: step})
-
-    def note(self, text: str) -> None:
-        """See `Tracker.note`."""
-
-    def data(self, data: Data) -> None:
-        """See `Tracker.data`."""
 
 
 def log_picture(run: Any, key: str, path: Path, step: int) -> None:
