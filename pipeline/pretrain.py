@@ -190,7 +190,7 @@ def make_loggers(out: Path, run: JournalRun) -> list[Any]:
     return [
         JournalLogger(run=run),
         pl.loggers.TensorBoardLogger(out, name="", version="tensorboard"),
-        pl.loggers.WandbLogger(project="downstream-validation", save_dir=out),
+        pl.loggers.WandbLogger(project="downstream-validation", save_dir=out, mode=os.environ["WANDB_MODE"]),
     ]
 
 
