@@ -18,7 +18,7 @@ from braceexpand import braceexpand
 from torch import nn
 
 from pipeline.config import encoder_class
-from pipeline.custom import CustomEncoder
+from pipeline.custom import CustomEncoder, no_layer
 from pipeline.encoders import Encoder, HuggingFaceEncoder, find_device
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.huggingface import (
@@ -109,6 +109,7 @@ def open_encoder(
     precision: str = "auto",
     architecture: str | None = None,
     trust_pickle: bool = False,
+    layer: int | None = None,
 ) -> Encoder:
     """The encoder in a stored checkpoint.
 
@@ -119,13 +120,15 @@ def open_encoder(
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         architecture: for a `.ckpt` that does not describe itself, the Hugging Face folder or id that does.
         trust_pickle: unpickle a `.ckpt` that holds more than tensors and plain values.
+        layer: the hidden states to take; None for the last. See `HuggingFaceEncoder`.
 
     Raises:
         CheckpointError: there is no such checkpoint, it cannot be read, or `infer_target` does not fit it.
-        ConfigError: `infer_target`, `device` or `precision` is not known here.
+        ConfigError: `infer_target`, `device`, `precision` or `layer` is not known here.
     """
     own = encoder_class(infer_target)
     if own is not None:
+        no_layer(layer, infer_target)
         return CustomEncoder.from_checkpoint(own, _locate(ckpt), find_device(device))
     source = _locate(ckpt)
     try:
@@ -143,7 +146,7 @@ def open_encoder(
         # whatever a library raises on a broken checkpoint, the checkpoint is at fault
         raise CheckpointError(f"ckpt: '{ckpt}' cannot be loaded: {type(error).__name__}: {error}") from error
     check_architecture(infer_target, str(model.config.model_type), f"'{ckpt}'")  # type: ignore[union-attr]
-    encoder = HuggingFaceEncoder(model, tokenizer, device, precision, said.get("made_with"))
+    encoder = HuggingFaceEncoder(model, tokenizer, device, precision, said.get("made_with"), layer)
     encoder.step = said.get("global_step")
     return encoder
 

@@ -196,6 +196,7 @@ class Config:
     dataset: list[Task] = _key("the task, or a list of tasks", list)
     device: str = _key("`auto`, `cpu`, `cuda`, `cuda:1` or `mps`", "auto")
     precision: str = _key("`auto` (bf16 where a GPU has it, else fp32), `fp32`, `bf16` or `fp16`", "auto")
+    layer: int | None = _key("hidden states to take: 0 the token embeddings, -2 the last layer but one; null: the last")
     max_batch_tokens: int | None = _key("token budget of an embedding batch; null: by kind of device")
     embedding_dtype: str = _key("how embeddings are stored: `float32` or `float16`", "float32")
     store: str = _key("folder of stored embeddings and heads", "~/.cache/downstream-validation")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.encoders import weights_digest
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -97,6 +97,12 @@ class CustomEncoder:
             expected = "expected a list of tensors of shape (length, hidden_size)"
             raise CheckpointError(f"{type(self.inner).__name__}.hidden_states: {expected}, found {states!r:.100}")
         return int(states[0].shape[1])
+
+
+def no_layer(layer: int | None, source: str) -> None:
+    """Raises ConfigError where a layer is asked of a user's own code, which decides for itself."""
+    if layer is not None:
+        raise ConfigError(f"layer: {source} gives the hidden states itself; choose the layer there, and set layer=null")
 
 
 def class_name(encoder_class: Any) -> str:

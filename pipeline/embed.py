@@ -7,7 +7,7 @@ parts it stands in.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,12 @@ import torch
 
 from pipeline.encoders import Encoder
 from pipeline.errors import CheckpointError, DataError
+from pipeline.forward import batches, forward, misaligned, one_behind
 from pipeline.load import Examples
 from pipeline.progress import progress
-from pipeline.rows import Rows, verify
-from pipeline.store import DamagedShardError, Entry, ShardWriter, Shelf, Store, sequence_key
+from pipeline.rows import Rows, damaged
+from pipeline.shards import Entry
+from pipeline.store import Shelf, Store, sequence_key
 from pipeline.tables import line_of
 
 logger = logging.getLogger(__name__)
@@ -120,29 +122,6 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return [f"in training it was measured with {', '.join(found)}: scores may differ from the callback's"]
 
 
-def batches(sequences: dict[bytes, str], max_tokens: int, max_sequences: int) -> Iterator[list[bytes]]:
-    """The batch plan: keys of sequences that go through the encoder together.
-
-    Longest first, equal lengths by key: a function of the set of sequences and the two limits alone. Taking away the
-    first batches leaves the others as they were, so a run that was killed goes on with the same batches.
-
-    Args:
-        sequences: text by key.
-        max_tokens: most tokens of a batch, padding counted; a longer sequence goes alone.
-        max_sequences: most sequences of a batch.
-    """
-    batch: list[bytes] = []
-    longest = 0
-    for key in sorted(sequences, key=lambda key: (-len(sequences[key]), key)):
-        longest = longest or len(sequences[key])
-        if batch and (len(batch) == max_sequences or (len(batch) + 1) * longest > max_tokens):
-            yield batch
-            batch, longest = [], len(sequences[key])
-        batch.append(key)
-    if batch:
-        yield batch
-
-
 def _embed_missing(
     missing: dict[str, dict[bytes, str]],
     shelves: dict[str, Shelf],
@@ -156,33 +135,21 @@ def _embed_missing(
         return 0
     tokens = 0
     unknown = _check(union, missing.get("none", {}), encoder, examples)
-    writers = {pooling: shelves[pooling].writer(plan) for pooling in shelves}
-    with progress("embed", sum(map(len, union.values())), "residues") as advance:
-        for batch in batches(union, plan["max_batch_tokens"], plan["emb_batch_size"]):
-            states = encoder.hidden_states([union[key] for key in batch])
-            for key, state in zip(batch, states, strict=True):
-                _put(key, state, missing, writers, unknown[key])
-                tokens += len(state)
+    with ExitStack() as stack:
+        writers = {pooling: stack.enter_context(shelves[pooling].writer(plan)) for pooling in missing}
+        advance = stack.enter_context(progress("embed", sum(map(len, union.values())), "residues"))
+        plans = batches(union, plan["max_batch_tokens"], plan["emb_batch_size"])
+        for arriving in one_behind(forward(batch, union, missing, encoder) for batch in plans):
+            for pooling, (keys, counts, rows) in arriving.rows.items():
+                writers[pooling].add(keys, [unknown[key] for key in keys], counts, rows.array())
+            for writer in writers.values():
+                writer.count(arriving.tokens)
             if any(writer.is_full for writer in writers.values()):
                 for writer in writers.values():
                     writer.flush()
-            advance(sum(len(union[key]) for key in batch))
-    for writer in writers.values():
-        writer.flush()
+            tokens += arriving.tokens
+            advance(arriving.residues)
     return tokens
-
-
-def _put(
-    key: bytes, state: torch.Tensor, missing: dict[str, dict[bytes, str]], writers: dict[str, ShardWriter], unknown: int
-) -> None:
-    """Hands a sequence's hidden states, shape (tokens, hidden_size), to the shelves that lack them."""
-    if key in missing.get("mean", {}):
-        writers["mean"].add(key, unknown, state.mean(0, keepdim=True).cpu().numpy(), len(state))
-    if key in missing.get("none", {}):
-        text = missing["none"][key]
-        if len(state) != len(text):
-            raise CheckpointError(_misaligned(text, len(state)))
-        writers["none"].add(key, unknown, state.cpu().numpy(), len(state))
 
 
 def check_sequences(examples: Sequence[Examples], encoder: Encoder) -> None:
@@ -205,15 +172,9 @@ def _check(
             if unknown == tokens:
                 raise _all_unknown(union[key], examples)
             if key in aligned and tokens != len(union[key]):
-                raise CheckpointError(_misaligned(union[key], tokens))
+                raise CheckpointError(misaligned(union[key], tokens))
             counts[key] = unknown
     return counts
-
-
-def _misaligned(text: str, tokens: int) -> str:
-    shown = text if len(text) <= 30 else text[:27] + "..."
-    found = f"found {tokens} tokens for the {len(text)} of '{shown}'"
-    return f"token-level tasks need one token per character, {found}; use a checkpoint with a character tokenizer"
 
 
 def _all_unknown(text: str, examples: Sequence[Examples]) -> DataError:
@@ -232,17 +193,14 @@ def _drop_damaged(
     shelves: dict[str, Shelf], wanted: dict[str, dict[bytes, str]], indices: dict[str, dict[bytes, Entry]]
 ) -> bool:
     """Reads every shard that is wanted once, and drops those that are damaged; True if there was one."""
-    damaged = False
+    bad = False
     for pooling, shelf in shelves.items():
         shards = {indices[pooling][key].shard.file: indices[pooling][key].shard for key in wanted[pooling]}
-        for shard in shards.values():
-            try:
-                verify(shelf, shard)
-            except DamagedShardError as damage:
-                logger.warning("%s", damage)
-                shelf.drop(shard)
-                damaged = True
-    return damaged
+        for damage in damaged(shelf, shards.values()):
+            logger.warning("%s", damage)
+            shelf.drop(damage.shard)
+            bad = True
+    return bad
 
 
 def _embeddings(

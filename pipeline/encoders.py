@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.packing import Packing
 from pipeline.tokens import Tokens
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,16 +66,27 @@ class HuggingFaceEncoder:
         device: str = "auto",
         precision: str = "auto",
         made_with: Mapping[str, Any] | None = None,
+        layer: int | None = None,
     ) -> None:
         """Takes a model without heads, in its own mode; puts it on `device` and in evaluation mode.
 
-        `made_with` is what a checkpoint says of how it was measured in training; `embed` says where it differs.
+        Args:
+            model: the encoder.
+            tokenizer: its tokenizer.
+            device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+            precision: `auto`, `fp32`, `bf16` or `fp16`.
+            made_with: what a checkpoint says of how it was measured in training; `embed` says where it differs.
+            layer: the hidden states to take: 0 are the token embeddings, 1 those behind the first layer; negative
+                numbers count from the last. None is the last. Layers that are not needed are taken out of `model`.
 
         Raises:
             CheckpointError: the tokenizer's special tokens are not around the sequence.
-            ConfigError: the device is not there, or has no such precision.
+            ConfigError: the device or the layer is not there, or the device has no such precision.
         """
         config: Any = model.config
+        self.layer = _find_layer(layer, config)
+        if self.layer is not None:
+            _shorten(model, self.layer, config)
         self.device = find_device(device)
         self.precision = find_precision(precision, self.device)
         self.tokens = Tokens(tokenizer)
@@ -87,30 +99,51 @@ class HuggingFaceEncoder:
     @cached_property
     def digest(self) -> str:
         """See `Encoder`. Worked out when it is first asked for: all weights are read."""
-        return _digest(self.model, self.tokens, self.precision)
+        return _digest(
+            self.model, self.tokens, self.precision if self.layer is None else f"{self.precision} layer {self.layer}"
+        )
 
     @torch.inference_mode()
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """See `Encoder.hidden_states`."""
         before, after = self.tokens.before, self.tokens.after
-        rows = [[*before, *self.tokens.ids(sequence), *after] for sequence in sequences]
+        rows = [[*before, *self.tokens.ids(sequence).tolist(), *after] for sequence in sequences]
+        with self._autocast():
+            states = self._padded(rows) if self._packing is None else self._packing(rows, self._forward)
+        first, behind = len(before), len(after)
+        return [state[first : len(row) - behind].float() for state, row in zip(states, rows, strict=True)]
+
+    @cached_property
+    def _packing(self) -> Packing | None:
+        """On a CPU alone: a GPU would be given a small piece of work for each sequence."""
+        if self.device.type != "cpu" or self.precision != "fp32":
+            return None
+        return Packing.fit(self.model, self.tokens.ordinary(24), self.tokens.padding)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Hidden states of the rows padded to the longest, shape (rows, longest, hidden_size)."""
         lengths = torch.tensor([len(row) for row in rows])
         longest = int(lengths.max())
-        padded = [row + [self.tokens.padding] * (longest - len(row)) for row in rows]
-        mask = torch.arange(longest)[None] < lengths[:, None]
-        with self._autocast():
-            output = self.model(
-                input_ids=torch.tensor(padded, device=self.device),
-                attention_mask=mask.to(device=self.device, dtype=torch.long),
-            )
-        states = output.last_hidden_state.float()
-        first, behind = len(before), len(after)
-        return [state[first : len(row) - behind] for state, row in zip(states, rows, strict=True)]
+        ids = torch.tensor([[*row, *[self.tokens.padding] * (longest - len(row))] for row in rows])
+        mask = (torch.arange(longest)[None] < lengths[:, None]).long()
+        return self._forward(input_ids=self._send(ids), attention_mask=self._send(mask))
+
+    def _send(self, values: Tensor) -> Tensor:
+        """To the device; to a GPU without waiting for it."""
+        return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
+        """The hidden states of the chosen layer."""
+        if self.layer is None:
+            states: Tensor = self.model(**inputs).last_hidden_state
+        else:
+            states = self.model(**inputs, output_hidden_states=True).hidden_states[self.layer]
+        return states
 
     def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
         """See `Encoder.count_unknown`."""
         ids = [self.tokens.ids(sequence) for sequence in sequences]
-        return [(sum(token == self.tokens.unknown for token in row), len(row)) for row in ids]
+        return [(int((row == self.tokens.unknown).sum()), len(row)) for row in ids]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":
@@ -136,6 +169,32 @@ def find_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def _layers(config: Any) -> int:
+    """How many layers the encoder has."""
+    names = ("encoder_layers", "num_hidden_layers", "num_layers", "n_layers")
+    return int(next(getattr(config, name) for name in names if getattr(config, name, None) is not None))
+
+
+def _find_layer(layer: int | None, config: Any) -> int | None:
+    """A layer's number from 0 on; None for the last."""
+    if layer is None:
+        return None
+    last = _layers(config)
+    if not -last - 1 <= layer <= last:
+        raise ConfigError(f"layer: expected {-last - 1} to {last} for a model of {last} layers, found {layer}")
+    found = layer % (last + 1)
+    return None if found == last else found
+
+
+def _shorten(model: nn.Module, layer: int, config: Any) -> None:
+    """Takes the layers above `layer` out; one of them stays, since its input is that layer's output."""
+    count = _layers(config)
+    stacks = (one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) == count)
+    stack = next(stacks, None)
+    if stack is not None:
+        del stack[layer + 1 :]
 
 
 def weights_digest(tensors: Iterator[tuple[str, Tensor]]) -> str:

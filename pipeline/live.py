@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import encoder_class
-from pipeline.custom import Context, CustomEncoder, class_name, module_digest
+from pipeline.custom import Context, CustomEncoder, class_name, module_digest, no_layer
 from pipeline.encoders import Encoder, HuggingFaceEncoder, find_device
 from pipeline.errors import CheckpointError
 from pipeline.huggingface import check_architecture, describe, matching_prefix, quiet, rebuild
@@ -82,7 +82,14 @@ class LiveModel:
         """Whether measuring runs the module itself."""
         return self._skeleton is None
 
-    def encoder(self, module: nn.Module, device: str = "auto", precision: str = "auto", probe: str = "C") -> Encoder:
+    def encoder(
+        self,
+        module: nn.Module,
+        device: str = "auto",
+        precision: str = "auto",
+        probe: str = "C",
+        layer: int | None = None,
+    ) -> Encoder:
         """An encoder of the weights that `module` has now; use it before they change.
 
         Args:
@@ -90,7 +97,13 @@ class LiveModel:
             device: `auto` is the module's own.
             precision: as `open_encoder`'s; the module's own code decides for itself.
             probe: a sequence to find out the hidden size with, where a module does not say it.
+            layer: as `open_encoder`'s.
+
+        Raises:
+            ConfigError: there is no such layer, or the module's own code gives the hidden states.
         """
+        if self.runs_module:
+            no_layer(layer, type(module).__name__)
         where = _device_of(module) if device == "auto" else find_device(device)
         if self._class is not None:
             return CustomEncoder.from_module(self._class, module, where, self.context, self.mode)
@@ -98,7 +111,7 @@ class LiveModel:
             digest = f"{class_name(type(module))} {self.mode} {module_digest(module)}"
             return CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe)
         self._take_weights(module)
-        return HuggingFaceEncoder(self._skeleton, self._tokenizer, str(where), precision)
+        return HuggingFaceEncoder(self._skeleton, self._tokenizer, str(where), precision, layer=layer)
 
     def release(self) -> None:
         """Lets go of the weights that `encoder` took: where they are not float32 they are a copy."""

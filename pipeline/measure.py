@@ -66,7 +66,8 @@ def measure(
         PipelineError: see `open_encoder` and `validate`.
     """
     target = config.dataset[0].infer_target
-    encoder = open_encoder(ckpt, target, config.device, config.precision, config.architecture, config.trust_pickle)
+    how = config.architecture, config.trust_pickle, config.layer
+    encoder = open_encoder(ckpt, target, config.device, config.precision, *how)
     step = step_of(ckpt, encoder)
     label = with_step(name or name_of(ckpt), step)
     run.rename(f"{label} {config.title}")

@@ -182,7 +182,7 @@ class Measurement:
             remedy = "name a class with from_checkpoint(path) in infer_target, or leave save out"
             raise CheckpointError(f"save: a checkpoint of {type(module).__name__} cannot be opened again; {remedy}")
         if live and not live.runs_module:
-            encoder = live.encoder(module, "cpu", "fp32")
+            encoder = live.encoder(module, "cpu", "fp32", layer=config.layer)
             check_sequences(self._examples, encoder)
             for one in self._examples:
                 make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
@@ -223,11 +223,12 @@ class Measurement:
     def _encoder(self, module: nn.Module) -> Encoder:
         assert self._live is not None
         probe = min(self._examples[0].train.sequences, key=len)
-        return self._live.encoder(module, self._device, self.config.precision, probe)
+        return self._live.encoder(module, self._device, self.config.precision, probe, self.config.layer)
 
     def _open(self, source: str) -> Encoder:
         target, precision = self._tasks[0].infer_target, self.config.precision
-        return open_encoder(source, target, self._device, precision, self.config.architecture, trust_pickle=True)
+        how = self.config.architecture, True, self.config.layer  # what was just written may be unpickled
+        return open_encoder(source, target, self._device, precision, *how)
 
     def _save(self, module: Any, step: int) -> Path:
         """Writes the weights of the moment as Lightning would, without its callbacks and its barrier."""

@@ -3,69 +3,35 @@
 A *shelf* holds the embeddings of one encoder with one pooling and dtype. It is a folder of shards and a manifest:
 
     <store>/embeddings/<key>/manifest.json        which shards count, and how they were made; written last
-    <store>/embeddings/<key>/shard-00000.parquet  one row per token (or per sequence, pooled)
+    <store>/embeddings/<key>/shard-00000.parquet  see `shards.py`
 
-A shard has the columns `key` (digest of the row's sequence), `unknown` (its unknown tokens) and `hidden` (the vector's
-bytes, little-endian). It is written under a temporary name, synced, renamed, and counted in the manifest; what the
-manifest does not count does not exist. Pages carry checksums, and a damaged shard is dropped, never read as data.
+A shard is written under a temporary name, synced, renamed, and counted in the manifest with its checksum; what the
+manifest does not count does not exist, and a damaged shard is dropped, never read as data.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
 
+from pipeline import shards
 from pipeline.errors import CacheError
+from pipeline.shards import KEY_BYTES, Array, Collected, Entry, Shard, is_damage
 
-KEY_BYTES = 16
 FORMAT = 1  # part of every key: raise it when the same key would no longer give the same embeddings
-# A row group is one data page (pyarrow breaks pages at 20,000 rows), so that its rows lie in one run of bytes.
-ROW_GROUP = 16_384
 SHARD_BYTES = 64 * 2**20
 SHARD_TOKENS = 2**17  # tokens embedded, so that a kill loses a bounded amount of work with pooled rows too
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A finished shard, as the manifest counts it."""
-
-    file: str
-    bytes: int
-    rows: int
-    sequences: int
-    made_with: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a sequence's rows are: shard, first row, number of rows; and how many of its tokens are unknown."""
-
-    shard: Shard
-    start: int
-    count: int
-    unknown: int
-
-
-class DamagedShardError(CacheError):
-    """A shard is not what the manifest says. It is dropped, and its sequences are embedded again."""
-
-    def __init__(self, shard: Shard, reason: str) -> None:
-        """Names the shard."""
-        super().__init__(f"store: shard {shard.file} is damaged ({reason}); delete the store to start afresh")
-        self.shard = shard
 
 
 @dataclass(frozen=True)
@@ -100,14 +66,6 @@ class Store:
 def sequence_key(sequence: str) -> bytes:
     """The digest that a sequence's rows are stored under."""
     return hashlib.sha256(sequence.encode()).digest()[:KEY_BYTES]
-
-
-def is_damage(error: Exception) -> bool:
-    """Whether an error in reading means that the file is not what was written; too many open files, say, do not.
-
-    pyarrow reports a wrong checksum as an OSError without a number.
-    """
-    return not isinstance(error, OSError) or error.errno in (None, errno.ENOENT, errno.EIO)
 
 
 class Shelf:
@@ -146,7 +104,7 @@ class Shelf:
         entries: dict[bytes, Entry] = {}
         for shard in self.shards():
             try:
-                found = dict(self._entries(shard))
+                found = dict(shards.entries(self.path(shard), shard))
             except (pa.ArrowException, OSError) as error:
                 if not is_damage(error):
                     raise CacheError(f"store: '{self.path(shard)}' cannot be read ({error})") from error
@@ -178,35 +136,46 @@ class Shelf:
         except OSError:
             return -1
 
-    def _entries(self, shard: Shard) -> Iterator[tuple[bytes, Entry]]:
-        table = pq.read_table(self.path(shard), columns=["key", "unknown"], page_checksum_verification=True)
-        keys = np.frombuffer(table["key"].combine_chunks().buffers()[1], dtype=f"V{KEY_BYTES}")
-        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-        counts = np.diff(np.append(starts, len(keys)))
-        unknown = table["unknown"].to_numpy()
-        for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
-            yield keys[start].tobytes(), Entry(shard, start, count, int(unknown[start]))
-
     def _write_manifest(self, shards: Sequence[Shard]) -> None:
         content = json.dumps({**self.what, "shards": [asdict(shard) for shard in shards]}, indent=1)
         temporary = self.folder / f"manifest.json.{os.getpid()}.tmp"
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(content)
-            _sync(stream.fileno())
+            stream.flush()
+            os.fsync(stream.fileno())
         temporary.replace(self.folder / "manifest.json")
 
 
 class ShardWriter:
-    """Collects rows and writes a shard whenever enough are there, so that memory does not grow."""
+    """Collects rows and writes a shard whenever enough are there, in a thread, beside the encoder's work.
+
+    At most one shard waits to be written while the next is collected, so that memory does not grow. Leaving the
+    context without an error writes what is left.
+    """
 
     def __init__(self, shelf: Shelf, made_with: Mapping[str, Any]) -> None:
         """See `Shelf.writer`."""
         self.shelf = shelf
         self.made_with = made_with
-        self._clear()
+        self._collected = Collected()
+        self._thread = ThreadPoolExecutor(1, "shards")
+        self._written: Future[None] | None = None
 
-    def add(self, key: bytes, unknown: int, rows: npt.NDArray[np.float32], tokens: int) -> None:
-        """Takes the rows of a sequence, shape (count, hidden_size), embedded from `tokens` tokens.
+    def __enter__(self) -> Self:
+        """Begins."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for what is being written. Raises CacheError if that failed, unless another error is on its way."""
+        try:
+            if kind is None:
+                self.flush()
+                self._wait()
+        finally:
+            self._thread.shutdown()
+
+    def add(self, keys: Sequence[bytes], unknown: Sequence[int], counts: Sequence[int], rows: Array) -> None:
+        """Takes the rows of some sequences one after another, shape (sum of counts, hidden_size).
 
         Raises:
             CacheError: a value is not a finite number, or is none in the shelf's dtype.
@@ -217,66 +186,45 @@ class ShardWriter:
             found = "no finite numbers" if not np.isfinite(rows).all() else f"numbers beyond {self.shelf.dtype.name}"
             remedy = "use precision: fp32 and embedding_dtype: float32, or another checkpoint"
             raise CacheError(f"embed: the encoder's hidden states hold {found}; {remedy}")
-        self._keys.append(key)
-        self._unknown.append(unknown)
-        self._rows.append(stored)
-        self._bytes += self._rows[-1].nbytes
-        self._tokens += tokens
+        collected = self._collected
+        collected.keys += keys
+        collected.unknown += unknown
+        collected.counts += counts
+        collected.rows.append(stored)
+        collected.bytes += stored.nbytes
+
+    def count(self, tokens: int) -> None:
+        """Counts tokens that the rows were embedded from."""
+        self._collected.tokens += tokens
 
     @property
     def is_full(self) -> bool:
         """Whether there is enough for a shard. Flush between batches, so that a resumed run has the same batches."""
-        return self._bytes >= SHARD_BYTES or self._tokens >= SHARD_TOKENS
+        return self._collected.bytes >= SHARD_BYTES or self._collected.tokens >= SHARD_TOKENS
 
     def flush(self) -> None:
-        """Writes what was collected as a shard and counts it in the manifest."""
-        if not self._keys:
-            return
+        """Has what was collected written as a shard, and counted in the manifest. Raises what the last one met."""
+        self._wait()
+        if self._collected.keys:
+            self._written = self._thread.submit(self._write, self._collected)
+            self._collected = Collected()
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.result()
+
+    def _write(self, collected: Collected) -> None:
+        sequences, table = len(collected.keys), collected.table()
         with writing(self.shelf.folder):
-            self._write_shard(self._table())
-        self._clear()
-
-    def _write_shard(self, table: pa.Table) -> None:
-        shards = self.shelf.shards()
-        number = 1 + max((int(shard.file[6:11]) for shard in shards), default=-1)
-        final = self.shelf.folder / f"shard-{number:05d}.parquet"
-        temporary = final.with_suffix(".tmp")
-        pq.write_table(
-            table,
-            temporary,
-            row_group_size=ROW_GROUP,
-            compression="NONE",
-            use_dictionary=["key", "unknown"],
-            write_statistics=False,
-            data_page_size=2**30,
-            write_page_checksum=True,
-        )
-        with temporary.open("rb+") as stream:
-            _sync(stream.fileno())
-        temporary.replace(final)
-        shard = Shard(final.name, final.stat().st_size, table.num_rows, len(self._keys), dict(self.made_with))
-        self.shelf._write_manifest([*shards, shard])
-
-    def _clear(self) -> None:
-        self._keys: list[bytes] = []
-        self._unknown: list[int] = []
-        self._rows: list[npt.NDArray[Any]] = []
-        self._bytes = self._tokens = 0
-
-    def _table(self) -> pa.Table:
-        counts = [len(rows) for rows in self._rows]
-        keys = np.repeat(np.frombuffer(b"".join(self._keys), dtype=f"V{KEY_BYTES}"), counts)
-        hidden = np.concatenate(self._rows)
-        self._rows.clear()
-        width = hidden.shape[1] * hidden.itemsize
-        columns = {
-            "key": _fixed_width(keys, KEY_BYTES),
-            "unknown": pa.array(np.repeat(np.array(self._unknown, dtype=np.int32), counts)),
-            "hidden": _fixed_width(hidden, width),
-        }
-        fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
-        layout = {"dtype": self.shelf.dtype.str, "hidden_size": str(hidden.shape[1])}
-        return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields, metadata=layout))
+            known = self.shelf.shards()
+            number = 1 + max((int(shard.file[6:11]) for shard in known), default=-1)
+            final = self.shelf.folder / f"shard-{number:05d}.parquet"
+            temporary = final.with_suffix(".tmp")
+            checksum = shards.write(table, temporary)
+            size = temporary.stat().st_size
+            temporary.replace(final)
+            shard = Shard(final.name, size, checksum, table.num_rows, sequences, dict(self.made_with))
+            self.shelf._write_manifest([*known, shard])
 
 
 @contextmanager
@@ -286,14 +234,3 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CacheError(f"store: '{folder}' cannot be written ({error}); set store to another folder") from error
-
-
-def _fixed_width(array: npt.NDArray[Any], width: int) -> pa.FixedSizeBinaryArray:
-    """The rows of `array` as a fixed-size binary column, without a copy."""
-    buffer = pa.py_buffer(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(array), [None, buffer])
-
-
-def _sync(descriptor: int) -> None:
-    """Has the system write a file to disk, so that a rename never outruns its content."""
-    os.fsync(descriptor)

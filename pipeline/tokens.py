@@ -14,6 +14,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from pipeline.errors import CheckpointError
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
@@ -42,17 +45,29 @@ class Tokens:
         self.unknown: int | None = tokenizer.unk_token_id
         self.padding: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._ids: dict[str, int] = {}
+        self._of_character = np.full(256, -1)  # ids of single characters, as far as they are known
         self.splitting, self._split = self._choose()
         self.before, self.after = self._template()
 
-    def ids(self, sequence: str) -> list[int]:
-        """The ids of the real tokens of `sequence`, special tokens left out."""
+    def ids(self, sequence: str) -> npt.NDArray[np.int64]:
+        """The ids of the real tokens of `sequence`, special tokens left out, shape (tokens,)."""
         if self._split is None:
-            return self._native(sequence)
-        known, words = self._ids, self._split(sequence)
-        for word in {word for word in words if word not in known}:
-            known[word] = self._word(word)
-        return [known[word] for word in words]
+            return np.array(self._native(sequence), np.int64)
+        words = self._split(sequence)
+        if not isinstance(words, str) or not words.isascii():
+            return np.array([self._known(word) for word in words], np.int64)
+        codes = np.frombuffer(words.encode("ascii"), np.uint8)
+        ids = self._of_character[codes]
+        if (ids < 0).any():
+            for character in set(words):
+                self._of_character[ord(character)] = self._known(character)
+            ids = self._of_character[codes]
+        return ids
+
+    def ordinary(self, most: int) -> list[int]:
+        """Some ids of the vocabulary that are not special, at most so many."""
+        special = set(self.tokenizer.all_special_ids)
+        return [one for one in sorted(self.tokenizer.get_vocab().values()) if one not in special][:most]
 
     def digest(self) -> str:
         """A digest of the vocabulary and of how sequences are split; the same in every version of the library."""
@@ -92,6 +107,12 @@ class Tokens:
 
     def _native(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _known(self, word: str) -> int:
+        """The id of a word, looked up once."""
+        if word not in self._ids:
+            self._ids[word] = self._word(word)
+        return self._ids[word]
 
     def _word(self, word: str) -> int:
         """The id of a single word; what is not exactly one token is unknown."""

@@ -14,11 +14,11 @@ from tests.conftest import ROOT
 
 # Each module may import those before it.
 ORDER = """
-errors config config_file progress schema tables labels load tokens encoders custom huggingface metrics
+errors config config_file progress schema tables labels load tokens packing encoders custom huggingface metrics
 tracking tracking.process tracking.journal tracking.delivery tracking.sender tracking.client
 tracking.mlflow tracking.earlier tracking.runs
 tracking.wandb tracking.tensorboard tracking.mirrors tracking.training
-checkpoints live store scratch rows embed heads schedules optim fit train_head score validation
+checkpoints live shards store scratch rows forward embed heads schedules optim fit train_head score validation
 figures.canvas figures.classes figures.examples figures report page publish compare measure
 neutral distributed measurement lightning callback monitors loggers pretrain __main__
 """.split()

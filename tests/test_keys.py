@@ -82,6 +82,31 @@ def test_the_documentation_is_what_the_schema_prints() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == markdown() + "\n"
 
 
+@pytest.mark.parametrize("kind", ["esm", "prott5", "smiles_bart", "protbert"])
+def test_key_layer(model_folder: Callable[..., Path], kind: str) -> None:
+    """The hidden states that transformers calls by that number; only the layers that they take are kept."""
+    folder, text = str(model_folder(kind)), "CCONC"
+    last: Any = open_encoder(folder)
+    ids = torch.tensor([[*last.tokens.before, *last.tokens.ids(text), *last.tokens.after]])
+    with torch.no_grad():
+        states = last.model(input_ids=ids, output_hidden_states=True).hidden_states
+    inner = slice(len(last.tokens.before), ids.shape[1] - len(last.tokens.after))
+    count = len(states) - 1
+    for layer in range(-count - 1, count + 1):
+        encoder: Any = open_encoder(folder, layer=layer)
+        for state in encoder.hidden_states([text, "CC", text])[::2]:
+            torch.testing.assert_close(state, states[layer][0, inner], atol=1e-5, rtol=0)
+        assert (encoder.digest == last.digest) == (layer in (-1, count))
+    assert sum(map(torch.numel, open_encoder(folder, layer=0).model.parameters())) < sum(  # type: ignore[attr-defined]
+        map(torch.numel, last.model.parameters())
+    )
+    assert len({open_encoder(folder, layer=layer).digest for layer in range(count + 1)}) == count + 1
+    with pytest.raises(ConfigError, match=rf"layer: expected {-count - 1} to {count} for a model of {count} layers"):
+        open_encoder(folder, layer=count + 1)
+    with pytest.raises(ConfigError, match="gives the hidden states itself"):
+        open_encoder(folder, "tests.test_keys.FakeEncoder", layer=1)
+
+
 FIT: dict[str, Any] = {
     "batch_size": 5,
     "num_epochs": 2,

@@ -1,0 +1,137 @@
+"""Sequences one after another in a single row, so that a batch holds no padding.
+
+Linear layers then see real tokens alone, and attention runs within each sequence, without a mask. A model takes part if
+its hidden states prove the same on a probe: its positions must be ones that can be given, and its attention plain.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+NAME = "within_sequences"  # of the attention, among those that transformers knows
+# Of what transformers hands to an attention function: that which does not change the result here.
+HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+TOLERANCE = 1e-5
+
+_lengths: ContextVar[Sequence[int]] = ContextVar("lengths of the sequences in the row")
+
+
+class _UnfitError(Exception):
+    """The model's attention is of another kind."""
+
+
+class Packing:
+    """Runs a model on packed sequences."""
+
+    def __init__(self, model: nn.Module, first: int) -> None:
+        """See `fit`; `first` is the number of a sequence's first position."""
+        self.model = model
+        self.first = first
+
+    @classmethod
+    def fit(cls, model: nn.Module, ids: Sequence[int], padding: int) -> Packing | None:
+        """The packing of a model in evaluation mode; None where it does not give what the model gives.
+
+        Args:
+            model: a Hugging Face encoder.
+            ids: some tokens to try it on, no special ones among them.
+            padding: the padding token; positions may be numbered from behind it.
+        """
+        config: Any = model.config
+        if getattr(config, "_attn_implementation", None) != "sdpa" or len(ids) < 2:
+            return None
+        rows = [[*ids], [*ids[: len(ids) // 2]], [*reversed(ids)]]  # the last has the length of the first
+        device = next(model.parameters()).device
+        expected = [model(input_ids=torch.tensor([row], device=device)).last_hidden_state[0] for row in rows]
+        for first in (0, padding + 1):
+            packing = cls(model, first)
+            try:
+                found = packing(rows, lambda **inputs: model(**inputs).last_hidden_state)
+            except Exception:  # whatever a model has against it: it is padded then
+                return None
+            if all(torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in zip(expected, found, strict=True)):
+                return packing
+        return None
+
+    def __call__(self, rows: Sequence[Sequence[int]], forward: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        """The hidden states of each row of token ids, each of shape (tokens, hidden_size).
+
+        Args:
+            rows: token ids.
+            forward: calls the model with keywords, and gives hidden states of shape (1, tokens of all, hidden_size).
+        """
+        lengths = [len(row) for row in rows]
+        device = next(self.model.parameters()).device
+        ids = torch.tensor([[token for row in rows for token in row]], device=device)
+        positions = torch.cat([torch.arange(self.first, self.first + length) for length in lengths])[None]
+        inputs = {"input_ids": ids, "position_ids": positions.to(device)}
+        if "token_type_ids" in inspect.signature(self.model.forward).parameters:
+            inputs["token_type_ids"] = torch.zeros_like(ids)  # a model's own are as many as it has positions
+        with _within(self.model, lengths):
+            states: Tensor = forward(**inputs)
+        return states[0].split(lengths)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each sequence of the row; neighbours of one length go together. As transformers calls it.
+
+    Args:
+        module: the layer.
+        query: shape (1, heads, tokens of all, head size), as `key` and `value`.
+        key: see `query`.
+        value: see `query`.
+        attention_mask: there must be none.
+        scaling: of the scores.
+        dropout: there must be none.
+        others: none of them may change the result.
+
+    Returns:
+        Shape (1, tokens of all, heads, head size).
+    """
+    strange = [name for name, one in others.items() if name not in HARMLESS and one is not None and one is not False]
+    if strange or attention_mask is not None or dropout or getattr(module, "is_causal", False):
+        raise _UnfitError
+    query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))  # (tokens, heads, head size)
+    parts, begin = [], 0
+    for length, same in groupby(_lengths.get()):
+        count = len(list(same))
+        end = begin + count * length
+        q, k, v = (one[begin:end].unflatten(0, (count, length)).transpose(1, 2) for one in (query, key, value))
+        part = functional.scaled_dot_product_attention(q, k, v, scale=scaling)
+        parts.append(part.transpose(1, 2).flatten(0, 1))
+        begin = end
+    return torch.cat(parts)[None], None
+
+
+@contextmanager
+def _within(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
+    """Has the model's attention stay within sequences of these lengths."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attention)
+    config: Any = model.config
+    before, token = config._attn_implementation, _lengths.set(lengths)
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _lengths.reset(token)

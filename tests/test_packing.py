@@ -1,0 +1,96 @@
+"""Packed sequences: no padding, the same hidden states, and only for models that it is right for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    EsmConfig,
+    EsmModel,
+    ModernBertConfig,
+    ModernBertModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from pipeline.checkpoints import open_encoder
+from pipeline.packing import Packing
+
+Make = Callable[..., Path]
+SIZE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def moved(model: Any) -> Any:
+    """Weights away from their near-zero beginnings, so that positions and context matter."""
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2) if parameter.dim() > 1 else None
+    return model.eval()
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12))
+@pytest.mark.parametrize("kind", ["esm", "protbert"])
+@torch.inference_mode()
+def test_packed_is_as_alone(model_folder: Make, kind: str, lengths: list[int]) -> None:
+    encoder: Any = open_encoder(str(model_folder(kind)))
+    assert encoder._packing is not None
+    texts = ["ACDEFGHIKLMNPQRSTVWY"[length % 7 :] * 3 for length in lengths]
+    texts = [text[:length] for text, length in zip(texts, lengths, strict=True)]
+    for text, state in zip(texts, encoder.hidden_states(texts), strict=True):
+        ids = torch.tensor([[*encoder.tokens.before, *encoder.tokens.ids(text), *encoder.tokens.after]])
+        expected = encoder.model(input_ids=ids).last_hidden_state[0, 1:-1]
+        torch.testing.assert_close(state, expected, atol=1e-5, rtol=0)
+
+
+def test_more_tokens_in_a_row_than_the_model_has_positions(model_folder: Make) -> None:
+    encoder: Any = open_encoder(str(model_folder("protbert")))
+    texts = ["MKVLAAGIVG" * 6] * 40
+    states = encoder.hidden_states(texts)
+    assert all(torch.equal(state, states[0]) for state in states)
+    assert encoder.model.config.max_position_embeddings < sum(map(len, texts))
+
+
+@torch.inference_mode()
+def test_positions_numbered_from_behind_the_padding() -> None:
+    ids = list(range(5, 25))
+    roberta = moved(RobertaModel(RobertaConfig(vocab_size=30, max_position_embeddings=50, **SIZE)))
+    packing = Packing.fit(roberta, ids, padding=1)
+    assert packing is not None
+    assert packing.first == 2
+    absolute = EsmConfig(vocab_size=33, pad_token_id=1, mask_token_id=32, max_position_embeddings=60, **SIZE)
+    packing = Packing.fit(moved(EsmModel(absolute)), ids, padding=1)
+    assert packing is not None
+    assert packing.first == 2
+
+
+@torch.inference_mode()
+def test_models_with_another_attention_are_padded(model_folder: Make) -> None:
+    """Relative positions (T5), positions that cannot be given (BART), windows (ModernBERT), another kernel."""
+    for kind in ("prott5", "smiles_bart"):
+        encoder: Any = open_encoder(str(model_folder(kind)))
+        assert encoder._packing is None
+    config = ModernBertConfig(vocab_size=40, pad_token_id=0, local_attention=8, global_attn_every_n_layers=2, **SIZE)
+    windows = moved(ModernBertModel(config))
+    before = windows.config._attn_implementation
+    assert Packing.fit(windows, list(range(5, 29)), padding=0) is None
+    assert windows.config._attn_implementation == before
+    rotary = EsmConfig(vocab_size=33, pad_token_id=1, mask_token_id=32, position_embedding_type="rotary", **SIZE)
+    eager = moved(EsmModel(rotary, add_pooling_layer=False))
+    eager.set_attn_implementation("eager")
+    assert Packing.fit(eager, list(range(5, 25)), padding=1) is None
+
+
+@torch.inference_mode()
+def test_padded_and_packed_agree(model_folder: Make) -> None:
+    encoder: Any = open_encoder(str(model_folder("esm")))
+    texts = ["MKV", "ACDEFGHIKL" * 9, "W", "MKV"]
+    packed = encoder.hidden_states(texts)
+    encoder.__dict__["_packing"] = None
+    for one, other in zip(packed, encoder.hidden_states(texts), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
