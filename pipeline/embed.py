@@ -62,6 +62,10 @@ class Embeddings:
         """The embedding rows of a part, in memory if they fit the budget."""
         return Rows(self.shelf, self.entries[part], self.memory_bytes)
 
+    def shares_rows(self, other: Embeddings, part: str) -> bool:
+        """Whether a part has the same rows in another task's embeddings."""
+        return self.shelf.folder == other.shelf.folder and self.entries[part] == other.entries[part]
+
 
 def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[Embeddings]:
     """Embeds what is not stored yet, and gives each task its embeddings.

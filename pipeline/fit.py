@@ -1,62 +1,36 @@
-"""Batches, the loss, and the training loop of a head."""
+"""The loss, and the training of a head, or of several at once."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline import optim
+from pipeline.batches import Batch, Data, Indices
 from pipeline.config import Task
 from pipeline.embed import Embeddings
 from pipeline.errors import DataError
-from pipeline.heads import Head
-from pipeline.load import Part, Target, unit_index
+from pipeline.heads import MLP, Head
+from pipeline.load import Examples, Target
 from pipeline.progress import progress
 from pipeline.rows import Rows
+from pipeline.stack import Stack
 
-Indices = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some sequences with u units: rows (u, hidden_size), counts (sequences,), values and masks (u,) per target."""
-
-    rows: Tensor
-    counts: Tensor
-    values: list[Tensor]
-    masks: list[Tensor]
-
-
-def batch_of(rows: Rows, part: Part, sequences: Indices, device: torch.device) -> Batch:
-    """The embeddings and labels of some sequences of a part."""
-    values, masks = labels_of(part, sequences)
-    counts = torch.from_numpy(part.counts[sequences]).to(device)
-    return Batch(
-        rows.gather(sequences).to(device), counts, [v.to(device) for v in values], [m.to(device) for m in masks]
-    )
-
-
-def labels_of(part: Part, sequences: Indices) -> tuple[list[Tensor], list[Tensor]]:
-    """Values (int64 or float32) and masks of some sequences, per target, shape (units,)."""
-    units = unit_index(part.counts, sequences)
-    values = [torch.from_numpy(value[units]) for value in part.values]
-    masks = [torch.from_numpy(mask[units]) for mask in part.masks]
-    return [value.float() if value.is_floating_point() else value for value in values], masks
+IGNORED = -100  # the class of a unit that does not count
+Losses = tuple[list[float], list[float]]
 
 
 def loss_of(
     outputs: list[Tensor],
     values: list[Tensor],
-    masks: list[Tensor],
+    masks: Sequence[Tensor | None],
     targets: tuple[Target, ...],
     weighted: bool = False,
 ) -> Tensor:
@@ -67,54 +41,59 @@ def loss_of(
     Args:
         outputs: per target, shape (units, outputs).
         values: per target, class indices or numbers, shape (units,).
-        masks: per target, shape (units,).
+        masks: per target, shape (units,), or None where none is masked.
         targets: what the outputs are.
         weighted: whether class weights count, as in `torch.nn.CrossEntropyLoss`: in training they do.
     """
-    losses = [outputs[0].sum() * 0]
+    losses = []
     for output, value, mask, target in zip(outputs, values, masks, targets, strict=True):
-        if not mask.any():
-            continue
         if target.classes is None:
-            losses.append(functional.mse_loss(output[mask, 0], value[mask].to(output.dtype)))
-        else:
-            weight = output.new_tensor(target.weights) if weighted and target.weights else None
-            if weight is None or weight[value[mask]].sum() > 0:
-                losses.append(functional.cross_entropy(output[mask], value[mask], weight))
+            wanted = value.to(output.dtype) if mask is None else value.to(output.dtype).where(mask, 0)
+            each = (output[:, 0] - wanted) ** 2
+            losses.append(each.mean() if mask is None else (each * mask).sum() / mask.sum().clamp(min=1))
+            continue
+        wanted = value if mask is None else value.where(mask, IGNORED)
+        weight = output.new_tensor(target.weights) if weighted and target.weights else None
+        total = functional.cross_entropy(output, wanted, weight, ignore_index=IGNORED, reduction="sum")
+        losses.append(total / _mass(wanted, weight))
     return torch.stack(losses).sum()
 
 
+def _mass(wanted: Tensor, weight: Tensor | None) -> Tensor | int:
+    """What a sum of cross-entropies is divided by: the weights of all that counts, or their number; 1 for nothing."""
+    counted = wanted != IGNORED
+    if weight is None:
+        return counted.sum().clamp(min=1)
+    mass = (weight[wanted.where(counted, 0)] * counted).sum()
+    return mass.where(mass > 0, 1)
+
+
 @torch.no_grad()
-def predict(
-    head: Head, rows: Rows, part: Part, sequences: Indices, batch_size: int, device: torch.device
-) -> list[Tensor]:
+def predict(head: Head, data: Data, sequences: Indices, batch_size: int) -> list[Tensor]:
     """For each target, the outputs of a head in evaluation mode, float64 on the CPU, shape (units, outputs)."""
     training = head.training
     head.eval()
     outputs = []
     for begin in range(0, len(sequences), batch_size):
-        batch = batch_of(rows, part, sequences[begin : begin + batch_size], device)
+        batch = data.batch(sequences[begin : begin + batch_size])
         outputs.append([output.cpu().double() for output in head(batch.rows, batch.counts)])
     head.train(training)
     return [torch.cat(target) for target in zip(*outputs, strict=True)]
 
 
-@dataclass
 class _Held:
     """The examples kept back for early stopping, and the best head so far on them."""
 
-    rows: Rows
-    part: Part
-    sequences: Indices
-    patience: int
-    best: float = np.inf
-    state: dict[str, Tensor] | None = None
-    bad_epochs: int = 0
+    def __init__(self, data: Data, sequences: Indices, patience: int) -> None:
+        self.data, self.sequences, self.patience = data, sequences, patience
+        self.best = np.inf
+        self.state: dict[str, Tensor] | None = None
+        self.bad_epochs = 0
 
-    def loss(self, head: Head, task: Task, targets: tuple[Target, ...], device: torch.device) -> float:
+    def loss(self, head: Head, task: Task, targets: tuple[Target, ...]) -> float:
         """The loss over all of them."""
-        outputs = predict(head, self.rows, self.part, self.sequences, task.batch_size, device)
-        return float(loss_of(outputs, *labels_of(self.part, self.sequences), targets))
+        outputs = predict(head, self.data, self.sequences, task.batch_size)
+        return float(loss_of(outputs, *self.data.labels(self.sequences), targets))
 
     def enough(self, head: Head, loss: float) -> bool:
         """Remembers the best head; True once `patience` epochs in a row were no better."""
@@ -125,93 +104,165 @@ class _Held:
         return self.bad_epochs >= self.patience
 
 
-def fit(head: Head, embeddings: Embeddings, device: torch.device) -> tuple[list[float], list[float]]:
-    """Trains `head` in place, as the task says.
+class _Course:
+    """A head's way through its epochs: its batches, optimiser, schedule and losses.
+
+    Attributes:
+        losses: mean training loss of each epoch.
+        held_losses: with `patience`, the loss on the held-out part after each.
+        enough: no further epoch is needed.
+    """
+
+    def __init__(self, head: Head, examples: Examples, data: Data, held: tuple[Indices, _Held | None]) -> None:
+        self.head, self.data, self.task, self.targets = head, data, examples.task, examples.targets
+        self.sequences, self.held = held
+        steps = self.task.num_epochs * -(-len(self.sequences) // self.task.batch_size)
+        self.optimizer, self.scheduler = optim.build(head.parameters(), optim.with_max_steps(self.task.optim, steps))
+        self.plain = optim.is_plain(self.task.optim)
+        self.after_epoch = self.scheduler is not None and optim.per_epoch(self.scheduler)
+        self.order = torch.Generator().manual_seed(self.task.random_seed)
+        self.total = torch.zeros((), device=data.device)
+        self.losses: list[float] = []
+        self.held_losses: list[float] = []
+        self.enough = False
+
+    def batches(self) -> Iterator[Batch]:
+        """Those of an epoch."""
+        count = len(self.sequences)
+        shuffled = torch.randperm(count, generator=self.order) if self.task.shuffle else torch.arange(count)
+        for some in shuffled.split(self.task.batch_size):
+            yield self.data.batch(self.sequences[some.numpy()])
+
+    def step(self, batch: Batch) -> Tensor:
+        """One optimiser step; the batch's loss. A closure, for optimisers that evaluate the loss more than once.
+
+        Those see the same dropout each time: what they descend on is one function.
+        """
+        values: list[Tensor] = []
+        dropout = None if self.plain else self.head.dropout_state()
+
+        def closure() -> Tensor:
+            if values and dropout is not None:
+                self.head.set_dropout_state(dropout)
+            self.optimizer.zero_grad()
+            outputs = self.head(batch.rows, batch.counts)
+            loss = loss_of(outputs, batch.values, batch.masks, self.targets, weighted=True)
+            loss.backward()
+            self.clip()
+            values.append(loss.detach())
+            return loss
+
+        evaluate: Callable[[], Any] = closure
+        self.optimizer.step(evaluate)
+        return values[0]
+
+    def clip(self) -> None:
+        """Clips the gradients, where the task says so."""
+        if self.task.gradient_clip_val is not None:
+            nn.utils.clip_grad_norm_(self.head.parameters(), self.task.gradient_clip_val)
+
+    def stepped(self, loss: Tensor, sequences: int) -> None:
+        """Takes down the loss of a step, and goes on in the schedule."""
+        self.total += loss * sequences
+        if self.scheduler is not None and not self.after_epoch:
+            self.scheduler.step()
+
+    def end_epoch(self) -> None:
+        """Takes down the losses of an epoch. Raises DataError where they are no longer finite."""
+        self.losses.append(_finite(float(self.total) / len(self.sequences), len(self.losses), self.task))
+        self.total.zero_()
+        if self.held is not None:
+            self.held_losses.append(self.held.loss(self.head, self.task, self.targets))
+        if self.after_epoch:
+            _step_epoch(self.scheduler, (self.held_losses or self.losses)[-1])
+        self.enough = self.held is not None and self.held.enough(self.head, self.held_losses[-1])
+
+
+def fit(heads: Sequence[Head], embeddings: Sequence[Embeddings], device: torch.device) -> list[Losses]:
+    """Trains heads in place, as the task of each says; several at once are a group of `groups`.
 
     Returns:
-        The mean training loss of each epoch, and, with `patience`, the loss on the held-out part after each; the head
-        is then the best of them.
+        For each, the mean training loss of each epoch, and, with `patience`, the loss on the held-out part after each;
+        the head is then the best of them.
 
     Raises:
         ConfigError: the optimiser's or the schedule's name or options are not valid.
         DataError: the loss is no longer a finite number.
     """
-    rows = embeddings.rows("train")
-    return _epochs(head, embeddings, (rows, *_hold_out(embeddings, rows)), device)
+    courses, known = list[_Course](), list[tuple[Embeddings, Rows]]()
+    for head, one in zip(heads, embeddings, strict=True):
+        rows = next((rows for other, rows in known if one.shares_rows(other, "train")), None) or one.rows("train")
+        known.append((one, rows))
+        data = Data(rows, one.examples.train, device)
+        courses.append(_Course(head.train(), one.examples, data, _hold_out(one, data)))
+    names = ", ".join(course.task.task_name for course in courses)
+    together = _stack(courses) if len(courses) > 1 else None
+    with progress(f"train_head {names}", courses[0].task.num_epochs, "epochs") as advance:
+        for _ in range(courses[0].task.num_epochs):
+            for batches in zip(*(course.batches() for course in courses), strict=True):
+                _step(courses, batches, together)
+            for course in courses:
+                course.end_epoch()
+            advance(1)
+            if all(course.enough for course in courses):
+                break
+    if together is not None:
+        together.release()
+    for course in courses:
+        if course.held is not None and course.held.state is not None:
+            course.head.load_state_dict(course.held.state)
+    return [(course.losses, course.held_losses) for course in courses]
 
 
-def _hold_out(embeddings: Embeddings, rows: Rows) -> tuple[Indices, _Held | None]:
+def _step(courses: Sequence[_Course], batches: Sequence[Batch], together: Stack | None) -> None:
+    """An optimiser step of each head."""
+    if together is None:
+        losses = [course.step(batch) for course, batch in zip(courses, batches, strict=True)]
+    else:
+        losses = list(together.backward(batches).unbind())
+        for course in courses:
+            course.clip()
+            course.optimizer.step()
+    for course, batch, loss in zip(courses, batches, losses, strict=True):
+        course.stepped(loss, len(batch.counts))
+
+
+def _stack(courses: Sequence[_Course]) -> Stack:
+    heads = [course.head for course in courses if isinstance(course.head, MLP)]
+    return Stack(heads, courses[0].targets[0].classes is not None)
+
+
+def groups(heads: Sequence[Head], embeddings: Sequence[Embeddings]) -> list[list[int]]:
+    """Which heads are trained at once: MLPs of one shape that take the same steps. By their places, in order."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for place, (head, one) in enumerate(zip(heads, embeddings, strict=True)):
+        task, (target, *_) = one.examples.task, one.examples.targets
+        plain = type(head) is MLP and task.patience is None and target.weights is None
+        alone = () if plain and optim.is_plain(task.optim) else (place,)
+        steps = len(one.examples.train), task.batch_size, task.num_epochs
+        shape = one.shelf.hidden_size, target.outputs, target.classes is None
+        found.setdefault((*alone, *steps, *shape), []).append(place)
+    return list(found.values())
+
+
+def _hold_out(embeddings: Embeddings, data: Data) -> tuple[Indices, _Held | None]:
     """The train sequences to fit on, and what early stopping looks at: the val part, else a seeded part of train."""
     examples = embeddings.examples
     task, everything = examples.task, np.arange(len(examples.train))
     if task.patience is None:
         return everything, None
     if examples.val is not None:
-        own = embeddings.rows("val")
-        return everything, _Held(own, examples.val, np.arange(len(examples.val)), task.patience)
+        own = Data(embeddings.rows("val"), examples.val, data.device)
+        return everything, _Held(own, np.arange(len(examples.val)), task.patience)
     generator = torch.Generator().manual_seed(task.random_seed)
     order = torch.randperm(len(everything), generator=generator).numpy()
     count = max(1, round(task.val_fraction * len(order)))
     if count >= len(order):
         raise DataError(f"task '{task.task_name}': {len(order)} train sequences are too few to hold some out")
     held = np.sort(order[:count])
-    if not any(mask.any() for mask in labels_of(examples.train, held)[1]):
+    if not any(mask.any() for mask in data.labels(held)[1]):
         raise DataError(f"task '{task.task_name}': no label is left in the held-out part; raise val_fraction")
-    return np.sort(order[count:]), _Held(rows, examples.train, held, task.patience)
-
-
-def _epochs(
-    head: Head, embeddings: Embeddings, data: tuple[Rows, Indices, _Held | None], device: torch.device
-) -> tuple[list[float], list[float]]:
-    rows, sequences, held = data
-    task, targets = embeddings.examples.task, embeddings.examples.targets
-    steps = task.num_epochs * -(-len(sequences) // task.batch_size)
-    optimizer, scheduler = optim.build(head.parameters(), optim.with_max_steps(task.optim, steps))
-    after_epoch = scheduler is not None and optim.per_epoch(scheduler)
-    order = torch.Generator().manual_seed(task.random_seed)
-    losses: list[float] = []
-    held_losses: list[float] = []
-    head.train()
-    with progress(f"train_head {task.task_name}", task.num_epochs, "epochs") as advance:
-        for epoch in range(task.num_epochs):
-            shuffled = torch.randperm(len(sequences), generator=order) if task.shuffle else torch.arange(len(sequences))
-            total = torch.zeros((), device=device)
-            for some in shuffled.split(task.batch_size):
-                batch = batch_of(rows, embeddings.examples.train, sequences[some.numpy()], device)
-                total += _step(head, optimizer, batch, targets, task.gradient_clip_val) * len(some)
-                if scheduler is not None and not after_epoch:
-                    scheduler.step()
-            losses.append(_finite(float(total) / len(sequences), epoch, task))
-            if held is not None:
-                held_losses.append(held.loss(head, task, targets, device))
-            if after_epoch:
-                _step_epoch(scheduler, (held_losses or losses)[-1])
-            advance(1)
-            if held is not None and held.enough(head, held_losses[-1]):
-                break
-    if held is not None and held.state is not None:
-        head.load_state_dict(held.state)
-    return losses, held_losses
-
-
-def _step(
-    head: Head, optimizer: torch.optim.Optimizer, batch: Batch, targets: tuple[Target, ...], clip: float | None
-) -> Tensor:
-    """One optimiser step; the batch's loss. A closure, for optimisers that evaluate the loss more than once."""
-    values: list[Tensor] = []
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(head(batch.rows, batch.counts), batch.values, batch.masks, targets, weighted=True)
-        loss.backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(head.parameters(), clip)
-        values.append(loss.detach())
-        return loss
-
-    evaluate: Callable[[], Any] = closure
-    optimizer.step(evaluate)
-    return values[0]
+    return np.sort(order[count:]), _Held(data, held, task.patience)
 
 
 def _step_epoch(scheduler: Any, loss: float) -> None:

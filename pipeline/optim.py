@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 FUSED = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
 NAMES = "sgd adam adamw adadelta adamax adagrad rmsprop rprop novograd adafactor adan lamb".split()
 # What NeMo's section holds for Lightning, or for its own arithmetic of steps.
+# Of torch's, those that need no more than gradients: several heads may be trained at once with them.
+PLAIN = ("sgd", "adam", "adamw", "adamax", "adagrad", "adadelta", "nadam", "radam", "rmsprop", "rprop", *FUSED)
+HAVE_KERNELS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one for all of a step's arithmetic
 UNUSED_SCHED = ("monitor", "reduce_on_plateau", "iters_per_batch", "t_max_epochs", "t_num_workers")
 NEEDS_FUNCTIONS = ("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "LRScheduler")
 PER_EPOCH = (ExponentialLR, ReduceLROnPlateau)
@@ -60,6 +63,11 @@ def with_max_steps(optim_config: Mapping[str, Any], steps: int) -> dict[str, Any
     return {**optim_config, "sched": {**sched, "max_steps": max(1, steps)}}
 
 
+def is_plain(optim_config: Mapping[str, Any]) -> bool:
+    """Whether the optimiser needs no more than gradients: it does not evaluate the loss again."""
+    return str(optim_config.get("name", "adam")).lower() in PLAIN
+
+
 def per_epoch(scheduler: LRScheduler | ReduceLROnPlateau) -> bool:
     """Whether the scheduler steps once an epoch, as NeMo has it for two of torch's, rather than at each batch."""
     return isinstance(scheduler, PER_EPOCH)
@@ -96,6 +104,8 @@ def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any
         known = _accepted(candidates[0])
         wrong = next(option for option in options if option not in known)
         raise ConfigError(f"optim: {name} has no option '{wrong}'{nearest(wrong, known)}")
+    if accepting[0] in HAVE_KERNELS and parameters[0].device.type in ("cpu", "cuda") and "foreach" not in options:
+        options.setdefault("fused", True)
     try:
         return accepting[0](parameters, **options)
     except Exception as error:  # each library has errors of its own for a value out of range

@@ -42,6 +42,7 @@ class Rows:
 
     Attributes:
         in_memory: whether all rows are held in memory, as float32.
+        memory: those, each sequence once, shape (rows, hidden_size); empty if not.
     """
 
     def __init__(self, shelf: Shelf, entries: Sequence[Entry], memory_bytes: int) -> None:
@@ -53,23 +54,35 @@ class Rows:
         self._which = np.array([position[entry.shard.file, entry.start] for entry in entries], dtype=np.int64)
         self._entries = [distinct[key] for key in order]
         self._counts = np.array([entry.count for entry in self._entries], dtype=np.int64)
+        self._single = bool((self._counts == 1).all())
         total, width = int(self._counts.sum()), shelf.hidden_size
         self.in_memory = total * width * 4 <= memory_bytes
         files = {entry.shard.file: entry.shard for entry in self._entries}
         stored_width = width * shelf.dtype.itemsize
         self._runs = {file: shards.runs(shelf.path(shard), stored_width) for file, shard in files.items()}
         # numpy's memory, since it is of large pages: a quarter of the time to fill
-        self._memory = torch.from_numpy(np.empty((total if self.in_memory else 0, width), np.float32))
+        self.memory = torch.from_numpy(np.empty((total if self.in_memory else 0, width), np.float32))
+        self._moved: Tensor | None = None
         if self.in_memory:
             with ThreadPoolExecutor(THREADS) as pool:
                 list(pool.map(self._copy, *zip(*self._stretches(), strict=True)))
 
+    def on(self, device: torch.device) -> Tensor:
+        """`memory` on a device, moved there once."""
+        if self._moved is None or self._moved.device != device:
+            self._moved = self.memory.to(device)
+        return self._moved
+
+    def index(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where the rows of some sequences stand in `memory`, one sequence after another."""
+        which = self._which[sequences]
+        return which if self._single else unit_index(self._counts, which)
+
     def gather(self, sequences: npt.NDArray[np.int64]) -> Tensor:
         """The rows of some sequences one after another, float32, shape (sum of their counts, hidden_size)."""
-        which = self._which[sequences]
         if self.in_memory:
-            return self._memory.index_select(0, torch.from_numpy(unit_index(self._counts, which)))
-        parts = [self._read(self._entries[entry]) for entry in which]
+            return self.memory.index_select(0, torch.from_numpy(self.index(sequences)))
+        parts = [self._read(self._entries[entry]) for entry in self._which[sequences]]
         return torch.from_numpy(np.concatenate(parts).astype(np.float32, copy=False))
 
     def _stretches(self) -> Iterator[tuple[Shard, int, int, int]]:
@@ -87,7 +100,7 @@ class Rows:
             here += count
 
     def _copy(self, shard: Shard, start: int, count: int, here: int) -> None:
-        out = self._memory.numpy()[here : here + count]
+        out = self.memory.numpy()[here : here + count]
         direct = self._shelf.dtype == out.dtype
         stored = out if direct else np.empty(out.shape, self._shelf.dtype)
         with self._shelf.path(shard).open("rb", buffering=0) as file:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from pipeline.batches import Data
 from pipeline.config import LOSS, Config, metric_name, metric_stems
 from pipeline.embed import Embeddings
 from pipeline.fit import loss_of, predict
@@ -106,8 +107,8 @@ def _predict(embeddings: Embeddings, fitted: FittedHead) -> list[torch.Tensor]:
     """For each target, the head's outputs on the test part, shape (units, outputs)."""
     part, device = embeddings.examples.test, next(fitted.head.parameters()).device
     with torch.autocast(device.type, enabled=False):
-        everything, batch_size = np.arange(len(part)), embeddings.examples.task.batch_size
-        return predict(fitted.head, embeddings.rows("test"), part, everything, batch_size, device)
+        data, batch_size = Data(embeddings.rows("test"), part, device), embeddings.examples.task.batch_size
+        return predict(fitted.head, data, np.arange(len(part)), batch_size)
 
 
 def _tensors(arrays: list[Any]) -> list[torch.Tensor]:

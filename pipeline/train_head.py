@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,11 @@ from safetensors.torch import save_file
 from pipeline.config import LEVELS, Task, import_class
 from pipeline.embed import Embeddings
 from pipeline.errors import CacheError
-from pipeline.fit import fit
+from pipeline.fit import Losses, fit, groups
 from pipeline.heads import MLP, ConvNet, Head
 from pipeline.load import Target
 from pipeline.store import FORMAT, Store
 
-Losses = tuple[list[float], list[float]]
 # The settings of a task that a fit depends on, beside the data.
 FIT_SETTINGS = (
     "level",
@@ -67,22 +66,51 @@ def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> Fi
         DataError: the loss is no longer a finite number.
         CacheError: the head cannot be stored.
     """
-    gpus = [device] if device.type == "cuda" else []
-    with _own_modes(device), torch.random.fork_rng(gpus):
-        torch.manual_seed(embeddings.examples.task.random_seed)  # for layers of a user's own head
-        return _train_head(embeddings, store, device)
+    return next(train_heads([embeddings], store, device))
 
 
-def _train_head(embeddings: Embeddings, store: Store, device: torch.device) -> FittedHead:
+def train_heads(embeddings: Sequence[Embeddings], store: Store, device: torch.device) -> Iterator[FittedHead]:
+    """As `train_head` for each task, in order; MLPs that take the same steps are trained at once.
+
+    Those are heads of one shape for as many rows: other seeds, learning rates or targets of the same data, say.
+    """
+    with _isolated(device):
+        heads = [_fresh(one, device) for one in embeddings]
+    waiting, fitted = iter(groups(heads, embeddings)), dict[int, FittedHead]()
+    for place in range(len(embeddings)):
+        if place not in fitted:  # then it is the first of the next group
+            group = next(waiting)
+            with _isolated(device):
+                found = _train([heads[one] for one in group], [embeddings[one] for one in group], store, device)
+            fitted.update(zip(group, found, strict=True))
+        yield fitted.pop(place)
+
+
+def _fresh(embeddings: Embeddings, device: torch.device) -> Head:
     examples = embeddings.examples
-    head = make_head(examples.task, embeddings.shelf.hidden_size, examples.targets, device)
-    path = store.root.expanduser() / "heads" / f"{_key(embeddings, device)}.safetensors"
-    losses = _restore(head, path)
-    if losses is not None:
-        return FittedHead(head.eval(), *losses, reused=True)
-    losses = fit(head, embeddings, device)
-    _keep(head, losses, path)
-    return FittedHead(head.eval(), *losses, reused=False)
+    torch.manual_seed(examples.task.random_seed)  # for layers of a user's own head
+    return make_head(examples.task, embeddings.shelf.hidden_size, examples.targets, device)
+
+
+def _train(
+    heads: Sequence[Head], embeddings: Sequence[Embeddings], store: Store, device: torch.device
+) -> list[FittedHead]:
+    keys = [_key(one, device) for one in embeddings]
+    if len(keys) > 1:  # what is trained at once agrees to rounding alone with what is trained by itself
+        keys = [hashlib.sha256(f"{key} of {sorted(keys)}".encode()).hexdigest()[:32] for key in keys]
+    paths = [store.root.expanduser() / "heads" / f"{key}.safetensors" for key in keys]
+    known = [_restore(head, path) for head, path in zip(heads, paths, strict=True)]
+    if all(losses is not None for losses in known):
+        return [FittedHead(h.eval(), *losses, reused=True) for h, losses in zip(heads, known, strict=True) if losses]
+    seed = embeddings[0].examples.task.random_seed
+    if len(heads) > 1:  # some may have been restored
+        for head, one in zip(heads, embeddings, strict=True):
+            head.reset(one.examples.task.random_seed)
+    torch.manual_seed(seed)  # for what a user's own head draws
+    found = fit(heads, embeddings, device)
+    for head, losses, path in zip(heads, found, paths, strict=True):
+        _keep(head, losses, path)
+    return [FittedHead(head.eval(), *losses, reused=False) for head, losses in zip(heads, found, strict=True)]
 
 
 def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...], device: torch.device) -> Head:
@@ -99,9 +127,15 @@ def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...], device:
 
 
 @contextmanager
-def _own_modes(device: torch.device) -> Iterator[None]:
-    """Gradients on and autocast off, whatever the caller's modes; they are back afterwards."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+def _isolated(device: torch.device) -> Iterator[None]:
+    """Gradients on and autocast off, whatever the caller's modes; they and the random states are back afterwards."""
+    gpus = [device] if device.type == "cuda" else []
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng(gpus),
+    ):
         yield
 
 

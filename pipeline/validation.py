@@ -22,7 +22,7 @@ from pipeline.load import Examples, load
 from pipeline.score import Scores, score
 from pipeline.store import Store
 from pipeline.tracking import Data, NullTracker, Tracker
-from pipeline.train_head import make_head, train_head
+from pipeline.train_head import FittedHead, make_head, train_heads
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +63,12 @@ def validate(
         _tell(loaded, tracker, step)
     embeddings = _embed(loaded, encoder, store, tracker) if last >= 1 else []
     scores = []
+    heads = train_heads(embeddings, store, encoder.device)
     for one in embeddings if last >= 2 else []:
         name = one.examples.task.task_name
         suffix = f" {name}" if several else ""
         prefix = f"{metric_name(name)}/" if several else ""
-        scores += _fit_and_score(one, store, encoder, tracker, (prefix, suffix, last))
+        scores += _fit_and_score(one, heads, tracker, (prefix, suffix, last))
     return scores
 
 
@@ -160,12 +161,12 @@ def _embed(examples: list[Examples], encoder: Encoder, store: Store, tracker: Tr
 
 
 def _fit_and_score(
-    embeddings: Embeddings, store: Store, encoder: Encoder, tracker: Tracker, how: tuple[str, str, int]
+    embeddings: Embeddings, heads: Iterator[FittedHead], tracker: Tracker, how: tuple[str, str, int]
 ) -> list[Scores]:
     prefix, suffix, last = how
     name = embeddings.examples.task.task_name
     with _stage(tracker, f"train_head{suffix}") as step:
-        fitted = train_head(embeddings, store, encoder.device)
+        fitted = next(heads)
         for epoch, loss in enumerate(fitted.losses):
             step.metrics({"train_loss": loss}, step=epoch + 1)
         for epoch, loss in enumerate(fitted.held_losses):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.batches import Batch
 from pipeline.config import Task
 from pipeline.fit import loss_of
 from pipeline.heads import MLP, ConvNet, Dropout
 from pipeline.load import Target
+from pipeline.stack import Stack
 from pipeline.train_head import make_head
 
 
@@ -135,6 +139,50 @@ def test_dropout_masks_of_two_layers_differ() -> None:
     weights = head.layers[0].weight
     assert isinstance(weights, Tensor)
     assert not torch.equal(masks[0][0] > 0, weights[0] > 0)
+
+
+def stackable(seeds: Sequence[int], outputs: int) -> list[MLP]:
+    heads = [MLP(6, outputs).double() for _ in seeds]
+    for head, seed in zip(heads, seeds, strict=True):
+        head.reset(seed)
+    return heads
+
+
+@pytest.mark.parametrize("classes", [("x", "y", "z"), None])
+def test_heads_at_once_have_the_gradients_that_each_has_alone(classes: tuple[str, ...] | None) -> None:
+    target = Target("y", classes, 3 if classes else 1)
+    source = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(4):
+        rows = torch.randn(9, 6, generator=source, dtype=torch.float64)
+        values = torch.randint(3, (9,), generator=source) if classes else torch.randn(9, generator=source)
+        batches.append(Batch(rows, torch.ones(9, dtype=torch.long), [values], [None]))
+    together, alone = stackable([1, 2, 3, 4], target.outputs), stackable([1, 2, 3, 4], target.outputs)
+    stack = Stack(together, classes is not None)
+    losses = stack.backward(batches)
+    for place, (head, batch) in enumerate(zip(alone, batches, strict=True)):
+        loss = loss_of(head(batch.rows, batch.counts), batch.values, batch.masks, (target,))
+        loss.backward()
+        torch.testing.assert_close(losses[place], loss.detach(), atol=1e-10, rtol=0)
+        for one, other in zip(together[place].parameters(), head.parameters(), strict=True):
+            assert one.grad is not None
+            torch.testing.assert_close(one.grad, other.grad, atol=1e-10, rtol=0)
+            assert torch.equal(one, other)
+    stack.release()
+    assert len({parameter.untyped_storage().data_ptr() for head in together for parameter in head.parameters()}) == 32
+
+
+def test_dropout_meets_its_share() -> None:
+    """16 random bits a value: each layer's own, and none of the 65,536 values is out of place."""
+    layers = [Dropout(0.1), Dropout(0.1)]
+    for seed, layer in enumerate(layers):
+        layer.generator = torch.Generator().manual_seed(seed)
+    masks = Dropout.masks(layers, torch.empty(2, 1_000_003))
+    assert (masks == 0).double().mean(1).tolist() == pytest.approx([0.1, 0.1], abs=0.001)
+    assert masks.unique().tolist() == pytest.approx([0, 1 / 0.9], rel=1e-4)
+    assert ((masks[0] == 0) & (masks[1] == 0)).double().mean().item() == pytest.approx(0.01, abs=0.001)
+    layers[1].generator = torch.Generator().manual_seed(1)
+    assert torch.equal(layers[1](torch.ones(1_000_003)), masks[1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipeline.batches import Data
 from pipeline.config import Files, Task, metric_name
 from pipeline.embed import embed
 from pipeline.errors import ConfigError, DataError
-from pipeline.fit import batch_of
 from pipeline.load import load
 from pipeline.score import Scores, score
 from pipeline.store import Store
@@ -71,7 +71,7 @@ def column(table: pa.Table, name: str) -> list[Any]:
 def test_a_signal_planted_at_known_residues_is_found(tmp_path: Path, store: Store) -> None:
     task = planted_task(tmp_path)
     assert measure(task, store).metrics["test_label_accuracy"] > 0.98
-    numbers = replace(task, task_type="regression", target_column=["number"], num_epochs=90)
+    numbers = replace(task, task_type="regression", target_column=["number"], num_epochs=150)
     assert measure(numbers, store).metrics["test_number_r2"] > 0.9
 
 
@@ -143,11 +143,12 @@ def test_a_sequence_scores_the_same_alone_and_in_any_batch(tmp_path: Path, store
     ):
         (embeddings,) = embed([load(task)], FakeEncoder(), store)
         head = train_head(embeddings, store, CPU).head
-        rows, part = embeddings.rows("test"), embeddings.examples.test
-        whole = batch_of(rows, part, np.arange(len(part)), CPU)
+        part = embeddings.examples.test
+        data = Data(embeddings.rows("test"), part, CPU)
+        whole = data.batch(np.arange(len(part)))
         together = head(whole.rows, whole.counts)[0].split(part.counts.tolist())
         for index in range(len(part)):
-            one = batch_of(rows, part, np.array([index]), CPU)
+            one = data.batch(np.array([index]))
             torch.testing.assert_close(head(one.rows, one.counts)[0], together[index], atol=1e-5, rtol=0)
 
 
