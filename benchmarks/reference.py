@@ -8,6 +8,7 @@ what the reference computes is wrong (it multiplies logits by the mask), and to 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ class ConvNet(nn.Module):
 def mlp(hidden_size: int, outputs: int) -> nn.Sequential:
     """Hidden layers of `hidden_size`, 256 and 128."""
     widths, layers = [hidden_size, hidden_size, 256, 128], list[nn.Module]()
-    for into, out in zip(widths, widths[1:], strict=False):
+    for into, out in pairwise(widths):
         layers += [nn.Linear(into, out), nn.ReLU(), nn.Dropout(0.1)]
     return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -196,7 +196,7 @@ def fit(heads: Sequence[Head], embeddings: Sequence[Embeddings], device: torch.d
         data = Data(rows, one.examples.train, device)
         courses.append(_Course(head.train(), one.examples, data, _hold_out(one, data)))
     names = ", ".join(course.task.task_name for course in courses)
-    together = _stack(courses) if len(courses) > 1 else None
+    together = _stack(courses)
     with progress(f"train_head {names}", courses[0].task.num_epochs, "epochs") as advance:
         for _ in range(courses[0].task.num_epochs):
             for batches in zip(*(course.batches() for course in courses), strict=True):
@@ -227,18 +227,23 @@ def _step(courses: Sequence[_Course], batches: Sequence[Batch], together: Stack 
         course.stepped(loss, len(batch.counts))
 
 
-def _stack(courses: Sequence[_Course]) -> Stack:
-    heads = [course.head for course in courses if isinstance(course.head, MLP)]
-    return Stack(heads, courses[0].targets[0].classes is not None)
+def _stack(courses: Sequence[_Course]) -> Stack | None:
+    """None for a head, always alone, that has another architecture, weighted classes or an optimiser like L-BFGS."""
+    heads = [course.head for course in courses if _stackable(course.head, course.task, course.targets)]
+    return Stack(heads, courses[0].targets[0].classes is not None) if heads else None
+
+
+def _stackable(head: Head, task: Task, targets: Sequence[Target]) -> TypeGuard[MLP]:
+    return type(head) is MLP and targets[0].weights is None and optim.is_plain(task.optim)
 
 
 def groups(heads: Sequence[Head], embeddings: Sequence[Embeddings]) -> list[list[int]]:
     """Which heads are trained at once: MLPs of one shape that take the same steps. By their places, in order."""
     found: dict[tuple[Any, ...], list[int]] = {}
     for place, (head, one) in enumerate(zip(heads, embeddings, strict=True)):
-        task, (target, *_) = one.examples.task, one.examples.targets
-        plain = type(head) is MLP and task.patience is None and target.weights is None
-        alone = () if plain and optim.is_plain(task.optim) else (place,)
+        task, target = one.examples.task, one.examples.targets[0]
+        together = task.patience is None and _stackable(head, task, one.examples.targets)
+        alone = () if together else (place,)
         steps = len(one.examples.train), task.batch_size, task.num_epochs
         shape = one.shelf.hidden_size, target.outputs, target.classes is None
         found.setdefault((*alone, *steps, *shape), []).append(place)

@@ -49,7 +49,6 @@ class Head(nn.Module):
             elif isinstance(module, Dropout):
                 module.generator = dropout
 
-
     def dropout_state(self) -> Tensor | None:
         """The state of the generator that dropout draws from; None where there is none."""
         generator = next((one.generator for one in self.modules() if isinstance(one, Dropout)), None)
@@ -73,21 +72,30 @@ class Dropout(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Any shape; the same in evaluation mode."""
-        return values * self.masks([self], values[None])[0] if self.training else values
+        return values * self.kept([self], values[None])[0] * self.scale if self.training else values
+
+    @property
+    def share(self) -> int:
+        """How many of 65,536 values are dropped: `p` is met to 1e-5."""
+        return round(self.p * 2**16)
+
+    @property
+    def scale(self) -> float:
+        """What is kept is multiplied with this, so that the mean stays."""
+        return 2**16 / (2**16 - self.share)
 
     @staticmethod
-    def masks(layers: Sequence[Dropout], values: Tensor) -> Tensor:
-        """What values of shape (layers, ...) are multiplied with: 0 where one is dropped, else 1 / (1 - p).
+    def kept(layers: Sequence[Dropout], values: Tensor) -> Tensor:
+        """Which of the values, shape (layers, ...), each layer keeps; `p` is one for all of them.
 
-        From 16 random bits each, which takes a fifth of the time of `bernoulli_`: `p`, one for all layers, is met to
-        1e-5.
+        From 16 random bits each, which takes a fifth of the time of `bernoulli_`.
         """
-        count, dropped = values[0].numel(), round(layers[0].p * 2**16)
+        count = values[0].numel()
         words = torch.empty(len(layers), -(-count // 4), dtype=torch.int64, device=values.device)
-        for layer, own in zip(layers, words, strict=True):
+        for layer, own in zip(layers, words.unbind(), strict=True):
             own.random_(-(2**63), None, generator=layer.generator)
-        kept = words.view(torch.int16)[:, :count] >= dropped - 2**15
-        return kept.to(values.dtype).mul_(2**16 / (2**16 - dropped)).view(values.shape)
+        kept = words.view(torch.int16)[:, :count] >= layers[0].share - 2**15
+        return kept.view(values.shape)
 
 
 class MLP(Head):

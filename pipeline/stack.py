@@ -1,15 +1,17 @@
-"""Several MLPs of one shape, trained at once: batched matrix products for all of them, an optimiser for each.
+"""MLPs of one shape, trained at once: batched matrix products for all of them, an optimiser for each.
 
-Each head has the batches, the dropout and the schedule that it would have alone. Worth it where one alone is too small
-to keep the machine busy.
+Each head has the batches, the dropout and the schedule that it would have alone. A single one is trained this way too:
+layer, ReLU and dropout are one step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pipeline.batches import Batch
@@ -63,7 +65,32 @@ class Stack:
         """Rows (heads, n, hidden_size) to (heads, n, outputs)."""
         for layer in range(len(self._linears)):
             weight, bias = self._parameters[2 * layer : 2 * layer + 2]
-            rows = torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2))
-            if layer < len(self._dropouts):
-                rows = torch.relu(rows) * Dropout.masks(self._dropouts[layer], rows)
+            dropouts = self._dropouts[layer] if layer < len(self._dropouts) else ()
+            rows = _Layer.apply(rows, weight, bias, dropouts)  # type: ignore[no-untyped-call]
         return rows
+
+
+class _Layer(torch.autograd.Function):
+    """Linear layers of several heads, and ReLU and dropout behind each, if there are `dropouts`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, dropouts: Sequence[Dropout]) -> Tensor:
+        """Rows (heads, n, in), weight (heads, out, in) and bias (heads, out) to (heads, n, out)."""
+        scale = dropouts[0].scale if dropouts else 1  # of dropout, here already: a ReLU lets it through
+        out = torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2), beta=scale, alpha=scale)
+        if dropouts:
+            out.relu_().mul_(Dropout.kept(dropouts, out))
+        ctx.scale = scale
+        ctx.save_for_backward(rows, weight, out if dropouts else None)
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        """What was cut off or dropped is 0 in the output, and has no gradient."""
+        rows, weight, out = ctx.saved_tensors
+        if out is not None:
+            gradient = torch.ops.aten.threshold_backward(gradient, out, 0).mul_(ctx.scale)
+        for_rows = torch.bmm(gradient, weight) if ctx.needs_input_grad[0] else None
+        # in the layout of the weight, which optimisers need
+        return for_rows, torch.bmm(gradient.transpose(1, 2), rows), gradient.sum(1), None

@@ -18,7 +18,8 @@ errors config config_file progress schema tables labels load tokens packing enco
 tracking tracking.process tracking.journal tracking.delivery tracking.sender tracking.client
 tracking.mlflow tracking.earlier tracking.runs
 tracking.wandb tracking.tensorboard tracking.mirrors tracking.training
-checkpoints live shards store scratch rows forward embed heads schedules optim batches stack fit train_head score validation
+checkpoints live shards store scratch rows forward embed
+heads schedules optim batches stack fit train_head score validation
 figures.canvas figures.classes figures.examples figures report page publish compare measure
 neutral distributed measurement lightning callback monitors loggers pretrain __main__
 """.split()
