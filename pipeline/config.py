@@ -13,6 +13,7 @@ from itertools import combinations
 from typing import Any
 
 from pipeline.errors import ConfigError, nearest
+from pipeline.names import check_names as check_optim_names
 
 LEVELS = ("sequence", "token")
 KINDS = ("classification", "regression")
@@ -120,6 +121,7 @@ class Task:
         _choice(f"{where}: task_type", self.task_type, KINDS)
         _need(bool(self.dataset_path), f"{where}: dataset_path is missing; give the folder of train/ and test/")
         self._check_targets(where)
+        check_optim_names(self.optim)
         for key, (least, most) in RANGES.items():
             value = getattr(self, key)
             _need(

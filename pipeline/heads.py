@@ -188,6 +188,7 @@ def convolve(rows: Tensor, layer: nn.Module, pack: _Pack) -> Tensor:
     """
     assert isinstance(layer, nn.Conv2d)
     out: Tensor = _Convolution.apply(rows, layer.weight[..., 0], pack)  # type: ignore[no-untyped-call]
+    assert layer.bias is not None
     return out + layer.bias
 
 
@@ -216,7 +217,7 @@ class _Convolution(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
         """A token's seven parts have the gradients of the seven places around it, which lie together."""
         rows, weight = ctx.saved_tensors

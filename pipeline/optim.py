@@ -13,13 +13,11 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, ReduceLROnPlateau
 
 from pipeline.errors import ConfigError, nearest
+from pipeline.names import FUSED, USUAL, unknown_optimizer, unknown_schedule
 from pipeline.schedules import POLICIES, PolicyLR
 
 logger = logging.getLogger(__name__)
 
-# Adam in kernels of their own, with weight decay apart from the gradient: AdamW does the same arithmetic.
-FUSED = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
-NAMES = "sgd adam adamw adadelta adamax adagrad rmsprop rprop novograd adafactor adan lamb".split()
 # What NeMo's section holds for Lightning, or for its own arithmetic of steps.
 # Of torch's, those that need no more than gradients: several heads may be trained at once with them.
 PLAIN = ("sgd", "adam", "adamw", "adamax", "adagrad", "adadelta", "nadam", "radam", "rmsprop", "rprop", *FUSED)
@@ -124,9 +122,8 @@ def _classes(name: str) -> list[type[Optimizer]]:
     if lower in pytorch_optimizer.get_supported_optimizers() and not lower.startswith("schedulefree"):
         found.append(pytorch_optimizer.load_optimizer(lower))
     if not found:
-        known = [*NAMES, *FUSED, *pytorch_optimizer.get_supported_optimizers()]
-        close = nearest(lower, known) if "?" in nearest(lower, known) else nearest(lower, [*NAMES, *FUSED])
-        raise ConfigError(f"optim.name: unknown optimiser '{name}'{close}")
+        known = [*USUAL, *FUSED, *pytorch_optimizer.get_supported_optimizers()]
+        raise ConfigError(unknown_optimizer(name, known))
     return found
 
 
@@ -156,8 +153,7 @@ def _scheduler(optimizer: Optimizer, name: str, options: dict[str, Any]) -> LRSc
             return PolicyLR(optimizer, name, **options)
         one = vars(lr_scheduler).get(name)
         if not inspect.isclass(one) or not issubclass(one, (LRScheduler, ReduceLROnPlateau)) or name in NEEDS_FUNCTIONS:
-            known = [*POLICIES, "StepLR", "ExponentialLR", "ReduceLROnPlateau", "CyclicLR", "OneCycleLR"]
-            raise ConfigError(f"optim.sched.name: unknown schedule '{name}'{nearest(name, known)}")
+            raise ConfigError(unknown_schedule(name))
         return one(optimizer, **_torch_options(one, name, options, optimizer))
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise ConfigError(f"optim.sched: {name} cannot be built from {options}: {error}") from error

@@ -78,7 +78,8 @@ class Packing:
             inputs["token_type_ids"] = torch.zeros_like(ids)  # a model's own are as many as it has positions
         with _within(self.model, lengths):
             states: Tensor = forward(**inputs)
-        return states[0].split(lengths)
+        found: tuple[Tensor, ...] = states[0].split(lengths)
+        return found
 
 
 def attention(

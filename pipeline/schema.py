@@ -9,12 +9,7 @@ from typing import Any
 
 from pipeline.config import Config, Files, Logging, MaxRows, Task
 from pipeline.config_file import CLASSES, ENCODERS, RENAMED, SECTION, UNUSED
-
-SCHEDULES = (
-    "WarmupPolicy WarmupHoldPolicy SquareAnnealing CosineAnnealing NoamAnnealing NoamHoldAnnealing WarmupAnnealing "
-    "InverseSquareRootAnnealing T5InverseSquareRootAnnealing SquareRootAnnealing PolynomialDecayAnnealing "
-    "PolynomialHoldDecayAnnealing"
-).split()
+from pipeline.names import POLICIES
 
 
 def markdown() -> str:
@@ -43,7 +38,7 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "`sched.name` is a schedule of torch's, or a policy of NeMo's:"
     yield ""
-    yield ", ".join(f"`{name}`" for name in SCHEDULES) + "."
+    yield ", ".join(f"`{name}`" for name in POLICIES) + "."
     yield ""
     yield "Policies take `max_steps` (left out: the steps of the fit), `warmup_steps` or `warmup_ratio`, `hold_steps`"
     yield "or `hold_ratio`, `constant_steps` or `constant_ratio`, `min_lr`, `last_epoch`, `d_model`, `decay_rate`,"

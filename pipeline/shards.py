@@ -184,7 +184,7 @@ def read_rows(file: BinaryIO, where: Sequence[Run], start: int, out: Array) -> N
 
 def read_into(file: BinaryIO, offset: int, out: npt.NDArray[Any]) -> None:
     """Fills an array with the bytes of an unbuffered file from `offset` on."""
-    place = memoryview(out.reshape(-1).view(np.uint8))
+    place = memoryview(out.reshape(-1).view(np.uint8).data)
     file.seek(offset)
     while len(place):
         count = file.readinto(place)  # type: ignore[attr-defined]  # at most 2 GiB at a time

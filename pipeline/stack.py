@@ -85,7 +85,7 @@ class _Layer(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         """What was cut off or dropped is 0 in the output, and has no gradient."""
         rows, weight, out = ctx.saved_tensors

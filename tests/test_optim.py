@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import optim
+from pipeline import names, optim
 from pipeline.config import Task
 from pipeline.errors import ConfigError
 from pipeline.schedules import POLICIES
-from pipeline.schema import SCHEDULES
 from pipeline.store import Store
 from pipeline.validation import validate
-from tests.conftest import FakeEncoder
+from tests.conftest import ROOT, FakeEncoder
 from tests.test_path import planted_task
 
 TORCH_SCHEDULES: dict[str, dict[str, Any]] = {
@@ -94,7 +96,7 @@ def test_max_steps_left_out_means_the_steps_of_the_fit() -> None:
     assert optim.with_max_steps({"lr": 1}, 30) == {"lr": 1}
 
 
-@pytest.mark.parametrize("name", optim.FUSED)
+@pytest.mark.parametrize("name", names.FUSED)
 def test_fused_adams_are_adamw_and_say_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
     options = {"lr": 0.1, "betas": [0.9, 0.98], "weight_decay": 0.01, "bucket_cap_mb": 125}
     with caplog.at_level("INFO"):
@@ -148,7 +150,7 @@ def losses(task: Task, folder: Path) -> list[float]:
     return scores.losses
 
 
-@pytest.mark.parametrize("name", [*optim.NAMES, *optim.FUSED, "nadam", "lion", "lbfgs"])
+@pytest.mark.parametrize("name", [*names.USUAL, *names.FUSED, "nadam", "lion", "lbfgs"])
 def test_every_optimiser_trains_a_head(tmp_path: Path, name: str) -> None:
     lr = {"sgd": 1.0, "adadelta": 5.0, "adafactor": 0.1, "lbfgs": 0.1, "lion": 1e-3, "novograd": 0.05}.get(name, 0.01)
     whole = {"batch_size": 1000} if name == "lbfgs" else {}  # it remembers the gradients of other steps
@@ -156,7 +158,7 @@ def test_every_optimiser_trains_a_head(tmp_path: Path, name: str) -> None:
     assert min(found[1:]) < 0.9 * found[0]
 
 
-@pytest.mark.parametrize("name", [*SCHEDULES, *TORCH_SCHEDULES])
+@pytest.mark.parametrize("name", [*POLICIES, *TORCH_SCHEDULES])
 def test_every_schedule_trains_a_head(tmp_path: Path, name: str) -> None:
     options = {"NoamAnnealing": {"d_model": 24, "warmup_steps": 5}, **TORCH_SCHEDULES}.get(name, {})
     adam = {"name": "adam", "lr": 0.1 if name == "NoamAnnealing" else 0.01, "sched": {"name": name, **options}}
@@ -166,5 +168,39 @@ def test_every_schedule_trains_a_head(tmp_path: Path, name: str) -> None:
     assert min(found[1:]) < 0.95 * found[0]
 
 
-def test_the_names_in_the_documentation_are_the_policies_there_are() -> None:
-    assert set(SCHEDULES) == set(POLICIES)
+def test_the_names_that_are_checked_without_torch_are_those_there_are() -> None:
+    """Of the releases that the constraints pin; elsewhere `optim.check` alone decides."""
+    import pytorch_optimizer
+
+    assert {package: version(package).split("+")[0] for package in names.LISTED} == names.LISTED
+    assert set(names.POLICIES) == set(POLICIES)
+    assert set(names.TORCH_SCHEDULES) == set(TORCH_SCHEDULES)
+    assert set(names.TORCH_OPTIMIZERS) == {
+        k.lower() for k, one in vars(torch.optim).items() if optim._is_optimizer(one)
+    }
+    others = {name for name in pytorch_optimizer.get_supported_optimizers() if not name.startswith("schedulefree")}
+    assert set(names.OTHER_OPTIMIZERS) == others
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dataset.optim.name=adan2", "unknown optimiser 'adan2'; did you mean 'adan'"),
+        ("dataset.optim.sched.name=CosineAnealing", "unknown schedule 'CosineAnealing'; did you mean"),
+        ("dataset.num_epochs=many", "num_epochs"),
+        ("dataset.batchsize=3", "did you mean 'batch_size'"),
+        ("precision=fp8", "expected one of auto, fp32"),
+        ("dataset.class=tokens", "did you mean 'token'"),
+    ],
+)
+def test_an_error_of_the_configuration_answers_without_torch(override: str, message: str) -> None:
+    script = f"""
+import sys
+from pipeline.__main__ import main
+code = main(["main", "--ckpt", "x", "--overrides", {override!r}])
+sys.exit(code if not {{"torch", "transformers", "mlflow"}} & set(sys.modules) else 1)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2, run.stderr
+    assert message in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1

@@ -75,7 +75,7 @@ def test_models_with_another_attention_are_padded(model_folder: Make) -> None:
     for kind in ("prott5", "smiles_bart"):
         encoder: Any = open_encoder(str(model_folder(kind)))
         assert encoder._packing is None
-    config = ModernBertConfig(vocab_size=40, pad_token_id=0, local_attention=8, global_attn_every_n_layers=2, **SIZE)
+    config = ModernBertConfig(vocab_size=40, pad_token_id=0, local_attention=8, **SIZE)
     windows = moved(ModernBertModel(config))
     before = windows.config._attn_implementation
     assert Packing.fit(windows, list(range(5, 29)), padding=0) is None
