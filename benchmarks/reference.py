@@ -99,12 +99,13 @@ class ConvNet(nn.Module):
         """One head."""
         super().__init__()
         self.body = nn.Conv2d(hidden_size, 32, (7, 1), padding=(3, 0))
+        self.dropout = nn.Dropout(0.25)
         self.head = nn.Conv2d(32, classes, (7, 1), padding=(3, 0))
 
     def forward(self, states: Tensor, inside: Tensor) -> Tensor:
         """Shape (n, longest, hidden_size) to (n, longest, classes); `inside`, shape (n, longest), is 0 in padding."""
         hidden = functional.relu(self.body(states.permute(0, 2, 1).unsqueeze(-1)))
-        hidden = functional.dropout(hidden, 0.25, self.training) * inside[:, None, :, None]
+        hidden = self.dropout(hidden) * inside[:, None, :, None]
         output: Tensor = self.head(hidden).squeeze(-1).permute(0, 2, 1)
         return output
 
@@ -147,3 +148,18 @@ def epochs(head: nn.Module, data: Dataset[Any], lr: float, persistent: bool = Fa
             adam.step()
             total += loss.item() * len(batch["states"])
         yield total / len(data)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def score(head: nn.Module, data: Dataset[Any]) -> float:
+    """Accuracy over unmasked positions, or the mean squared error, over the whole of `data`."""
+    wrong, count = 0.0, 0.0
+    for batch in DataLoader(data, batch_size=BATCH_SIZE, num_workers=1):
+        if isinstance(head, ConvNet):
+            inside = (torch.arange(batch["states"].shape[1])[None] < batch["length"][:, None]).float()
+            missed = head(batch["states"], inside).argmax(2) != batch["labels"].argmax(2)
+            wrong, count = wrong + float((missed * batch["mask"]).sum()), count + float(batch["mask"].sum())
+        else:
+            wrong += float(((head(batch["states"])[:, 0] - batch["labels"]) ** 2).sum())
+            count += len(batch["labels"])
+    return wrong / count if not isinstance(head, ConvNet) else 1 - wrong / count
