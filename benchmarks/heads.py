@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -139,10 +139,13 @@ def main() -> None:
             data = data_of(one)
             worst = difference(one, data)
             assert worst < 1e-4, worst
-            ways = {"ours": partial(ours, [one]), "reference": partial(theirs, one, data)}
+            ways: dict[str, Callable[[], float]] = {
+                "ours": partial(ours, [one]),
+                "reference": partial(theirs, one, data),
+            }
             title = f"an epoch of a {name}; losses differ by {worst:.0e}"
             results.append(report(title, in_turn(ways, options.rounds), "ours"))
-        at_once = {
+        at_once: dict[str, Callable[[], float]] = {
             "eight at once": partial(ours, eight),
             "one after another": lambda: sum(ours([one]) for one in eight),
         }

@@ -49,7 +49,7 @@ class TokenData(Dataset[dict[str, Any]]):
     def __init__(
         self,
         states: Sequence[Tensor],
-        labels: Sequence[npt.NDArray[np.int64]],
+        labels: Sequence[npt.NDArray[Any]],
         masks: Sequence[npt.NDArray[np.bool_]],
         classes: int,
         max_seq_length: int,
