@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -20,21 +19,18 @@ from pipeline.store import Shelf
 if TYPE_CHECKING:
     from torch import Tensor
 
-THREADS = min(4, os.cpu_count() or 1)  # that read shards side by side
+PIECE = 8_192  # rows that a thread reads at a time
 
 
 def damaged(shelf: Shelf, some: Iterable[Shard]) -> list[DamagedShardError]:
     """Reads shards in full: those that are not what was written, and why."""
-
-    def check(shard: Shard) -> DamagedShardError | None:
+    found = []
+    for shard in some:
         try:
             shards.verify(shelf.path(shard), shard)
         except DamagedShardError as damage:
-            return damage
-        return None
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return [damage for damage in pool.map(check, some) if damage is not None]
+            found.append(damage)
+    return found
 
 
 class Rows:
@@ -64,8 +60,8 @@ class Rows:
         self.memory = torch.from_numpy(np.empty((total if self.in_memory else 0, width), np.float32))
         self._moved: Tensor | None = None
         if self.in_memory:
-            with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(self._copy, *zip(*self._stretches(), strict=True)))
+            with ThreadPoolExecutor(shards.THREADS) as pool:
+                list(pool.map(self._copy, *zip(*self._pieces(), strict=True)))
 
     def on(self, device: torch.device) -> Tensor:
         """`memory` on a device, moved there once."""
@@ -98,6 +94,12 @@ class Rows:
                 count += entry.count
             yield shard, start, count, here
             here += count
+
+    def _pieces(self) -> Iterator[tuple[Shard, int, int, int]]:
+        """The same in pieces, so that threads share the work evenly."""
+        for shard, start, count, here in self._stretches():
+            for done in range(0, count, PIECE):
+                yield shard, start + done, min(PIECE, count - done), here + done
 
     def _copy(self, shard: Shard, start: int, count: int, here: int) -> None:
         out = self.memory.numpy()[here : here + count]

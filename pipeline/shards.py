@@ -12,8 +12,8 @@ import errno
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,9 +27,13 @@ from pipeline.errors import CacheError
 KEY_BYTES = 16
 # A row group is one data page (pyarrow breaks pages at 20,000 rows), so that its rows lie in one run of bytes.
 ROW_GROUP = 16_384
-CHUNK = 2**20  # bytes whose checksum is taken at once: they stay in the processor's cache
+BLOCK = 2**23  # bytes that have a checksum of their own, so that several are taken side by side
+CHUNK = 2**18  # bytes read at a time: they stay in the processor's cache
+THREADS = min(4, os.cpu_count() or 1)
+INDEX = b"sequences"  # where the file's own metadata hold what `entries` gives
 
 Array = npt.NDArray[np.floating]
+INDEX_ROW = np.dtype([("key", f"V{KEY_BYTES}"), ("count", "<i8"), ("unknown", "<i8")])
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Shard:
 
     file: str
     bytes: int
-    crc32: int
+    crc32: Sequence[int]
     rows: int
     sequences: int
     made_with: Mapping[str, Any] = field(default_factory=dict)
@@ -100,13 +104,16 @@ class Collected:
             "unknown": pa.array(np.repeat(np.array(self.unknown, dtype=np.int32), self.counts)),
             "hidden": _fixed_width(hidden, hidden.shape[1] * hidden.itemsize),
         }
+        index = np.zeros(len(self.keys), INDEX_ROW)
+        index["key"] = np.frombuffer(b"".join(self.keys), dtype=f"V{KEY_BYTES}")
+        index["count"], index["unknown"] = self.counts, self.unknown
         fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
-        layout = {"dtype": hidden.dtype.str, "hidden_size": str(hidden.shape[1])}
+        layout = {"dtype": hidden.dtype.str, "hidden_size": str(hidden.shape[1]), INDEX: index.tobytes().hex()}
         return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields, metadata=layout))
 
 
-def write(table: pa.Table, path: Path) -> int:
-    """Writes a table of `Collected` to `path`, synced; the checksum of the file."""
+def write(table: pa.Table, path: Path) -> list[int]:
+    """Writes a table of `Collected` to `path`, synced; the checksums of the file's blocks."""
     pq.write_table(
         table,
         path,
@@ -126,14 +133,13 @@ def write(table: pa.Table, path: Path) -> int:
             read_into(file, run.offset, there)
             assert np.array_equal(there, content[run.first * width : run.last * width]), "pyarrow's layout has changed"
         os.fsync(file.fileno())
-        return _crc32(file)
+    return checksums(path)
 
 
 def verify(path: Path, shard: Shard) -> None:
     """Reads a shard in full. Raises DamagedShardError if it is not what was written."""
     try:
-        with path.open("rb", buffering=0) as file:
-            intact = _crc32(file) == shard.crc32
+        intact = checksums(path) == list(shard.crc32)
     except OSError as error:
         if not is_damage(error):
             raise CacheError(f"store: '{path}' cannot be read ({error})") from error
@@ -152,13 +158,13 @@ def is_damage(error: Exception) -> bool:
 
 def entries(path: Path, shard: Shard) -> Iterator[tuple[bytes, Entry]]:
     """Where each sequence of a shard is, by key. Raises what pyarrow does where it cannot be read."""
-    table = pq.read_table(path, columns=["key", "unknown"], page_checksum_verification=True)
-    keys = np.frombuffer(table["key"].combine_chunks().buffers()[1], dtype=f"V{KEY_BYTES}")
-    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-    unknown = table["unknown"].to_numpy()[starts].tolist()
-    bounds = pairwise([*starts.tolist(), len(keys)])
-    for (start, end), count in zip(bounds, unknown, strict=True):
-        yield keys[start].tobytes(), Entry(shard, start, end - start, count)
+    content = (pq.read_metadata(path).metadata or {}).get(INDEX)
+    if content is None:
+        raise pa.ArrowInvalid("its metadata hold no index")
+    start = 0
+    for row in np.frombuffer(bytes.fromhex(content.decode()), INDEX_ROW):
+        yield row["key"].tobytes(), Entry(shard, start, int(row["count"]), int(row["unknown"]))
+        start += int(row["count"])
 
 
 def runs(path: Path, width: int) -> list[Run]:
@@ -193,10 +199,17 @@ def read_into(file: BinaryIO, offset: int, out: npt.NDArray[Any]) -> None:
         place = place[count:]
 
 
-def _crc32(file: BinaryIO) -> int:
-    file.seek(0)
+def checksums(path: Path) -> list[int]:
+    """The CRC-32 of each block of a file."""
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
+        size = os.fstat(file.fileno()).st_size
+        return list(pool.map(lambda begin: _crc32(file.fileno(), begin), range(0, size, BLOCK)))
+
+
+def _crc32(descriptor: int, begin: int) -> int:
     buffer, checksum = memoryview(bytearray(CHUNK)), 0
-    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+    for place in range(begin, begin + BLOCK, CHUNK):
+        count = os.preadv(descriptor, [buffer], place)
         checksum = zlib.crc32(buffer[:count], checksum)
     return checksum
 
