@@ -11,8 +11,8 @@ from transformers import BartConfig, EsmConfig, EsmModel, PreTrainedTokenizerFas
 from transformers.models.bart.modeling_bart import BartEncoder
 
 from pipeline import Files, HuggingFaceEncoder, Task
+from pipeline.esm import VOCABULARY, make_tokenizer
 from pipeline.load import Examples, load
-from pipeline.pretrain import VOCABULARY, make_tokenizer
 
 ATOMS = [*"CNOSPFIbcnops()[]=#-+\\/123456789.@H", "Cl", "Br"]
 

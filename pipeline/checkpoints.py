@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from braceexpand import braceexpand
 from torch import nn
 
 from pipeline.config import encoder_class
@@ -63,9 +62,11 @@ def expand(ckpt: str) -> list[str]:
 def _alternatives(ckpt: str) -> list[str]:
     """The entries of a list, with braces written out."""
     parts = [part.strip() for part in re.split(r",(?![^{]*\})", ckpt) if part.strip()]
-    return [one for part in parts for one in (braceexpand(part) if re.search(r"\{[^{}]*\}", part) else [part])] or [
-        ckpt
-    ]
+    if not re.search(r"\{[^{}]*\}", ckpt):
+        return parts or [ckpt]
+    from braceexpand import braceexpand
+
+    return [one for part in parts for one in (braceexpand(part) if re.search(r"\{[^{}]*\}", part) else [part])]
 
 
 def step_of(ckpt: str, encoder: Encoder) -> int | None:

@@ -93,11 +93,14 @@ def check(optim_config: Mapping[str, Any]) -> None:
 
 def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any]) -> Optimizer:
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    candidates = _classes(name)
+    candidates = _torch_classes(name.lower())
     if name.lower() in FUSED:
         options.setdefault("weight_decay", 0.0)  # as theirs; AdamW's own default is 0.01
         options = _only_known(candidates[0], name, options)
     accepting = [one for one in candidates if not set(options) - set(_accepted(one))]
+    if not accepting:
+        candidates += _other_classes(name.lower())
+        accepting = [one for one in candidates if not set(options) - set(_accepted(one))]
     if not accepting:
         known = _accepted(candidates[0])
         wrong = next(option for option in options if option not in known)
@@ -110,21 +113,28 @@ def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any
         raise ConfigError(f"optim: {name} cannot be built from {options}: {error}") from error
 
 
-def _classes(name: str) -> list[type[Optimizer]]:
-    """The classes of that name, torch's first."""
-    lower = name.lower()
-    if lower in FUSED:
+def _torch_classes(name: str) -> list[type[Optimizer]]:
+    """Torch's class of that name, if there is one."""
+    if name in FUSED:
         return [torch.optim.AdamW]
-    found = [one for key, one in vars(torch.optim).items() if key.lower() == lower and _is_optimizer(one)]
-    import pytorch_optimizer
+    return [one for key, one in vars(torch.optim).items() if key.lower() == name and _is_optimizer(one)]
 
+
+def _other_classes(name: str) -> list[type[Optimizer]]:
+    """That of pytorch_optimizer, if there is one: it takes a second to import, where torch's will not do."""
+    if name in FUSED:
+        return []
+    try:
+        import pytorch_optimizer
+    except ImportError as error:
+        remedy = "install pytorch_optimizer, or take one of torch's"
+        raise ConfigError(f"optim.name: '{name}' as it is set is none of torch's optimisers; {remedy}") from error
     # Schedule-free optimisers keep the weights to be scored apart from those that they train.
-    if lower in pytorch_optimizer.get_supported_optimizers() and not lower.startswith("schedulefree"):
-        found.append(pytorch_optimizer.load_optimizer(lower))
-    if not found:
-        known = [*USUAL, *FUSED, *pytorch_optimizer.get_supported_optimizers()]
-        raise ConfigError(unknown_optimizer(name, known))
-    return found
+    if name in pytorch_optimizer.get_supported_optimizers() and not name.startswith("schedulefree"):
+        return [pytorch_optimizer.load_optimizer(name)]
+    if not _torch_classes(name):
+        raise ConfigError(unknown_optimizer(name, [*USUAL, *FUSED, *pytorch_optimizer.get_supported_optimizers()]))
+    return []
 
 
 def _is_optimizer(one: Any) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,18 +17,18 @@ import torch
 from pytorch_optimizer import Muon
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import DataCollatorForLanguageModeling, EsmConfig, EsmForMaskedLM, EsmTokenizer
+from transformers import DataCollatorForLanguageModeling, EsmConfig, EsmForMaskedLM
 
 from pipeline import tables
 from pipeline.callback import setup_dwnstr_task_validation_callbacks
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.esm import VOCABULARY, make_tokenizer
 from pipeline.lightning import pl
 from pipeline.loggers import JournalLogger
 from pipeline.tracking.journal import JournalRun
 
 # The vocabulary of ESM-2.
-VOCABULARY = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
 
 
 @dataclass(frozen=True)
@@ -109,14 +108,6 @@ class MaskedLanguageModel(pl.LightningModule):
         optimizer = Muon(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, self.settings.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def make_tokenizer() -> EsmTokenizer:
-    """ESM-2's own, made from its vocabulary."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "vocab.txt"
-        path.write_text("\n".join(VOCABULARY), encoding="utf-8")
-        return EsmTokenizer(str(path))
 
 
 def read_sequences(folder: Path, files: str, max_length: int = 1022) -> list[str]:

@@ -201,16 +201,16 @@ def read_into(file: BinaryIO, offset: int, out: npt.NDArray[Any]) -> None:
 
 def checksums(path: Path) -> list[int]:
     """The CRC-32 of each block of a file."""
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
-        size = os.fstat(file.fileno()).st_size
-        return list(pool.map(lambda begin: _crc32(file.fileno(), begin), range(0, size, BLOCK)))
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(lambda begin: _crc32(path, begin), range(0, path.stat().st_size, BLOCK)))
 
 
-def _crc32(descriptor: int, begin: int) -> int:
+def _crc32(path: Path, begin: int) -> int:
     buffer, checksum = memoryview(bytearray(CHUNK)), 0
-    for place in range(begin, begin + BLOCK, CHUNK):
-        count = os.preadv(descriptor, [buffer], place)
-        checksum = zlib.crc32(buffer[:count], checksum)
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        for _ in range(BLOCK // CHUNK):
+            checksum = zlib.crc32(buffer[: file.readinto(buffer)], checksum)
     return checksum
 
 

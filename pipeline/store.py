@@ -30,7 +30,7 @@ from pipeline.errors import CacheError
 from pipeline.shards import KEY_BYTES, Array, Collected, Entry, Shard, is_damage
 
 FORMAT = 1  # part of every key: raise it when the same key would no longer give the same embeddings
-SHARD_BYTES = 64 * 2**20
+SHARD_BYTES = 16 * 2**20  # a shard is held three times while it is written; memory used again is faster than new
 SHARD_TOKENS = 2**17  # tokens embedded, so that a kill loses a bounded amount of work with pooled rows too
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import braceexpand
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
@@ -52,6 +51,10 @@ def expand(name: str) -> list[str]:
     ['x000.csv', 'x001.csv', 'x002.csv']
     """
     stem = RANGE.sub(r"{\1}", name.removesuffix(".csv"))
+    if "{" not in stem and "\\" not in stem:
+        return [f"{stem}.csv"]
+    import braceexpand
+
     try:
         return [f"{part}.csv" for part in braceexpand.braceexpand(stem)]
     except ValueError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_task
 
 # Each module may import those before it.
 ORDER = """
@@ -21,7 +21,7 @@ tracking.wandb tracking.tensorboard tracking.mirrors tracking.training
 checkpoints live shards store scratch rows forward embed
 heads schedules optim batches stack fit train_head score validation
 figures.canvas figures.classes figures.examples figures report page publish compare measure
-neutral distributed measurement lightning callback monitors loggers pretrain __main__
+neutral distributed measurement lightning callback monitors loggers esm pretrain __main__
 """.split()
 ADAPTERS = {
     "mlflow": {f"tracking.{name}" for name in ("client", "mlflow", "runs", "earlier", "training")},
@@ -94,6 +94,25 @@ def test_stages_run_where_no_tracker_is_installed() -> None:
     blocked = f"import sys\nfor name in {names}: sys.modules[name] = None\n"
     code = blocked + "from pipeline import Store, Task, open_encoder, read_config, validate"
     assert {"torch", "pipeline"} <= loaded_after(code)
+
+
+def test_benchmarks_run_with_few_libraries(tmp_path: Path) -> None:
+    """As on a machine with a GPU that has torch, transformers, pyarrow, pandas, scikit-learn and OmegaConf."""
+    make_task(tmp_path, [{"sequence": "MKV", "3state": "HEC"}, {"sequence": "GG", "3state": "CC"}])
+    names = ["mlflow", "wandb", "tensorboard", "pytorch_lightning", "lightning", "pytorch_optimizer", "braceexpand"]
+    code = f"""
+import sys
+for name in {[*names, "matplotlib", "torchmetrics"]}: sys.modules[name] = None
+sys.path.insert(0, "benchmarks")
+import heads, embed, store, validation
+from pathlib import Path
+from pipeline import Store, validate
+from work import make_esm, proteins
+folder = Path({str(tmp_path)!r})
+(scores,) = validate(make_esm(1, 16, 2), proteins(folder, epochs=1), Store(folder / "store"))
+assert scores.metrics
+"""
+    assert "sklearn" in loaded_after(code)
 
 
 def test_help_and_configuration_errors_do_not_wait_for_torch() -> None:
