@@ -12,6 +12,8 @@ import torch
 from pipeline.encoders import Encoder
 from pipeline.errors import CheckpointError
 
+SHORTEST = 0.8  # of a batch, beside its longest sequence: padding is wasted work, many small batches are too
+
 
 def batches(sequences: dict[bytes, str], max_tokens: int, max_sequences: int) -> Iterator[list[bytes]]:
     """The batch plan: keys of sequences that go through the encoder together.
@@ -28,7 +30,8 @@ def batches(sequences: dict[bytes, str], max_tokens: int, max_sequences: int) ->
     longest = 0
     for key in sorted(sequences, key=lambda key: (-len(sequences[key]), key)):
         longest = longest or len(sequences[key])
-        if batch and (len(batch) == max_sequences or (len(batch) + 1) * longest > max_tokens):
+        full = len(batch) == max_sequences or (len(batch) + 1) * longest > max_tokens
+        if batch and (full or len(sequences[key]) < SHORTEST * longest):
             yield batch
             batch, longest = [], len(sequences[key])
         batch.append(key)

@@ -199,6 +199,7 @@ def test_the_batch_plan(lengths: list[int], max_tokens: int, max_sequences: int,
     assert sorted(key for batch in plan for key in batch) == sorted(sequences)
     for batch in plan:
         assert len(batch) <= max_sequences
+        assert min(len(sequences[key]) for key in batch) >= 0.8 * max(len(sequences[key]) for key in batch)
         assert len(batch) == 1 or len(batch) * max(len(sequences[key]) for key in batch) <= max_tokens
     shuffled = dict(data.draw(st.permutations(list(sequences.items()))))
     assert list(batches(shuffled, max_tokens, max_sequences)) == plan
