@@ -239,7 +239,7 @@ print(one.embedded, one.cached)
 
 def test_a_shard_ends_with_a_batch(tmp_path: Path, fake: FakeEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a run which was killed goes on with the batches of one that was not."""
-    monkeypatch.setattr(store_module, "SHARD_TOKENS", 5)
+    monkeypatch.setattr(store_module, "SHARD_TOKENS", 1)  # a shard for each batch
     texts = ["MKVL"[: 1 + index % 4] + "ACDEFGHIKL"[: index % 7] for index in range(30)]
     shelf = embedded(token_task(tmp_path, texts), fake, Store(tmp_path, max_batch_tokens=30)).shelf
     plan = list(batches({sequence_key(text): text for text in texts}, 30, 128))
