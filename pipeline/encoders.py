@@ -130,7 +130,8 @@ class HuggingFaceEncoder:
 
     def _send(self, values: Tensor) -> Tensor:
         """To the device; to a GPU without waiting for it."""
-        return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
+        pinned = values.pin_memory() if self.device.type == "cuda" else values
+        return pinned.to(self.device, non_blocking=self.device.type == "cuda")
 
     def _forward(self, **inputs: Tensor) -> Tensor:
         """The hidden states of the chosen layer."""
