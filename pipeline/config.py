@@ -202,7 +202,7 @@ class Config:
     max_batch_tokens: int | None = _key("token budget of an embedding batch; null: by kind of device")
     embedding_dtype: str = _key("how embeddings are stored: `float32` or `float16`", "float32")
     store: str = _key("folder of stored embeddings and heads", "~/.cache/downstream-validation")
-    memory_budget: str = _key("embeddings of a task beyond this are read from disk as they are used", "1GB")
+    memory_budget: str = _key("embeddings beyond this are read from disk as they are used", "1GB")
     architecture: str | None = _key("Hugging Face folder or id of a `.ckpt` that does not describe itself")
     trust_pickle: bool = _key("unpickle a `.ckpt` that holds more than tensors and plain values", False)
     every_n_validations: int = _key("the callback measures at the first validation and then at every n-th", 1)

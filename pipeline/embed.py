@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from pipeline.encoders import Encoder
-from pipeline.errors import CheckpointError, DataError
+from pipeline.errors import CacheError, CheckpointError, DataError
 from pipeline.forward import batches, forward, misaligned, one_behind
 from pipeline.load import Examples
 from pipeline.progress import progress
-from pipeline.rows import Rows, damaged
-from pipeline.shards import Entry
+from pipeline.rows import Rows, Vectors
+from pipeline.shards import DamagedShardsError, Entry
 from pipeline.store import Shelf, Store, sequence_key
 from pipeline.tables import line_of
 
@@ -39,7 +39,7 @@ class Embeddings:
     Attributes:
         examples: what was embedded.
         key: of the shelf they are stored on: changes with the encoder, pooling and dtype.
-        shelf: where they are stored.
+        vectors: what is stored of the sequences of all tasks.
         entries: for each part, where each example's rows are: one row, or one per token.
         memory_bytes: the budget of `rows`.
         embedded: how many distinct sequences went through the encoder, over all tasks.
@@ -50,7 +50,7 @@ class Embeddings:
 
     examples: Examples
     key: str
-    shelf: Shelf
+    vectors: Vectors
     entries: dict[str, list[Entry]]
     memory_bytes: int
     embedded: int
@@ -58,13 +58,15 @@ class Embeddings:
     tokens: int
     notes: tuple[str, ...] = ()
 
-    def rows(self, part: str) -> Rows:
-        """The embedding rows of a part, in memory if they fit the budget."""
-        return Rows(self.shelf, self.entries[part], self.memory_bytes)
+    @property
+    def shelf(self) -> Shelf:
+        """Where they are stored."""
+        return self.vectors.shelf
 
-    def shares_rows(self, other: Embeddings, part: str) -> bool:
-        """Whether a part has the same rows in another task's embeddings."""
-        return self.shelf.folder == other.shelf.folder and self.entries[part] == other.entries[part]
+    def rows(self, part: str) -> Rows:
+        """The embedding rows of a part, in memory if those of all tasks or those of the part fit the budget."""
+        entries, vectors = self.entries[part], self.vectors
+        return Rows(vectors if vectors.in_memory else Vectors(self.shelf, entries, self.memory_bytes), entries)
 
 
 def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[Embeddings]:
@@ -84,20 +86,24 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
         for part in one.parts.values():
             wanted[POOLING[one.task.level]].update((sequence_key(text), text) for text in part.sequences)
     plan = made_with(encoder.device, precision_of(encoder), store, examples)
+    done, tokens = set[bytes](), 0
     with ExitStack() as locks:
         for shelf in shelves.values():
             locks.enter_context(shelf.lock())
         for _ in range(100):  # once, unless a shard turns out to be damaged
             indices = {pooling: shelf.index() for pooling, shelf in shelves.items()}
             missing = {p: {k: s for k, s in wanted[p].items() if k not in indices[p]} for p in shelves}
-            tokens = _embed_missing(missing, shelves, encoder, plan, examples)
+            tokens += _embed_missing(missing, shelves, encoder, plan, examples)
             indices = {p: shelf.index() if missing[p] else indices[p] for p, shelf in shelves.items()}
-            if not _drop_damaged(shelves, wanted, indices):
+            done.update(key for texts in missing.values() for key in texts)
+            vectors = _vectors(shelves, wanted, indices, store.memory_bytes)
+            if len(vectors) == len(shelves):
                 break
+        else:
+            raise CacheError(f"store: '{store.root}' reads back damaged what was just written; check the disk")
     union = {key: text for texts in wanted.values() for key, text in texts.items()}
-    done = {key: text for texts in missing.values() for key, text in texts.items()}
     counts = (len(done), len(union) - len(done), tokens)
-    return [_embeddings(one, shelves, indices, store, counts) for one in examples]
+    return [_embeddings(one, vectors, indices, store, counts) for one in examples]
 
 
 def made_with(device: torch.device, precision: str, store: Store, examples: Sequence[Examples]) -> dict[str, Any]:
@@ -140,10 +146,12 @@ def _embed_missing(
     tokens = 0
     unknown = _check(union, missing.get("none", {}), encoder, examples)
     with ExitStack() as stack:
-        writers = {pooling: stack.enter_context(shelves[pooling].writer(plan)) for pooling in missing}
+        beside = encoder.device.type != "cpu"
+        writers = {pooling: stack.enter_context(shelves[pooling].writer(plan, beside)) for pooling in missing}
         advance = stack.enter_context(progress("embed", sum(map(len, union.values())), "residues"))
         plans = batches(union, plan["max_batch_tokens"], plan["emb_batch_size"])
-        for arriving in one_behind(forward(batch, union, missing, encoder) for batch in plans):
+        passes = (forward(batch, union, missing, encoder) for batch in plans)
+        for arriving in one_behind(passes) if beside else passes:
             for pooling, (keys, counts, rows) in arriving.rows.items():
                 writers[pooling].add(keys, [unknown[key] for key in keys], counts, rows.array())
             for writer in writers.values():
@@ -193,23 +201,27 @@ def _all_unknown(text: str, examples: Sequence[Examples]) -> DataError:
     raise AssertionError("a sequence that stands in no task was embedded")
 
 
-def _drop_damaged(
-    shelves: dict[str, Shelf], wanted: dict[str, dict[bytes, str]], indices: dict[str, dict[bytes, Entry]]
-) -> bool:
-    """Reads every shard that is wanted once, and drops those that are damaged; True if there was one."""
-    bad = False
+def _vectors(
+    shelves: dict[str, Shelf],
+    wanted: dict[str, dict[bytes, str]],
+    indices: dict[str, dict[bytes, Entry]],
+    memory_bytes: int,
+) -> dict[str, Vectors]:
+    """What is wanted of each shelf; nothing of one that turns out to have damaged shards, which are dropped."""
+    found = {}
     for pooling, shelf in shelves.items():
-        shards = {indices[pooling][key].shard.file: indices[pooling][key].shard for key in wanted[pooling]}
-        for damage in damaged(shelf, shards.values()):
-            logger.warning("%s", damage)
-            shelf.drop(damage.shard)
-            bad = True
-    return bad
+        try:
+            found[pooling] = Vectors(shelf, [indices[pooling][key] for key in wanted[pooling]], memory_bytes)
+        except DamagedShardsError as error:
+            logger.warning("%s", error)
+            for shard, _ in error.damaged:
+                shelf.drop(shard)
+    return found
 
 
 def _embeddings(
     one: Examples,
-    shelves: dict[str, Shelf],
+    vectors: dict[str, Vectors],
     indices: dict[str, dict[bytes, Entry]],
     store: Store,
     counts: tuple[int, int, int],
@@ -223,8 +235,6 @@ def _embeddings(
     if unknown:
         few = sum(bool(index[key].unknown) for key in distinct)
         notes.append(f"{unknown} tokens in {few} of {len(distinct)} sequences are unknown to the tokenizer")
-    shelf = shelves[pooling]
-    embedded, cached, tokens = counts
-    return Embeddings(
-        one, shelf.folder.name, shelf, entries, store.memory_bytes, embedded, cached, tokens, tuple(notes)
-    )
+    mine = vectors[pooling]
+    key, memory_bytes = mine.shelf.folder.name, store.memory_bytes
+    return Embeddings(one, key, mine, entries, memory_bytes, *counts, tuple(notes))

@@ -20,7 +20,6 @@ from pipeline.errors import DataError
 from pipeline.heads import MLP, Head
 from pipeline.load import Examples, Target
 from pipeline.progress import progress
-from pipeline.rows import Rows
 from pipeline.stack import Stack
 
 IGNORED = -100  # the class of a unit that does not count
@@ -189,11 +188,9 @@ def fit(heads: Sequence[Head], embeddings: Sequence[Embeddings], device: torch.d
         ConfigError: the optimiser's or the schedule's name or options are not valid.
         DataError: the loss is no longer a finite number.
     """
-    courses, known = list[_Course](), list[tuple[Embeddings, Rows]]()
+    courses = list[_Course]()
     for head, one in zip(heads, embeddings, strict=True):
-        rows = next((rows for other, rows in known if one.shares_rows(other, "train")), None) or one.rows("train")
-        known.append((one, rows))
-        data = Data(rows, one.examples.train, device)
+        data = Data(one.rows("train"), one.examples.train, device)
         courses.append(_Course(head.train(), one.examples, data, _hold_out(one, data)))
     names = ", ".join(course.task.task_name for course in courses)
     together = _stack(courses)

@@ -14,10 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,10 +28,10 @@ from filelock import FileLock
 
 from pipeline import shards
 from pipeline.errors import CacheError
-from pipeline.shards import KEY_BYTES, Array, Collected, Entry, Shard, is_damage
+from pipeline.shards import KEY_BYTES, Array, Entry, Shard, is_damage
 
 FORMAT = 1  # part of every key: raise it when the same key would no longer give the same embeddings
-SHARD_BYTES = 16 * 2**20  # a shard is held three times while it is written; memory used again is faster than new
+SHARD_BYTES = 2**26
 SHARD_TOKENS = 2**17  # tokens embedded, so that a kill loses a bounded amount of work with pooled rows too
 
 
@@ -41,7 +42,7 @@ class Store:
     Attributes:
         root: the folder.
         dtype: `float32` or `float16`, of stored embeddings.
-        memory_bytes: embeddings of a part beyond this are read from disk as they are used.
+        memory_bytes: embeddings beyond this are read from disk as they are used.
         max_batch_tokens: token budget of an embedding batch; None for the default of the kind of device.
     """
 
@@ -77,6 +78,7 @@ class Shelf:
         self.what = dict(what)
         self.dtype = np.dtype(what["dtype"]).newbyteorder("<")
         self.hidden_size = int(what["hidden_size"])
+        self.row_bytes = self.hidden_size * self.dtype.itemsize
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -118,13 +120,18 @@ class Shelf:
         """Takes a shard out of the manifest; its file goes with the next writer."""
         self._write_manifest([kept for kept in self.shards() if kept != shard])
 
-    def writer(self, made_with: Mapping[str, Any]) -> ShardWriter:
-        """A writer of new shards. Hold the lock while it is open; clears away what a killed writer left."""
+    def writer(self, made_with: Mapping[str, Any], beside: bool = False) -> ShardWriter:
+        """A writer of new shards. Hold the lock while it is open; clears away what a killed writer left.
+
+        Args:
+            made_with: what the manifest says of how they were made.
+            beside: whether to write in a thread, beside the encoder's work.
+        """
         kept = {shard.file for shard in self.shards()}
         for path in self.folder.glob("shard-*"):
             if path.name not in kept:
                 path.unlink()
-        return ShardWriter(self, made_with)
+        return ShardWriter(self, made_with, beside)
 
     def path(self, shard: Shard) -> Path:
         """The shard's file."""
@@ -147,19 +154,23 @@ class Shelf:
 
 
 class ShardWriter:
-    """Collects rows and writes a shard whenever enough are there, in a thread, beside the encoder's work.
+    """Takes rows as they come, and writes shards of them. Leaving the context without an error writes what is left.
 
-    At most one shard waits to be written while the next is collected, so that memory does not grow. Leaving the
-    context without an error writes what is left.
+    Files are synced and counted in a thread, beside the encoder's work. So is all writing where a GPU does that work;
+    a CPU would be taken from it, which costs more than the writing does.
     """
 
-    def __init__(self, shelf: Shelf, made_with: Mapping[str, Any]) -> None:
+    def __init__(self, shelf: Shelf, made_with: Mapping[str, Any], beside: bool) -> None:
         """See `Shelf.writer`."""
         self.shelf = shelf
         self.made_with = made_with
-        self._collected = Collected()
+        self.beside = beside
+        self._next = 1 + max((int(shard.file[6:11]) for shard in shelf.shards()), default=-1)
+        self._file: shards.Writing | None = None
+        self._waiting = _Waiting()
+        self._bytes = self._tokens = 0  # of the shard so far
         self._thread = ThreadPoolExecutor(1, "shards")
-        self._written: Future[None] | None = None
+        self._tasks: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         """Begins."""
@@ -170,15 +181,17 @@ class ShardWriter:
         try:
             if kind is None:
                 self.flush()
-                self._wait()
+                self._wait(0)
         finally:
             self._thread.shutdown()
+            if self._file is not None:
+                self._file.discard()
 
     def add(self, keys: Sequence[bytes], unknown: Sequence[int], counts: Sequence[int], rows: Array) -> None:
         """Takes the rows of some sequences one after another, shape (sum of counts, hidden_size).
 
         Raises:
-            CacheError: a value is not a finite number, or is none in the shelf's dtype.
+            CacheError: a value is not a finite number, or is none in the shelf's dtype; or the disk is full.
         """
         with np.errstate(over="ignore"):
             stored = rows.astype(self.shelf.dtype, copy=False)
@@ -186,45 +199,81 @@ class ShardWriter:
             found = "no finite numbers" if not np.isfinite(rows).all() else f"numbers beyond {self.shelf.dtype.name}"
             remedy = "use precision: fp32 and embedding_dtype: float32, or another checkpoint"
             raise CacheError(f"embed: the encoder's hidden states hold {found}; {remedy}")
-        collected = self._collected
-        collected.keys += keys
-        collected.unknown += unknown
-        collected.counts += counts
-        collected.rows.append(stored)
-        collected.bytes += stored.nbytes
+        self._waiting.add(keys, unknown, counts, stored)
+        self._bytes += stored.nbytes
+        if self._waiting.bytes >= shards.GROUP_BYTES:
+            self._write()
 
     def count(self, tokens: int) -> None:
         """Counts tokens that the rows were embedded from."""
-        self._collected.tokens += tokens
+        self._tokens += tokens
 
     @property
     def is_full(self) -> bool:
         """Whether there is enough for a shard. Flush between batches, so that a resumed run has the same batches."""
-        return self._collected.bytes >= SHARD_BYTES or self._collected.tokens >= SHARD_TOKENS
+        return self._bytes >= SHARD_BYTES or self._tokens >= SHARD_TOKENS
 
     def flush(self) -> None:
-        """Has what was collected written as a shard, and counted in the manifest. Raises what the last one met."""
-        self._wait()
-        if self._collected.keys:
-            self._written = self._thread.submit(self._write, self._collected)
-            self._collected = Collected()
+        """Ends the shard: it is synced, and counted in the manifest. Raises what the last one met."""
+        if self._waiting.keys:
+            self._write()
+        if self._file is not None:
+            file, self._file = self._file, None
+            self._do(partial(self._finish, file), beside=True)
+        self._bytes = self._tokens = 0
 
-    def _wait(self) -> None:
-        if self._written is not None:
-            self._written.result()
-
-    def _write(self, collected: Collected) -> None:
-        sequences, table = len(collected.keys), collected.table()
+    def _write(self) -> None:
+        """Has a row group of what waits."""
+        some, self._waiting = self._waiting, _Waiting()
         with writing(self.shelf.folder):
-            known = self.shelf.shards()
-            number = 1 + max((int(shard.file[6:11]) for shard in known), default=-1)
-            final = self.shelf.folder / f"shard-{number:05d}.parquet"
-            temporary = final.with_suffix(".tmp")
-            checksum = shards.write(table, temporary)
-            size = temporary.stat().st_size
-            temporary.replace(final)
-            shard = Shard(final.name, size, checksum, table.num_rows, sequences, dict(self.made_with))
-            self.shelf._write_manifest([*known, shard])
+            if self._file is None:
+                path = self.shelf.folder / f"shard-{self._next:05d}.parquet"
+                self._file = shards.Writing(path, self.shelf.hidden_size, self.shelf.dtype, self.made_with)
+                self._next += 1
+        self._do(partial(some.write, self._file), self.beside)
+
+    def _do(self, work: Callable[[], None], beside: bool) -> None:
+        if not beside:
+            with writing(self.shelf.folder):
+                work()
+            return
+        self._wait(1)  # so that memory does not grow
+        self._tasks.append(self._thread.submit(work))
+
+    def _wait(self, most: int) -> None:
+        """Until no more tasks than that are left. Raises CacheError where one failed."""
+        while len(self._tasks) > most:
+            with writing(self.shelf.folder):
+                self._tasks.pop(0).result()
+
+    def _finish(self, file: shards.Writing) -> None:
+        try:
+            self.shelf._write_manifest([*self.shelf.shards(), file.finish()])
+        except BaseException:
+            file.discard()
+            raise
+
+
+class _Waiting:
+    """Sequences whose rows are not yet written: too few for a row group."""
+
+    def __init__(self) -> None:
+        self.keys: list[bytes] = []
+        self.unknown: list[int] = []
+        self.counts: list[int] = []
+        self.rows: list[Array] = []
+        self.bytes = 0
+
+    def add(self, keys: Sequence[bytes], unknown: Sequence[int], counts: Sequence[int], rows: Array) -> None:
+        self.keys += keys
+        self.unknown += unknown
+        self.counts += counts
+        self.rows.append(rows)
+        self.bytes += rows.nbytes
+
+    def write(self, file: shards.Writing) -> None:
+        rows = self.rows[0] if len(self.rows) == 1 else np.concatenate(self.rows)
+        file.add(self.keys, self.unknown, self.counts, rows)
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def test_benchmarks_run_with_few_libraries(tmp_path: Path) -> None:
     names = ["mlflow", "wandb", "tensorboard", "pytorch_lightning", "lightning", "pytorch_optimizer", "braceexpand"]
     code = f"""
 import sys
-for name in {[*names, "matplotlib", "torchmetrics"]}: sys.modules[name] = None
+for name in {[*names, "matplotlib", "torchmetrics", "xxhash"]}: sys.modules[name] = None
 sys.path.insert(0, "benchmarks")
 import heads, embed, store, validation
 from pathlib import Path

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import shards as shards_module
@@ -24,7 +25,8 @@ from pipeline.embed import Embeddings, embed
 from pipeline.errors import CacheError
 from pipeline.forward import batches
 from pipeline.load import load
-from pipeline.shards import DamagedShardError, verify
+from pipeline.rows import Rows, Vectors
+from pipeline.shards import DamagedShardsError
 from pipeline.store import Store, sequence_key
 from tests.conftest import ROOT, FakeEncoder, make_task
 
@@ -122,12 +124,87 @@ def test_a_damaged_shard_is_embedded_again_and_never_read(
         place = content.find(fake.state("MKV").numpy().tobytes())
         content[place + 5] ^= 1
         path.write_bytes(content)
-        with pytest.raises(DamagedShardError):
-            verify(path, before.shelf.shards()[0])
+        with pytest.raises(DamagedShardsError, match=path.name):
+            Vectors(before.shelf, before.entries["train"], 0)
     fake.seen.clear()
     after = embedded(token_task(tmp_path), fake, store)
     assert sorted(fake.seen) == sorted(TEXTS)
     assert torch.equal(all_rows(after), expected)
+
+
+def test_damage_on_one_shelf_leaves_the_other(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
+    tasks = [token_task(tmp_path), sequence_task(tmp_path)]
+    first, pooled = embed([load(task) for task in tasks], fake, store)
+    (path,) = pooled.shelf.folder.glob("*.parquet")
+    content = bytearray(path.read_bytes())
+    content[content.find(fake.state("MKV").mean(0).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    assert first.shelf.folder != pooled.shelf.folder  # their shards have the same names
+    again = embed([load(task) for task in tasks], fake, store)
+    assert torch.equal(all_rows(again[0]), all_rows(first))
+    assert torch.equal(all_rows(again[1]), all_rows(pooled))
+    assert (again[0].embedded, again[0].cached) == (6, 0)
+
+
+def test_a_damaged_index_is_damage(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
+    shelf = embedded(token_task(tmp_path), fake, store).shelf
+    (path,) = shelf.folder.glob("*.parquet")
+    content = bytearray(path.read_bytes())
+    place = content.find(sequence_key("MKV").hex().encode())
+    content[place] = ord("0") if content[place] != ord("0") else ord("1")
+    path.write_bytes(content)
+    assert embedded(token_task(tmp_path), fake, store).embedded == 6
+
+
+def test_shards_without_xxhash(
+    tmp_path: Path, fake: FakeEncoder, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store is read by whoever has what its checksums need; CRC-32 everybody has."""
+    other = Store(tmp_path / "other")
+    expected = all_rows(embedded(token_task(tmp_path), fake, store))
+    monkeypatch.setattr(shards_module, "CHECKSUMS", {"crc32": shards_module.CHECKSUMS["crc32"]})
+    with pytest.raises(CacheError, match="pip install xxhash"):
+        embedded(token_task(tmp_path), fake, store)
+    assert embedded(token_task(tmp_path), fake, other).shelf.shards()[0].checksum == "crc32"
+    monkeypatch.undo()
+    again = embedded(token_task(tmp_path), fake, other)
+    assert again.embedded == 0
+    assert torch.equal(all_rows(again), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    group=st.integers(1, 40),
+    shard=st.integers(1, 2_000),
+    dtype=st.sampled_from(["float32", "float16"]),
+    beside=st.booleans(),
+    data=st.data(),
+)
+def test_any_rows_of_any_shards_are_read_back(
+    counts: list[int], group: int, shard: int, dtype: str, beside: bool, data: st.DataObject
+) -> None:
+    """Whichever sequences are wanted, in whatever order, from however many shards and row groups."""
+    rows = np.random.default_rng(0).standard_normal((sum(counts), 3)).astype(dtype)
+    pieces = np.split(rows, np.cumsum(counts)[:-1])
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards_module, "ROW_GROUP", group)
+        patch.setattr(shards_module, "GROUP_BYTES", data.draw(st.integers(1, 400)))
+        patch.setattr(store_module, "SHARD_BYTES", shard)
+        shelf = Store(Path(folder), dtype).shelf("any", "none", 3)
+        with shelf.lock(), shelf.writer({}, beside) as writer:
+            for number, piece in enumerate(pieces):
+                writer.add([sequence_key(str(number))], [0], [len(piece)], piece)
+                if writer.is_full:
+                    writer.flush()
+        wanted = data.draw(st.lists(st.integers(0, len(counts) - 1), min_size=1))
+        index = shelf.index()
+        entries = [index[sequence_key(str(number))] for number in wanted]
+        expected = torch.from_numpy(np.concatenate([pieces[number] for number in wanted])).float()
+        for memory in (10**9, 0):
+            found = Rows(Vectors(shelf, entries, memory), entries)
+            assert torch.equal(found.gather(np.arange(len(wanted))), expected)
+        assert [path.suffix for path in shelf.folder.glob("shard-*")] == [".parquet"] * len(shelf.shards())
 
 
 def test_an_unreadable_manifest_is_no_manifest(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
@@ -211,6 +288,7 @@ def test_the_batch_plan(lengths: list[int], max_tokens: int, max_sequences: int,
 def test_two_processes_at_once_embed_each_sequence_once(tmp_path: Path) -> None:
     script = """
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 from pipeline.embed import embed
@@ -262,7 +340,7 @@ def test_hidden_states_that_are_no_numbers_are_not_stored(tmp_path: Path, store:
     encoder.factor = 1e6
     with pytest.raises(CacheError, match="hold numbers beyond float16"):
         embedded(token_task(tmp_path), encoder, Store(tmp_path, dtype="float16"))
-    assert not list(tmp_path.rglob("*.parquet"))
+    assert not list(tmp_path.rglob("shard-*"))
 
 
 FEW_DESCRIPTORS = """
