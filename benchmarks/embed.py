@@ -50,7 +50,7 @@ def equal_lengths(rows: Sequence[list[int]]) -> list[Tensor]:
 def without_store(encoder: HuggingFaceEncoder, sequences: Sequence[str]) -> None:
     """The forward passes of the batch plan."""
     texts = {sequence_key(text): text for text in sequences}
-    for batch in batches(texts, BATCH_TOKENS["cpu"], 128):
+    for batch in batches(texts, BATCH_TOKENS["cpu"], 128, encoder.packs):
         encoder.hidden_states([texts[key] for key in batch])
 
 

@@ -113,7 +113,7 @@ def class_name(encoder_class: Any) -> str:
 def module_digest(module: nn.Module) -> str:
     """A digest of all weights and buffers in a module's `state_dict`."""
     tensors = [(name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor)]
-    return weights_digest(iter(tensors))
+    return weights_digest(tensors)
 
 
 def _bytes_digest(source: Path) -> str:

@@ -146,10 +146,11 @@ def _embed_missing(
     tokens = 0
     unknown = _check(union, missing.get("none", {}), encoder, examples)
     with ExitStack() as stack:
-        beside = encoder.device.type != "cpu"
-        writers = {pooling: stack.enter_context(shelves[pooling].writer(plan, beside)) for pooling in missing}
+        beside, packed = encoder.device.type != "cpu", bool(getattr(encoder, "packs", False))
+        made = {**plan, "packed": packed}
+        writers = {pooling: stack.enter_context(shelves[pooling].writer(made, beside)) for pooling in missing}
         advance = stack.enter_context(progress("embed", sum(map(len, union.values())), "residues"))
-        plans = batches(union, plan["max_batch_tokens"], plan["emb_batch_size"])
+        plans = batches(union, plan["max_batch_tokens"], plan["emb_batch_size"], packed)
         passes = (forward(batch, union, missing, encoder) for batch in plans)
         for arriving in one_behind(passes) if beside else passes:
             for pooling, (keys, counts, rows) in arriving.rows.items():

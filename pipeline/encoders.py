@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Protocol
@@ -33,6 +35,8 @@ class Encoder(Protocol):
         max_seq_length: most characters of a sequence, special tokens already counted; None for no limit.
         digest: changes when a hidden state may change: weights, tokenizer, options, precision.
         device: where the model is; the batch plan belongs to the kind of device.
+
+    It may have an attribute `packs`, true where sequences of unequal length in a batch cost no padding.
     """
 
     hidden_size: int
@@ -56,7 +60,8 @@ class Encoder(Protocol):
 class HuggingFaceEncoder:
     """A Hugging Face encoder and its tokenizer. See `Encoder` for the attributes.
 
-    Sequences of a batch are padded to the longest; padding is masked, and nothing of it is returned.
+    On a CPU, sequences are packed one after another where the model is right with that; else they are padded to the
+    longest of a batch; padding is masked, and nothing of it is returned.
     """
 
     def __init__(
@@ -113,7 +118,13 @@ class HuggingFaceEncoder:
         first, behind = len(before), len(after)
         return [state[first : len(row) - behind].float() for state, row in zip(states, rows, strict=True)]
 
+    @property
+    def packs(self) -> bool:
+        """See `Encoder`."""
+        return self._packing is not None
+
     @cached_property
+    @torch.inference_mode()
     def _packing(self) -> Packing | None:
         """On a CPU alone: a GPU would be given a small piece of work for each sequence."""
         if self.device.type != "cpu" or self.precision != "fp32":
@@ -198,19 +209,23 @@ def _shorten(model: nn.Module, layer: int, config: Any) -> None:
         del stack[layer + 1 :]
 
 
-def weights_digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
+def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A digest of named tensors: the same for the same values, however they were stored."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        each = pool.map(_tensor_digest, sorted(tensors, key=lambda pair: pair[0]))
+        return hashlib.sha256("\n".join(each).encode()).hexdigest()
+
+
+def _tensor_digest(named: tuple[str, Tensor]) -> str:
+    name, tensor = named
+    value = tensor.detach().cpu().contiguous()
+    content = hashlib.sha256(value.flatten().view(torch.uint8).numpy().data).hexdigest()
+    return f"{name} {tuple(value.shape)} {value.dtype} {content}"
 
 
 def _digest(model: nn.Module, tokens: Tokens, precision: str) -> str:
     options = {key: value for key, value in model.config.to_diff_dict().items() if key not in NEUTRAL_OPTIONS}  # type: ignore[union-attr, operator]
-    weights = weights_digest(iter(model.state_dict().items()))
+    weights = weights_digest(model.state_dict().items())
     # Rounded arithmetic differs between kinds of device; float32 agrees to 1e-5.
     where = "" if precision == "fp32" else next(model.parameters()).device.type
     what = [weights, tokens.digest(), json.dumps(options, sort_keys=True, default=str), precision, where]

@@ -15,7 +15,9 @@ from pipeline.errors import CheckpointError
 SHORTEST = 0.8  # of a batch, beside its longest sequence: padding is wasted work, many small batches are too
 
 
-def batches(sequences: dict[bytes, str], max_tokens: int, max_sequences: int) -> Iterator[list[bytes]]:
+def batches(
+    sequences: dict[bytes, str], max_tokens: int, max_sequences: int, packed: bool = False
+) -> Iterator[list[bytes]]:
     """The batch plan: keys of sequences that go through the encoder together.
 
     Longest first, equal lengths by key: a function of the set of sequences and the two limits alone. Taking away the
@@ -25,15 +27,18 @@ def batches(sequences: dict[bytes, str], max_tokens: int, max_sequences: int) ->
         sequences: text by key.
         max_tokens: most tokens of a batch, padding counted; a longer sequence goes alone.
         max_sequences: most sequences of a batch.
+        packed: whether the encoder takes them without padding.
     """
     batch: list[bytes] = []
-    longest = 0
+    longest = tokens = 0
     for key in sorted(sequences, key=lambda key: (-len(sequences[key]), key)):
-        longest = longest or len(sequences[key])
-        full = len(batch) == max_sequences or (len(batch) + 1) * longest > max_tokens
-        if batch and (full or len(sequences[key]) < SHORTEST * longest):
+        length = len(sequences[key])
+        longest = longest or length
+        tokens = tokens + length if packed else (len(batch) + 1) * longest
+        full = len(batch) == max_sequences or tokens > max_tokens
+        if batch and (full or (not packed and length < SHORTEST * longest)):
             yield batch
-            batch, longest = [], len(sequences[key])
+            batch, longest, tokens = [], length, length
         batch.append(key)
     if batch:
         yield batch

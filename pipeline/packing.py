@@ -1,14 +1,15 @@
 """Sequences one after another in a single row, so that a batch holds no padding.
 
 Linear layers then see real tokens alone, and attention runs within each sequence, without a mask. A model takes part if
-its hidden states prove the same on a probe: its positions must be ones that can be given, and its attention plain.
+its hidden states prove the same on a probe: its positions must be ones that can be given, absolute (ESM, BERT, BART) or
+relative (T5), and its attention plain.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from itertools import groupby
 from typing import Any
@@ -36,6 +37,10 @@ class Packing:
         """See `fit`; `first` is the number of a sequence's first position."""
         self.model = model
         self.first = first
+        inner = [module for module in model.modules() if module is not model]
+        # BART's own embedding of positions takes them, but the encoder has no argument for them
+        self._embeddings = [one for one in inner if isinstance(one, nn.Embedding) and _takes(one, "position_ids")]
+        self._biases: list[Any] = [one for one in inner if hasattr(one, "compute_bias")]  # T5's, of relative positions
 
     @classmethod
     def fit(cls, model: nn.Module, ids: Sequence[int], padding: int) -> Packing | None:
@@ -72,14 +77,33 @@ class Packing:
         lengths = [len(row) for row in rows]
         device = next(self.model.parameters()).device
         ids = torch.tensor([[token for row in rows for token in row]], device=device)
-        positions = torch.cat([torch.arange(self.first, self.first + length) for length in lengths])[None]
-        inputs = {"input_ids": ids, "position_ids": positions.to(device)}
-        if "token_type_ids" in inspect.signature(self.model.forward).parameters:
+        positions = torch.cat([torch.arange(self.first, self.first + length) for length in lengths]).to(device)
+        inputs = {"input_ids": ids, "position_ids": positions[None]}
+        if _takes(self.model, "token_type_ids"):
             inputs["token_type_ids"] = torch.zeros_like(ids)  # a model's own are as many as it has positions
-        with _within(self.model, lengths):
+        with self._given(positions, max(lengths)), _within(self.model, lengths):
             states: Tensor = forward(**inputs)
         found: tuple[Tensor, ...] = states[0].split(lengths)
         return found
+
+    @contextmanager
+    def _given(self, positions: Tensor, longest: int) -> Iterator[None]:
+        """Gives positions to modules that would count on from the first to the last token of the row.
+
+        A bias of relative positions is worked out for the longest sequence: that of a shorter one is its corner.
+        """
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "position_ids": positions}
+
+        with ExitStack() as stack:
+            for one in self._embeddings:
+                stack.callback(one.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for bias in self._biases:
+                compute = bias.compute_bias
+                bias.compute_bias = lambda *_, compute=compute, **options: compute(longest, longest, **options)
+                stack.callback(delattr, bias, "compute_bias")
+            yield
 
 
 def attention(
@@ -90,6 +114,7 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    position_bias: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each sequence of the row; neighbours of one length go together. As transformers calls it.
@@ -102,6 +127,7 @@ def attention(
         attention_mask: there must be none.
         scaling: of the scores.
         dropout: there must be none.
+        position_bias: added to the scores of the longest sequence, shape (1, heads, longest, longest).
         others: none of them may change the result.
 
     Returns:
@@ -116,10 +142,15 @@ def attention(
         count = len(list(same))
         end = begin + count * length
         q, k, v = (one[begin:end].unflatten(0, (count, length)).transpose(1, 2) for one in (query, key, value))
-        part = functional.scaled_dot_product_attention(q, k, v, scale=scaling)
+        bias = None if position_bias is None else position_bias[..., :length, :length]
+        part = functional.scaled_dot_product_attention(q, k, v, bias, scale=scaling)
         parts.append(part.transpose(1, 2).flatten(0, 1))
         begin = end
     return torch.cat(parts)[None], None
+
+
+def _takes(module: nn.Module, name: str) -> bool:
+    return name in inspect.signature(module.forward).parameters
 
 
 @contextmanager

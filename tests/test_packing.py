@@ -35,22 +35,25 @@ def moved(model: Any) -> Any:
 
 @settings(max_examples=30, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12))
-@pytest.mark.parametrize("kind", ["esm", "protbert"])
+@pytest.mark.parametrize("kind", ["esm", "protbert", "prott5", "smiles_bart"])
 @torch.inference_mode()
 def test_packed_is_as_alone(model_folder: Make, kind: str, lengths: list[int]) -> None:
     encoder: Any = open_encoder(str(model_folder(kind)))
     assert encoder._packing is not None
-    texts = ["ACDEFGHIKLMNPQRSTVWY"[length % 7 :] * 3 for length in lengths]
+    letters = "CNOCCONNCOCNCCOCNOCC" if kind == "smiles_bart" else "ACDEFGHIKLMNPQRSTVWY"
+    texts = [letters[length % 7 :] * 3 for length in lengths]
     texts = [text[:length] for text, length in zip(texts, lengths, strict=True)]
     for text, state in zip(texts, encoder.hidden_states(texts), strict=True):
         ids = torch.tensor([[*encoder.tokens.before, *encoder.tokens.ids(text), *encoder.tokens.after]])
-        expected = encoder.model(input_ids=ids).last_hidden_state[0, 1:-1]
+        first, behind = len(encoder.tokens.before), len(encoder.tokens.after)
+        expected = encoder.model(input_ids=ids).last_hidden_state[0, first : ids.shape[1] - behind]
         torch.testing.assert_close(state, expected, atol=1e-5, rtol=0)
 
 
-def test_more_tokens_in_a_row_than_the_model_has_positions(model_folder: Make) -> None:
-    encoder: Any = open_encoder(str(model_folder("protbert")))
-    texts = ["MKVLAAGIVG" * 6] * 40
+@pytest.mark.parametrize("kind", ["protbert", "smiles_bart"])
+def test_more_tokens_in_a_row_than_the_model_has_positions(model_folder: Make, kind: str) -> None:
+    encoder: Any = open_encoder(str(model_folder(kind)))
+    texts = ["CNOCCNOOCN" * 6] * 40
     states = encoder.hidden_states(texts)
     assert all(torch.equal(state, states[0]) for state in states)
     assert encoder.model.config.max_position_embeddings < sum(map(len, texts))
@@ -70,11 +73,8 @@ def test_positions_numbered_from_behind_the_padding() -> None:
 
 
 @torch.inference_mode()
-def test_models_with_another_attention_are_padded(model_folder: Make) -> None:
-    """Relative positions (T5), positions that cannot be given (BART), windows (ModernBERT), another kernel."""
-    for kind in ("prott5", "smiles_bart"):
-        encoder: Any = open_encoder(str(model_folder(kind)))
-        assert encoder._packing is None
+def test_models_with_another_attention_are_padded() -> None:
+    """Windows (ModernBERT), another kernel."""
     config = ModernBertConfig(vocab_size=40, pad_token_id=0, local_attention=8, **SIZE)
     windows = moved(ModernBertModel(config))
     before = windows.config._attn_implementation

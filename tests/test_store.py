@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -268,27 +269,36 @@ def test_many_shards_and_row_groups_read_back_alike(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
     max_tokens=st.integers(1, 200),
     max_sequences=st.integers(1, 8),
+    packed=st.booleans(),
     data=st.data(),
 )
-def test_the_batch_plan(lengths: list[int], max_tokens: int, max_sequences: int, data: st.DataObject) -> None:
+def test_the_batch_plan(
+    lengths: list[int], max_tokens: int, max_sequences: int, packed: bool, data: st.DataObject
+) -> None:
     sequences = {sequence_key(str(index)): "A" * length for index, length in enumerate(lengths)}
-    plan = list(batches(sequences, max_tokens, max_sequences))
+    limits = max_tokens, max_sequences, packed
+    plan = list(batches(sequences, *limits))
     assert sorted(key for batch in plan for key in batch) == sorted(sequences)
     for batch in plan:
         assert len(batch) <= max_sequences
-        assert min(len(sequences[key]) for key in batch) >= 0.8 * max(len(sequences[key]) for key in batch)
-        assert len(batch) == 1 or len(batch) * max(len(sequences[key]) for key in batch) <= max_tokens
+        each = [len(sequences[key]) for key in batch]
+        assert packed or min(each) >= 0.8 * max(each)
+        assert len(batch) == 1 or (sum(each) if packed else len(batch) * max(each)) <= max_tokens
+    if packed:  # none that could have joined the batch before it
+        for one, other in pairwise(plan):
+            assert len(one) == max_sequences or sum(len(sequences[key]) for key in [*one, other[0]]) > max_tokens
     shuffled = dict(data.draw(st.permutations(list(sequences.items()))))
-    assert list(batches(shuffled, max_tokens, max_sequences)) == plan
+    assert list(batches(shuffled, *limits)) == plan
     done = data.draw(st.integers(0, len(plan)))
     rest = {key: text for key, text in sequences.items() if not any(key in batch for batch in plan[:done])}
-    assert list(batches(rest, max_tokens, max_sequences)) == plan[done:]
+    assert list(batches(rest, *limits)) == plan[done:]
 
 
 def test_two_processes_at_once_embed_each_sequence_once(tmp_path: Path) -> None:
     script = """
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from pipeline.embed import embed
