@@ -22,7 +22,7 @@ class Batch:
     Attributes:
         rows: shape (u, hidden_size). Good until the next batch is made.
         counts: units of each sequence, shape (sequences,).
-        values: int64 or float32 labels per target, shape (u,).
+        values: int32 or float32 labels per target, shape (u,).
         masks: per target, shape (u,); None where no label of the part is masked.
     """
 

@@ -51,7 +51,7 @@ def loss_of(
             each = (output[:, 0] - wanted) ** 2
             losses.append(each.mean() if mask is None else (each * mask).sum() / mask.sum().clamp(min=1))
             continue
-        wanted = value if mask is None else value.where(mask, IGNORED)
+        wanted = value.long() if mask is None else value.long().where(mask, IGNORED)
         weight = output.new_tensor(target.weights) if weighted and target.weights else None
         total = functional.cross_entropy(output, wanted, weight, ignore_index=IGNORED, reduction="sum")
         losses.append(total / _mass(wanted, weight))

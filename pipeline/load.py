@@ -49,7 +49,7 @@ class Part:
         sequences: the n sequences.
         rows: for each, `FILE:ROW`, the first data row of a file being 0.
         counts: units of each sequence, shape (n,): 1, or its length.
-        values: per target, class indices (int64) or numbers (float64), shape (u,).
+        values: per target, class indices (int32) or numbers (float64), shape (u,).
         masks: per target, which units have a label, shape (u,), bool.
         left_out: sequences longer than the limit.
         lengths: characters of every sequence of the files, those that are not used too, shape (all,).
@@ -58,7 +58,7 @@ class Part:
     sequences: list[str]
     rows: list[str]
     counts: npt.NDArray[np.int64]
-    values: list[npt.NDArray[np.int64] | npt.NDArray[np.float64]]
+    values: list[npt.NDArray[np.int32] | npt.NDArray[np.float64]]
     masks: list[npt.NDArray[np.bool_]]
     left_out: int
     lengths: npt.NDArray[np.int64]
@@ -265,14 +265,14 @@ def _some(fits: npt.NDArray[np.bool_], most: int | None, seed: str) -> npt.NDArr
     return keep
 
 
-def _values(target: Target, label: Labels) -> npt.NDArray[np.int64] | npt.NDArray[np.float64]:
+def _values(target: Target, label: Labels) -> npt.NDArray[np.int32] | npt.NDArray[np.float64]:
     if target.classes is None:
         return np.asarray(label.texts, dtype=np.float64)
     names = np.array(target.classes)
     order = np.argsort(names)
     position = np.searchsorted(names[order], label.texts).clip(max=len(names) - 1)
     found = order[position]
-    return np.where(label.mask, found, UNKNOWN).astype(np.int64)
+    return np.where(label.mask, found, UNKNOWN).astype(np.int32)
 
 
 def unit_index(counts: npt.NDArray[np.int64], sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -44,7 +44,7 @@ class Stack:
         outputs = self._forward(torch.stack([batch.rows for batch in batches]))
         values = torch.stack([batch.values[0] for batch in batches])
         if self.classes:
-            each = functional.cross_entropy(outputs.flatten(0, 1), values.flatten(), reduction="none")
+            each = functional.cross_entropy(outputs.flatten(0, 1), values.flatten().long(), reduction="none")
         else:
             each = (outputs[..., 0] - values.to(outputs.dtype)) ** 2
         losses = each.view(values.shape).mean(1)
