@@ -163,7 +163,8 @@ class Writing:
 
     def discard(self) -> None:
         """Removes what was written so far."""
-        self._writer.close()
+        with contextlib.suppress(OSError, pa.ArrowException):  # on a full disk it cannot be ended either
+            self._writer.close()
         self._temporary.unlink(missing_ok=True)
 
 

@@ -353,6 +353,36 @@ def test_hidden_states_that_are_no_numbers_are_not_stored(tmp_path: Path, store:
     assert not list(tmp_path.rglob("shard-*"))
 
 
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from pipeline.embed import embed
+from pipeline.errors import CacheError
+from pipeline.load import load
+from pipeline.store import Store
+from tests.conftest import FakeEncoder
+from tests.test_store import token_task
+task = token_task(Path(sys.argv[1]), ["A" * n + "C" * 100 for n in range(1, 400)])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))  # the first row group fits
+try:
+    embed([load(task)], FakeEncoder(), Store(Path(sys.argv[1]) / "store"))
+except CacheError as error:
+    print(error)
+print(len(list(Path(sys.argv[1]).rglob("shard-*"))))
+"""
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    script = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(script, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    said, left = run.stdout.splitlines()
+    assert "cannot be written" in said
+    assert "set store to another folder" in said
+    assert left == "0"
+
+
 FEW_DESCRIPTORS = """
 import resource, sys
 import numpy as np
