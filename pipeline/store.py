@@ -107,7 +107,7 @@ class Shelf:
         for shard in self.shards():
             try:
                 found = dict(shards.entries(self.path(shard), shard))
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, ValueError) as error:  # no hexadecimal digits, say
                 if not is_damage(error):
                     raise CacheError(f"store: '{self.path(shard)}' cannot be read ({error})") from error
                 self.drop(shard)

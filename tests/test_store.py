@@ -147,12 +147,13 @@ def test_damage_on_one_shelf_leaves_the_other(tmp_path: Path, fake: FakeEncoder,
     assert (again[0].embedded, again[0].cached) == (6, 0)
 
 
-def test_a_damaged_index_is_damage(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
+@pytest.mark.parametrize("digit", [b"0", b"z", b"\xff"])
+def test_a_damaged_index_is_damage(tmp_path: Path, fake: FakeEncoder, store: Store, digit: bytes) -> None:
     shelf = embedded(token_task(tmp_path), fake, store).shelf
     (path,) = shelf.folder.glob("*.parquet")
     content = bytearray(path.read_bytes())
     place = content.find(sequence_key("MKV").hex().encode())
-    content[place] = ord("0") if content[place] != ord("0") else ord("1")
+    content[place] = digit[0] if content[place] != digit[0] else ord("1")
     path.write_bytes(content)
     assert embedded(token_task(tmp_path), fake, store).embedded == 6
 
