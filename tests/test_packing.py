@@ -17,6 +17,8 @@ from transformers import (
     ModernBertModel,
     RobertaConfig,
     RobertaModel,
+    T5Config,
+    T5EncoderModel,
 )
 
 from pipeline.checkpoints import open_encoder
@@ -84,6 +86,47 @@ def test_models_with_another_attention_are_padded() -> None:
     eager = moved(EsmModel(rotary, add_pooling_layer=False))
     eager.set_attn_implementation("eager")
     assert Packing.fit(eager, list(range(5, 25)), padding=1) is None
+
+
+@torch.inference_mode()
+def test_activations_written_out_are_fused_while_it_runs() -> None:
+    """ESM's GELU and that of a T5 with gates: the same hidden states, from other operations, and a model as it was."""
+    ids = list(range(5, 29))
+    rotary = EsmConfig(vocab_size=33, pad_token_id=1, mask_token_id=32, position_embedding_type="rotary", **SIZE)
+    gates = T5Config(
+        vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    written_out = {"aten::erf", "aten::tanh"}
+    for model in (moved(EsmModel(rotary, add_pooling_layer=False)), moved(T5EncoderModel(gates))):
+        packing = Packing.fit(model, ids, padding=1)
+        assert packing is not None
+        assert len(packing.fused) == 2
+        with torch.profiler.profile() as seen:
+            (found,) = packing([ids], lambda model=model, **inputs: model(**inputs).last_hidden_state)
+        assert not written_out & {one.key for one in seen.key_averages()}
+        with torch.profiler.profile() as seen:
+            expected = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        assert written_out & {one.key for one in seen.key_averages()}
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_what_is_not_the_same_is_not_fused() -> None:
+    """A module that somebody hooked, and one that has the name and computes something else."""
+    config = EsmConfig(vocab_size=33, pad_token_id=1, mask_token_id=32, position_embedding_type="rotary", **SIZE)
+    model = moved(EsmModel(config, add_pooling_layer=False))
+    one, other = (layer.intermediate for layer in model.encoder.layer)
+    own = one.forward = lambda states: torch.relu(one.dense(states))
+    packing = Packing.fit(model, list(range(5, 29)), padding=1)
+    assert packing is not None
+    assert set(packing.fused) == {other}
+    assert one.forward is own
+    other.__class__ = type(
+        "EsmIntermediate", (type(other),), {"forward": lambda self, states: self.dense(states).sin()}
+    )
+    packing = Packing.fit(model, list(range(5, 29)), padding=1)
+    assert packing is not None
+    assert packing.fused == {}
 
 
 @torch.inference_mode()
