@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +54,24 @@ class Data:
         masks = [None if mask is None else mask.index_select(0, units) for mask in self._masks]
         return Batch(self._rows(sequences), counts, values, masks)
 
+    def batches(self, sequences: Indices, batch_size: int) -> Iterator[Batch]:
+        """Sequences in this order, some at a time."""
+        if not self._single or self._memory is None:
+            for begin in range(0, len(sequences), batch_size):
+                yield self.batch(sequences[begin : begin + batch_size])
+            return
+        # One row and one unit each: what does not need much memory is looked up for all of them at once.
+        units = self._index(sequences)
+        values = [value.index_select(0, units).split(batch_size) for value in self._values]
+        masks = [
+            repeat(None) if mask is None else iter(mask.index_select(0, units).split(batch_size))
+            for mask in self._masks
+        ]
+        places = self._index(self.rows.index(sequences)).split(batch_size)
+        for number, some in enumerate(places):
+            counts = torch.ones_like(some)
+            yield Batch(self._take(some), counts, [value[number] for value in values], [next(mask) for mask in masks])
+
     def labels(self, sequences: Indices) -> tuple[list[Tensor], list[Tensor]]:
         """Values and masks of some sequences, on the CPU."""
         units = unit_index(self.part.counts, sequences)
@@ -60,11 +80,14 @@ class Data:
     def _rows(self, sequences: Indices) -> Tensor:
         if self._memory is None:
             return self.rows.gather(sequences).to(self.device)
-        index = self._index(self.rows.index(sequences))
+        return self._take(self._index(self.rows.index(sequences)))
+
+    def _take(self, index: Tensor) -> Tensor:
+        """Rows of what is held in memory."""
+        assert self._memory is not None
         if len(self._buffer) < len(index):  # memory that was used before is faster than what the system has to clear
             self._buffer = self._memory.new_empty(len(index), self._memory.shape[1])
-        out = self._buffer[: len(index)]
-        return torch.index_select(self._memory, 0, index, out=out)
+        return torch.index_select(self._memory, 0, index, out=self._buffer[: len(index)])
 
     def _index(self, places: Indices) -> Tensor:
         return torch.from_numpy(places).to(self.device)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline import optim
 from pipeline.batches import Batch, Data, Indices
@@ -19,6 +18,7 @@ from pipeline.embed import Embeddings
 from pipeline.errors import DataError
 from pipeline.heads import MLP, Head
 from pipeline.load import Examples, Target
+from pipeline.optim import Descent
 from pipeline.progress import progress
 from pipeline.stack import Stack
 
@@ -72,10 +72,10 @@ def predict(head: Head, data: Data, sequences: Indices, batch_size: int) -> list
     """For each target, the outputs of a head in evaluation mode, float64 on the CPU, shape (units, outputs)."""
     training = head.training
     head.eval()
-    outputs = []
-    for begin in range(0, len(sequences), batch_size):
-        batch = data.batch(sequences[begin : begin + batch_size])
-        outputs.append([output.cpu().double() for output in head(batch.rows, batch.counts)])
+    outputs = [
+        [output.cpu().double() for output in head(batch.rows, batch.counts)]
+        for batch in data.batches(sequences, batch_size)
+    ]
     head.train(training)
     return [torch.cat(target) for target in zip(*outputs, strict=True)]
 
@@ -104,33 +104,35 @@ class _Held:
 
 
 class _Course:
-    """A head's way through its epochs: its batches, optimiser, schedule and losses.
+    """A head's way through its epochs: its batches, optimiser and losses.
 
     Attributes:
+        descent: the optimiser; that of heads trained at once may be one for all.
         losses: mean training loss of each epoch.
         held_losses: with `patience`, the loss on the held-out part after each.
         enough: no further epoch is needed.
     """
 
+    descent: Descent
+
     def __init__(self, head: Head, examples: Examples, data: Data, held: tuple[Indices, _Held | None]) -> None:
         self.head, self.data, self.task, self.targets = head, data, examples.task, examples.targets
         self.sequences, self.held = held
-        steps = self.task.num_epochs * -(-len(self.sequences) // self.task.batch_size)
-        self.optimizer, self.scheduler = optim.build(head.parameters(), optim.with_max_steps(self.task.optim, steps))
-        self.plain = optim.is_plain(self.task.optim)
-        self.after_epoch = self.scheduler is not None and optim.per_epoch(self.scheduler)
         self.order = torch.Generator().manual_seed(self.task.random_seed)
-        self.total = torch.zeros((), device=data.device)
         self.losses: list[float] = []
         self.held_losses: list[float] = []
         self.enough = False
+
+    def descend(self, parameters: Iterable[nn.Parameter]) -> Descent:
+        """An optimiser as the task says."""
+        steps = self.task.num_epochs * -(-len(self.sequences) // self.task.batch_size)
+        return Descent(parameters, self.task.optim, steps)
 
     def batches(self) -> Iterator[Batch]:
         """Those of an epoch."""
         count = len(self.sequences)
         shuffled = torch.randperm(count, generator=self.order) if self.task.shuffle else torch.arange(count)
-        for some in shuffled.split(self.task.batch_size):
-            yield self.data.batch(self.sequences[some.numpy()])
+        return self.data.batches(self.sequences[shuffled.numpy()], self.task.batch_size)
 
     def step(self, batch: Batch) -> Tensor:
         """One optimiser step; the batch's loss. A closure, for optimisers that evaluate the loss more than once.
@@ -138,12 +140,12 @@ class _Course:
         Those see the same dropout each time: what they descend on is one function.
         """
         values: list[Tensor] = []
-        dropout = None if self.plain else self.head.dropout_state()
+        dropout = None if optim.is_plain(self.task.optim) else self.head.dropout_state()
 
         def closure() -> Tensor:
             if values and dropout is not None:
                 self.head.set_dropout_state(dropout)
-            self.optimizer.zero_grad()
+            self.descent.optimizer.zero_grad()
             outputs = self.head(batch.rows, batch.counts)
             loss = loss_of(outputs, batch.values, batch.masks, self.targets, weighted=True)
             loss.backward()
@@ -151,8 +153,7 @@ class _Course:
             values.append(loss.detach())
             return loss
 
-        evaluate: Callable[[], Any] = closure
-        self.optimizer.step(evaluate)
+        self.descent.step(closure)
         return values[0]
 
     def clip(self) -> None:
@@ -160,21 +161,17 @@ class _Course:
         if self.task.gradient_clip_val is not None:
             nn.utils.clip_grad_norm_(self.head.parameters(), self.task.gradient_clip_val)
 
-    def stepped(self, loss: Tensor, sequences: int) -> None:
-        """Takes down the loss of a step, and goes on in the schedule."""
-        self.total += loss * sequences
-        if self.scheduler is not None and not self.after_epoch:
-            self.scheduler.step()
-
-    def end_epoch(self) -> None:
-        """Takes down the losses of an epoch. Raises DataError where they are no longer finite."""
-        self.losses.append(_finite(float(self.total) / len(self.sequences), len(self.losses), self.task))
-        self.total.zero_()
+    def end_epoch(self, total: float) -> None:
+        """Takes down the losses of an epoch, summed over its sequences. Raises DataError where they are not finite."""
+        self.losses.append(_finite(total / len(self.sequences), len(self.losses), self.task))
         if self.held is not None:
             self.held_losses.append(self.held.loss(self.head, self.task, self.targets))
-        if self.after_epoch:
-            _step_epoch(self.scheduler, (self.held_losses or self.losses)[-1])
-        self.enough = self.held is not None and self.held.enough(self.head, self.held_losses[-1])
+            self.enough = self.held.enough(self.head, self.held_losses[-1])
+
+    @property
+    def loss(self) -> float:
+        """The last, which a schedule may go by."""
+        return (self.held_losses or self.losses)[-1]
 
 
 def fit(heads: Sequence[Head], embeddings: Sequence[Embeddings], device: torch.device) -> list[Losses]:
@@ -194,12 +191,13 @@ def fit(heads: Sequence[Head], embeddings: Sequence[Embeddings], device: torch.d
         courses.append(_Course(head.train(), one.examples, data, _hold_out(one, data)))
     names = ", ".join(course.task.task_name for course in courses)
     together = _stack(courses)
+    descents = _descend(courses, together)
     with progress(f"train_head {names}", courses[0].task.num_epochs, "epochs") as advance:
         for _ in range(courses[0].task.num_epochs):
-            for batches in zip(*(course.batches() for course in courses), strict=True):
-                _step(courses, batches, together)
-            for course in courses:
-                course.end_epoch()
+            for course, total in zip(courses, _epoch(courses, descents, together).tolist(), strict=True):
+                course.end_epoch(total)
+            for course, descent in zip(courses, descents, strict=False):  # one may be that of all
+                descent.end_epoch(course.loss)
             advance(1)
             if all(course.enough for course in courses):
                 break
@@ -211,17 +209,34 @@ def fit(heads: Sequence[Head], embeddings: Sequence[Embeddings], device: torch.d
     return [(course.losses, course.held_losses) for course in courses]
 
 
-def _step(courses: Sequence[_Course], batches: Sequence[Batch], together: Stack | None) -> None:
-    """An optimiser step of each head."""
-    if together is None:
-        losses = [course.step(batch) for course, batch in zip(courses, batches, strict=True)]
-    else:
-        losses = list(together.backward(batches).unbind())
-        for course in courses:
-            course.clip()
-            course.optimizer.step()
-    for course, batch, loss in zip(courses, batches, losses, strict=True):
-        course.stepped(loss, len(batch.counts))
+def _epoch(courses: Sequence[_Course], descents: Sequence[Descent], together: Stack | None) -> Tensor:
+    """An epoch of each head; their losses, summed over the sequences, shape (heads,)."""
+    totals = torch.zeros(len(courses), device=courses[0].data.device)
+    for batches in zip(*(course.batches() for course in courses), strict=True):
+        if together is None:
+            losses = torch.stack([course.step(batch) for course, batch in zip(courses, batches, strict=True)])
+        else:
+            losses = together.backward(batches)
+            for course in courses:
+                course.clip()
+            for descent in descents:
+                descent.step()
+        totals += losses * len(batches[0].counts)
+    return totals
+
+
+def _descend(courses: Sequence[_Course], together: Stack | None) -> list[Descent]:
+    """An optimiser for each head; one for all, over all weights at once, where each would do the same.
+
+    Those that heads at once are trained with change each weight by itself.
+    """
+    first = courses[0].task.optim
+    same = all(course.task.optim == first for course in courses) and not optim.minds_loss(first)
+    if together is not None and (same or len(courses) == 1):
+        return [courses[0].descend([together.weights])]
+    for course in courses:
+        course.descent = course.descend(course.head.parameters())
+    return [course.descent for course in courses]
 
 
 def _stack(courses: Sequence[_Course]) -> Stack | None:
@@ -265,13 +280,6 @@ def _hold_out(embeddings: Embeddings, data: Data) -> tuple[Indices, _Held | None
     if not any(mask.any() for mask in data.labels(held)[1]):
         raise DataError(f"task '{task.task_name}': no label is left in the held-out part; raise val_fraction")
     return np.sort(order[count:]), _Held(data, held, task.patience)
-
-
-def _step_epoch(scheduler: Any, loss: float) -> None:
-    if isinstance(scheduler, ReduceLROnPlateau):
-        scheduler.step(loss)
-    else:
-        scheduler.step()
 
 
 def _finite(loss: float, epoch: int, task: Task) -> float:

@@ -86,15 +86,17 @@ class Dropout(nn.Module):
 
     @staticmethod
     def kept(layers: Sequence[Dropout], values: Tensor) -> Tensor:
-        """Which of the values, shape (layers, ...), each layer keeps; `p` is one for all of them.
+        """1 for each of the values, shape (layers, ...), that a layer keeps, else 0; `p` is one for all of them.
 
-        From 16 random bits each, which takes a fifth of the time of `bernoulli_`.
+        From 16 random bits each, which takes a fifth of the time of `bernoulli_`; a product with numbers is faster than
+        one with booleans.
         """
         count = values[0].numel()
         words = torch.empty(len(layers), -(-count // 4), dtype=torch.int64, device=values.device)
         for layer, own in zip(layers, words.unbind(), strict=True):
             own.random_(-(2**63), None, generator=layer.generator)
-        kept = words.view(torch.int16)[:, :count] >= layers[0].share - 2**15
+        kept = values.new_empty(len(layers), count)
+        torch.ge(words.view(torch.int16)[:, :count], layers[0].share - 2**15, out=kept)
         return kept.view(values.shape)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def build(
             `sched.max_steps` must be there for a policy of NeMo's; `with_max_steps` puts it there.
 
     Returns:
-        The scheduler is None without `sched`. `per_epoch` says when to step it.
+        The scheduler is None without `sched`.
 
     Raises:
         ConfigError: a name or an option is not known, or an option has a wrong value.
@@ -51,6 +51,32 @@ def build(
     if not isinstance(sched, Mapping) or "name" not in sched:
         raise ConfigError(f"optim.sched: expected a mapping with a name, found {sched!r}")
     return optimizer, _scheduler(optimizer, str(sched["name"]), {k: v for k, v in sched.items() if k != "name"})
+
+
+class Descent:
+    """An optimiser and its schedule.
+
+    Attributes:
+        optimizer: torch's.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], optim_config: Mapping[str, Any], steps: int) -> None:
+        """See `build`; `steps` is how many optimiser steps there will be."""
+        self.optimizer, self._scheduler = build(parameters, with_max_steps(optim_config, steps))
+        self._per_epoch = isinstance(self._scheduler, PER_EPOCH)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Changes the parameters, and goes on in the schedule. With `closure`, see `Optimizer.step`."""
+        self.optimizer.step(closure)
+        if self._scheduler is not None and not self._per_epoch:
+            self._scheduler.step()
+
+    def end_epoch(self, loss: float) -> None:
+        """Two of torch's schedules go by epochs, as NeMo has them, one of them by the loss."""
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            self._scheduler.step(loss)
+        elif self._scheduler is not None and self._per_epoch:
+            self._scheduler.step()
 
 
 def with_max_steps(optim_config: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -66,9 +92,10 @@ def is_plain(optim_config: Mapping[str, Any]) -> bool:
     return str(optim_config.get("name", "adam")).lower() in PLAIN
 
 
-def per_epoch(scheduler: LRScheduler | ReduceLROnPlateau) -> bool:
-    """Whether the scheduler steps once an epoch, as NeMo has it for two of torch's, rather than at each batch."""
-    return isinstance(scheduler, PER_EPOCH)
+def minds_loss(optim_config: Mapping[str, Any]) -> bool:
+    """Whether the schedule goes by the loss."""
+    sched = optim_config.get("sched")
+    return isinstance(sched, Mapping) and sched.get("name") == ReduceLROnPlateau.__name__
 
 
 @torch.inference_mode(False)

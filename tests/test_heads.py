@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline import optim
 from pipeline.batches import Batch
 from pipeline.config import Task
 from pipeline.fit import loss_of
@@ -170,6 +171,28 @@ def test_heads_at_once_have_the_gradients_that_each_has_alone(classes: tuple[str
             assert torch.equal(one, other)
     stack.release()
     assert len({parameter.untyped_storage().data_ptr() for head in together for parameter in head.parameters()}) == 32
+
+
+@pytest.mark.parametrize("name", optim.PLAIN)
+def test_one_optimiser_for_all_weights_does_what_one_for_each_head_does(name: str) -> None:
+    source = torch.Generator().manual_seed(0)
+    together, alone = stackable([1, 2], 1), stackable([1, 2], 1)
+    stacks = Stack(together, classes=False), Stack(alone, classes=False)
+    config = {"name": name, "lr": 0.01, "weight_decay": 0.1} if name != "rprop" else {"name": name, "lr": 0.01}
+    one = optim.Descent([stacks[0].weights], config, 5)
+    each = [optim.Descent(head.parameters(), config, 5) for head in alone]
+    before = stacks[0].weights.detach().clone()
+    for _ in range(5):
+        rows = torch.randn(2, 9, 6, generator=source, dtype=torch.float64)
+        batches = [Batch(some, torch.ones(9, dtype=torch.long), [some[:, 0]], [None]) for some in rows]
+        for stack in stacks:
+            stack.backward(batches)
+        for descent in (one, *each):
+            descent.step()
+    assert not torch.allclose(stacks[0].weights, before)
+    for head, other in zip(together, alone, strict=True):
+        for its, expected in zip(head.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(its, expected, atol=1e-12, rtol=0)
 
 
 def test_dropout_meets_its_share() -> None:

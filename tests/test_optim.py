@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,26 @@ def test_torchs_schedules_are_torchs(name: str) -> None:
     _, scheduler = optim.build(parameters(), config)
     assert scheduler is not None
     assert type(scheduler) is getattr(torch.optim.lr_scheduler, name)
-    assert optim.per_epoch(scheduler) == (name in ("ExponentialLR", "ReduceLROnPlateau"))
+    assert optim.minds_loss(config) == (name == "ReduceLROnPlateau")
+
+
+@pytest.mark.parametrize("name", list(TORCH_SCHEDULES))
+def test_a_schedule_goes_on_with_every_step_but_for_two_that_go_by_epochs(name: str) -> None:
+    options = {**TORCH_SCHEDULES[name], **({"patience": 0} if name == "ReduceLROnPlateau" else {})}
+    (parameter,) = parameters()
+    parameter.grad = torch.zeros_like(parameter)
+    descent = optim.Descent([parameter], {"name": "sgd", "lr": 0.1, "sched": {"name": name, **options}}, 30)
+
+    def rates(act: Callable[[], None]) -> set[float]:
+        found = set()
+        for _ in range(25):
+            act()
+            found.add(descent.optimizer.param_groups[0]["lr"])
+        return found
+
+    by_epochs = name in ("ExponentialLR", "ReduceLROnPlateau")
+    assert (len(rates(descent.step)) > 1) != by_epochs
+    assert (len(rates(lambda: descent.end_epoch(1.0))) > 1) == by_epochs
 
 
 def test_max_steps_left_out_means_the_steps_of_the_fit() -> None:
