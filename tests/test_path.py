@@ -152,6 +152,34 @@ def test_a_sequence_scores_the_same_alone_and_in_any_batch(tmp_path: Path, store
             torch.testing.assert_close(head(one.rows, one.counts)[0], together[index], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("memory_bytes", [0, 10**9])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_batches_in_an_order_are_those_of_the_sequences_asked_for(
+    tmp_path: Path, level: str, memory_bytes: int
+) -> None:
+    texts = proteins(30, 2)
+    rows: list[dict[str, object]] = [{"sequence": text, "y": len(text)} for text in texts]
+    task = planted_task(tmp_path) if level == "token" else make_task(tmp_path, rows, rows)
+    (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path / "store", memory_bytes=memory_bytes))
+    part = embeddings.examples.test
+    data, other = (Data(embeddings.rows("test"), part, CPU) for _ in range(2))
+    order = np.random.default_rng(0).permutation(len(part))
+    count = 0
+    for batch, begin in zip(data.batches(order, 7), range(0, len(part), 7), strict=True):
+        expected = other.batch(order[begin : begin + 7])
+        pairs = [
+            (batch.rows, expected.rows),
+            (batch.counts, expected.counts),
+            *zip(batch.values, expected.values, strict=True),
+        ]
+        assert all(torch.equal(one, its) for one, its in pairs)
+        for one, its in zip(batch.masks, expected.masks, strict=True):
+            assert one is its is None if its is None else one is not None and torch.equal(one, its)
+        count += len(batch.counts)
+    assert count == len(part)
+    assert (part.counts == 1).all() == (level == "sequence")
+
+
 def test_scores_repeat_to_the_last_bit(tmp_path: Path) -> None:
     """Twice, cold, fully warm, from memory and from disk; with the global random state changed in between."""
     task = planted_task(tmp_path)
