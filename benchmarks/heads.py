@@ -105,7 +105,7 @@ def theirs(embeddings: Embeddings, data: reference.TokenData | reference.ValueDa
 
 
 def products(width: int, rows: int, batch_size: int) -> float:
-    """Seconds of the matrix products alone in an epoch of an MLP, forward and backward: no program needs less."""
+    """Seconds of the matrix products alone in an epoch of an MLP, forward and backward: about the least there is."""
     widths = [width, width, 256, 128, 1]
     inputs = [torch.randn(batch_size, one) for one in widths]
     weights = [torch.randn(out, into) for into, out in pairwise(widths)]

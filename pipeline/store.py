@@ -30,7 +30,9 @@ from pipeline import shards
 from pipeline.errors import CacheError
 from pipeline.shards import KEY_BYTES, Array, Entry, Shard, is_damage
 
-FORMAT = 1  # part of every key: raise it when the same key would no longer give the same embeddings
+FORMAT = (
+    2  # part of every key: raise it when the same key would no longer give the same embeddings or heads, to the bit
+)
 SHARD_BYTES = 2**26
 SHARD_TOKENS = 2**17  # tokens embedded, so that a kill loses a bounded amount of work with pooled rows too
 
