@@ -30,9 +30,8 @@ from pipeline import shards
 from pipeline.errors import CacheError
 from pipeline.shards import KEY_BYTES, Array, Entry, Shard, is_damage
 
-FORMAT = (
-    2  # part of every key: raise it when the same key would no longer give the same embeddings or heads, to the bit
-)
+# Part of every key: raise it when the same key would no longer give the same embeddings or heads, to the last bit.
+FORMAT = 2
 SHARD_BYTES = 2**26
 SHARD_TOKENS = 2**17  # tokens embedded, so that a kill loses a bounded amount of work with pooled rows too
 
