@@ -85,7 +85,7 @@ class Ui:
 
 def show_columns(page: Page, metrics: Sequence[str]) -> None:
     """Adds metrics to the table of runs, as a user does."""
-    page.get_by_role("button", name="Columns").click()
+    page.get_by_role("button", name="Columns", exact=True).click()
     for name in metrics:
         page.get_by_placeholder("Search columns").fill(name)
         page.locator("strong", has_text=name).click()
@@ -94,7 +94,7 @@ def show_columns(page: Page, metrics: Sequence[str]) -> None:
 
 def show_model_metrics(page: Page, metrics: Sequence[str]) -> None:
     """Has the table of models show these metrics alone, in columns as wide as their names."""
-    page.get_by_role("button", name="Columns").click()
+    page.get_by_role("button", name="Columns", exact=True).click()
     tree = page.locator(".du-bois-light-tree")
     for hidden in ("Status", "Logged from", "Registered models", "Dataset", "Metrics", "Parameters"):
         tree.get_by_text(hidden, exact=True).click()
