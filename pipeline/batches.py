@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -63,14 +62,11 @@ class Data:
         # One row and one unit each: what does not need much memory is looked up for all of them at once.
         units = self._index(sequences)
         values = [value.index_select(0, units).split(batch_size) for value in self._values]
-        masks = [
-            repeat(None) if mask is None else iter(mask.index_select(0, units).split(batch_size))
-            for mask in self._masks
-        ]
+        masks = [None if mask is None else mask.index_select(0, units).split(batch_size) for mask in self._masks]
         places = self._index(self.rows.index(sequences)).split(batch_size)
         for number, some in enumerate(places):
-            counts = torch.ones_like(some)
-            yield Batch(self._take(some), counts, [value[number] for value in values], [next(mask) for mask in masks])
+            inside = [None if mask is None else mask[number] for mask in masks]
+            yield Batch(self._take(some), torch.ones_like(some), [value[number] for value in values], inside)
 
     def labels(self, sequences: Indices) -> tuple[list[Tensor], list[Tensor]]:
         """Values and masks of some sequences, on the CPU."""

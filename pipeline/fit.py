@@ -104,16 +104,13 @@ class _Held:
 
 
 class _Course:
-    """A head's way through its epochs: its batches, optimiser and losses.
+    """A head's way through its epochs: its batches and losses.
 
     Attributes:
-        descent: the optimiser; that of heads trained at once may be one for all.
         losses: mean training loss of each epoch.
         held_losses: with `patience`, the loss on the held-out part after each.
         enough: no further epoch is needed.
     """
-
-    descent: Descent
 
     def __init__(self, head: Head, examples: Examples, data: Data, held: tuple[Indices, _Held | None]) -> None:
         self.head, self.data, self.task, self.targets = head, data, examples.task, examples.targets
@@ -134,7 +131,7 @@ class _Course:
         shuffled = torch.randperm(count, generator=self.order) if self.task.shuffle else torch.arange(count)
         return self.data.batches(self.sequences[shuffled.numpy()], self.task.batch_size)
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batch: Batch, descent: Descent) -> Tensor:
         """One optimiser step; the batch's loss. A closure, for optimisers that evaluate the loss more than once.
 
         Those see the same dropout each time: what they descend on is one function.
@@ -145,7 +142,7 @@ class _Course:
         def closure() -> Tensor:
             if values and dropout is not None:
                 self.head.set_dropout_state(dropout)
-            self.descent.optimizer.zero_grad()
+            descent.optimizer.zero_grad()
             outputs = self.head(batch.rows, batch.counts)
             loss = loss_of(outputs, batch.values, batch.masks, self.targets, weighted=True)
             loss.backward()
@@ -153,7 +150,7 @@ class _Course:
             values.append(loss.detach())
             return loss
 
-        self.descent.step(closure)
+        descent.step(closure)
         return values[0]
 
     def clip(self) -> None:
@@ -214,7 +211,8 @@ def _epoch(courses: Sequence[_Course], descents: Sequence[Descent], together: St
     totals = torch.zeros(len(courses), device=courses[0].data.device)
     for batches in zip(*(course.batches() for course in courses), strict=True):
         if together is None:
-            losses = torch.stack([course.step(batch) for course, batch in zip(courses, batches, strict=True)])
+            steps = zip(courses, batches, descents, strict=True)
+            losses = torch.stack([course.step(batch, descent) for course, batch, descent in steps])
         else:
             losses = together.backward(batches)
             for course in courses:
@@ -234,9 +232,7 @@ def _descend(courses: Sequence[_Course], together: Stack | None) -> list[Descent
     same = all(course.task.optim == first for course in courses) and not optim.minds_loss(first)
     if together is not None and (same or len(courses) == 1):
         return [courses[0].descend([together.weights])]
-    for course in courses:
-        course.descent = course.descend(course.head.parameters())
-    return [course.descent for course in courses]
+    return [course.descend(course.head.parameters()) for course in courses]
 
 
 def _stack(courses: Sequence[_Course]) -> Stack | None:
