@@ -11,26 +11,14 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-
-from pipeline.config import encoder_class
+from pipeline.config import encoder_class, import_class
 from pipeline.custom import CustomEncoder, no_layer
 from pipeline.encoders import Encoder, HuggingFaceEncoder, find_device
-from pipeline.errors import CheckpointError, PipelineError
-from pipeline.huggingface import (
-    DESCRIPTION,
-    check_architecture,
-    class_for,
-    encoder_of,
-    fresh,
-    load_tokenizer,
-    matching_prefix,
-    quiet,
-    rebuild,
-)
+from pipeline.errors import CheckpointError, ConfigError, PipelineError
+from pipeline.formats import Stored, open_stored
+from pipeline.huggingface import check_architecture, quiet
+from pipeline.live import LiveModel
 
 STEP = re.compile(r"(?:^|[^a-z])(?:step|checkpoint|ckpt|iter|iteration)[=_-]?(\d+)(?!\.?\d)", re.IGNORECASE)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -111,6 +99,7 @@ def open_encoder(
     architecture: str | None = None,
     trust_pickle: bool = False,
     layer: int | None = None,
+    model_factory: str | None = None,
 ) -> Encoder:
     """The encoder in a stored checkpoint.
 
@@ -120,24 +109,31 @@ def open_encoder(
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         architecture: for a `.ckpt` that does not describe itself, the Hugging Face folder or id that does.
-        trust_pickle: unpickle a `.ckpt` that holds more than tensors and plain values.
+        trust_pickle: unpickle a `.ckpt` as it is, with the code that it names.
         layer: the hidden states to take; None for the last. See `HuggingFaceEncoder`.
+        model_factory: the path of a class or function of the user's that makes the `nn.Module` that the weights are of;
+            called with the stored configuration. The module is then looked at as one in training is; see `LiveModel`.
 
     Raises:
         CheckpointError: there is no such checkpoint, it cannot be read, or `infer_target` does not fit it.
-        ConfigError: `infer_target`, `device`, `precision` or `layer` is not known here.
+        ConfigError: `infer_target`, `device`, `precision`, `layer` or `model_factory` is not known here.
     """
     own = encoder_class(infer_target)
+    factory = import_class(model_factory, "model_factory", ()) if model_factory else None
+    if factory is not None and not callable(factory):
+        raise ConfigError(f"model_factory: expected a class or a function, found a {type(factory).__name__}")
     if own is not None:
+        if factory is not None:
+            raise ConfigError("give a class of your own in infer_target, or model_factory, not both")
         no_layer(layer, infer_target)
         return CustomEncoder.from_checkpoint(own, _locate(ckpt), find_device(device))
     source = _locate(ckpt)
+    encoder: HuggingFaceEncoder | CustomEncoder
     try:
         with quiet():
-            if source.endswith(".ckpt"):
-                model, tokenizer, said = _from_lightning(source, architecture, trust_pickle)
-            else:
-                (model, tokenizer), said = _from_folder(source), {}
+            stored = open_stored(source, architecture, trust_pickle, factory)
+            if factory is not None:
+                encoder = _encoder_of_module(stored, infer_target, device, precision, layer)
     except PipelineError:
         raise
     except Exception as error:
@@ -146,10 +142,19 @@ def open_encoder(
             raise CheckpointError(f"ckpt: '{ckpt}' does not exist here or on the hub ({error}); {remedy}") from error
         # whatever a library raises on a broken checkpoint, the checkpoint is at fault
         raise CheckpointError(f"ckpt: '{ckpt}' cannot be loaded: {type(error).__name__}: {error}") from error
-    check_architecture(infer_target, str(model.config.model_type), f"'{ckpt}'")  # type: ignore[union-attr]
-    encoder = HuggingFaceEncoder(model, tokenizer, device, precision, said.get("made_with"), layer)
-    encoder.step = said.get("global_step")
+    if factory is None:
+        check_architecture(infer_target, str(stored.model.config.model_type), f"'{ckpt}'")  # type: ignore[union-attr]
+        encoder = HuggingFaceEncoder(stored.model, stored.tokenizer, device, precision, layer=layer)
+    encoder.made_with, encoder.step = stored.made_with, stored.step
     return encoder
+
+
+def _encoder_of_module(
+    stored: Stored, infer_target: str, device: str, precision: str, layer: int | None
+) -> HuggingFaceEncoder | CustomEncoder:
+    """The encoder of a module that the user's code made: found as it is in a training."""
+    module = stored.model.to(find_device(device)).eval()
+    return LiveModel(module, infer_target, stored.tokenizer).encoder(module, "auto", precision, layer=layer)
 
 
 def _locate(ckpt: str) -> str:
@@ -192,60 +197,3 @@ def _model_in(folder: Path, ckpt: str) -> str:
         return str(candidates[0])
     found = "none" if not candidates else ", ".join(str(path.relative_to(folder)) for path in sorted(candidates))
     raise CheckpointError(f"ckpt: expected one config.json or .ckpt in '{ckpt}', found {found}")
-
-
-def _from_folder(source: str) -> tuple[nn.Module, Any]:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    skeleton, options = class_for(config)
-    model, info = skeleton.from_pretrained(
-        source,
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **options,
-    )
-    encoder, name = encoder_of(model)
-    lacking = sorted(key for key in info["missing_keys"] if key.startswith(name))
-    wrong = sorted(str(key) for key in info["mismatched_keys"])
-    if lacking or wrong:
-        raise CheckpointError(
-            f"ckpt: '{source}' lacks weights of the encoder or has them in another shape: {(lacking + wrong)[:3]}"
-        )
-    return encoder, load_tokenizer(source)
-
-
-def _from_lightning(source: str, architecture: str | None, trust_pickle: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
-    from transformers import AutoConfig
-
-    stored = _read_ckpt(source, trust_pickle)
-    state = {key.replace("_orig_mod.", ""): value for key, value in stored.get("state_dict", {}).items()}
-    description = stored.get(DESCRIPTION)
-    if description is None and architecture is None:
-        remedy = "give the Hugging Face folder of its architecture and tokenizer with architecture=..."
-        raise CheckpointError(f"ckpt: '{source}' does not say what model it holds; {remedy}")
-    if architecture is not None:
-        encoder, name = fresh(AutoConfig.from_pretrained(architecture, trust_remote_code=False))
-        tokenizer, prefix = load_tokenizer(architecture), None
-    else:
-        assert description is not None
-        encoder, name, tokenizer = rebuild(description)
-        prefix = description["prefix"].replace("_orig_mod.", "")
-    found = matching_prefix(encoder, name, state, prefix, source)
-    encoder.load_state_dict({key: state[found + key] for key in encoder.state_dict()})
-    said = {"made_with": (description or {}).get("made_with"), "global_step": stored.get("global_step")}
-    return encoder, tokenizer, said
-
-
-def _read_ckpt(source: str, trust_pickle: bool) -> Any:
-    import pickle
-
-    try:
-        return torch.load(source, map_location="cpu", weights_only=not trust_pickle)
-    except pickle.UnpicklingError as error:
-        remedy = "set trust_pickle=true if you trust whoever wrote it"
-        raise CheckpointError(
-            f"ckpt: '{source}' is damaged or holds more than tensors and plain values; {remedy}"
-        ) from error

@@ -204,7 +204,11 @@ class Config:
     store: str = _key("folder of stored embeddings and heads", "~/.cache/downstream-validation")
     memory_budget: str = _key("embeddings beyond this are read from disk as they are used", "1GB")
     architecture: str | None = _key("Hugging Face folder or id of a `.ckpt` that does not describe itself")
-    trust_pickle: bool = _key("unpickle a `.ckpt` that holds more than tensors and plain values", False)
+    model_factory: str | None = _key(
+        "`my_package.OwnModel`: the class, or a function, that makes a model that is no class of transformers; "
+        "called with the stored configuration"
+    )
+    trust_pickle: bool = _key("unpickle a `.ckpt` as it is, with the code that it names", False)
     every_n_validations: int = _key("the callback measures at the first validation and then at every n-th", 1)
     on_start: bool = _key("the callback measures before the first training step too, at step 0", False)
     on_end: bool = _key("the callback measures at the end of training, unless the last validation just did", False)

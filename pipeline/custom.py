@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class CustomEncoder:
                 raise CheckpointError(f"infer_target: {type(inner).__name__} has no '{name}'; see pipeline.Encoder")
         self.inner = inner
         self.context = context
+        self.made_with: Mapping[str, Any] = {}
+        self.step: int | None = None  # of the training, where the checkpoint says it
         self.max_seq_length: int | None = getattr(inner, "max_seq_length", None)
         self.digest = str(getattr(inner, "digest", digest))
         self.device = torch.device(getattr(inner, "device", device))

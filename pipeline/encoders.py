@@ -17,12 +17,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.packing import Packing
 from pipeline.tokens import Tokens
+from pipeline.weights import weights_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REMEDY = "give the module a method hidden_states(sequences), or name an encoder class in infer_target"
 # What a configuration holds that does not change a hidden state.
 NEUTRAL_OPTIONS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
@@ -61,7 +64,7 @@ class HuggingFaceEncoder:
     """A Hugging Face encoder and its tokenizer. See `Encoder` for the attributes.
 
     On a CPU, sequences are packed one after another where the model is right with that; else they are padded to the
-    longest of a batch; padding is masked, and nothing of it is returned.
+    longest of a batch; padding is masked, and nothing of it is returned. A model that is run as it is is padded.
     """
 
     def __init__(
@@ -70,8 +73,8 @@ class HuggingFaceEncoder:
         tokenizer: Any,
         device: str = "auto",
         precision: str = "auto",
-        made_with: Mapping[str, Any] | None = None,
         layer: int | None = None,
+        as_is: bool = False,
     ) -> None:
         """Takes a model without heads, in its own mode; puts it on `device` and in evaluation mode.
 
@@ -80,35 +83,42 @@ class HuggingFaceEncoder:
             tokenizer: its tokenizer.
             device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
             precision: `auto`, `fp32`, `bf16` or `fp16`.
-            made_with: what a checkpoint says of how it was measured in training; `embed` says where it differs.
             layer: the hidden states to take: 0 are the token embeddings, 1 those behind the first layer; negative
                 numbers count from the last. None is the last. Layers that are not needed are taken out of `model`.
+            as_is: the model is of a class of the user's own, or in training: it stays where it is, keeps all layers and
+                heads, and runs as its class says. Weights that are not float32 are run as float32 copies.
 
         Raises:
-            CheckpointError: the tokenizer's special tokens are not around the sequence.
+            CheckpointError: the tokenizer's special tokens are not around the sequence, or the model gives no hidden
+                states.
             ConfigError: the device or the layer is not there, or the device has no such precision.
         """
         config: Any = model.config
+        self.as_is = as_is
         self.layer = _find_layer(layer, config)
-        if self.layer is not None:
-            _shorten(model, self.layer, config)
-        self.device = find_device(device)
+        self.device = next(model.parameters()).device if as_is else find_device(device)
         self.precision = find_precision(precision, self.device)
         self.tokens = Tokens(tokenizer)
-        self.model = model.to(self.device).eval()
-        self.hidden_size: int = getattr(config, "hidden_size", None) or config.d_model
-        self.max_seq_length = _limit(config, tokenizer, len(self.tokens.before + self.tokens.after))
-        self.made_with = dict(made_with or {})
+        if not as_is:
+            if self.layer is not None:
+                _shorten(model, self.layer, config)
+            model.to(self.device)
+        self.model = model.eval()
+        self._copies = _float_copies(model) if as_is else {}
+        self.hidden_size: int = self._found_size() if as_is else getattr(config, "hidden_size", None) or config.d_model
+        self.max_seq_length = limit_of(config, self.tokens)
+        self.made_with: Mapping[str, Any] = {}  # how a checkpoint says it was measured in training
         self.step: int | None = None  # of the training, where the checkpoint says it
 
     @cached_property
     def digest(self) -> str:
         """See `Encoder`. Worked out when it is first asked for: all weights are read."""
-        return _digest(
-            self.model, self.tokens, self.precision if self.layer is None else f"{self.precision} layer {self.layer}"
-        )
+        how = self.precision if self.layer is None else f"{self.precision} layer {self.layer}"
+        if self.as_is:
+            how += f" {type(self.model).__module__}.{type(self.model).__qualname__}"
+        return _digest(self.model, {**weights_of(self.model), **self._copies}, self.tokens, how)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # no inference mode: what a module in training keeps of a forward pass must be of use to it
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """See `Encoder.hidden_states`."""
         before, after = self.tokens.before, self.tokens.after
@@ -124,10 +134,10 @@ class HuggingFaceEncoder:
         return self._packing is not None
 
     @cached_property
-    @torch.inference_mode()
+    @torch.no_grad()
     def _packing(self) -> Packing | None:
         """On a CPU alone: a GPU would be given a small piece of work for each sequence."""
-        if self.device.type != "cpu" or self.precision != "fp32":
+        if self.device.type != "cpu" or self.precision != "fp32" or self.as_is:
             return None
         return Packing.fit(self.model, self.tokens.ordinary(24), self.tokens.padding)
 
@@ -146,11 +156,26 @@ class HuggingFaceEncoder:
 
     def _forward(self, **inputs: Tensor) -> Tensor:
         """The hidden states of the chosen layer."""
-        if self.layer is None:
-            states: Tensor = self.model(**inputs).last_hidden_state
-        else:
-            states = self.model(**inputs, output_hidden_states=True).hidden_states[self.layer]
-        return states
+        if self.layer is None and not self.as_is:
+            last: Tensor = self.model(**inputs).last_hidden_state
+            return last
+        options = {**inputs, "output_hidden_states": True}
+        output = functional_call(self.model, self._copies, kwargs=options) if self._copies else self.model(**options)
+        states = output.get("hidden_states") if hasattr(output, "get") else None
+        if states is None:
+            name = type(self.model).__name__
+            raise CheckpointError(
+                f"{name}: expected hidden_states in its output, found {type(output).__name__}; {REMEDY}"
+            )
+        chosen: Tensor = states[-1 if self.layer is None else self.layer]
+        return chosen
+
+    @torch.no_grad()
+    def _found_size(self) -> int:
+        """The width of the hidden states of one token."""
+        row = [*self.tokens.before, *self.tokens.ordinary(1), *self.tokens.after]
+        with self._autocast():
+            return int(self._padded([row]).shape[-1])
 
     def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
         """See `Encoder.count_unknown`."""
@@ -186,7 +211,10 @@ def find_precision(name: str, device: torch.device) -> str:
 def _layers(config: Any) -> int:
     """How many layers the encoder has."""
     names = ("encoder_layers", "num_hidden_layers", "num_layers", "n_layers")
-    return int(next(getattr(config, name) for name in names if getattr(config, name, None) is not None))
+    said = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+    if said is None:
+        raise ConfigError(f"layer: expected one of {', '.join(names)} in the model's configuration; set layer=null")
+    return int(said)
 
 
 def _find_layer(layer: int | None, config: Any) -> int | None:
@@ -223,23 +251,32 @@ def _tensor_digest(named: tuple[str, Tensor]) -> str:
     return f"{name} {tuple(value.shape)} {value.dtype} {content}"
 
 
-def _digest(model: nn.Module, tokens: Tokens, precision: str) -> str:
+def _float_copies(model: nn.Module) -> dict[str, Tensor]:
+    """Float32 copies of the weights and buffers that are floating-point numbers of another dtype."""
+    values = [*model.named_parameters(), *model.named_buffers()]
+    return {
+        name: one.detach().float() for name, one in values if one.is_floating_point() and one.dtype != torch.float32
+    }
+
+
+def _digest(model: nn.Module, state: Mapping[str, Tensor], tokens: Tokens, precision: str) -> str:
     options = {key: value for key, value in model.config.to_diff_dict().items() if key not in NEUTRAL_OPTIONS}  # type: ignore[union-attr, operator]
-    weights = weights_digest(model.state_dict().items())
+    weights = weights_digest(state.items())
     # Rounded arithmetic differs between kinds of device; float32 agrees to 1e-5.
     where = "" if precision == "fp32" else next(model.parameters()).device.type
     what = [weights, tokens.digest(), json.dumps(options, sort_keys=True, default=str), precision, where]
     return hashlib.sha256("\n".join(what).encode()).hexdigest()
 
 
-def _limit(config: Any, tokenizer: Any, special: int) -> int | None:
-    """The longest sequence in characters.
+def limit_of(config: Any, tokens: Tokens) -> int | None:
+    """The longest sequence in characters that a model and its tokenizer take; None for no limit.
 
     Models with relative positions (T5) have no limit. Those that number positions from behind the padding index (ESM,
     RoBERTa) lose `pad_token_id + 1` of `max_position_embeddings`; ESM with rotary positions was trained with that
     limit too.
     """
-    limits = []
+    limits: list[int] = []
+    special = len(tokens.before + tokens.after)
     positions = getattr(config, "max_position_embeddings", None)
     if config.model_type in ("t5", "mt5", "umt5"):
         return None
@@ -247,8 +284,8 @@ def _limit(config: Any, tokenizer: Any, special: int) -> int | None:
         positions -= (config.pad_token_id or 0) + 1
     if positions:
         limits.append(positions)
-    if tokenizer.model_max_length < 10**9:
-        limits.append(tokenizer.model_max_length)
+    if tokens.tokenizer.model_max_length < 10**9:
+        limits.append(tokens.tokenizer.model_max_length)
     if not limits:
         return None
     if min(limits) <= special:

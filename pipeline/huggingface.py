@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.config import ARCHITECTURES
 from pipeline.errors import CheckpointError
+from pipeline.tokens import SMILES_TOKEN, Tokens
 
 DESCRIPTION = "downstream_validation"  # the key of a `.ckpt` under which it describes itself
 
@@ -27,10 +28,23 @@ def describe(model: nn.Module, tokenizer: Any, prefix: str) -> dict[str, Any]:
         tokenizer: its tokenizer.
         prefix: what its parameters' names begin with in the checkpoint's `state_dict`, such as `model.`.
     """
+    config: Any = model.config
+    return {
+        "config": json.dumps(config.to_dict()),
+        "attention": getattr(config, "_attn_implementation", None),  # a configuration written out does not hold it
+        "tokenizer": _tokenizer_files(tokenizer),
+        "prefix": prefix,
+    }
+
+
+def _tokenizer_files(tokenizer: Any) -> dict[str, str]:
+    """Name and content, as hexadecimal digits, of each file of a tokenizer; none where it takes the user's code."""
+    written = portable(tokenizer)
+    if written is None:
+        return {}
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = {path.name: path.read_bytes().hex() for path in sorted(Path(folder).iterdir()) if path.is_file()}
-    return {"config": json.dumps(model.config.to_dict()), "tokenizer": files, "prefix": prefix}  # type: ignore[union-attr, operator]
+        written.save_pretrained(folder)
+        return {path.name: path.read_bytes().hex() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 
 def rebuild(description: Mapping[str, Any]) -> tuple[nn.Module, str, Any]:
@@ -38,10 +52,21 @@ def rebuild(description: Mapping[str, Any]) -> tuple[nn.Module, str, Any]:
     from transformers import AutoConfig
 
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(description["config"], encoding="utf-8")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return *fresh(config), described_tokenizer(description)
+
+
+def described_tokenizer(description: Mapping[str, Any]) -> Any:
+    """The tokenizer that a description holds. Raises CheckpointError where it holds none."""
+    if not description.get("tokenizer"):
+        raise CheckpointError(
+            "ckpt: the tokenizer is of a class of its own; name its Hugging Face folder in architecture"
+        )
+    with tempfile.TemporaryDirectory() as folder:
         for name, content in description["tokenizer"].items():
             (Path(folder) / Path(name).name).write_bytes(bytes.fromhex(content))
-        (Path(folder) / "config.json").write_text(description["config"], encoding="utf-8")
-        return *fresh(AutoConfig.from_pretrained(folder)), load_tokenizer(folder)
+        return load_tokenizer(folder)
 
 
 def fresh(config: Any) -> tuple[nn.Module, str]:
@@ -92,25 +117,47 @@ def load_tokenizer(source: str) -> Any:
         raise CheckpointError(f"ckpt: the tokenizer in '{folder}' cannot be loaded: {error}") from error
 
 
-def matching_prefix(encoder: nn.Module, name: str, state: Mapping[str, Tensor], prefix: str | None, source: str) -> str:
-    """What the names of the encoder's weights begin with in a `state_dict`.
+def portable(tokenizer: Any) -> Any:
+    """A tokenizer of a class of transformers that does the same; None where there is none.
 
-    Raises:
-        CheckpointError: it does not hold the weights, or holds several sets of them.
+    A class of the user's own is taken for what it does: its rules, where it is one of the `tokenizers` library, else
+    its vocabulary, where it gives each residue or SMILES token an id of its own.
     """
-    wanted = list(encoder.state_dict())
-    first = name + wanted[0]
-    prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
-    heads = ("", f"{getattr(encoder, 'base_model_prefix', '')}.")
-    if prefix is not None:
-        prefixes = [known for known in prefixes if known in {prefix + head for head in heads}]
-    fitting = [known for known in prefixes if all(known + name + key in state for key in wanted)]
-    if len(fitting) != 1:
-        found = f"several: {', '.join(map(repr, fitting))}" if fitting else "none"
-        raise CheckpointError(
-            f"ckpt: '{source}': expected one set of weights of a {type(encoder).__name__}, found {found}"
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    if is_of_transformers(type(tokenizer)):
+        return tokenizer
+    tokens = Tokens(tokenizer)
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if inner is None:
+        vocabulary = {str(word): int(number) for word, number in tokenizer.get_vocab().items()}
+        inner = Tokenizer(models.WordLevel(vocabulary, unk_token=tokenizer.unk_token))
+        inner.pre_tokenizer = {
+            "residues": pre_tokenizers.Split("", "isolated"),
+            "smiles": pre_tokenizers.Split(Regex(SMILES_TOKEN.pattern), "isolated"),
+        }.get(tokens.splitting, pre_tokenizers.WhitespaceSplit())
+        special = {number: word for word, number in vocabulary.items()}
+        around = [*(special[one] for one in tokens.before), "$A", *(special[one] for one in tokens.after)]
+        inner.post_processor = processors.TemplateProcessing(
+            single=" ".join(around), special_tokens=[(word, vocabulary[word]) for word in around if word != "$A"]
         )
-    return fitting[0] + name
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, model_max_length=tokenizer.model_max_length, **tokenizer.special_tokens_map
+    )
+    return made if Tokens(made).digest() == tokens.digest() else None
+
+
+def is_version_5() -> bool:
+    """Whether transformers is of release 5 or later."""
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0]) >= 5
+
+
+def is_of_transformers(one: type) -> bool:
+    """Whether a class is one of the transformers library, so that its name is enough to make it again."""
+    return one.__module__.startswith("transformers.")
 
 
 @contextmanager

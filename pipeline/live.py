@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from pipeline.config import encoder_class
 from pipeline.custom import Context, CustomEncoder, class_name, module_digest, no_layer
-from pipeline.encoders import Encoder, HuggingFaceEncoder, find_device
+from pipeline.encoders import REMEDY, HuggingFaceEncoder, find_device, limit_of
 from pipeline.errors import CheckpointError
-from pipeline.huggingface import check_architecture, describe, matching_prefix, quiet, rebuild
+from pipeline.huggingface import check_architecture, describe, encoder_of, is_of_transformers, quiet, rebuild
+from pipeline.tokens import Tokens
+from pipeline.weights import matching_prefix, unexpected
 
-REMEDY = "give the module a method hidden_states(sequences), or name an encoder class in infer_target"
+logger = logging.getLogger(__name__)
 
 
 class LiveModel:
@@ -25,12 +27,14 @@ class LiveModel:
     In this order: the class that `infer_target` names, by its `from_module`; the module's own method
     `hidden_states(sequences) -> list[Tensor (length, hidden_size)]`; the one Hugging Face model and tokenizer in it.
     The last is measured through a second model that shares the weights, so the module itself never runs, and through
-    the same steps by which a `.ckpt` is opened, so both give the same numbers.
+    the same steps by which a `.ckpt` is opened, so both give the same numbers. A model that its configuration does not
+    rebuild exactly, such as one of a class of the user's own, is run as it is.
 
     Attributes:
-        runs_module: whether measuring runs the module itself; see `neutral.untouched`.
+        runs_module: whether measuring runs the module itself; see `neutral.untouched`. A `.ckpt` then takes its code.
         max_seq_length: as an `Encoder`'s.
-        description: what a `.ckpt` needs to be opened without the module's code; None where that takes a class.
+        description: what a `.ckpt` says of the module, so that it can be opened without the module's code, or so that
+            the user knows what code it takes; None where `infer_target` names a class.
     """
 
     def __init__(
@@ -59,23 +63,21 @@ class LiveModel:
         self.context, self.mode = context, mode
         self.description: dict[str, Any] | None = None
         self._class = encoder_class(infer_target)
+        self._own_method = self._class is None and callable(getattr(module, "hidden_states", None))
         self._skeleton: nn.Module | None = None
         if self._class is not None:
             found = CustomEncoder.from_module(self._class, module, _device_of(module), context, mode)
             self.max_seq_length = found.max_seq_length
-        elif callable(getattr(module, "hidden_states", None)):
+        elif self._own_method:
+            self.description = {"prefix": "", "class": class_name(type(module))}
             self.max_seq_length = _own_limit(module)
         else:
             prefix, model = _only_model(module)
             check_architecture(infer_target, model.config.model_type, f"the model in {type(module).__name__}")
-            tokenizer = tokenizer or _only_tokenizer(list(module.modules()), others)
-            self.description = describe(model, tokenizer, prefix)
-            with quiet():
-                self._skeleton, name, self._tokenizer = rebuild(self.description)
-            self._prefix = self._find(module, self._skeleton, name, prefix.replace("_orig_mod.", ""))
-            self._take_weights(module)
-            self.max_seq_length = HuggingFaceEncoder(self._skeleton, self._tokenizer, "cpu", "fp32").max_seq_length
-            self.release()
+            self._tokenizer = tokenizer or _only_tokenizer(list(module.modules()), others)
+            self.description = describe(model, self._tokenizer, prefix)
+            self._rebuild(module, model, prefix)
+            self.max_seq_length = limit_of(model.config, Tokens(self._tokenizer))
 
     @property
     def runs_module(self) -> bool:
@@ -89,27 +91,31 @@ class LiveModel:
         precision: str = "auto",
         probe: str = "C",
         layer: int | None = None,
-    ) -> Encoder:
+    ) -> HuggingFaceEncoder | CustomEncoder:
         """An encoder of the weights that `module` has now; use it before they change.
 
         Args:
             module: the same as at first.
-            device: `auto` is the module's own.
+            device: `auto` is the module's own. A module that is run as it is stays where it is.
             precision: as `open_encoder`'s; the module's own code decides for itself.
             probe: a sequence to find out the hidden size with, where a module does not say it.
             layer: as `open_encoder`'s.
 
         Raises:
+            CheckpointError: the module's own model gives no hidden states.
             ConfigError: there is no such layer, or the module's own code gives the hidden states.
         """
-        if self.runs_module:
+        if self._class is not None or self._own_method:
             no_layer(layer, type(module).__name__)
         where = _device_of(module) if device == "auto" else find_device(device)
         if self._class is not None:
             return CustomEncoder.from_module(self._class, module, where, self.context, self.mode)
-        if self._skeleton is None:
+        if self._own_method:
             digest = f"{class_name(type(module))} {self.mode} {module_digest(module)}"
             return CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe)
+        if self._skeleton is None:
+            model = encoder_of(_only_model(module)[1])[0]
+            return HuggingFaceEncoder(model, self._tokenizer, precision=precision, layer=layer, as_is=True)
         self._take_weights(module)
         return HuggingFaceEncoder(self._skeleton, self._tokenizer, str(where), precision, layer=layer)
 
@@ -119,21 +125,23 @@ class LiveModel:
             empty = {key: value.to("meta") for key, value in self._skeleton.state_dict().items()}
             self._skeleton.load_state_dict(empty, assign=True)
 
-    def _find(self, module: nn.Module, skeleton: nn.Module, name: str, prefix: str) -> str:
-        """What the encoder's names begin with; an error where it is not what its configuration says."""
-        where = type(module).__name__
+    def _rebuild(self, module: nn.Module, model: Any, prefix: str) -> None:
+        """Makes the second model, where the configuration gives exactly what is in the module; else says why not."""
+        assert self.description is not None
+        own = class_name(type(model))
         try:
-            found = matching_prefix(skeleton, name, _state_of(module), prefix, where)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {REMEDY}") from error
-        expected = {name: type(one) for name, one in skeleton.named_modules()}
-        for path, one in module.named_modules():
-            clean = f"{path}.".replace("_orig_mod.", "")
-            inside, part = clean.startswith(found), clean[len(found) :].rstrip(".")
-            wrapper = hasattr(one, "_orig_mod")  # of torch.compile
-            if inside and not wrapper and not part.startswith("pooler") and expected.get(part) is not type(one):
-                raise CheckpointError(f"{where}: {path} is not what the model's configuration says; {REMEDY}")
-        return found
+            if not is_of_transformers(type(model)):
+                raise CheckpointError(f"{own} is not a class of transformers")
+            with quiet():
+                skeleton, name, self._tokenizer = rebuild(self.description)
+            self._prefix = _exact_prefix(module, skeleton, name, prefix.replace("_orig_mod.", ""))
+        except Exception as error:  # whatever a library has against a configuration
+            self.description["class"] = own
+            logger.info("%s runs as it is: %s", type(model).__name__, error)
+            return
+        self._skeleton = skeleton
+        self._take_weights(module)
+        self.release()
 
     def _take_weights(self, module: nn.Module) -> None:
         """Makes the second model's weights those of the module: the same memory where they are float32."""
@@ -152,6 +160,24 @@ class _Method:
         self.max_seq_length = _own_limit(module)
         if callable(getattr(module, "count_unknown", None)):
             self.count_unknown = module.count_unknown
+
+
+def _exact_prefix(module: nn.Module, skeleton: nn.Module, name: str, prefix: str) -> str:
+    """What the encoder's names begin with in the module; a CheckpointError where the two are not the same model."""
+    state = _state_of(module)
+    found = matching_prefix(skeleton, name, state, prefix, type(module).__name__)
+    left = unexpected(skeleton, state, found)
+    if left:
+        raise CheckpointError(f"its configuration does not give the weights {', '.join(left[:3])}")
+    expected = {name: type(one) for name, one in skeleton.named_modules()}
+    for path, one in module.named_modules():
+        clean = f"{path}.".replace("_orig_mod.", "")
+        inside, part = clean.startswith(found), clean[len(found) :].rstrip(".")
+        wrapper = hasattr(one, "_orig_mod")  # of torch.compile
+        same = expected.get(part) is type(one) and "forward" not in vars(one)
+        if inside and not wrapper and not part.startswith("pooler") and not same:
+            raise CheckpointError(f"{path} is not what its configuration says")
+    return found
 
 
 def _state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -181,9 +207,6 @@ def _only_model(module: nn.Module) -> tuple[str, Any]:
         names = ", ".join(name or "the module itself" for name, _ in found) or "none"
         raise CheckpointError(f"{type(module).__name__}: expected one Hugging Face model, found {names}; {REMEDY}")
     name, model = found[0]
-    if not inspect.getmodule(type(model)).__name__.startswith("transformers."):  # type: ignore[union-attr]
-        own = f"{class_name(type(model))}, not a class of transformers"
-        raise CheckpointError(f"{type(module).__name__}: expected a Hugging Face model, found {own}; {REMEDY}")
     return f"{name}." if name else "", model
 
 

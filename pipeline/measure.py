@@ -66,7 +66,7 @@ def measure(
         PipelineError: see `open_encoder` and `validate`.
     """
     target = config.dataset[0].infer_target
-    how = config.architecture, config.trust_pickle, config.layer
+    how = config.architecture, config.trust_pickle, config.layer, config.model_factory
     encoder = open_encoder(ckpt, target, config.device, config.precision, *how)
     step = step_of(ckpt, encoder)
     label = with_step(name or name_of(ckpt), step)

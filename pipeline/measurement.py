@@ -178,8 +178,8 @@ class Measurement:
     def _check(self, module: nn.Module) -> None:
         """What can be known of a later failure without running the module, which may not be where it will be."""
         live, config = self._live, self.config
-        if live and config.save and self.description is None and config.architecture is None:
-            remedy = "name a class with from_checkpoint(path) in infer_target, or leave save out"
+        if live and config.save and live.runs_module and config.model_factory is None:
+            remedy = "set model_factory, name a class with from_checkpoint(path) in infer_target, or leave save out"
             raise CheckpointError(f"save: a checkpoint of {type(module).__name__} cannot be opened again; {remedy}")
         if live and not live.runs_module:
             encoder = live.encoder(module, "cpu", "fp32", layer=config.layer)
@@ -228,7 +228,7 @@ class Measurement:
     def _open(self, source: str) -> Encoder:
         target, precision = self._tasks[0].infer_target, self.config.precision
         how = self.config.architecture, True, self.config.layer  # what was just written may be unpickled
-        return open_encoder(source, target, self._device, precision, *how)
+        return open_encoder(source, target, self._device, precision, *how, self.config.model_factory)
 
     def _save(self, module: Any, step: int) -> Path:
         """Writes the weights of the moment as Lightning would, without its callbacks and its barrier."""

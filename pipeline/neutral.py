@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
 
@@ -18,16 +18,17 @@ def untouched(module: nn.Module, runs_module: bool = True) -> Iterator[None]:
     """Afterwards module and process are bit for bit what they were, also when an exception passes through.
 
     Put back are the random states (Python, NumPy, torch, every GPU), each parameter's `requires_grad`, each
-    submodule's mode, every buffer, the default dtype, the grad mode and autocast. Within, the module is in evaluation
-    mode, gradients and autocast are off, and nothing is compiled.
+    submodule's mode, every buffer and attribute, the default dtype, the grad mode and autocast. Within, the module is
+    in evaluation mode, gradients and autocast are off, and nothing is compiled.
 
     Args:
         module: what is in training.
-        runs_module: whether the module itself will run, so that its buffers are copied; else they cannot change.
+        runs_module: whether the module itself will run, so that its buffers and attributes are kept; else they cannot
+            change.
     """
     undo = [_random_states(), _modes(module), _defaults()]
     if runs_module:
-        undo.append(_buffers(module))
+        undo += [_buffers(module), _attributes(module)]  # the last first: buffers are put into what they belong to
     with ExitStack() as stack:
         for one in undo:
             stack.callback(one)
@@ -82,16 +83,40 @@ def _defaults() -> Callable[[], None]:
 
 def _buffers(module: nn.Module) -> Callable[[], None]:
     registered = [(one, dict(one._buffers), set(one._non_persistent_buffers_set)) for one in module.modules()]
-    tensors = [tensor for _, buffers, _ in registered for tensor in buffers.values() if tensor is not None]
-    values = [(one, one.detach().clone()) for one in tensors if not isinstance(one, UninitializedBuffer)]
+    restore_values = _values(tensor for _, buffers, _ in registered for tensor in buffers.values())
 
     def restore() -> None:
         for submodule, buffers, temporary in registered:
             submodule._buffers.clear()
             submodule._buffers.update(buffers)
             submodule._non_persistent_buffers_set = temporary
+        restore_values()
+
+    return restore
+
+
+def _attributes(module: nn.Module) -> Callable[[], None]:
+    """What is no parameter, buffer or submodule, such as a table of positions or a count that a forward pass keeps."""
+    attributes = [(one, dict(vars(one))) for one in module.modules()]
+    restore_values = _values(value for _, values in attributes for value in values.values())
+
+    def restore() -> None:
+        for submodule, values in attributes:
+            vars(submodule).clear()
+            vars(submodule).update(values)
+        restore_values()
+
+    return restore
+
+
+def _values(candidates: Iterable[object]) -> Callable[[], None]:
+    """What puts back the content of the tensors among some objects."""
+    tensors = [one for one in candidates if isinstance(one, Tensor) and not isinstance(one, UninitializedBuffer)]
+    saved = [(one, one.detach().clone()) for one in tensors]
+
+    def restore() -> None:
         with torch.no_grad():
-            for tensor, value in values:
+            for tensor, value in saved:
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
 

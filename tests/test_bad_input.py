@@ -321,10 +321,10 @@ WEIGHTS: list[tuple[str, Change, str]] = [
     ("config.json", Path.unlink, "expected one config.json or .ckpt in '{ckpt}', found none\n"),
     ("vocab.txt", Path.unlink, "tokenizer"),
     ("epoch=3.ckpt", stored({"state_dict": {}}), "'{ckpt}' does not say what model it holds"),
-    ("epoch=3.ckpt", stored({"state_dict": {}, "hyper_parameters": Custom()}), "set trust_pickle=true if you trust"),
-    ("epoch=3.ckpt", stored([1]), "'{ckpt}'"),
-    ("epoch=3.ckpt", lambda path: [do(path) for do in (stored({}), truncate)], "'{ckpt}' cannot be loaded"),
-    ("epoch=3.ckpt", Path.touch, "'{ckpt}' cannot be loaded"),
+    ("epoch=3.ckpt", stored({"state_dict": {}, "hyper_parameters": Custom()}), "does not say what model it holds"),
+    ("epoch=3.ckpt", stored([1]), "'{ckpt}': expected a Lightning .ckpt, found a list"),
+    ("epoch=3.ckpt", lambda path: [do(path) for do in (stored({}), truncate)], "'{ckpt}' is damaged"),
+    ("epoch=3.ckpt", Path.touch, "'{ckpt}' is damaged"),
 ]
 
 

@@ -32,6 +32,7 @@ SCHEMAS = (Config, Logging, Task, Files)
 # Where a key that has no test below is tested.
 ELSEWHERE = {
     "enabled": "test_callback.py: test_a_disabled_section_gives_no_callback",
+    "model_factory": "test_own_models.py",
     "every_n_validations": "test_monitors.py: test_every_second_validation",
     "on_start": "test_callback.py: test_the_untrained_and_the_final_weights",
     "on_end": "test_callback.py: test_the_untrained_and_the_final_weights",
@@ -280,13 +281,23 @@ def test_key_precision(model_folder: Callable[..., Path]) -> None:
     assert rounded.dtype == torch.float32
 
 
+class Zeros:
+    """A weight whose pickle names a function that is not read."""
+
+    def __reduce__(self) -> Any:
+        return torch.zeros, ((32,),)
+
+
 def test_key_trust_pickle(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
     from transformers import EsmForMaskedLM
 
-    state = EsmForMaskedLM.from_pretrained(model_folder("esm")).state_dict()
+    state = dict(EsmForMaskedLM.from_pretrained(model_folder("esm")).state_dict())
+    state["esm.encoder.emb_layer_norm_after.bias"] = Zeros()
     torch.save({"state_dict": state, "hyper_parameters": Path("x")}, tmp_path / "a.ckpt")
     settings: dict[str, Any] = {"architecture": str(model_folder("esm"))}
-    with pytest.raises(CheckpointError, match="trust_pickle=true"):
+    with pytest.raises(
+        CheckpointError, match=r"expected a tensor, found a torch.zeros, which is not read; set trust_p"
+    ):
         open_encoder(str(tmp_path / "a.ckpt"), **settings)
     assert open_encoder(str(tmp_path / "a.ckpt"), trust_pickle=True, **settings).hidden_size == 32
 

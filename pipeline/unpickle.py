@@ -1,0 +1,109 @@
+"""Reads what `torch.save` wrote without running code that the file names.
+
+Tensors and containers become what they were. An object of any other class becomes a stand-in, which knows the name of
+its class and does nothing, so that weights can be read beside hyper-parameters and states of anybody's own classes.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from pipeline.errors import CheckpointError
+
+# What the file may name, by module: constructors of tensors and of plain containers.
+ALLOWED = {
+    "builtins": {"bool", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"},
+    "collections": {"OrderedDict", "defaultdict"},
+    "torch": {"Size", "device", *(name for name, one in vars(torch).items() if isinstance(one, torch.dtype))},
+    "torch._utils": {
+        "_rebuild_parameter",
+        "_rebuild_parameter_with_state",
+        "_rebuild_tensor",
+        "_rebuild_tensor_v2",
+    },
+    "torch.serialization": {"_get_layout"},
+    "torch.storage": {"TypedStorage", "UntypedStorage"},
+}
+
+
+class StandIn:
+    """An object of a class that is not read. It takes whatever a pickle does with it, and keeps none of it."""
+
+    def __new__(cls, *_: Any, **__: Any) -> StandIn:
+        """Takes any arguments."""
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Keeps none of them."""
+
+    def __call__(self, *_: Any, **__: Any) -> StandIn:
+        """Calls nothing."""
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        """Keeps no state."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Keeps no item."""
+
+    def append(self, item: Any) -> None:
+        """Keeps no item."""
+
+    def extend(self, items: Any) -> None:
+        """Keeps no items."""
+
+    def add(self, item: Any) -> None:
+        """Keeps no item."""
+
+
+def class_of(stand_in: StandIn) -> str:
+    """Module and name of the class that an object stands in for."""
+    return f"{type(stand_in).__module__}.{type(stand_in).__qualname__}"
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        module = {"__builtin__": "builtins"}.get(module, module)  # as protocol 2 has it
+        if name in ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        return type(name, (StandIn,), {"__module__": module, "__qualname__": name})
+
+
+def _load(file: Any, **options: Any) -> Any:
+    return _Unpickler(file, **options).load()
+
+
+def read_tensors(path: str | Path, trust: bool = False) -> Any:
+    """What a file of `torch.save` holds, on the CPU.
+
+    Args:
+        path: the file.
+        trust: unpickle it as it is, with whatever code it names.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the file seems to be: it is said below
+            return _load_file(path, trust)
+    except Exception as error:  # damaged bytes may raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"ckpt: '{path}' is damaged, or no file of torch.save ({reason})") from error
+
+
+def _load_file(path: str | Path, trust: bool) -> Any:
+    if trust:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)  # raises RuntimeError for a TorchScript archive
+    except pickle.UnpicklingError:
+        inert: Any = ModuleType("inert")
+        inert.Unpickler, inert.load = _Unpickler, _load
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert)
