@@ -122,7 +122,7 @@ def test_a_metric_of_a_list_of_tasks_in_the_file_name_makes_no_folders(
         ),
     ]
     monitors[-1].CHECKPOINT_NAME_LAST = f"{{epoch}}-last-{{{shown}:.1f}}"
-    (callback,) = setup_dwnstr_task_validation_callbacks(section(tmp_path, [task]))
+    callback: Any = setup_dwnstr_task_validation_callbacks(section(tmp_path, [task]))[0]
     fit = trainer(tmp_path, [callback, *monitors], max_epochs=2)
     rule = f"makes a folder per checkpoint: .* the name {shown}, .* pass auto_insert_metric_name=False"
     with pytest.warns(UserWarning, match=rule) as seen:

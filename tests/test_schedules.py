@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ def gone(one: Drawn, step: int) -> float:
     return share / max(1, math.ceil(share))
 
 
-DECAYS = {
+DECAYS: dict[str, Callable[[Drawn, int], float]] = {
     "WarmupPolicy": lambda one, _step: one.lr,
     "WarmupHoldPolicy": lambda one, _step: one.lr,
     "SquareAnnealing": lambda one, step: max(one.low, one.lr * (1 - gone(one, step)) ** 2),
@@ -89,10 +90,14 @@ OWN = {  # the options beside max_steps, of each policy as NeMo's constructors h
     "PolynomialDecayAnnealing": ("warmup", "power", "cycle"),
     "PolynomialHoldDecayAnnealing": ("warmup", "hold", "power", "cycle"),
 }
-STAGES = st.sampled_from(
-    [{}, {"steps": None, "ratio": 0.0}, {"ratio": 0.01}, {"ratio": 0.1}, {"ratio": 0.3, "steps": None}]
-) | st.builds(lambda steps: {"steps": steps}, st.integers(0, 25))
-VALUES = {"min_lr": [0, 1e-5, 1e-4], "power": [0.5, 1, 3.0], "cycle": [True, False], "decay_rate": [0.25, 0.5, 1.0]}
+SHARES: list[dict[str, Any]] = [{}, {"steps": None, "ratio": 0.0}, {"ratio": 0.01}, {"ratio": 0.1}, {"ratio": 0.3}]
+STAGES = st.sampled_from(SHARES) | st.builds(lambda steps: {"steps": steps}, st.integers(0, 25))
+VALUES: dict[str, list[Any]] = {
+    "min_lr": [0, 1e-5, 1e-4],
+    "power": [0.5, 1, 3.0],
+    "cycle": [True, False],
+    "decay_rate": [0.25, 0.5, 1.0],
+}
 
 
 @st.composite
