@@ -16,7 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import ARCHITECTURES, LEVELS, Config, Files, Logging, MaxRows, Task, import_class
+from pipeline.config import LEVELS, Config, Files, Logging, MaxRows, Task, import_class
 from pipeline.errors import ConfigError, nearest
 
 SECTION = "model.dwnstr_task_validation"
@@ -35,10 +35,6 @@ CLASSES = {
 }
 ENCODERS = {"ESM1nvInference": "esm", "ESM2nvInference": "esm", "ProtT5nvInference": "prott5"}
 ENCODERS["MegaMolBARTInference"] = "megamolbart"
-EXPECTED = {
-    "class": f"{', '.join(LEVELS)}, or the path of a head of your own",
-    "infer_target": f"auto, {', '.join(ARCHITECTURES)}, or the path of an encoder class of your own",
-}
 
 
 def read_config(source: str | Path | Mapping[Any, Any], overrides: str = "") -> Config:
@@ -215,11 +211,11 @@ def _task(entry: Any, path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
         raise ConfigError(f"{lines.at(path)}: expected a task (a mapping), found {entry!r}")
     _check_keys(entry, Task, path, lines)
     task = _renamed(entry, path, lines)
-    task["level"] = _alias("class", task.get("level", "sequence"), CLASSES, path, lines)
+    task["level"] = _alias("class", task.get("level", "sequence"), CLASSES, lines)
     if "." in task["level"]:
         task["head"] = task["level"]
         task["level"] = str(getattr(import_class(task["head"], "class", LEVELS), "level", None))
-    task["infer_target"] = _alias("infer_target", task.get("infer_target", "auto"), ENCODERS, path, lines)
+    task["infer_target"] = _alias("infer_target", task.get("infer_target", "auto"), ENCODERS, lines)
     task_type = str(task.get("task_type", "regression"))
     if task_type.startswith("token-level-") and task["level"] == "sequence":
         raise ConfigError(f"{lines.at((*path, 'task_type'))}: task_type '{task_type}' needs class: token")
@@ -247,18 +243,14 @@ def _renamed(entry: dict[Any, Any], path: tuple[Any, ...], lines: _Lines) -> dic
     return task
 
 
-def _alias(key: str, value: Any, aliases: dict[str, str], path: tuple[Any, ...], lines: _Lines) -> str:
+def _alias(key: str, value: Any, aliases: dict[str, str], lines: _Lines) -> str:
     """The short name of one of the reference's classes, with or without its package; any other value as it is."""
     text = str(value)
     package, _, name = text.rpartition(".")
-    of_reference = package.split(".")[0] == "bionemo"
-    if name in aliases and (of_reference or not package):
-        lines.notes.append(f"{key}: {text} is read as {aliases[name]}")
-        return aliases[name]
-    if of_reference:
-        rule = "neither a short name nor a class of the reference that is known here"
-        raise ConfigError(f"{lines.at((*path, key))}: {key}: '{text}' is {rule}; expected {EXPECTED[key]}")
-    return text
+    short = aliases.get(name) if not package or package.startswith("bionemo.") else None
+    if short:
+        lines.notes.append(f"{key}: {text} is read as {short}")
+    return short or text
 
 
 def _check_keys(mapping: dict[Any, Any], schema: type, path: tuple[Any, ...], lines: _Lines) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
+from pipeline import setup_dwnstr_task_validation_callbacks
 from pipeline.__main__ import main
 from pipeline.config import Config, Files, Task
 from pipeline.config_file import config_from, read_config, to_mapping
@@ -228,30 +229,46 @@ def test_an_older_key_and_the_one_that_it_stands_for_must_agree(tmp_path: Path, 
         read_config(written(tmp_path, text, tmp_path), f"{path}=[8]")
 
 
+MOLMIM = "bionemo.model.molecule.molmim.infer.MolMIMInference"
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("old", "new", "expected"),
     [
+        ("bionemo.model.molecule.megamolbart.infer.MegaMolBARTInference", MOLMIM, "auto, esm, prott5, megamolbart"),
         (
-            "infer_target",
-            "bionemo.model.molecule.molmim.infer.MolMIMInference",
-            "expected auto, esm, prott5, megamolbart",
+            "bionemo.model.molecule.megamolbart.infer.MegaMolBARTInference",
+            "bionemo.model.dna.enformer.Enformer",
+            "auto",
         ),
-        ("infer_target", "bionemo.model.dna.dnabert.infer.DNABERTInference", "or the path of an encoder class"),
-        ("infer_target", "bionemo.model.dna.enformer.Enformer", "expected auto, esm, prott5, megamolbart"),
-        ("class", "bionemo.model.core.mlp_model.MLPModel", "expected sequence, token, or the path of a head"),
+        (
+            "bionemo.model.core.dwnstr_task_callbacks.SingleValuePredictionCallback",
+            "bionemo.model.core.mlp_model.MLPModel",
+            "sequence, token, or the path of a class of your own",
+        ),
     ],
 )
 def test_a_class_of_the_reference_that_is_not_here_is_an_error_that_says_what_there_is(
-    tmp_path: Path, key: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, old: str, new: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [line for line in FREESOLV.splitlines() if not line.strip().startswith(f"{key}:")]
-    path = written(tmp_path, "\n".join([*lines, f"      {key}: {value}", ""]), tmp_path)
-    assert main(["config", str(path)]) == 2
+    assert old in FREESOLV
+    assert main(["config", str(written(tmp_path, FREESOLV.replace(old, new), tmp_path))]) == 2
     (printed,) = capsys.readouterr().err.splitlines()
-    number = path.read_text().splitlines().index(f"      {key}: {value}") + 1
-    assert f"pretrain.yaml:{number}: {key}: '{value}' is neither a short name nor a class of the reference" in printed
-    assert message in printed
-    assert "No module named" not in printed
+    assert f"'{new}' is neither a short name nor a class of the reference that is known here" in printed
+    assert f"; expected {expected}" in printed
+
+
+def test_a_file_for_a_model_that_is_not_here_may_have_the_section_switched_off(
+    tmp_path: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There are no callbacks then; the command line, which measures all the same, says it."""
+    path = written(
+        tmp_path, FREESOLV.replace("megamolbart.infer.MegaMolBARTInference", "molmim.infer.MolMIMInference"), tmp_path
+    )
+    path.write_text(path.read_text().replace("enabled: True", "enabled: False"))
+    assert setup_dwnstr_task_validation_callbacks(path) == []
+    assert main(["main", f"--ckpt={model_folder('smiles_bart')}", f"--config={path}"]) == 2
+    assert f"infer_target: '{MOLMIM}' is neither a short name" in capsys.readouterr().err
 
 
 KEYS = [one.metadata.get("key", one.name) for one in (*fields(Config), *fields(Task), *fields(Files))]
