@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import weakref
 from collections.abc import Mapping
@@ -228,7 +229,7 @@ class DownstreamValidation(pl.Callback):
         pl.utilities.rank_zero_info(f"downstream validation at step {step}: {numbers} ({cost})")
 
     def _check_monitors(self, trainer: pl.Trainer) -> None:
-        """Warns of monitors with a name that is nearly right, and of Lightning's where they would read old values."""
+        """Warns of monitors with a name that is nearly right, and of Lightning's own where they would go wrong."""
         callbacks: list[Any] = vars(trainer)["callbacks"]
         for one in callbacks:
             kind, monitor = type(one).__name__, getattr(one, "monitor", None) or ""
@@ -245,6 +246,21 @@ class DownstreamValidation(pl.Callback):
                     f"use pipeline.Downstream{kind} in its place",
                     stacklevel=2,
                 )
+            self._check_file_name(one)
+
+    def _check_file_name(self, monitor: Any) -> None:
+        """Warns of a `ModelCheckpoint` that puts the `/` of a metric's name into the names of its files."""
+        inserts = getattr(monitor, "auto_insert_metric_name", False)
+        ours = any(kind.__name__ == "DownstreamModelCheckpoint" for kind in type(monitor).__mro__)
+        shown = re.findall(r"\{([^}:]*)", (inserts and not ours and monitor.filename) or "")
+        folders = [name for name in shown if "/" in name and self.has_metric(name)]
+        if folders:
+            pl.utilities.rank_zero_warn(
+                f"{type(monitor).__name__}(filename='{monitor.filename}') makes a folder per checkpoint: Lightning "
+                f"writes the name {folders[0]}, with its '/', before the value; pass auto_insert_metric_name=False, "
+                "or use pipeline.DownstreamModelCheckpoint in its place",
+                stacklevel=2,
+            )
 
     def _close(self, status: str) -> None:
         if self.work is not None:

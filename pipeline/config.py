@@ -33,6 +33,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 # The short names of `infer_target`, and the model types that each is for.
 ARCHITECTURES = {"esm": ("esm",), "prott5": ("t5", "mt5"), "megamolbart": ("bart", "mbart")}
+ENCODERS = ("auto", *ARCHITECTURES)
 ON_ERROR = ("warn", "raise")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -258,6 +259,8 @@ class Config:
             len(targets) <= 1,
             f"infer_target differs between tasks ({', '.join(targets)}); one checkpoint has one",
         )
+        if self.enabled:  # a file for a model that is not here may have the section, switched off
+            _refuse_reference(targets[0], "infer_target", ENCODERS)
 
 
 def check_names(tasks: Sequence[Task]) -> None:
@@ -299,6 +302,7 @@ def parse_bytes(text: str) -> int:
 
 def import_class(path: str, key: str, known: tuple[str, ...]) -> Any:
     """The class at the dotted `path` that `key` names. Raises ConfigError if there is none."""
+    _refuse_reference(path, key, known)
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
@@ -311,8 +315,14 @@ def import_class(path: str, key: str, known: tuple[str, ...]) -> Any:
 
 def encoder_class(infer_target: str) -> Any:
     """The user's own encoder class that `infer_target` names; None for a short name. Raises ConfigError as above."""
-    known = ("auto", *ARCHITECTURES)
-    return None if infer_target in known else import_class(infer_target, "infer_target", known)
+    return None if infer_target in ENCODERS else import_class(infer_target, "infer_target", ENCODERS)
+
+
+def _refuse_reference(path: str, key: str, known: tuple[str, ...]) -> None:
+    """Raises ConfigError for one of the reference's classes, whether or not the reference is installed."""
+    if path.startswith("bionemo."):
+        rule = "neither a short name nor a class of the reference that is known here"
+        raise ConfigError(f"{key}: '{path}' is {rule}; expected {', '.join(known)}, or the path of a class of your own")
 
 
 def _choice(key: str, value: str, known: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError, nearest
 
 SECTION = "model.dwnstr_task_validation"
 RENAMED = {"sequence_col": "sequence_column", "mask_col": "mask_column", "class": "level"}
+RENAMED |= {"labels_col": "target_column", "labels_size": "target_sizes"}
 UNUSED = {"num_workers", "loss_func", "drop_last", "pin_memory", "persistent_workers", "micro_batch_size"}
 ELEMENTS: dict[str, tuple[type, ...]] = {
     "target_column": (str,),
@@ -243,9 +244,10 @@ def _renamed(entry: dict[Any, Any], path: tuple[Any, ...], lines: _Lines) -> dic
 
 
 def _alias(key: str, value: Any, aliases: dict[str, str], lines: _Lines) -> str:
-    """The short name of one of the reference's dotted paths; any other value as it is."""
+    """The short name of one of the reference's classes, with or without its package; any other value as it is."""
     text = str(value)
-    short = aliases.get(text.rpartition(".")[2]) if text.startswith("bionemo.") else None
+    package, _, name = text.rpartition(".")
+    short = aliases.get(name) if not package or package.startswith("bionemo.") else None
     if short:
         lines.notes.append(f"{key}: {text} is read as {short}")
     return short or text

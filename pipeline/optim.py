@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 # Of torch's, those that need no more than gradients: several heads may be trained at once with them.
 PLAIN = ("sgd", "adam", "adamw", "adamax", "adagrad", "adadelta", "nadam", "radam", "rmsprop", "rprop", *FUSED)
 HAVE_KERNELS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one for all of a step's arithmetic
-UNUSED_SCHED = ("monitor", "reduce_on_plateau", "iters_per_batch", "t_max_epochs", "t_num_workers")
+UNUSED_SCHED = """
+monitor reduce_on_plateau iters_per_batch t_max_epochs t_num_workers t_accumulate_grad_batches t_limit_train_batches
+""".split()
 NEEDS_FUNCTIONS = ("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "LRScheduler")
 PER_EPOCH = (ExponentialLR, ReduceLROnPlateau)
 

@@ -1,18 +1,19 @@
-"""NeMo's learning-rate policies: each a function of the step, of the form `f(step, base_lr, policy)`.
+"""NeMo's learning-rate policies: the learning rate as a function of the step; step 0 is the first optimiser step.
 
-Step 0 is the first optimiser step. All but T5's begin with a warm-up (`warmup_steps` > 0):
+All but Noam's and T5's go through the same stages, the first that applies (NeMo 1.23, nemo.core.optim.lr_scheduler):
 
-    lr = base_lr (step + 1) / (warmup_steps + 1)        for step <= warmup_steps
-
-and all but Noam's are at `min_lr` after `max_steps`. Formulas agree with NeMo 1.23 (nemo.core.optim.lr_scheduler).
+    warm-up, step <= warmup_steps (if > 0)      lr = base_lr (step + 1) / (warmup_steps + 1)
+    hold, step < warmup_steps + hold_steps      lr = base_lr
+    end, step > max_steps                       lr = min_lr
+    else                                        the policy's own formula
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch.optim import Optimizer
@@ -23,39 +24,23 @@ from pipeline.errors import ConfigError, nearest
 
 @dataclass(frozen=True)
 class Policy:
-    """The settings of a policy, in steps. Ratios are shares of `max_steps`."""
+    """The settings of a policy. Steps need not be whole numbers: a file may have worked them out as shares.
 
-    max_steps: int
-    warmup_steps: int = 0
-    warmup_ratio: float | None = None
-    hold_steps: int = 0
-    hold_ratio: float | None = None
-    constant_steps: int = 0
-    constant_ratio: float | None = None
+    Attributes:
+        max_steps: the last step of the decay.
+        hold_end: the step at which a held learning rate begins to decay; 0 where no hold is set.
+        d_model: the model's width; 0 where it is not set.
+    """
+
+    max_steps: float
+    warmup_steps: float = 0
+    hold_end: float = 0
+    constant_steps: float = 0
     min_lr: float = 0.0
-    d_model: int | None = None
+    d_model: float = 0
     decay_rate: float = 0.5
     power: float = 1.0
     cycle: bool = False
-
-    def in_steps(self) -> Policy:
-        """The same with every ratio turned into steps. Raises ConfigError where both are given."""
-        steps: dict[str, int | None] = {}
-        for name in ("warmup", "hold", "constant"):
-            ratio = getattr(self, f"{name}_ratio")
-            if ratio is None:
-                continue
-            if getattr(self, f"{name}_steps"):
-                raise ConfigError(f"optim.sched: give {name}_steps or {name}_ratio, not both")
-            if not 0 <= ratio <= 1:
-                raise ConfigError(f"optim.sched: {name}_ratio is {ratio}, expected a share between 0 and 1")
-            steps |= {f"{name}_steps": int(ratio * self.max_steps), f"{name}_ratio": None}
-        return dataclasses.replace(self, **steps)  # type: ignore[arg-type]
-
-    @property
-    def hold_end(self) -> int:
-        """The step after which a held learning rate decays."""
-        return self.warmup_steps + self.hold_steps
 
 
 def constant(_step: int, base_lr: float, _policy: Policy) -> float:
@@ -65,7 +50,7 @@ def constant(_step: int, base_lr: float, _policy: Policy) -> float:
 
 def square(step: int, base_lr: float, policy: Policy) -> float:
     """Lr = max(min_lr, base_lr ((max_steps - step) / (max_steps - warmup_steps))^2)."""
-    share = (policy.max_steps - step) / max(1, policy.max_steps - policy.warmup_steps)
+    share = (policy.max_steps - step) / (policy.max_steps - policy.warmup_steps)
     return max(policy.min_lr, base_lr * share**2)
 
 
@@ -77,19 +62,21 @@ def square_root(step: int, base_lr: float, policy: Policy) -> float:
 def cosine(step: int, base_lr: float, policy: Policy) -> float:
     """Lr = min_lr + (base_lr - min_lr) (1 + cos(pi t)) / 2, t from 0 at the warm-up's end to 1 at the decay's.
 
-    The decay ends `constant_steps` before `max_steps`; from there on lr = min_lr.
+    The decay ends `constant_steps` before `max_steps`; from there on lr = min_lr. With `constant_steps` the warm-up is
+    Megatron's, lr = base_lr step / warmup_steps.
     """
     decay = policy.max_steps - policy.warmup_steps - policy.constant_steps
-    share = (step - policy.warmup_steps) / max(1, decay)
-    if share > 1:
+    if step > policy.warmup_steps + decay:
         return policy.min_lr
+    share = (step - policy.warmup_steps) / decay
     return policy.min_lr + (base_lr - policy.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def noam(step: int, base_lr: float, policy: Policy) -> float:
-    """Lr = base_lr d_model^(-1/2) min(s^(-1/2), s warmup_steps^(-3/2)), s = max(1, step); Vaswani et al. 2017."""
-    if policy.d_model is None:
-        raise ConfigError("optim.sched: NoamAnnealing needs d_model")
+    """Lr = base_lr d_model^(-1/2) min(s^(-1/2), s warmup_steps^(-3/2)), s = max(1, step), without an end.
+
+    Vaswani et al. 2017. After the warm-up at least min_lr.
+    """
     step = max(1, step)
     if step > policy.warmup_steps:
         return max(policy.min_lr, float(base_lr * policy.d_model**-0.5 * step**-0.5))
@@ -97,19 +84,19 @@ def noam(step: int, base_lr: float, policy: Policy) -> float:
 
 
 def noam_hold(step: int, base_lr: float, policy: Policy) -> float:
-    """Lr = max(min_lr, base_lr (w / (step - hold_steps))^decay_rate), w = max(1, warmup_steps), after the hold.
+    """Lr = max(min_lr, base_lr max(1, warmup_steps^decay_rate) / max(1, (step - hold_steps)^decay_rate)).
 
     Kim et al., Squeezeformer, 2022.
     """
-    if step < policy.hold_end:
-        return base_lr
+    hold_steps = max(0, policy.hold_end - policy.warmup_steps)
     reached = max(1, policy.warmup_steps**policy.decay_rate)
-    return max(policy.min_lr, float(base_lr * reached / max(1, (step - policy.hold_steps) ** policy.decay_rate)))
+    return max(policy.min_lr, float(base_lr * reached / max(1, (step - hold_steps) ** policy.decay_rate)))
 
 
 def linear(step: int, base_lr: float, policy: Policy) -> float:
-    """Lr = max(min_lr, base_lr (1 - (step - warmup_steps) / max_steps))."""
-    return max(policy.min_lr, base_lr * (1 - (step - policy.warmup_steps) / policy.max_steps))
+    """Lr = min_lr + (base_lr - min_lr) (1 - (step - warmup_steps) / (max_steps - warmup_steps))."""
+    share = (step - policy.warmup_steps) / (policy.max_steps - policy.warmup_steps)
+    return policy.min_lr + (base_lr - policy.min_lr) * (1 - share)
 
 
 def inverse_square_root(step: int, base_lr: float, policy: Policy) -> float:
@@ -118,8 +105,10 @@ def inverse_square_root(step: int, base_lr: float, policy: Policy) -> float:
 
 
 def t5_inverse_square_root(step: int, _base_lr: float, policy: Policy) -> float:
-    """Lr = 1 / max(step, constant_steps)^(1/2), whatever base_lr is; Raffel et al. 2020."""
-    return float(max(1, step, policy.constant_steps) ** -0.5)
+    """Lr = 1 / max(step, constant_steps)^(1/2), whatever base_lr is, min_lr after max_steps; Raffel et al. 2020."""
+    if policy.constant_steps < step > policy.max_steps:
+        return policy.min_lr
+    return float(max(step, policy.constant_steps) ** -0.5)
 
 
 def polynomial(step: int, base_lr: float, policy: Policy) -> float:
@@ -128,52 +117,64 @@ def polynomial(step: int, base_lr: float, policy: Policy) -> float:
 
 
 def polynomial_hold(step: int, base_lr: float, policy: Policy) -> float:
-    """As `polynomial` after the hold, t = (step - h) / (max_steps - h), h = warmup_steps + hold_steps."""
-    if step < policy.hold_end:
-        return base_lr
-    return _polynomial(step - policy.hold_end, policy.max_steps - policy.hold_end, base_lr, policy)
+    """As `polynomial` after a hold, t = (step - h) / (max_steps - h), h = warmup_steps + hold_steps.
+
+    Without a hold the warm-up counts as steps of the decay: t = min(1, step / (max_steps - warmup_steps)).
+    """
+    steps = policy.max_steps - max(policy.warmup_steps, policy.hold_end)
+    return _polynomial(step - policy.hold_end, steps, base_lr, policy)
 
 
-def _polynomial(step: int, steps: int, base_lr: float, policy: Policy) -> float:
+def _polynomial(step: float, steps: float, base_lr: float, policy: Policy) -> float:
     """With `cycle`, the decay starts again, over a whole multiple of `steps`."""
+    if steps <= 0:  # the hold lasts to the end
+        return base_lr
     if policy.cycle:
-        steps *= max(1, math.ceil(step / max(1, steps)))
-    share = min(step, steps) / max(1, steps)
+        steps *= max(1, math.ceil(step / steps))
+    share = min(step, steps) / steps
     return float(policy.min_lr + (base_lr - policy.min_lr) * (1 - share) ** policy.power)
 
 
 Function = Callable[[int, float, Policy], float]
-POLICIES: dict[str, tuple[Function, dict[str, Any]]] = {
-    "WarmupPolicy": (constant, {}),
-    "WarmupHoldPolicy": (constant, {}),
-    "SquareAnnealing": (square, {"min_lr": 1e-5}),
-    "SquareRootAnnealing": (square_root, {}),
-    "CosineAnnealing": (cosine, {}),
-    "NoamAnnealing": (noam, {}),
-    "NoamHoldAnnealing": (noam_hold, {}),
-    "WarmupAnnealing": (linear, {}),
-    "InverseSquareRootAnnealing": (inverse_square_root, {}),
-    "T5InverseSquareRootAnnealing": (t5_inverse_square_root, {}),
-    "PolynomialDecayAnnealing": (polynomial, {}),
-    "PolynomialHoldDecayAnnealing": (polynomial_hold, {}),
+WARMUP = ("warmup_steps", "warmup_ratio")
+HOLD = (*WARMUP, "hold_steps", "hold_ratio")
+CONSTANT = ("constant_steps", "constant_ratio")
+# The formula of each, and its options beside max_steps and min_lr.
+POLICIES: dict[str, tuple[Function, tuple[str, ...]]] = {
+    "WarmupPolicy": (constant, WARMUP),
+    "WarmupHoldPolicy": (constant, HOLD),
+    "SquareAnnealing": (square, WARMUP),
+    "SquareRootAnnealing": (square_root, WARMUP),
+    "CosineAnnealing": (cosine, (*WARMUP, *CONSTANT)),
+    "NoamAnnealing": (noam, (*WARMUP, "d_model")),
+    "NoamHoldAnnealing": (noam_hold, (*HOLD, "decay_rate")),
+    "WarmupAnnealing": (linear, WARMUP),
+    "InverseSquareRootAnnealing": (inverse_square_root, WARMUP),
+    "T5InverseSquareRootAnnealing": (t5_inverse_square_root, CONSTANT),
+    "PolynomialDecayAnnealing": (polynomial, (*WARMUP, "power", "cycle")),
+    "PolynomialHoldDecayAnnealing": (polynomial_hold, (*HOLD, "power", "cycle")),
 }
-NO_WARMUP = (noam, t5_inverse_square_root)  # Noam has a warm-up in its formula, T5 has none
-NO_END = (noam,)
+MIN_LR = {"SquareAnnealing": 1e-5}  # where it is not given; 0 for the others
+OWN_STAGES = (noam, t5_inverse_square_root)
+LEAST = {"max_steps": 1, "d_model": 1}  # 0 for the others
 
 
 class PolicyLR(LRScheduler):
     """A scheduler over a policy, one step per optimiser step."""
 
     def __init__(self, optimizer: Optimizer, name: str, last_epoch: int = -1, **options: Any) -> None:
-        """Raises ConfigError if an option is not known to policies or has the wrong value."""
-        function, defaults = POLICIES[name]
-        known = [field.name for field in dataclasses.fields(Policy)]
-        for option in options:
-            if option not in known:
-                raise ConfigError(f"optim.sched: {name} has no option '{option}'{nearest(option, known)}")
-        self.policy = Policy(**{**defaults, **options}).in_steps()
-        self.function = function
-        super().__init__(optimizer, last_epoch)
+        """Takes the options of NeMo's policy `name`; one that is None counts as not given.
+
+        Raises:
+            ConfigError: the policy has no such option, or it has a wrong value, or options contradict one another.
+        """
+        if last_epoch != -1:
+            raise ConfigError(f"optim.sched: last_epoch is {last_epoch}, expected -1: a head begins at the first step")
+        self.function = POLICIES[name][0]
+        self.policy = make_policy(name, options)
+        for group in optimizer.param_groups:
+            _check_base_lr(name, float(group["lr"]), self.policy)
+        super().__init__(optimizer)
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The learning rate of each parameter group."""
@@ -181,9 +182,83 @@ class PolicyLR(LRScheduler):
 
 
 def policy_lr(function: Function, step: int, base_lr: float, policy: Policy) -> float:
-    """The learning rate at a step: warm-up, the policy's own formula, and `min_lr` after the end."""
-    if function not in NO_WARMUP and 0 < policy.warmup_steps >= step:
-        return base_lr * (step + 1) / (policy.warmup_steps + 1)
-    if function not in NO_END and step > policy.max_steps:
+    """The learning rate at a step: warm-up, hold, end, or the policy's own formula."""
+    if function in OWN_STAGES:
+        return function(step, base_lr, policy)
+    if 0 < policy.warmup_steps >= step:
+        megatrons = policy.constant_steps > 0
+        return base_lr * (step / policy.warmup_steps if megatrons else (step + 1) / (policy.warmup_steps + 1))
+    if step < policy.hold_end:
+        return base_lr
+    if step > policy.max_steps:
         return policy.min_lr
     return function(step, base_lr, policy)
+
+
+def make_policy(name: str, options: Mapping[str, Any]) -> Policy:
+    """The settings of policy `name`, ratios turned into steps. Raises ConfigError, see `PolicyLR`."""
+    known = ("max_steps", "min_lr", *POLICIES[name][1])
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"optim.sched: {name} has no option '{option}'{nearest(option, known)}")
+    given = {option: value for option, value in options.items() if value is not None}
+    for option, value in given.items():
+        _check_value(name, option, value)
+    maximum = given["max_steps"]
+    warmup, hold, constant_steps = (_steps(stage, given, maximum) for stage in ("warmup", "hold", "constant"))
+    own = {option: given[option] for option in ("d_model", "decay_rate", "power", "cycle") if option in given}
+    policy = Policy(
+        maximum,
+        warmup_steps=warmup or 0,
+        hold_end=0 if hold is None else (warmup or 0) + hold,
+        constant_steps=constant_steps or 0,
+        min_lr=given.get("min_lr", MIN_LR.get(name, 0.0)),
+        **own,
+    )
+    _check_stages(name, policy)
+    return policy
+
+
+def _steps(stage: str, given: Mapping[str, Any], max_steps: float) -> float | None:
+    """The steps of a stage; None where neither they nor the ratio are given."""
+    steps, ratio = given.get(f"{stage}_steps"), given.get(f"{stage}_ratio")
+    if ratio is None:
+        return steps
+    if steps is not None:
+        raise ConfigError(f"optim.sched: give {stage}_steps or {stage}_ratio, not both")
+    if ratio > 1:
+        raise ConfigError(f"optim.sched: {stage}_ratio is {ratio}, expected a share between 0 and 1")
+    return int(ratio * max_steps)
+
+
+def _check_value(name: str, option: str, value: Any) -> None:
+    """Raises ConfigError where the value of an option is not of its kind, or out of its range."""
+    kind: Any = bool if option == "cycle" else Real
+    if not isinstance(value, kind) or (isinstance(value, bool) and option != "cycle"):
+        expected = "true or false" if option == "cycle" else "a number"
+        raise ConfigError(f"optim.sched: {name} cannot be built: {option} is {value!r}, expected {expected}")
+    least = LEAST.get(option, 0)
+    if not least <= value < math.inf:
+        raise ConfigError(f"optim.sched: {name} cannot be built: {option} is {value}, expected at least {least}")
+
+
+def _check_stages(name: str, policy: Policy) -> None:
+    """Raises ConfigError where a policy lacks what its formula divides by."""
+    if name == "NoamAnnealing" and not policy.d_model:
+        raise ConfigError("optim.sched: NoamAnnealing needs d_model, the width that it was made for")
+    if name == "NoamHoldAnnealing" and not policy.warmup_steps:
+        raise ConfigError("optim.sched: NoamHoldAnnealing needs a warm-up, found one of 0 steps; give warmup_steps")
+    if name == "T5InverseSquareRootAnnealing" and not policy.constant_steps:
+        raise ConfigError(f"optim.sched: {name} needs constant_steps, found 0; its learning rate is 1/sqrt of them")
+    if name == "CosineAnnealing" and policy.constant_steps == policy.max_steps and not policy.warmup_steps:
+        raise ConfigError(f"optim.sched: {name} has no step to decay in: constant_steps is as large as max_steps")
+
+
+def _check_base_lr(name: str, base_lr: float, policy: Policy) -> None:
+    """Raises ConfigError where a policy that decays from `base_lr` to `min_lr` would rise instead."""
+    if name not in ("CosineAnnealing", "NoamAnnealing"):
+        return
+    above = base_lr > policy.min_lr if policy.constant_steps else base_lr >= policy.min_lr
+    if not above:
+        found = f"found lr {base_lr} and min_lr {policy.min_lr}"
+        raise ConfigError(f"optim.sched: {name} needs an lr above min_lr, {found}")

@@ -40,9 +40,10 @@ def _lines() -> Iterator[str]:
     yield ""
     yield ", ".join(f"`{name}`" for name in POLICIES) + "."
     yield ""
-    yield "Policies take `max_steps` (left out: the steps of the fit), `warmup_steps` or `warmup_ratio`, `hold_steps`"
-    yield "or `hold_ratio`, `constant_steps` or `constant_ratio`, `min_lr`, `last_epoch`, `d_model`, `decay_rate`,"
-    yield "`power` and `cycle`. They step at each batch; `ExponentialLR` and `ReduceLROnPlateau` step at each epoch."
+    yield "Each takes the options that NeMo's takes, of these: `max_steps` (left out: the steps of the fit),"
+    yield "`warmup_steps` or `warmup_ratio`, `hold_steps` or `hold_ratio`, `constant_steps` or `constant_ratio`,"
+    yield "`min_lr`, `last_epoch` (-1), `d_model`, `decay_rate`, `power` and `cycle`. They step at each batch;"
+    yield "`ExponentialLR` and `ReduceLROnPlateau` step at each epoch."
 
 
 def _table(title: str, schema: type) -> Iterator[str]:

@@ -102,6 +102,51 @@ def test_a_name_without_its_task_is_warned_of(task: Task, tmp_path: Path, tracki
     assert len([one for one in seen if "is measured" in str(one.message)]) == 1
 
 
+def checkpoints(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*.ckpt")}
+
+
+def test_a_metric_of_a_list_of_tasks_in_the_file_name_makes_no_folders(
+    task: Task, tmp_path: Path, tracking: str, model_folder: Any
+) -> None:
+    """The companion by itself; Lightning's own where it is told, and it is warned of where it is not."""
+    shown = f"{task.task_name}/{LOSS}"
+    name, file = f"{{step}}-{{{shown}:.1f}}", pl.callbacks.ModelCheckpoint
+    keep: dict[str, Any] = {"filename": name, "monitor": shown, "save_top_k": -1}
+    monitors = [
+        DownstreamModelCheckpoint(tmp_path / "own", save_last=True, **keep),
+        file(tmp_path / "told", auto_insert_metric_name=False, mode="max", **keep),
+        file(tmp_path / "not told", **keep),
+        DownstreamModelCheckpoint(
+            tmp_path / "values", auto_insert_metric_name=False, save_last=True, mode="max", **keep
+        ),
+    ]
+    monitors[-1].CHECKPOINT_NAME_LAST = f"{{epoch}}-last-{{{shown}:.1f}}"
+    callback: Any = setup_dwnstr_task_validation_callbacks(section(tmp_path, [task]))[0]
+    fit = trainer(tmp_path, [callback, *monitors], max_epochs=2)
+    rule = f"makes a folder per checkpoint: .* the name {shown}, .* pass auto_insert_metric_name=False"
+    with pytest.warns(UserWarning, match=rule) as seen:
+        fit.fit(Busy(model_folder("esm")), loader(), loader(shuffle=False))
+    assert len([one for one in seen if "makes a folder" in str(one.message)]) == 1
+    first, second = (f"{metrics[shown]:.1f}" for _, metrics in callback.curve)
+    flat = shown.replace("/", "_")
+    assert checkpoints(tmp_path / "own") == {f"step=4-{flat}={first}.ckpt", f"step=8-{flat}={second}.ckpt", "last.ckpt"}
+    assert checkpoints(tmp_path / "told") == {f"4-{first}.ckpt", f"8-{second}.ckpt"}
+    assert checkpoints(tmp_path / "not told") == {f"step=4-{shown}={first}.ckpt", f"step=8-{shown}={second}.ckpt"}
+    assert checkpoints(tmp_path / "values") == {f"4-{first}.ckpt", f"8-{second}.ckpt", f"1-last-{second}.ckpt"}
+    assert all(Path(path).is_file() for path in monitors[0].best_k_models)
+
+
+def test_a_file_name_keeps_the_folders_and_the_formats_that_it_is_given(tmp_path: Path) -> None:
+    metrics = {"step": 3, "epoch": 1, "a.b/loss": 0.25, "c": 2.0}
+    keep = DownstreamModelCheckpoint(tmp_path, "sub/{step:04d}_{a.b/loss:.1e}_{c}_{no/where:d}")
+    assert keep.format_checkpoint_name(metrics) == str(
+        tmp_path / "sub/step=0003_a.b_loss=2.5e-01_c=2.0_no_where=0.ckpt"
+    )
+    assert keep.format_checkpoint_name(metrics, "{epoch}", ver=2) == str(tmp_path / "epoch=1-v2.ckpt")
+    assert DownstreamModelCheckpoint().format_checkpoint_name(metrics) == "epoch=1-step=3.ckpt"
+
+
 def test_a_failed_measurement_is_neither_saved_nor_counted(
     task: Task, tmp_path: Path, tracking: str, model_folder: Any, values: list[float | None]
 ) -> None:

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
+from pipeline import setup_dwnstr_task_validation_callbacks
 from pipeline.__main__ import main
 from pipeline.config import Config, Files, Task
-from pipeline.config_file import config_from, to_mapping
+from pipeline.config_file import config_from, read_config, to_mapping
 from pipeline.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -87,6 +88,21 @@ SECONDARY_STRUCTURE = """
       target_sizes: [3, 8, 2]
       mask_column: ["resolved", "resolved", null]
       random_seed: 1234
+"""
+
+# The same as files of the reference's first versions have it, with one name of a column and one mask.
+OLDER = """
+      class: PerTokenPredictionCallback
+      task_type: classification
+      infer_target: bionemo.model.protein.esm1nv.infer.ESM1nvInference
+      max_seq_length: ${model.seq_length}
+      task_name: secondary_structure
+      dataset_path: DATA/ss3_ss8
+      dataset: {train: x000, test: x000}
+      sequence_col: sequence
+      labels_col: LABELS
+      labels_size: SIZES
+      mask_col: MASKS
 """
 
 LOCALISATION = """
@@ -186,8 +202,77 @@ def test_config_says_what_unusual_keys_were_taken_for(tmp_path: Path, capsys: py
     assert yaml.safe_load(printed)["model"]["dwnstr_task_validation"]["dataset"]["max_seq_length"] == 512
 
 
+@pytest.mark.parametrize(
+    ("labels", "sizes", "masks", "expected"),
+    [
+        ("[3state, resolved]", "[3, 2]", "[resolved, null]", (["3state", "resolved"], [3, 2], ["resolved", None])),
+        ("[resolved, 3state]", "[2, 3]", "[null, resolved]", (["resolved", "3state"], [2, 3], [None, "resolved"])),
+        ("[3state, 8state]", "[3, 8]", "null", (["3state", "8state"], [3, 8], [None, None])),
+        ("3state", "3", "resolved", (["3state"], [3], ["resolved"])),
+    ],
+)
+def test_an_older_file_of_the_reference_is_read_as_a_newer_one(
+    tmp_path: Path, labels: str, sizes: str, masks: str, expected: tuple[list[str], list[int], list[str | None]]
+) -> None:
+    text = OLDER.replace("LABELS", labels).replace("SIZES", sizes).replace("MASKS", masks)
+    config = read_config(written(tmp_path, text, tmp_path))
+    (task,) = config.dataset
+    assert (task.level, task.sequence_column) == ("token", "sequence")
+    assert (task.target_column, task.sizes, task.masks) == expected
+    assert {"labels_col is read as target_column", "labels_size is read as target_sizes"} <= set(config.notes)
+
+
+@pytest.mark.parametrize("path", ["model.dwnstr_task_validation.dataset.target_column", "dataset.target_sizes"])
+def test_an_older_key_and_the_one_that_it_stands_for_must_agree(tmp_path: Path, path: str) -> None:
+    text = OLDER.replace("LABELS", "[3state]").replace("SIZES", "[3]").replace("MASKS", "[null]")
+    with pytest.raises(ConfigError, match=r"'(labels_col|target_column|target_sizes)' and .* say different things"):
+        read_config(written(tmp_path, text, tmp_path), f"{path}=[8]")
+
+
+MOLMIM = "bionemo.model.molecule.molmim.infer.MolMIMInference"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("bionemo.model.molecule.megamolbart.infer.MegaMolBARTInference", MOLMIM, "auto, esm, prott5, megamolbart"),
+        (
+            "bionemo.model.molecule.megamolbart.infer.MegaMolBARTInference",
+            "bionemo.model.dna.enformer.Enformer",
+            "auto",
+        ),
+        (
+            "bionemo.model.core.dwnstr_task_callbacks.SingleValuePredictionCallback",
+            "bionemo.model.core.mlp_model.MLPModel",
+            "sequence, token, or the path of a class of your own",
+        ),
+    ],
+)
+def test_a_class_of_the_reference_that_is_not_here_is_an_error_that_says_what_there_is(
+    tmp_path: Path, old: str, new: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert old in FREESOLV
+    assert main(["config", str(written(tmp_path, FREESOLV.replace(old, new), tmp_path))]) == 2
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert f"'{new}' is neither a short name nor a class of the reference that is known here" in printed
+    assert f"; expected {expected}" in printed
+
+
+def test_a_file_for_a_model_that_is_not_here_may_have_the_section_switched_off(
+    tmp_path: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There are no callbacks then; the command line, which measures all the same, says it."""
+    path = written(
+        tmp_path, FREESOLV.replace("megamolbart.infer.MegaMolBARTInference", "molmim.infer.MolMIMInference"), tmp_path
+    )
+    path.write_text(path.read_text().replace("enabled: True", "enabled: False"))
+    assert setup_dwnstr_task_validation_callbacks(path) == []
+    assert main(["main", f"--ckpt={model_folder('smiles_bart')}", f"--config={path}"]) == 2
+    assert f"infer_target: '{MOLMIM}' is neither a short name" in capsys.readouterr().err
+
+
 KEYS = [one.metadata.get("key", one.name) for one in (*fields(Config), *fields(Task), *fields(Files))]
-KEYS += ["sequence_col", "mask_col", "num_workers", "nonsense"]
+KEYS += ["sequence_col", "mask_col", "labels_col", "labels_size", "num_workers", "nonsense"]
 SCALARS = st.none() | st.booleans() | st.integers(-3, 600) | st.floats() | st.text(max_size=5)
 WORDS = st.sampled_from(["token", "sequence", "classification", "token-level-regression", "auto", "a.b", "bionemo.X"])
 VALUES = st.recursive(
