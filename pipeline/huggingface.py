@@ -29,8 +29,10 @@ def describe(model: nn.Module, tokenizer: Any, prefix: str) -> dict[str, Any]:
         prefix: what its parameters' names begin with in the checkpoint's `state_dict`, such as `model.`.
     """
     config: Any = model.config
+    # transformers 4 writes that it has chosen an implementation of attention, and not which
+    options = {key: value for key, value in config.to_dict().items() if not key.startswith("_attn_implementation")}
     return {
-        "config": json.dumps(config.to_dict()),
+        "config": json.dumps(options),
         "attention": getattr(config, "_attn_implementation", None),  # a configuration written out does not hold it
         "tokenizer": _tokenizer_files(tokenizer),
         "prefix": prefix,

@@ -11,11 +11,11 @@ import torch
 from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from transformers import (
+    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
-    BertTokenizer,
     EsmConfig,
     EsmForMaskedLM,
     EsmTokenizer,
@@ -69,10 +69,13 @@ def prott5(folder: Path, slow: bool = True, **save: Any) -> Path:
         settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "legacy": True}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     else:
-        from transformers import T5Tokenizer
-
         vocabulary = [(piece, 0.0 if index < 3 else -float(index)) for index, piece in enumerate(pieces)]
-        T5Tokenizer(vocab=vocabulary).save_pretrained(folder)
+        tokenizer = Tokenizer(tokenizer_models.Unigram(vocabulary, unk_id=2))
+        split: list[Any] = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return folder
 
 
@@ -127,7 +130,9 @@ def protbert(folder: Path, positions: int = 64) -> Path:
         max_position_embeddings=positions,
     )
     BertModel(config).save_pretrained(folder)
-    BertTokenizer(vocab={word: index for index, word in enumerate(words)}, do_lower_case=False).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": false}')
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # tokenizer.json too
     return folder
 
 

@@ -72,6 +72,7 @@ class OwnTokenizer(PreTrainedTokenizer):
     """One token per residue, written in Python alone."""
 
     vocab_files_names = {"vocab_file": "vocab.txt"}  # noqa: RUF012
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
     def __init__(self, vocab_file: str | None = None, **options: Any) -> None:
         words = Path(vocab_file).read_text().splitlines() if vocab_file else VOCABULARY

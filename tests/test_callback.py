@@ -29,6 +29,7 @@ from pipeline.config_file import to_yaml
 from pipeline.errors import CheckpointError, ConfigError, DataError, PipelineError
 from pipeline.huggingface import DESCRIPTION
 from pipeline.score import Scores
+from tests.conftest import newest_run
 from tests.test_path import planted_task
 from tests.training import Busy, FromModule, WithMethod, loader, one_state, section, trainer
 
@@ -121,9 +122,8 @@ def test_the_numbers_are_those_of_the_command_line_and_of_python(
         path = tmp_path / "kept" / f"step={step}.ckpt"
         assert measured(open_encoder(str(path)), task, tmp_path / str(step)).metrics == metrics
         assert main(["main", f"--ckpt={path}", f"--config={tmp_path / 'task.yaml'}"]) == 0
-        newest = MlflowClient().search_runs(["0"], "tags.mlflow.parentRunId is null", max_results=1)
+        assert newest_run().info.run_name.startswith(f"step={step} ")
         run = next(one for one in MlflowClient().search_runs(["0"]) if one.info.run_name.startswith(f"step={step} "))
-        assert newest
         assert run.data.metrics == metrics
 
 

@@ -36,7 +36,7 @@ def alone(model: Any, tokenizer: Any, text: str, before: int, after: int) -> Ten
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}, {"dtype": torch.float16}])
 def test_esm_equals_transformers(model_folder: Make, options: dict[str, Any]) -> None:
     folder = model_folder("esm", **options)
-    model = EsmModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32)
+    model = EsmModel.from_pretrained(folder, add_pooling_layer=False).float()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoder = open_encoder(str(folder))
     for text, state in zip(PROTEINS, encoder.hidden_states(PROTEINS), strict=True):

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from mlflow import MlflowClient
 from torch import nn
 from transformers import AutoTokenizer, EsmForMaskedLM
 
@@ -21,7 +20,7 @@ from pipeline.config_file import to_yaml
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.huggingface import DESCRIPTION, portable
 from tests import own_model
-from tests.conftest import ROOT
+from tests.conftest import ROOT, newest_run
 from tests.models import RESIDUES
 from tests.own_model import OwnForMaskedLM, OwnTokenizer, make_module
 from tests.test_path import planted_task
@@ -76,7 +75,7 @@ def test_a_training_of_somebodys_own_model(
         assert refused.stderr.splitlines()[-1].startswith(expected)
         done = subprocess.run([*command, f"--overrides=model_factory={FACTORY}"], cwd=ROOT, check=False)
         assert done.returncode == 0
-        (run,) = MlflowClient().search_runs(["0"], "tags.mlflow.parentRunId is null", max_results=1)
+        run = newest_run()
         assert {name: run.data.metrics[name] for name in metrics} == metrics
 
 

@@ -106,7 +106,10 @@ def download(uri: str) -> Path:
     folder = tempfile.mkdtemp(prefix="checkpoint-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
+        found = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
+        if found is None:  # MLflow 3.1
+            raise FileNotFoundError("there is no such artifact")
+        return Path(found)
     except (MlflowException, OSError) as error:
         raise CheckpointError(
             f"ckpt: '{uri}' cannot be downloaded from '{mlflow.get_tracking_uri()}': {error}"
