@@ -6,10 +6,12 @@ parts it stands in.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ class Embeddings:
         cached: how many were there already.
         tokens: how many tokens the embedded ones have, special ones out.
         notes: warnings for whoever reads the result.
+        reusable: whether the key will be found again; else what is stored goes when the process ends.
     """
 
     examples: Examples
@@ -57,6 +60,7 @@ class Embeddings:
     cached: int
     tokens: int
     notes: tuple[str, ...] = ()
+    reusable: bool = True
 
     @property
     def shelf(self) -> Shelf:
@@ -81,6 +85,9 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
         pooling: store.shelf(encoder.digest, pooling, encoder.hidden_size)
         for pooling in sorted({POOLING[one.task.level] for one in examples})
     }
+    reusable = bool(getattr(encoder, "reusable", True))
+    for shelf in () if reusable else shelves.values():
+        atexit.register(shutil.rmtree, shelf.folder, ignore_errors=True)
     wanted: dict[str, dict[bytes, str]] = {pooling: {} for pooling in shelves}
     for one in examples:
         for part in one.parts.values():
@@ -103,7 +110,7 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
             raise CacheError(f"store: '{store.root}' reads back damaged what was just written; check the disk")
     union = {key: text for texts in wanted.values() for key, text in texts.items()}
     counts = (len(done), len(union) - len(done), tokens)
-    return [_embeddings(one, vectors, indices, store, counts) for one in examples]
+    return [replace(_embeddings(one, vectors, indices, store, counts), reusable=reusable) for one in examples]
 
 
 def made_with(device: torch.device, precision: str, store: Store, examples: Sequence[Examples]) -> dict[str, Any]:

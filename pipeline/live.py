@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import encoder_class
-from pipeline.custom import Context, CustomEncoder, class_name, module_digest, no_layer
+from pipeline.custom import Context, CustomEncoder, class_name, module_digest, no_layer, own_digest
 from pipeline.encoders import Encoder, HuggingFaceEncoder, find_device
 from pipeline.errors import CheckpointError
 from pipeline.huggingface import check_architecture, describe, matching_prefix, quiet, rebuild
@@ -108,8 +108,9 @@ class LiveModel:
         if self._class is not None:
             return CustomEncoder.from_module(self._class, module, where, self.context, self.mode)
         if self._skeleton is None:
-            digest = f"{class_name(type(module))} {self.mode} {module_digest(module)}"
-            return CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe)
+            own, parts = type(module), map(type, module.modules())
+            digest = own_digest(own, [*parts], lambda: f"{self.mode} {module_digest(module)}")
+            return CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe, own)
         self._take_weights(module)
         return HuggingFaceEncoder(self._skeleton, self._tokenizer, str(where), precision, layer=layer)
 
