@@ -10,12 +10,24 @@ import glob
 import json
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.companions import (
+    at_fault,
+    check_config,
+    check_counts,
+    check_folder,
+    check_size,
+    checked_step,
+    malformed,
+    panics_as_errors,
+    trainer_step,
+)
 from pipeline.config import encoder_class
 from pipeline.custom import CustomEncoder, no_layer
 from pipeline.encoders import Encoder, HuggingFaceEncoder, find_device
@@ -32,7 +44,7 @@ from pipeline.huggingface import (
     rebuild,
 )
 
-STEP = re.compile(r"(?:^|[^a-z])(?:step|checkpoint|ckpt|iter|iteration)[=_-]?(\d+)(?!\.?\d)", re.IGNORECASE)
+STEP = re.compile(r"(?:^|[^a-z])(?:step|checkpoint|ckpt|iter|iteration)[=_-]?(\d{1,18})(?!\.?\d)", re.IGNORECASE)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -73,10 +85,13 @@ def step_of(ckpt: str, encoder: Encoder) -> int | None:
     """The training step of a checkpoint: as it says itself, as Hugging Face's trainer wrote it, or as its name says."""
     said = getattr(encoder, "step", None)
     if said is not None:
-        return int(said)
-    state = Path(ckpt).expanduser() / "trainer_state.json"
-    if state.is_file():
-        return int(json.loads(state.read_text())["global_step"])
+        try:
+            return checked_step(said, f"ckpt: '{ckpt}': global_step")
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+    written = trainer_step(Path(ckpt).expanduser())
+    if written is not None:
+        return written
     named = STEP.search(Path(ckpt).name)
     return int(named[1]) if named else None
 
@@ -133,7 +148,7 @@ def open_encoder(
         return CustomEncoder.from_checkpoint(own, _locate(ckpt), find_device(device))
     source = _locate(ckpt)
     try:
-        with quiet():
+        with quiet(), panics_as_errors():
             if source.endswith(".ckpt"):
                 model, tokenizer, said = _from_lightning(source, architecture, trust_pickle)
             else:
@@ -145,9 +160,11 @@ def open_encoder(
             remedy = "give a model folder, a .ckpt, a hub id or an MLflow URI"
             raise CheckpointError(f"ckpt: '{ckpt}' does not exist here or on the hub ({error}); {remedy}") from error
         # whatever a library raises on a broken checkpoint, the checkpoint is at fault
-        raise CheckpointError(f"ckpt: '{ckpt}' cannot be loaded: {type(error).__name__}: {error}") from error
-    check_architecture(infer_target, str(model.config.model_type), f"'{ckpt}'")  # type: ignore[union-attr]
-    encoder = HuggingFaceEncoder(model, tokenizer, device, precision, said.get("made_with"), layer)
+        found = malformed(Path(source)) or f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"ckpt: '{ckpt}' cannot be loaded: {found}") from error
+    with at_fault(f"ckpt: '{ckpt}'", Path(source)):
+        check_architecture(infer_target, str(model.config.model_type), f"'{ckpt}'")  # type: ignore[union-attr]
+        encoder = HuggingFaceEncoder(model, tokenizer, device, precision, said.get("made_with"), layer)
     encoder.step = said.get("global_step")
     return encoder
 
@@ -197,8 +214,10 @@ def _model_in(folder: Path, ckpt: str) -> str:
 def _from_folder(source: str) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig
 
+    held = check_folder(Path(source))
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     skeleton, options = class_for(config)
+    check_size(lambda: skeleton(deepcopy(config), **options), held, f"'{source}'")
     model, info = skeleton.from_pretrained(
         source,
         config=config,
@@ -226,12 +245,16 @@ def _from_lightning(source: str, architecture: str | None, trust_pickle: bool) -
     if description is None and architecture is None:
         remedy = "give the Hugging Face folder of its architecture and tokenizer with architecture=..."
         raise CheckpointError(f"ckpt: '{source}' does not say what model it holds; {remedy}")
+    weights = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    held = sum(value.nbytes for value in weights)
     if architecture is not None:
-        encoder, name = fresh(AutoConfig.from_pretrained(architecture, trust_remote_code=False))
+        check_config(Path(architecture), len(weights))
+        encoder, name = fresh(AutoConfig.from_pretrained(architecture, trust_remote_code=False), held, source)
         tokenizer, prefix = load_tokenizer(architecture), None
     else:
         assert description is not None
-        encoder, name, tokenizer = rebuild(description)
+        check_counts(json.loads(description["config"]), f"ckpt: '{source}'", len(weights))
+        encoder, name, tokenizer = rebuild(description, held, source)
         prefix = description["prefix"].replace("_orig_mod.", "")
     found = matching_prefix(encoder, name, state, prefix, source)
     encoder.load_state_dict({key: state[found + key] for key in encoder.state_dict()})

@@ -26,6 +26,7 @@ from pipeline.rows import Rows, Vectors
 from pipeline.shards import DamagedShardsError, Entry
 from pipeline.store import Shelf, Store, sequence_key
 from pipeline.tables import line_of
+from pipeline.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -190,14 +191,16 @@ def _check(
         chunk = keys[begin : begin + 1024]
         for key, (unknown, tokens) in zip(chunk, encoder.count_unknown([union[key] for key in chunk]), strict=True):
             if unknown == tokens:
-                raise _all_unknown(union[key], examples)
+                tokens_of = getattr(encoder, "tokens", None)
+                why = tokens_of.why_unknown(union[key]) if isinstance(tokens_of, Tokens) else ""
+                raise _all_unknown(union[key], examples, why)
             if key in aligned and tokens != len(union[key]):
                 raise CheckpointError(misaligned(union[key], tokens))
             counts[key] = unknown
     return counts
 
 
-def _all_unknown(text: str, examples: Sequence[Examples]) -> DataError:
+def _all_unknown(text: str, examples: Sequence[Examples], why: str) -> DataError:
     for one in examples:
         for name, part in one.parts.items():
             if text in part.sequences:
@@ -205,7 +208,9 @@ def _all_unknown(text: str, examples: Sequence[Examples]) -> DataError:
                 path = Path(one.task.dataset_path) / name / file
                 where = f"{path}:{line_of(path, int(row))}: column '{one.task.sequence_column}'"
                 shown = text if len(text) <= 60 else text[:57] + "..."
-                return DataError(f"{where}: expected a sequence with characters the encoder knows, found {shown!r}")
+                return DataError(
+                    f"{where}: expected a sequence with characters the encoder knows, found {shown!r}{why}"
+                )
     raise AssertionError("a sequence that stands in no task was embedded")
 
 

@@ -95,6 +95,8 @@ class HuggingFaceEncoder:
         self.device = find_device(device)
         self.precision = find_precision(precision, self.device)
         self.tokens = Tokens(tokenizer)
+        self._vocabulary: int | None = getattr(config, "vocab_size", None)
+        self._check_ids(self.tokens.before + self.tokens.after)
         self.model = model.to(self.device).eval()
         self.hidden_size: int = getattr(config, "hidden_size", None) or config.d_model
         self.max_seq_length = _limit(config, tokenizer, len(self.tokens.before + self.tokens.after))
@@ -153,9 +155,16 @@ class HuggingFaceEncoder:
         return states
 
     def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
-        """See `Encoder.count_unknown`."""
+        """See `Encoder.count_unknown`. Raises CheckpointError where the model has no such tokens."""
         ids = [self.tokens.ids(sequence) for sequence in sequences]
+        self._check_ids([int(row.max()) for row in ids if len(row)])
         return [(int((row == self.tokens.unknown).sum()), len(row)) for row in ids]
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
+            expected = f"expected ids below {self._vocabulary}, as the model has"
+            remedy = "take the tokenizer's files that were written with the model"
+            raise CheckpointError(f"ckpt: the tokenizer: {expected}, found {max(ids)}; {remedy}")
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":

@@ -7,12 +7,14 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.companions import check_size, malformed
 from pipeline.config import ARCHITECTURES
 from pipeline.errors import CheckpointError
 
@@ -33,20 +35,24 @@ def describe(model: nn.Module, tokenizer: Any, prefix: str) -> dict[str, Any]:
     return {"config": json.dumps(model.config.to_dict()), "tokenizer": files, "prefix": prefix}  # type: ignore[union-attr, operator]
 
 
-def rebuild(description: Mapping[str, Any]) -> tuple[nn.Module, str, Any]:
-    """The encoder that `describe` described, with random weights, its name within the model, and the tokenizer."""
+def rebuild(description: Mapping[str, Any], held: int | None = None, where: str = "") -> tuple[nn.Module, str, Any]:
+    """The encoder that `describe` described, with random weights, its name within the model, and the tokenizer.
+
+    `held` and `where` are those of `check_size`.
+    """
     from transformers import AutoConfig
 
     with tempfile.TemporaryDirectory() as folder:
         for name, content in description["tokenizer"].items():
             (Path(folder) / Path(name).name).write_bytes(bytes.fromhex(content))
         (Path(folder) / "config.json").write_text(description["config"], encoding="utf-8")
-        return *fresh(AutoConfig.from_pretrained(folder)), load_tokenizer(folder)
+        return *fresh(AutoConfig.from_pretrained(folder), held, where), load_tokenizer(folder)
 
 
-def fresh(config: Any) -> tuple[nn.Module, str]:
+def fresh(config: Any, held: int | None = None, where: str = "") -> tuple[nn.Module, str]:
     """An encoder of a configuration with random weights, float32, and its name within the model."""
     skeleton, options = class_for(config)
+    check_size(lambda: skeleton(deepcopy(config), **options), held, f"'{where}'")
     with torch.random.fork_rng(devices=[]):
         encoder, name = encoder_of(skeleton(config, **options))
     return encoder.float(), name
@@ -89,7 +95,8 @@ def load_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(f"ckpt: the tokenizer in '{folder}' cannot be loaded: {error}") from error
+        found = malformed(Path(folder)) or str(error)
+        raise CheckpointError(f"ckpt: the tokenizer in '{folder}' cannot be loaded: {found}") from error
 
 
 def matching_prefix(encoder: nn.Module, name: str, state: Mapping[str, Tensor], prefix: str | None, source: str) -> str:
