@@ -32,8 +32,8 @@ JSON_FILES = (
     "pytorch_model.bin.index.json",
 )
 MOST_STEPS = 2**63 - 1  # of the trackers
-# Names of settings that count parts of a model, and how many parts that takes for granted.
-COUNTS = re.compile(r"(layers?|blocks?|heads|groups|experts|labels)$")
+# Names of settings that count parts of a model, not such as `vision_feature_layer: -2`; and more than any model has.
+COUNTS = re.compile(r"(layers|\bn_layer|blocks|heads|groups|experts|labels)$")
 MOST_PARTS = 100_000
 # A model has more weights than its file where some are shared, or left out, such as a decoder's.
 SLACK = 2  # for each byte
@@ -135,7 +135,7 @@ def check_counts(config: Any, where: str, tensors: int | None) -> None:
     for key, value in config.items() if isinstance(config, Mapping) else ():
         counted = COUNTS.search(str(key))
         if counted and isinstance(value, (int, float)):
-            stacked = counted[1].startswith(("layer", "block"))
+            stacked = "layer" in counted[1] or counted[1] == "blocks"
             most = max(tensors, 100) if stacked and tensors is not None else MOST_PARTS
             if not 0 <= value <= most:
                 beside = f", and weights of {tensors} tensors" if most != MOST_PARTS else ""
