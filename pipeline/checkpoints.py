@@ -7,11 +7,11 @@ fills them in at random would have us measure noise.
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.companions import at_fault, checked_step, malformed, panics_as_errors, trainer_step
 from pipeline.config import encoder_class, import_class
 from pipeline.custom import CustomEncoder, no_layer
 from pipeline.encoders import Encoder, HuggingFaceEncoder, find_device
@@ -20,7 +20,7 @@ from pipeline.formats import Stored, open_stored
 from pipeline.huggingface import check_architecture, quiet
 from pipeline.live import LiveModel
 
-STEP = re.compile(r"(?:^|[^a-z])(?:step|checkpoint|ckpt|iter|iteration)[=_-]?(\d+)(?!\.?\d)", re.IGNORECASE)
+STEP = re.compile(r"(?:^|[^a-z])(?:step|checkpoint|ckpt|iter|iteration)[=_-]?(\d{1,18})(?!\.?\d)", re.IGNORECASE)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -61,10 +61,13 @@ def step_of(ckpt: str, encoder: Encoder) -> int | None:
     """The training step of a checkpoint: as it says itself, as Hugging Face's trainer wrote it, or as its name says."""
     said = getattr(encoder, "step", None)
     if said is not None:
-        return int(said)
-    state = Path(ckpt).expanduser() / "trainer_state.json"
-    if state.is_file():
-        return int(json.loads(state.read_text())["global_step"])
+        try:
+            return checked_step(said, f"ckpt: '{ckpt}': global_step")
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+    written = trainer_step(Path(ckpt).expanduser())
+    if written is not None:
+        return written
     named = STEP.search(Path(ckpt).name)
     return int(named[1]) if named else None
 
@@ -130,7 +133,7 @@ def open_encoder(
     source = _locate(ckpt)
     encoder: HuggingFaceEncoder | CustomEncoder
     try:
-        with quiet():
+        with quiet(), panics_as_errors():
             stored = open_stored(source, architecture, trust_pickle, factory)
             if factory is not None:
                 encoder = _encoder_of_module(stored, infer_target, device, precision, layer)
@@ -141,10 +144,12 @@ def open_encoder(
             remedy = "give a model folder, a .ckpt, a hub id or an MLflow URI"
             raise CheckpointError(f"ckpt: '{ckpt}' does not exist here or on the hub ({error}); {remedy}") from error
         # whatever a library raises on a broken checkpoint, the checkpoint is at fault
-        raise CheckpointError(f"ckpt: '{ckpt}' cannot be loaded: {type(error).__name__}: {error}") from error
+        found = malformed(Path(source)) or f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"ckpt: '{ckpt}' cannot be loaded: {found}") from error
     if factory is None:
-        check_architecture(infer_target, str(stored.model.config.model_type), f"'{ckpt}'")  # type: ignore[union-attr]
-        encoder = HuggingFaceEncoder(stored.model, stored.tokenizer, device, precision, layer=layer)
+        with at_fault(f"ckpt: '{ckpt}'", Path(source)):
+            check_architecture(infer_target, str(stored.model.config.model_type), f"'{ckpt}'")  # type: ignore[union-attr]
+            encoder = HuggingFaceEncoder(stored.model, stored.tokenizer, device, precision, layer=layer)
     encoder.made_with, encoder.step = stored.made_with, stored.step
     return encoder
 

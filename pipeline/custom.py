@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.encoders import weights_digest
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.source import code_digest, no_reuse
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -21,12 +24,26 @@ class CustomEncoder:
     """An `Encoder` around an object that has `hidden_states(sequences)`, and may have the rest of the protocol.
 
     Missing attributes are filled in: no limit of length, no unknown tokens, the hidden size found by embedding `probe`.
+    A `digest` that the object works out, as in `Encoder`, is taken as it is. One that is a string of the class cannot
+    know of weights: it stands for the code alone; see `code_digest`.
+
+    Attributes:
+        reusable: whether what is computed has a key; else nothing of it is used again.
+        notes: what to tell the user.
     """
 
     def __init__(
-        self, inner: Any, digest: str, device: torch.device, context: Context = nullcontext, probe: str | None = None
+        self,
+        inner: Any,
+        digest: str | None,
+        device: torch.device,
+        context: Context = nullcontext,
+        probe: str | None = None,
+        owner: Any = None,
     ) -> None:
         """Wraps `inner`, whose `hidden_states` is called within `context`.
+
+        `digest` is None where there can be none; `owner` is the class that the user wrote, by default that of `inner`.
 
         Raises:
             CheckpointError: `inner` has no `hidden_states`, or no `hidden_size` and there is no `probe`.
@@ -39,7 +56,10 @@ class CustomEncoder:
         self.made_with: Mapping[str, Any] = {}
         self.step: int | None = None  # of the training, where the checkpoint says it
         self.max_seq_length: int | None = getattr(inner, "max_seq_length", None)
-        self.digest = str(getattr(inner, "digest", digest))
+        digest = _given_digest(inner) or digest
+        self.reusable = digest is not None
+        self.digest = digest or f"no digest {uuid4().hex}"
+        self.notes = () if self.reusable else (no_reuse(owner or type(inner), "embeddings are made"),)
         self.device = torch.device(getattr(inner, "device", device))
         size = getattr(inner, "hidden_size", None)
         self.hidden_size = int(size) if size is not None else self._found_size(probe or "")
@@ -54,7 +74,7 @@ class CustomEncoder:
             inner = encoder_class.from_checkpoint(source)
         except Exception as error:  # the user's code may raise anything; it is about this checkpoint
             raise CheckpointError(f"ckpt: {name} cannot open '{source}': {type(error).__name__}: {error}") from error
-        return cls(inner, f"{name} {_bytes_digest(Path(source))}", device)
+        return cls(inner, own_digest(encoder_class, [type(inner)], lambda: _bytes_digest(Path(source))), device)
 
     @classmethod
     def from_module(
@@ -69,7 +89,10 @@ class CustomEncoder:
         except Exception as error:
             found = f"{type(module).__name__}: {type(error).__name__}: {error}"
             raise CheckpointError(f"infer_target: {name}.from_module cannot take the module {found}") from error
-        return cls(inner, f"{name} {mode} {module_digest(module)}", device, context)
+        classes = [type(inner), *map(type, module.modules())]
+        return cls(
+            inner, own_digest(encoder_class, classes, lambda: f"{mode} {module_digest(module)}"), device, context
+        )
 
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """See `Encoder.hidden_states`. Raises CheckpointError where the class returns something else."""
@@ -107,6 +130,12 @@ def no_layer(layer: int | None, source: str) -> None:
         raise ConfigError(f"layer: {source} gives the hidden states itself; choose the layer there, and set layer=null")
 
 
+def own_digest(owner: Any, others: Sequence[Any], weights: Callable[[], str]) -> str | None:
+    """The digest of a user's own encoder: its code and its weights. None where its code cannot be known."""
+    code = code_digest(owner, *others)
+    return None if code is None else f"{class_name(owner)} {code} {weights()}"
+
+
 def class_name(encoder_class: Any) -> str:
     """Module and name of a class, for digests and messages."""
     return f"{encoder_class.__module__}.{getattr(encoder_class, '__qualname__', encoder_class)}"
@@ -116,6 +145,15 @@ def module_digest(module: nn.Module) -> str:
     """A digest of all weights and buffers in a module's `state_dict`."""
     tensors = [(name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor)]
     return weights_digest(tensors)
+
+
+def _given_digest(inner: Any) -> str | None:
+    """The digest that an object works out for itself, from its weights too."""
+    of_class = isinstance(inspect.getattr_static(type(inner), "digest", None), str)
+    if of_class and "digest" not in getattr(inner, "__dict__", {}):
+        return None
+    given = getattr(inner, "digest", None)
+    return None if given is None else str(given)
 
 
 def _bytes_digest(source: Path) -> str:

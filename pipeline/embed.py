@@ -6,10 +6,12 @@ parts it stands in.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from pipeline.rows import Rows, Vectors
 from pipeline.shards import DamagedShardsError, Entry
 from pipeline.store import Shelf, Store, sequence_key
 from pipeline.tables import line_of
+from pipeline.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ class Embeddings:
         cached: how many were there already.
         tokens: how many tokens the embedded ones have, special ones out.
         notes: warnings for whoever reads the result.
+        reusable: whether the key will be found again; else what is stored goes when the process ends.
     """
 
     examples: Examples
@@ -57,6 +61,7 @@ class Embeddings:
     cached: int
     tokens: int
     notes: tuple[str, ...] = ()
+    reusable: bool = True
 
     @property
     def shelf(self) -> Shelf:
@@ -81,6 +86,9 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
         pooling: store.shelf(encoder.digest, pooling, encoder.hidden_size)
         for pooling in sorted({POOLING[one.task.level] for one in examples})
     }
+    reusable = bool(getattr(encoder, "reusable", True))
+    for shelf in () if reusable else shelves.values():
+        atexit.register(shutil.rmtree, shelf.folder, ignore_errors=True)
     wanted: dict[str, dict[bytes, str]] = {pooling: {} for pooling in shelves}
     for one in examples:
         for part in one.parts.values():
@@ -103,7 +111,7 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
             raise CacheError(f"store: '{store.root}' reads back damaged what was just written; check the disk")
     union = {key: text for texts in wanted.values() for key, text in texts.items()}
     counts = (len(done), len(union) - len(done), tokens)
-    return [_embeddings(one, vectors, indices, store, counts) for one in examples]
+    return [replace(_embeddings(one, vectors, indices, store, counts), reusable=reusable) for one in examples]
 
 
 def made_with(device: torch.device, precision: str, store: Store, examples: Sequence[Examples]) -> dict[str, Any]:
@@ -183,14 +191,16 @@ def _check(
         chunk = keys[begin : begin + 1024]
         for key, (unknown, tokens) in zip(chunk, encoder.count_unknown([union[key] for key in chunk]), strict=True):
             if unknown == tokens:
-                raise _all_unknown(union[key], examples)
+                tokens_of = getattr(encoder, "tokens", None)
+                why = tokens_of.why_unknown(union[key]) if isinstance(tokens_of, Tokens) else ""
+                raise _all_unknown(union[key], examples, why)
             if key in aligned and tokens != len(union[key]):
                 raise CheckpointError(misaligned(union[key], tokens))
             counts[key] = unknown
     return counts
 
 
-def _all_unknown(text: str, examples: Sequence[Examples]) -> DataError:
+def _all_unknown(text: str, examples: Sequence[Examples], why: str) -> DataError:
     for one in examples:
         for name, part in one.parts.items():
             if text in part.sequences:
@@ -198,7 +208,9 @@ def _all_unknown(text: str, examples: Sequence[Examples]) -> DataError:
                 path = Path(one.task.dataset_path) / name / file
                 where = f"{path}:{line_of(path, int(row))}: column '{one.task.sequence_column}'"
                 shown = text if len(text) <= 60 else text[:57] + "..."
-                return DataError(f"{where}: expected a sequence with characters the encoder knows, found {shown!r}")
+                return DataError(
+                    f"{where}: expected a sequence with characters the encoder knows, found {shown!r}{why}"
+                )
     raise AssertionError("a sequence that stands in no task was embedded")
 
 

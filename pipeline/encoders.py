@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Protocol
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch.func import functional_call
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.packing import Packing
+from pipeline.source import LIBRARIES, code_digest, no_reuse
 from pipeline.tokens import Tokens
 from pipeline.weights import weights_of
 
@@ -99,6 +101,8 @@ class HuggingFaceEncoder:
         self.device = next(model.parameters()).device if as_is else find_device(device)
         self.precision = find_precision(precision, self.device)
         self.tokens = Tokens(tokenizer)
+        self._vocabulary: int | None = getattr(config, "vocab_size", None)
+        self._check_ids(self.tokens.before + self.tokens.after)
         if not as_is:
             if self.layer is not None:
                 _shorten(model, self.layer, config)
@@ -115,8 +119,18 @@ class HuggingFaceEncoder:
         """See `Encoder`. Worked out when it is first asked for: all weights are read."""
         how = self.precision if self.layer is None else f"{self.precision} layer {self.layer}"
         if self.as_is:
-            how += f" {type(self.model).__module__}.{type(self.model).__qualname__}"
+            how += f" {_code_of(self.model) or uuid4().hex}"
         return _digest(self.model, {**weights_of(self.model), **self._copies}, self.tokens, how)
+
+    @property
+    def reusable(self) -> bool:
+        """Whether embeddings may be reused: the code that makes them is in the digest."""
+        return not self.as_is or _code_of(self.model) is not None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for whoever reads the result."""
+        return () if self.reusable else (no_reuse(type(self.model), "embeddings are made"),)
 
     @torch.no_grad()  # no inference mode: what a module in training keeps of a forward pass must be of use to it
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
@@ -178,9 +192,16 @@ class HuggingFaceEncoder:
             return int(self._padded([row]).shape[-1])
 
     def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
-        """See `Encoder.count_unknown`."""
+        """See `Encoder.count_unknown`. Raises CheckpointError where the model has no such tokens."""
         ids = [self.tokens.ids(sequence) for sequence in sequences]
+        self._check_ids([int(row.max()) for row in ids if len(row)])
         return [(int((row == self.tokens.unknown).sum()), len(row)) for row in ids]
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
+            expected = f"expected ids below {self._vocabulary}, as the model has"
+            remedy = "take the tokenizer's files that were written with the model"
+            raise CheckpointError(f"ckpt: the tokenizer: {expected}, found {max(ids)}; {remedy}")
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":
@@ -257,6 +278,13 @@ def _float_copies(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: one.detach().float() for name, one in values if one.is_floating_point() and one.dtype != torch.float32
     }
+
+
+def _code_of(model: nn.Module) -> str | None:
+    """A digest of the code of the classes in a model that are no library's; None where it cannot be known."""
+    own = [kind for kind in map(type, model.modules()) if kind.__module__.partition(".")[0] not in LIBRARIES]
+    patched = any("forward" in vars(one) for one in model.modules())
+    return None if patched or not own else code_digest(own[0], *own[1:])
 
 
 def _digest(model: nn.Module, state: Mapping[str, Tensor], tokens: Tokens, precision: str) -> str:

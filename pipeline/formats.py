@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.companions import check_config, check_counts, check_folder, check_size
 from pipeline.custom import class_name
 from pipeline.errors import CheckpointError
 from pipeline.huggingface import (
@@ -73,10 +76,12 @@ def open_stored(source: str, architecture: str | None, trust_pickle: bool, facto
 def _from_folder(source: str, factory: Any) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig
 
+    held = check_folder(Path(source))
     if factory is None:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         skeleton, options = class_for(config)
-        options["config"] = config
+        check_size(lambda: skeleton(deepcopy(config), **options), held, f"'{source}'")
+        options = {**options, "config": config}
     else:
         skeleton, options = factory, {}
         if not hasattr(factory, "from_pretrained"):
@@ -119,8 +124,11 @@ def _from_lightning(
     from transformers import AutoConfig
 
     state = _state_in(stored)
+    weights = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    held = sum(value.nbytes for value in weights)
     if architecture is not None:
-        encoder, name = fresh(AutoConfig.from_pretrained(architecture, trust_remote_code=False))
+        check_config(Path(architecture), len(weights))
+        encoder, name = fresh(AutoConfig.from_pretrained(architecture, trust_remote_code=False), held, source)
         tokenizer, prefix = load_tokenizer(architecture), None
     elif "class" in description:
         own = description["class"]
@@ -129,7 +137,8 @@ def _from_lightning(
             f"with model_factory={own}"
         )
     elif description:
-        encoder, name, tokenizer = rebuild(description)
+        check_counts(json.loads(description["config"]), f"ckpt: '{source}'", len(weights))
+        encoder, name, tokenizer = rebuild(description, held, source)
         prefix = description["prefix"].replace("_orig_mod.", "")
     else:
         remedy = "give the Hugging Face folder of its architecture and tokenizer with architecture=..."

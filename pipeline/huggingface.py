@@ -7,12 +7,14 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.companions import check_size, malformed
 from pipeline.config import ARCHITECTURES
 from pipeline.errors import CheckpointError
 from pipeline.tokens import SMILES_TOKEN, Tokens
@@ -49,14 +51,17 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, str]:
         return {path.name: path.read_bytes().hex() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 
-def rebuild(description: Mapping[str, Any]) -> tuple[nn.Module, str, Any]:
-    """The encoder that `describe` described, with random weights, its name within the model, and the tokenizer."""
+def rebuild(description: Mapping[str, Any], held: int | None = None, where: str = "") -> tuple[nn.Module, str, Any]:
+    """The encoder that `describe` described, with random weights, its name within the model, and the tokenizer.
+
+    `held` and `where` are those of `check_size`.
+    """
     from transformers import AutoConfig
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(description["config"], encoding="utf-8")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return *fresh(config), described_tokenizer(description)
+    return *fresh(config, held, where), described_tokenizer(description)
 
 
 def described_tokenizer(description: Mapping[str, Any]) -> Any:
@@ -71,9 +76,10 @@ def described_tokenizer(description: Mapping[str, Any]) -> Any:
         return load_tokenizer(folder)
 
 
-def fresh(config: Any) -> tuple[nn.Module, str]:
+def fresh(config: Any, held: int | None = None, where: str = "") -> tuple[nn.Module, str]:
     """An encoder of a configuration with random weights, float32, and its name within the model."""
     skeleton, options = class_for(config)
+    check_size(lambda: skeleton(deepcopy(config), **options), held, f"'{where}'")
     with torch.random.fork_rng(devices=[]):
         encoder, name = encoder_of(skeleton(config, **options))
     return encoder.float(), name
@@ -116,7 +122,8 @@ def load_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(f"ckpt: the tokenizer in '{folder}' cannot be loaded: {error}") from error
+        found = malformed(Path(folder)) or str(error)
+        raise CheckpointError(f"ckpt: the tokenizer in '{folder}' cannot be loaded: {found}") from error
 
 
 def portable(tokenizer: Any) -> Any:

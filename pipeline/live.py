@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import encoder_class
-from pipeline.custom import Context, CustomEncoder, class_name, module_digest, no_layer
+from pipeline.custom import Context, CustomEncoder, class_name, module_digest, no_layer, own_digest
 from pipeline.encoders import REMEDY, HuggingFaceEncoder, find_device, limit_of
 from pipeline.errors import CheckpointError
 from pipeline.huggingface import check_architecture, describe, encoder_of, is_of_transformers, quiet, rebuild
@@ -111,8 +111,9 @@ class LiveModel:
         if self._class is not None:
             return CustomEncoder.from_module(self._class, module, where, self.context, self.mode)
         if self._own_method:
-            digest = f"{class_name(type(module))} {self.mode} {module_digest(module)}"
-            return CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe)
+            own, parts = type(module), map(type, module.modules())
+            digest = own_digest(own, [*parts], lambda: f"{self.mode} {module_digest(module)}")
+            return CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe, own)
         if self._skeleton is None:
             model = encoder_of(_only_model(module)[1])[0]
             return HuggingFaceEncoder(model, self._tokenizer, precision=precision, layer=layer, as_is=True)

@@ -12,11 +12,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.companions import panics_as_errors
 from pipeline.errors import CheckpointError
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
@@ -69,6 +71,15 @@ class Tokens:
         special = set(self.tokenizer.all_special_ids)
         return [one for one in sorted(self.tokenizer.get_vocab().values()) if one not in special][:most]
 
+    def why_unknown(self, text: str) -> str:
+        """What to do about a text of unknown tokens alone, where its characters are in the vocabulary as they are."""
+        if not self._lowers() or not set(text) & set(self.tokenizer.get_vocab()):
+            return ""
+        file = Path(str(self.tokenizer.name_or_path)) / "tokenizer_config.json"
+        setting = 'set "do_lower_case": false in' if file.is_file() else 'write {"do_lower_case": false} to'
+        place = f"'{file}'" if file.parent.is_dir() else "tokenizer_config.json beside the vocabulary"
+        return f"; the tokenizer lower-cases sequences and the vocabulary has capitals: {setting} {place}"
+
     def digest(self) -> str:
         """A digest of the vocabulary and of how sequences are split; the same in every version of the library."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -78,6 +89,13 @@ class Tokens:
         single = [self._native(chr(code)) for code in range(33, 127)]  # what rules make of each printable character
         what = [self.splitting, self.before, self.after, self.unknown, vocabulary, rules, single]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def _lowers(self) -> bool:
+        """Whether the tokenizer lower-cases what it is given."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return bool(getattr(self.tokenizer, "do_lower_case", False))
+        return backend.normalizer is not None and bool(backend.normalizer.normalize_str("A") == "a")
 
     def _choose(self) -> tuple[str, Callable[[str], Sequence[str]] | None]:
         """The first way of splitting in which the words looked up singly give what the tokenizer itself gives."""
@@ -97,16 +115,25 @@ class Tokens:
 
     def _template(self) -> tuple[list[int], list[int]]:
         probe = SMILES if self.splitting in ("smiles", "tokenizer") else RESIDUES
-        inner = self._native(probe)
-        whole = list(self.tokenizer(probe)["input_ids"])
+        inner, whole = self._native(probe), self._native(probe, special=True)
         for start in range(len(whole) - len(inner) + 1):
             if whole[start : start + len(inner)] == inner:
                 return whole[:start], whole[start + len(inner) :]
         name = type(self.tokenizer).__name__
         raise CheckpointError(f"tokenizer {name}: expected special tokens around the sequence, found them within it")
 
-    def _native(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _native(self, text: str, special: bool = False) -> list[int]:
+        """The ids that the tokenizer itself gives. Raises CheckpointError where it fails, as a broken one does."""
+        try:
+            with panics_as_errors():
+                ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        except Exception as error:  # whatever a library raises on a broken tokenizer, the tokenizer is at fault
+            name = type(self.tokenizer).__name__
+            found = f"{text[:60]!r} cannot be made tokens ({error}); are its files whole?"
+            raise CheckpointError(f"ckpt: tokenizer {name}: {found}") from error
+        if None in ids:
+            raise CheckpointError(f"ckpt: tokenizer: {text[:60]!r} is not in the vocabulary, nor is an unknown token")
+        return list(ids)
 
     def _known(self, word: str) -> int:
         """The id of a word, looked up once."""

@@ -6,12 +6,11 @@ Every fit starts from a fresh head with its own seeds, so a score is a function 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from pipeline.errors import CacheError
 from pipeline.fit import Losses, fit, groups
 from pipeline.heads import MLP, ConvNet, Head
 from pipeline.load import Target
+from pipeline.source import code_digest, no_reuse
 from pipeline.store import FORMAT, Store
 
 # The settings of a task that a fit depends on, beside the data.
@@ -50,12 +50,14 @@ class FittedHead:
         losses: mean training loss of each epoch.
         held_losses: with `patience`, the loss on the held-out part after each epoch.
         reused: whether it was read from the store: same embeddings, labels, settings, device, threads and torch.
+        notes: warnings for whoever reads the result.
     """
 
     head: Head
     losses: list[float]
     held_losses: list[float]
     reused: bool
+    notes: tuple[str, ...] = ()
 
 
 def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> FittedHead:
@@ -95,12 +97,11 @@ def _fresh(embeddings: Embeddings, device: torch.device) -> Head:
 def _train(
     heads: Sequence[Head], embeddings: Sequence[Embeddings], store: Store, device: torch.device
 ) -> list[FittedHead]:
-    keys = [_key(one, device) for one in embeddings]
-    if len(keys) > 1:  # what is trained at once agrees to rounding alone with what is trained by itself
-        keys = [hashlib.sha256(f"{key} of {sorted(keys)}".encode()).hexdigest()[:32] for key in keys]
-    paths = [store.root.expanduser() / "heads" / f"{key}.safetensors" for key in keys]
-    known = [_restore(head, path) for head, path in zip(heads, paths, strict=True)]
-    if all(losses is not None for losses in known):
+    codes = [_code(one.examples.task) for one in embeddings]
+    kept = None not in codes and all(one.reusable for one in embeddings)
+    paths = _paths(embeddings, codes, store, device) if kept else []
+    known = [_restore(head, path) for head, path in zip(heads, paths, strict=kept)]
+    if kept and all(losses is not None for losses in known):
         return [FittedHead(h.eval(), *losses, reused=True) for h, losses in zip(heads, known, strict=True) if losses]
     seed = embeddings[0].examples.task.random_seed
     if len(heads) > 1:  # some may have been restored
@@ -108,9 +109,23 @@ def _train(
             head.reset(one.examples.task.random_seed)
     torch.manual_seed(seed)  # for what a user's own head draws
     found = fit(heads, embeddings, device)
-    for head, losses, path in zip(heads, found, paths, strict=True):
+    for head, losses, path in zip(heads, found, paths, strict=kept):
         _keep(head, losses, path)
-    return [FittedHead(head.eval(), *losses, reused=False) for head, losses in zip(heads, found, strict=True)]
+    fitted = [FittedHead(head.eval(), *losses, reused=False) for head, losses in zip(heads, found, strict=True)]
+    return [
+        one if code is not None else replace(one, notes=(no_reuse(type(one.head), "heads are trained"),))
+        for one, code in zip(fitted, codes, strict=True)
+    ]
+
+
+def _paths(
+    embeddings: Sequence[Embeddings], codes: Sequence[str | None], store: Store, device: torch.device
+) -> list[Path]:
+    """Where heads that are trained at once are kept."""
+    keys = [_key(one, code, device) for one, code in zip(embeddings, codes, strict=True)]
+    if len(keys) > 1:  # what is trained at once agrees to rounding alone with what is trained by itself
+        keys = [hashlib.sha256(f"{key} of {sorted(keys)}".encode()).hexdigest()[:32] for key in keys]
+    return [store.root.expanduser() / "heads" / f"{key}.safetensors" for key in keys]
 
 
 def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...], device: torch.device) -> Head:
@@ -139,7 +154,12 @@ def _isolated(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _key(embeddings: Embeddings, device: torch.device) -> str:
+def _code(task: Task) -> str | None:
+    """The digest of a user's own head's code; empty where the head is none, None where the code cannot be known."""
+    return code_digest(import_class(task.head, "class", LEVELS)) if task.head else ""
+
+
+def _key(embeddings: Embeddings, code: str | None, device: torch.device) -> str:
     """Changes with anything that a fit depends on."""
     task, examples = embeddings.examples.task, embeddings.examples
     what: dict[str, Any] = {
@@ -149,7 +169,7 @@ def _key(embeddings: Embeddings, device: torch.device) -> str:
         "val": examples.val.digest if examples.val else None,
         "targets": [(target.outputs, target.classes is None, target.weights) for target in examples.targets],
         "fit": [getattr(task, name) for name in FIT_SETTINGS],
-        "head": task.head and inspect.getsource(import_class(task.head, "class", LEVELS)),
+        "head": task.head and [task.head, code],
         "machine": [device.type, torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.__version__],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -154,6 +154,8 @@ def _embed(examples: list[Examples], encoder: Encoder, store: Store, tracker: Tr
         for one in embeddings:
             for note in one.notes:
                 _note(step, one.examples.task.task_name, note)
+        for note in getattr(encoder, "notes", ()):
+            _note(step, "encoder", note)
         here = made_with(encoder.device, precision_of(encoder), store, examples)
         for note in differences(getattr(encoder, "made_with", {}), here):
             _note(step, "checkpoint", note)
@@ -174,6 +176,8 @@ def _fit_and_score(
         step.metrics({"reused": float(fitted.reused)})
         state = "taken from the store" if fitted.reused else "trained"
         logger.info("train_head  %s: %s, %d epochs", name, state, len(fitted.losses))
+        for note in fitted.notes:
+            _note(step, name, note)
     if last < STAGES.index("score"):
         return []
     with _stage(tracker, f"score{suffix}") as step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -17,8 +18,10 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, EsmForMaskedLM
 
 from pipeline.__main__ import main
+from pipeline.huggingface import DESCRIPTION, describe
 from tests.conftest import ROOT, write_csv
 
 Change = Callable[[Path], object]
@@ -334,6 +337,134 @@ def test_bad_weights(name: str, change: Change, expected: str, job: Job, refused
     change(folder / name)
     job.ckpt = str(folder / name if name.endswith(".ckpt") else folder)
     refused("ckpt", "ckpt: ", expected.replace("{ckpt}", job.ckpt))
+
+
+def write(content: str | bytes) -> Change:
+    return lambda path: path.write_bytes(content if isinstance(content, bytes) else content.encode("latin-1"))
+
+
+STEPS: list[tuple[str | bytes, str]] = [
+    ("", "expected a JSON object, found no JSON"),
+    ("{", "expected a JSON object, found no JSON"),
+    (b"\xff\xfe\x00", "expected a JSON object, found no JSON"),
+    (100_000 * "[", "expected a JSON object, found no JSON"),
+    ("[]", "expected a JSON object, found []"),
+    ("null", "expected a JSON object, found null"),
+    ("{}", "global_step: expected a whole number from 0 on, found None"),
+    ('{"global_step": "many"}', "global_step: expected a whole number from 0 on, found 'many'"),
+    ('{"global_step": [3]}', "global_step: expected a whole number from 0 on, found [3]"),
+    ('{"global_step": 1.5}', "global_step: expected a whole number from 0 on, found 1.5"),
+    ('{"global_step": 1e999}', "global_step: expected a whole number from 0 on, found inf"),
+    ('{"global_step": true}', "global_step: expected a whole number from 0 on, found True"),
+    ('{"global_step": -3}', "global_step: expected a whole number from 0 on, found -3"),
+    (f'{{"global_step": 1{30 * "0"}}}', "global_step: expected a whole number from 0 on, found 1000"),
+]
+
+
+@pytest.mark.parametrize(("content", "expected"), STEPS)
+def test_a_trainer_state_without_a_step(content: str | bytes, expected: str, job: Job, refused: Refused) -> None:
+    """The trainer writes it last: where it is broken the weights may be too, and the step on the curve is unknown."""
+    path = job.weights() / "trainer_state.json"
+    write(content)(path)
+    refused("ckpt", f"ckpt: '{path}'", expected, "; take another checkpoint, or delete the file")
+
+
+def setting(**values: Any) -> Change:
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def regular_expression(path: Path) -> None:
+    """One that takes more steps than the library allows on twenty letters."""
+    content = json.loads(path.read_text())
+    content["pre_tokenizer"]["pattern"] = {"Regex": r"((.|.)+)+[^\x00-\xff]"}
+    path.write_text(json.dumps(content))
+
+
+MALFORMED: list[tuple[str, str, Change, tuple[str, ...]]] = [
+    *[
+        (kind, name, write(content), (f"{name}': expected a JSON object, found ",))
+        for kind, name in (("esm", "config.json"), ("esm", "tokenizer_config.json"), ("smiles_bart", "tokenizer.json"))
+        for content in ("", "[]", "null", b"\xff\xfe\x00", '{"a": ')
+    ],
+    ("smiles_bart", "special_tokens_map.json", write("[]"), ("special_tokens_map.json': expected a JSON object",)),
+    ("smiles_bart", "tokenizer.json", regular_expression, ("tokenizer ", "cannot be made tokens (Onig: Regex search")),
+    ("esm", "config.json", write("{}"), ("model_type",)),
+    *[
+        ("esm", "config.json", setting(**{key: value}), (key, f"found {value}", "written with the model"))
+        for key, value in (("num_hidden_layers", 10**9), ("num_hidden_layers", -1), ("num_labels", 10**9))
+    ],
+    ("prott5", "config.json", setting(num_layers=10**9), ("num_layers: expected 0 to 100, found 1000000000",)),
+    ("smiles_bart", "config.json", setting(decoder_layers=10**9), ("decoder_layers: expected 0 to 100",)),
+    *[
+        (
+            "esm",
+            "config.json",
+            setting(**{key: value}),
+            ("the configuration describes a model of more than", str(value)),
+        )
+        for key in ("hidden_size", "intermediate_size", "vocab_size")
+        for value in (10**6, 10**12)
+    ],
+    ("esm", "config.json", setting(max_position_embeddings=10**10), ("'position_ids' of shape (1, 10000000000)",)),
+    ("esm", "config.json", setting(vocab_size=-1), ("cannot be loaded",)),
+    ("esm", "config.json", setting(hidden_size="wide"), ("cannot be loaded",)),
+    ("esm", "tokenizer_config.json", setting(model_max_length="far"), ("cannot be made tokens",)),
+    ("esm", "vocab.txt", write(""), ("tokenizer EsmTokenizer: 'A' cannot be made tokens",)),
+    ("esm", "vocab.txt", write(b"\xff\xfe\x00"), ("the tokenizer in '{ckpt}' cannot be loaded",)),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "change", "expected"), MALFORMED)
+def test_a_malformed_file_beside_the_weights(
+    kind: str, name: str, change: Change, expected: tuple[str, ...], job: Job, refused: Refused
+) -> None:
+    change(job.weights(kind) / name)
+    refused("ckpt", "ckpt: ", *[text.replace("{ckpt}", job.ckpt) for text in expected])
+
+
+def test_a_vocabulary_twice(job: Job, refused: Refused) -> None:
+    path = job.weights() / "vocab.txt"
+    path.write_text(2 * (path.read_text() + "\n"))
+    refused("embed", "ckpt: the tokenizer: expected ids below 33, as the model has, found ")
+
+
+def described(folder: Path, step: Any = 7, **config: Any) -> Path:
+    """A `.ckpt` that describes itself, with changes."""
+    model = EsmForMaskedLM.from_pretrained(folder)
+    description = describe(model, AutoTokenizer.from_pretrained(folder), "")
+    description["config"] = json.dumps({**json.loads(description["config"]), **config})
+    content = {"state_dict": model.state_dict(), "global_step": step, DESCRIPTION: description}
+    torch.save(content, folder / "epoch=3.ckpt")
+    return folder / "epoch=3.ckpt"
+
+
+DESCRIBED: list[tuple[dict[str, Any], str]] = [
+    ({"num_hidden_layers": 10**9}, "'{ckpt}': num_hidden_layers: expected 0 to 100, found 1000000000"),
+    ({"hidden_size": 10**6}, "'{ckpt}': the configuration describes a model of more than"),
+    ({"step": "many"}, "'{ckpt}': global_step: expected a whole number from 0 on, found 'many'"),
+    ({"step": 10**30}, "'{ckpt}': global_step: expected a whole number from 0 on, found 1000"),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), DESCRIBED)
+def test_a_ckpt_that_describes_what_it_is_not(
+    changes: dict[str, Any], expected: str, job: Job, refused: Refused
+) -> None:
+    job.ckpt = str(described(job.weights(), **changes))
+    refused("ckpt", "ckpt: ", expected.replace("{ckpt}", job.ckpt))
+
+
+def test_a_tokenizer_that_lower_cases(job: Job, refused: Refused) -> None:
+    """transformers' default for a BERT; the job works when that is done which the message says."""
+    folder = job.weights("protbert")
+    words = AutoTokenizer.from_pretrained(folder).get_vocab()
+    for path in folder.glob("*token*"):
+        path.unlink()
+    (folder / "vocab.txt").write_text("\n".join(sorted(words, key=words.__getitem__)))
+    remedy = f"""write {{"do_lower_case": false}} to '{folder / "tokenizer_config.json"}'\n"""
+    refused("embed", "the tokenizer lower-cases sequences and the vocabulary has capitals", remedy)
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert main(job.command()) == 0
 
 
 def test_tokens_that_are_not_characters(job: Job, refused: Refused) -> None:

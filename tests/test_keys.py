@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,17 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints import open_encoder
-from pipeline.config import Config, Files, Logging, MaxRows, Task
+from pipeline.config import Config, Files, Logging, MaxRows, Task, import_class
 from pipeline.config_file import config_from, read_config
 from pipeline.embed import embed
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.fit import loss_of
 from pipeline.heads import Head
+from pipeline.live import LiveModel
 from pipeline.load import load
 from pipeline.schema import markdown
 from pipeline.score import Scores
+from pipeline.source import code_digest
 from pipeline.store import Store
 from pipeline.train_head import train_head
 from pipeline.validation import validate
@@ -322,3 +327,258 @@ def test_key_max_rows(task: Task) -> None:
     assert load(task).train.rows != some.train.rows
     task.max_rows = MaxRows(train=10**6)
     assert load(task).train.rows == whole.train.rows
+
+
+OWN = {
+    "__init__.py": "",
+    "encoder.py": """
+import torch
+
+from . import sizes
+from .base import Base
+
+
+class Own(Base):
+    hidden_size = sizes.WIDTH
+
+    @classmethod
+    def from_checkpoint(cls, path):
+        return cls()
+
+    @classmethod
+    def from_module(cls, module):
+        return cls()
+
+    def hidden_states(self, sequences):
+        from own_package.late import scale
+
+        return [torch.full((len(text), self.hidden_size), scale(text)) for text in sequences]
+""",
+    "base.py": "from __future__ import annotations\n\n\nclass Base:\n    max_seq_length = None\n",
+    "sizes.py": "WIDTH = 4\n",
+    "late.py": "import own_package.encoder  # a cycle\nimport beside\n\n\ndef scale(text):\n    return beside.FACTOR\n",
+    "../beside.py": "FACTOR = 2.0\n",
+    "../space/unit.py": "ONE = 1.0\n",
+    "apart.py": "# nobody imports this\n",
+    "heads.py": """
+from pipeline.heads import Head
+from own_package.head_parts import Middle
+
+
+class OwnHead(Middle):
+    pass
+""",
+    "head_parts.py": """
+import torch
+
+from pipeline.heads import Head
+
+
+class Middle(Head):
+    level = "token"
+
+    def __init__(self, hidden_size, outputs):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(hidden_size, out) for out in outputs)
+
+    def forward(self, rows, counts):
+        return [layer(rows) for layer in self.layers]
+""",
+}
+
+
+class OwnPackage:
+    """A user's package beside which nothing of it is remembered: `digest` sees it as a new process would."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / "own_package"
+        for name, text in OWN.items():
+            self.write(name, text)
+
+    def write(self, name: str, text: str) -> None:
+        path = (self.folder / name).resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        text = (self.folder / name).read_text()
+        assert old in text
+        self.write(name, text.replace(old, new))
+
+    def forget(self) -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("own_package", "beside", "space")]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+
+    def digest(self, name: str = "encoder.Own") -> str | None:
+        self.forget()
+        return code_digest(import_class(f"own_package.{name}", "class", ()))
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OwnPackage]:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    own = OwnPackage(tmp_path)
+    yield own
+    own.forget()
+
+
+EDITS = [
+    ("encoder.py", "len(text)", "1 * len(text)"),
+    ("base.py", "None", "5"),
+    ("sizes.py", "4", "5"),
+    ("late.py", "FACTOR", "FACTOR + 1"),
+    ("../beside.py", "2.0", "3.0"),
+    ("__init__.py", "", "DEBUG = True"),
+]
+
+
+@pytest.mark.parametrize(("name", "old", "new"), EDITS)
+def test_an_edit_of_a_module_that_an_encoder_imports_gives_a_new_key(
+    package: OwnPackage, name: str, old: str, new: str
+) -> None:
+    before = package.digest()
+    assert before == package.digest() is not None
+    package.edit("apart.py", "nobody", "still nobody")
+    assert package.digest() == before
+    package.edit(name, old, new)
+    assert package.digest() not in (before, None)
+
+
+def test_a_namespace_package_beside_is_followed(package: OwnPackage) -> None:
+    package.edit("../beside.py", "FACTOR = 2.0", "def f():\n    from space.unit import ONE\nFACTOR = 2.0")
+    before = package.digest()
+    package.edit("../space/unit.py", "1.0", "2.0")
+    assert package.digest() != before
+
+
+def test_edited_code_is_measured_anew(package: OwnPackage, task: Task, tmp_path: Path) -> None:
+    """From the store come the vectors of the present code, never those of an earlier one."""
+    seen = []
+    (tmp_path / "weights.ckpt").write_bytes(b"weights")
+    for factor in ("2.0", "3.0", "3.0"):
+        package.write("../beside.py", f"FACTOR = {factor}\n")
+        package.forget()
+        encoder = open_encoder(str(tmp_path / "weights.ckpt"), "own_package.encoder.Own")
+        (embeddings,) = embed([load(task)], encoder, Store(tmp_path / "store"))
+        rows = embeddings.rows("test").on(torch.device("cpu"))
+        seen.append((float(rows.max()), embeddings.embedded > 0))
+    assert seen == [(2.0, True), (3.0, True), (3.0, False)]
+
+
+def test_the_classes_within_a_module_count(package: OwnPackage) -> None:
+    """A module's own method runs the code of the modules in it, wherever they are from."""
+
+    def digest() -> str:
+        package.forget()
+        module = Outer(import_class("own_package.head_parts.Middle", "class", ())(4, [2]))
+        return LiveModel(module).encoder(module).digest
+
+    before = digest()
+    assert digest() == before
+    package.edit("head_parts.py", "layer(rows)", "2 * layer(rows)")
+    assert digest() != before
+
+
+class Outer(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        torch.nn.init.zeros_(self.inner.layers[0].weight)  # type: ignore[index, union-attr]
+        torch.nn.init.zeros_(self.inner.layers[0].bias)  # type: ignore[index, union-attr]
+
+    def hidden_states(self, sequences: list[str]) -> list[Tensor]:
+        return [torch.zeros(len(text), 3) for text in sequences]
+
+
+def test_a_base_of_a_head_gives_it_a_new_key(package: OwnPackage, task: Task, tmp_path: Path) -> None:
+    reused = []
+    for edit in (False, False, True):
+        if edit:
+            package.edit("head_parts.py", "layer(rows)", "layer(2 * rows)")
+        package.forget()
+        own = replace(task, head="own_package.heads.OwnHead")
+        (embeddings,) = embed([load(own)], FakeEncoder(), Store(tmp_path / "store"))
+        reused.append(train_head(embeddings, Store(tmp_path / "store"), torch.device("cpu")).reused)
+    assert reused == [False, True, False]
+
+
+def test_a_file_that_was_edited_after_its_import_has_no_digest(package: OwnPackage) -> None:
+    """What runs is the code of before, and must not be kept under the key of the code of now."""
+    own = import_class("own_package.encoder.Own", "class", ())
+    before = code_digest(own)
+    own().hidden_states(["MK"])
+    assert code_digest(own) == before is not None  # also with the lazy import done, and with code that has run
+    package.edit("late.py", "beside.FACTOR", "beside.FACTOR + 1")
+    assert code_digest(own) is None
+    own.digest = "my version 2"
+    assert code_digest(own) == "my version 2"
+
+
+def test_a_digest_of_the_class_stands_for_its_code_alone(tmp_path: Path) -> None:
+    """It cannot know of weights, so another checkpoint has another key."""
+    keys = set()
+    for content in (b"one", b"two"):
+        (tmp_path / "weights.ckpt").write_bytes(content)
+        keys.add(open_encoder(str(tmp_path / "weights.ckpt"), "tests.test_keys.WithDigest").digest)
+    assert len(keys) == 2
+    assert all("version 1" in key for key in keys)
+
+
+class WithDigest(FakeEncoder):
+    digest = "version 1"
+
+    def __init__(self) -> None:
+        self.hidden_size = 24
+
+    @classmethod
+    def from_checkpoint(cls, path: str) -> WithDigest:
+        return cls()
+
+
+PROMPT = """
+import logging, sys, torch
+from pathlib import Path
+from pipeline import Store, validate
+from pipeline.config import Task
+from pipeline.heads import Head
+from pipeline.live import LiveModel
+
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+
+class Module(torch.nn.Module):
+    def hidden_states(self, sequences):
+        return [torch.ones(len(text), 8).cumsum(0) for text in sequences]
+
+class TypedHead(Head):
+    level = "token"
+
+    def __init__(self, hidden_size, outputs):
+        super().__init__()
+        self.layer = torch.nn.Linear(hidden_size, outputs[0])
+
+    def forward(self, rows, counts):
+        return [self.layer(rows)]
+
+DIGEST
+module = Module()
+for _ in range(2):
+    task = Task(level="token", task_type="classification", dataset_path=sys.argv[1], target_column=["label"],
+                num_epochs=1, head="__main__.TypedHead")
+    (scores,) = validate(LiveModel(module).encoder(module), task, Store(Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("digest", [False, True])
+def test_classes_typed_at_a_prompt(task: Task, tmp_path: Path, digest: bool) -> None:
+    """They have no source: both measurements work, nothing is reused, and it is said what to do; that done, it is."""
+    script = PROMPT.replace("DIGEST", 'Module.digest = TypedHead.digest = "1"' if digest else "")
+    command = [sys.executable, "-c", script, task.dataset_path, str(tmp_path / "store")]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = [line for line in printed.splitlines() if "give the class a digest" in line]
+    assert len(said) == (0 if digest else 4)
+    assert any("encoder: Module: " in line for line in said) != digest
+    assert any("TypedHead: " in line for line in said) != digest
+    kept = [path.suffix for path in (tmp_path / "store").rglob("*") if path.is_file() and path.name != "lock"]
+    assert sorted(kept) == ([".json", ".parquet", ".safetensors"] if digest else [])
