@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ARCHITECTURES
 from pipeline.errors import CheckpointError
+from pipeline.scratch import temporary_folder
 
 DESCRIPTION = "downstream_validation"  # the key of a `.ckpt` under which it describes itself
 
@@ -27,9 +27,9 @@ def describe(model: nn.Module, tokenizer: Any, prefix: str) -> dict[str, Any]:
         tokenizer: its tokenizer.
         prefix: what its parameters' names begin with in the checkpoint's `state_dict`, such as `model.`.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         tokenizer.save_pretrained(folder)
-        files = {path.name: path.read_bytes().hex() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+        files = {path.name: path.read_bytes().hex() for path in sorted(folder.iterdir()) if path.is_file()}
     return {"config": json.dumps(model.config.to_dict()), "tokenizer": files, "prefix": prefix}  # type: ignore[union-attr, operator]
 
 
@@ -37,11 +37,11 @@ def rebuild(description: Mapping[str, Any]) -> tuple[nn.Module, str, Any]:
     """The encoder that `describe` described, with random weights, its name within the model, and the tokenizer."""
     from transformers import AutoConfig
 
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         for name, content in description["tokenizer"].items():
-            (Path(folder) / Path(name).name).write_bytes(bytes.fromhex(content))
-        (Path(folder) / "config.json").write_text(description["config"], encoding="utf-8")
-        return *fresh(AutoConfig.from_pretrained(folder)), load_tokenizer(folder)
+            (folder / Path(name).name).write_bytes(bytes.fromhex(content))
+        (folder / "config.json").write_text(description["config"], encoding="utf-8")
+        return *fresh(AutoConfig.from_pretrained(folder)), load_tokenizer(str(folder))
 
 
 def fresh(config: Any) -> tuple[nn.Module, str]:

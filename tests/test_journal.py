@@ -34,7 +34,7 @@ from tests.conftest import ROOT
 from tests.test_path import planted_task
 from tests.training import Busy, loader, section, trainer
 
-VOLATILE = {"pipeline.process", "pipeline.journal", "mlflow.user"}
+VOLATILE = {"pipeline.writer", "pipeline.journal", "mlflow.user"}
 
 
 @pytest.fixture(autouse=True)

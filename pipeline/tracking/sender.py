@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from filelock import Timeout
 
-from pipeline.tracking.delivery import TRIES, Sink, groups, holding, line_of, say, send
+from pipeline.tracking.delivery import TRIES, Sink, groups, holding, is_bug, line_of, say, send
 from pipeline.tracking.journal import Journal, Record
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,8 @@ class Sender:
             except Timeout:
                 self._fail("another process is sending the journal", pause)
             except Exception as error:
-                self._fail(line_of(error), pause)
+                logger.debug("sending of the journal", exc_info=True)
+                self._fail(line_of(error), pause, is_bug(error))
             pause = min(2 * pause, LONGEST_PAUSE)
         with self._arrived:
             self._thread = None
@@ -178,8 +179,7 @@ class Sender:
         """Sends until the end of the journal. Raises where the server fails."""
         for records, offset in groups(self.journal, self._offset):
             self.sink = self.sink or self._open_sink()
-            self._apply(records)
-            self.journal.sent = offset
+            self.journal.note_sent(offset, self._apply(records))
             if self._remove:
                 self.journal.drop(records)
             with self._arrived:
@@ -190,19 +190,21 @@ class Sender:
             if self._closed:
                 return
 
-    def _apply(self, records: Sequence[Record]) -> None:
-        """Applies records. One that fails again and again, where the server answers all else, counts as refused."""
+    def _apply(self, records: Sequence[Record]) -> int:
+        """Applies records; how many were refused. So is one that fails again and again where all else is answered."""
         assert self.sink is not None
         try:
-            self.refused += send(self.sink, records, self._said)
+            refused = send(self.sink, records, self._said)
         except Exception as error:
             self._of_record += 1
             if self._of_record < TRIES or not self.sink.answers():
                 raise
-            self.refused += len(records)
-            say(f"{records[0]['op']} failed {TRIES} times: {line_of(error)}", self._said)
+            refused = len(records)
+            say(f"MLflow refused {records[0]['op']} failed {TRIES} times: {line_of(error)}", self._said)
+        self.refused += refused
+        return refused
 
-    def _fail(self, reason: str, pause: float) -> None:
+    def _fail(self, reason: str, pause: float, bug: bool = False) -> None:
         """Opens the circuit: what is new does not close it, only time and the end do."""
         self.sink = None
         with self._arrived:
@@ -210,8 +212,8 @@ class Sender:
             self._failures += 1
             self._arrived.notify_all()
         if not said:
-            text = "MLflow does not answer (%s); the work goes on, and results are kept in %s"
-            logger.warning(text, reason, self.journal.path)
+            what = "results cannot be sent by a mistake in the program" if bug else "MLflow does not answer"
+            logger.warning("%s (%s); the work goes on, and results are kept in %s", what, reason, self.journal.path)
         self._hurry.wait(pause)
         if not self._closed:
             self._hurry.clear()
@@ -220,9 +222,9 @@ class Sender:
         """Everything has arrived, and nothing will be added."""
         self._tidied = True
         _senders.discard(self)
-        self.journal.close()
-        if self._remove and not self.refused and not self.journal.lost:
+        if self._remove and not self.journal.refused and not self.journal.lost:
             self.journal.remove()
+        self.journal.close()
 
 
 def flush(limit: float = 30.0) -> bool:
