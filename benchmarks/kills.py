@@ -110,8 +110,13 @@ def prepare(folder: Path, models: int) -> list[str]:
 
         for seed in range(models):
             torch.manual_seed(seed)
-            size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-            tokens = {"vocab_size": len(VOCABULARY), "pad_token_id": 1, "mask_token_id": 32}
+            size: dict[str, Any] = {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 64,
+            }
+            tokens: dict[str, Any] = {"vocab_size": len(VOCABULARY), "pad_token_id": 1, "mask_token_id": 32}
             config = EsmConfig(**tokens, **size, position_embedding_type="rotary")
             EsmModel(config, add_pooling_layer=False).save_pretrained(folder / "models" / str(seed))
             make_tokenizer().save_pretrained(folder / "models" / str(seed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ from pipeline.scratch import temporary_folder
 from pipeline.store import Store
 from pipeline.tracking import delivery, earlier
 from pipeline.tracking import sender as sending
+from pipeline.tracking.client import connect
 from pipeline.tracking.earlier import catch_up
 from pipeline.tracking.journal import Journal, JournalRun, Record
 from pipeline.tracking.process import lives, lock_path
@@ -118,6 +120,32 @@ def test_a_journal_with_refused_records_stays(tmp_path: Path, tracking: str) -> 
     catch_up(tmp_path / "j", tracking)
     journal = Journal(tmp_path / "j" / "a.jsonl", write=False)
     assert (journal.sent, journal.refused) == (journal.end, 1)
+
+
+MAKES = """
+import os, signal, sqlite3, sys
+from pathlib import Path
+import sqlalchemy
+from pipeline.tracking.client import connect
+
+@sqlalchemy.event.listens_for(sqlalchemy.engine.Engine, "before_cursor_execute")
+def kill(connection, cursor, statement, *_):
+    if "CREATE TABLE" in statement and "webhooks" in statement:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+connect(sys.argv[1])
+"""
+
+
+def test_a_database_that_was_being_made_is_made_again(tmp_path: Path) -> None:
+    """MLflow alone can neither finish nor open what a kill in the middle leaves."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    killed(MAKES, uri)
+    assert not (tmp_path / "mlflow.db").exists()
+    with contextlib.chdir(tmp_path):
+        client = connect(uri)
+    assert client.create_run("0").info.status == "RUNNING"
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
 
 
 def test_a_journal_has_one_writing_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,10 +448,10 @@ class Own(EsmModel):
         return super().forward(input_ids, position_ids=position_ids, **options)
 
 
-def own() -> Own:
+def own() -> Any:
     size: dict[str, Any] = {"vocab_size": 33, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = Own(EsmConfig(**size, intermediate_size=8, pad_token_id=1, mask_token_id=32), add_pooling_layer=False)
-    return model.eval()
+    config = EsmConfig(**size, intermediate_size=8, pad_token_id=1, mask_token_id=32)
+    return Own(config, add_pooling_layer=False).train(False)
 
 
 def test_packing_that_is_given_up_says_so_once(debug: Any, monkeypatch: pytest.MonkeyPatch) -> None:

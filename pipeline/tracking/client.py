@@ -45,13 +45,20 @@ lock = threading.Lock()
 def connect(uri: str = "") -> MlflowClient:
     """A client of the tracking server or database in force, or of the one at `uri`.
 
-    A new SQLite database is made by one process at a time: MLflow makes it without a lock, and two at once break it.
+    A new SQLite database is made by one process at a time, and renamed when it is whole: MLflow makes it without a
+    lock, two at once break it, and one that a kill left half-made can never be opened again.
     """
     uri = uri or mlflow.get_tracking_uri()
     path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or ":memory:" in uri or not os.access(path.parent, os.W_OK):
+    if not uri.startswith("sqlite:///") or set(":?") & set(path.name) or not os.access(path.parent, os.W_OK):
         return MlflowClient(uri)
     with FileLock(f"{path}.lock"):
+        if not path.exists():
+            new = path.with_name(f"{path.name}.new")
+            for left in (new, new.with_name(f"{new.name}-journal")):
+                left.unlink(missing_ok=True)
+            MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+            new.replace(path)
         return MlflowClient(uri)
 
 
