@@ -100,16 +100,16 @@ def test_what_is_left_of_a_journal_goes_too(parts: list[str], tmp_path: Path) ->
         path = tmp_path / f"x=1.5-a.{part}"
         path.mkdir() if part == "files" else path.touch()
     (tmp_path / "another.txt").touch()
-    catch_up(tmp_path, "sqlite:///nothing.db")
+    list(catch_up(tmp_path, "sqlite:///nothing.db"))
     assert [path.name for path in tmp_path.iterdir()] == ["another.txt"]
 
 
 def test_the_journal_of_a_living_program_stays(tmp_path: Path, tracking: str) -> None:
     other = JournalRun.begin(Journal(tmp_path / "a.jsonl", tracking, remove=True), name="alive")
-    catch_up(tmp_path, tracking)
+    list(catch_up(tmp_path, tracking))
     assert {path.name for path in tmp_path.glob("a.*")} == {"a.jsonl", "a.writer.lock"}
     other.journal.close()
-    catch_up(tmp_path, tracking)
+    list(catch_up(tmp_path, tracking))
     assert list(tmp_path.glob("a.*")) == []
 
 
@@ -117,7 +117,7 @@ def test_a_journal_with_refused_records_stays(tmp_path: Path, tracking: str) -> 
     opened = OpenRun(tmp_path / "j" / "a.jsonl", tracking, True, name="mixed")
     opened.run.metrics({"b@d": 1.0})
     assert opened.sender.close()
-    catch_up(tmp_path / "j", tracking)
+    list(catch_up(tmp_path / "j", tracking))
     journal = Journal(tmp_path / "j" / "a.jsonl", write=False)
     assert (journal.sent, journal.refused) == (journal.end, 1)
 

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,8 +127,11 @@ def _is_journal(path: Path) -> bool:
     return isinstance(first, dict) and first.get("op") == "journal"
 
 
-def catch_up(folder: Path, uri: str) -> None:
+def catch_up(folder: Path, uri: str) -> Iterator[Path]:
     """Sends to the same server what programs of this machine left in `folder`, and removes what is left of journals.
+
+    Yields:
+        Each journal, after it was looked at.
 
     Raises:
         TrackingError: MLflow does not answer.
@@ -140,12 +143,11 @@ def catch_up(folder: Path, uri: str) -> None:
                     _finish(path, uri)
         except Exception as error:
             cause = error.__cause__ or error
-            if isinstance(cause, Timeout):  # another is sending it
-                continue
-            if isinstance(error, TrackingError) and not is_bug(cause):
+            if isinstance(error, TrackingError) and not is_bug(cause) and not isinstance(cause, Timeout):
                 raise
             logger.warning("the journal '%s' of an earlier program stays: %s", path, error)
             logger.debug("the journal of an earlier program", exc_info=True)
+        yield path
 
 
 def _finish(path: Path, uri: str) -> None:

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from filelock import Timeout
 
@@ -35,13 +35,20 @@ class Sender:
         sink: where records go; None before the first, and after a failure.
     """
 
-    def __init__(self, journal: Journal, open_sink: Callable[[], Sink], remove: bool = False) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        open_sink: Callable[[], Sink],
+        remove: bool = False,
+        first: Callable[[], Iterable[object]] = tuple,
+    ) -> None:
         """Starts the thread.
 
         Args:
             journal: what is sent.
             open_sink: connects; called in the thread, again after a failure.
             remove: removes the journal when all of it has arrived and nothing will be added.
+            first: is done in the thread before anything is sent, piece by piece.
         """
         self.journal = journal
         self.failure: str | None = None
@@ -49,6 +56,8 @@ class Sender:
         self.sink: Sink | None = None
         self._open_sink = open_sink
         self._remove = remove
+        self._first = first
+        self._pieces = 0  # done of it
         self._arrived = threading.Condition()
         self._wake, self._hurry = threading.Event(), threading.Event()
         self._finishing = self._resting = self._closed = self._tidied = False
@@ -84,9 +93,9 @@ class Sender:
                 rest = deadline - time.monotonic()
                 if rest <= 0:
                     break
-                before = self._offset
+                before = self._offset, self._pieces
                 self._arrived.wait(min(rest, patience or rest))
-                if patience and patience < rest and self._offset == before and self.failure is None:
+                if patience and patience < rest and (self._offset, self._pieces) == before and self.failure is None:
                     break
         self._hurry.clear()
         return self.done
@@ -178,7 +187,7 @@ class Sender:
     def _send(self) -> None:
         """Sends until the end of the journal. Raises where the server fails."""
         for records, offset in groups(self.journal, self._offset):
-            self.sink = self.sink or self._open_sink()
+            self.sink = self.sink or self._connect()
             self.journal.note_sent(offset, self._apply(records))
             if self._remove:
                 self.journal.drop(records)
@@ -189,6 +198,15 @@ class Sender:
                 self._arrived.notify_all()
             if self._closed:
                 return
+
+    def _connect(self) -> Sink:
+        """Connects; what is to be done first is done once."""
+        for _ in self._first():
+            with self._arrived:
+                self._pieces += 1
+                self._arrived.notify_all()
+        self._first = tuple
+        return self._open_sink()
 
     def _apply(self, records: Sequence[Record]) -> int:
         """Applies records; how many were refused. So is one that fails again and again where all else is answered."""
