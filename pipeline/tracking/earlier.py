@@ -162,4 +162,5 @@ def _finish(path: Path, uri: str) -> None:
     if journal.sent >= journal.end and (journal.refused or not journal.head.get("remove")):
         return
     arrived, _ = _replay(path, "", gone=True)
-    logger.info("sent %d records to MLflow that an earlier program left in %s", arrived, path)
+    if arrived:
+        logger.info("sent %d records to MLflow that an earlier program left in %s", arrived, path)
