@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -55,10 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("pipeline").setLevel(logging.INFO)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
+    options = argparse.Namespace(traceback=False)
     try:
-        options = _parser().parse_args(arguments)
+        _parser().parse_args(arguments, options)
+        if options.traceback:
+            logging.getLogger("pipeline").setLevel(logging.DEBUG)  # what the work goes on after is logged at it
         options.run(options)
     except PipelineError as error:
+        if options.traceback:
+            traceback.print_exc()
         if not isinstance(error, PartlyError):
             _say_on_run(str(error))
         print(f"error: {error}", file=sys.stderr)
@@ -78,14 +84,17 @@ def _interrupt(number: int, _frame: Any) -> NoReturn:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m pipeline", description="Validation with a downstream task.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="stage", required=True, metavar="ENTRY_POINT")
+    every = argparse.ArgumentParser(add_help=False)
+    every.add_argument("--traceback", action="store_true", help="print where in the program an error is from")
+    common: dict[str, Any] = {"allow_abbrev": False, "parents": [every]}
     for name, text in STAGES.items():
-        stage = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        stage = commands.add_parser(name, help=text, description=text, **common)
         _add_config(stage)
         stage.add_argument("--ckpt", default=DEFAULT_CKPT, help=CKPT)
         stage.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
         stage.set_defaults(run=_measure)
     text = "train a small ESM, and watch its embeddings get better"
-    pretrain = commands.add_parser("pretrain", help=text, description=text, allow_abbrev=False)
+    pretrain = commands.add_parser("pretrain", help=text, description=text, **common)
     _add_config(pretrain, "configs/pretrain.yaml")
     pretrain.add_argument("--data", default="sample/data/unlabelled/train", help="folder of CSV files")
     pretrain.add_argument("--files", default="x[000..001]", help="file or range of files with a column `sequence`")
@@ -97,16 +106,16 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--seed", type=int, default=1234)
     pretrain.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
     pretrain.set_defaults(run=_pretrain)
-    compare = commands.add_parser("compare", help="measurements already made, side by side", allow_abbrev=False)
+    compare = commands.add_parser("compare", help="measurements already made, side by side", **common)
     compare.add_argument("runs", nargs="+", metavar="RUN_ID", help="run of a measurement, of several, or of a training")
     compare.add_argument("--by", default="", help="metric to rank by; by default the first task's main one")
     compare.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
     compare.set_defaults(run=_compare)
-    replay = commands.add_parser("replay", help="send what MLflow has missed", allow_abbrev=False)
+    replay = commands.add_parser("replay", help="send what MLflow has missed", **common)
     replay.add_argument("journal", nargs="+", metavar="JOURNAL", help="the .jsonl file that a warning named")
     replay.add_argument("--tracking-uri", "--tracking_uri", default="", help="by default, where it was meant for")
     replay.set_defaults(run=_replay)
-    config = commands.add_parser("config", help="print the resolved configuration", allow_abbrev=False)
+    config = commands.add_parser("config", help="print the resolved configuration", **common)
     config.add_argument("file", nargs="?", default=DEFAULT_CONFIG, help="YAML file")
     config.add_argument("--overrides", default="", help=OVERRIDES)
     config.add_argument("--schema", action="store_true", help="print every key with type, default and meaning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 import weakref
@@ -17,6 +18,8 @@ from pipeline.huggingface import DESCRIPTION
 from pipeline.lightning import DescribingIO, pl
 from pipeline.measurement import Measurement
 from pipeline.score import headlines
+
+logger = logging.getLogger(__name__)
 
 SHARDED = ("FSDP", "ModelParallel", "DeepSpeed")
 
@@ -209,6 +212,7 @@ class DownstreamValidation(pl.Callback):
         except Exception as error:
             if self.config.on_error == "raise":
                 raise
+            logger.debug("downstream validation at step %d", step, exc_info=True)
             kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
             pl.utilities.rank_zero_warn(
                 f"downstream validation failed at step {step}, training goes on: {kind}{error}", stacklevel=2

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, nearest
 from pipeline.report import cells
 from pipeline.score import HEADLINE, lower_is_better
+from pipeline.scratch import temporary_folder
 from pipeline.tracking import Tracker
 from pipeline.tracking.journal import JournalRun
 
@@ -99,8 +98,8 @@ def publish(rows: Sequence[Row], names: Sequence[str], tracker: Tracker, run: Jo
         [place, row.label, row.step, *(row.metrics.get(name) for name in metrics), row.error]
         for place, row in enumerate(rows, 1)
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / FILE
+    with temporary_folder() as folder:
+        path = folder / FILE
         path.write_text(json.dumps({"columns": columns, "data": data}), encoding="utf-8")
         tracker.artifact(path)
     run.tags({"mlflow.loggedArtifacts": json.dumps([{"path": FILE, "type": "table"}])})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,6 +16,7 @@ from torch import nn
 from pipeline.companions import check_size, malformed
 from pipeline.config import ARCHITECTURES
 from pipeline.errors import CheckpointError
+from pipeline.scratch import temporary_folder
 from pipeline.tokens import SMILES_TOKEN, Tokens
 
 DESCRIPTION = "downstream_validation"  # the key of a `.ckpt` under which it describes itself
@@ -46,9 +46,9 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, str]:
     written = portable(tokenizer)
     if written is None:
         return {}
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         written.save_pretrained(folder)
-        return {path.name: path.read_bytes().hex() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+        return {path.name: path.read_bytes().hex() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def rebuild(description: Mapping[str, Any], held: int | None = None, where: str = "") -> tuple[nn.Module, str, Any]:
@@ -58,8 +58,8 @@ def rebuild(description: Mapping[str, Any], held: int | None = None, where: str 
     """
     from transformers import AutoConfig
 
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(description["config"], encoding="utf-8")
+    with temporary_folder() as folder:
+        (folder / "config.json").write_text(description["config"], encoding="utf-8")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return *fresh(config, held, where), described_tokenizer(description)
 
@@ -70,10 +70,10 @@ def described_tokenizer(description: Mapping[str, Any]) -> Any:
         raise CheckpointError(
             "ckpt: the tokenizer is of a class of its own; name its Hugging Face folder in architecture"
         )
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         for name, content in description["tokenizer"].items():
-            (Path(folder) / Path(name).name).write_bytes(bytes.fromhex(content))
-        return load_tokenizer(folder)
+            (folder / Path(name).name).write_bytes(bytes.fromhex(content))
+        return load_tokenizer(str(folder))
 
 
 def fresh(config: Any, held: int | None = None, where: str = "") -> tuple[nn.Module, str]:

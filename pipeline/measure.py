@@ -74,6 +74,7 @@ def measure(
     if until == "score":
         run.checkpoint(label, encoder.digest, ckpt, step)
     store = Store(Path(config.store), config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
+    store.clear()
     here = AtStep(run, step or 0)
     scores = validate(encoder, config.tasks, store, here, until, _same(known, encoder))
     metrics = {name: value for one in scores for name, value in one.metrics.items()}
@@ -109,6 +110,7 @@ def measure_several(
             kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
             rows.append(compare.Row(name, None, {}, f"{kind}{' '.join(str(error).split())}"))
             logger.warning("%s: %s", ckpt, rows[-1].error)
+            logger.debug("%s", ckpt, exc_info=True)
             continue
         rows.append(measured.row)
         known = known or [one.examples for one in measured.scores]

@@ -9,8 +9,9 @@ activations, is done in one, where that proves the same, too.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import groupby, product
@@ -25,6 +26,9 @@ NAME = "within_sequences"  # of the attention, among those that transformers kno
 HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
 TOLERANCE = 1e-5
 
+logger = logging.getLogger(__name__)
+
+_given_up: set[type[nn.Module]] = set()  # models that the user is told of
 _lengths: ContextVar[Sequence[int]] = ContextVar("lengths of the sequences in the row")
 
 
@@ -47,7 +51,7 @@ class Packing:
 
     @classmethod
     def fit(cls, model: nn.Module, ids: Sequence[int], padding: int) -> Packing | None:
-        """The packing of a model in evaluation mode; None where it does not give what the model gives.
+        """The packing of a model in evaluation mode; None where it does not give what the model gives, which is said.
 
         Args:
             model: a Hugging Face encoder.
@@ -56,18 +60,25 @@ class Packing:
         """
         config: Any = model.config
         if getattr(config, "_attn_implementation", None) != "sdpa" or len(ids) < 2:
+            _give_up(model, "its attention is not torch's, sdpa" if len(ids) >= 2 else "it has no tokens to try")
             return None
         rows = [[*ids], [*ids[: len(ids) // 2]], [*reversed(ids)]]  # the last has the length of the first
         device = next(model.parameters()).device
         expected = [model(input_ids=torch.tensor([row], device=device)).last_hidden_state[0] for row in rows]
-        fused = fused_forwards(model)
+        fused, reason = fused_forwards(model), ""
         for fusing, first in product([fused, {}] if fused else [{}], (0, padding + 1)):
             packing = cls(model, first, fusing)
-            with suppress(Exception):  # whatever a model has against it: in the end it is padded
+            try:
                 found = packing(rows, lambda **inputs: model(**inputs).last_hidden_state)
                 pairs = zip(expected, found, strict=True)
                 if all(torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in pairs):
                     return packing
+            except Exception as error:  # whatever a model has against it: in the end it is padded
+                if _is_out_of_memory(error):
+                    raise
+                logger.debug("packing of %s", type(model).__name__, exc_info=True)
+                reason = f"{type(error).__name__}: {error}"
+        _give_up(model, reason or "its hidden states become others")
         return None
 
     def __call__(self, rows: Sequence[Sequence[int]], forward: Callable[..., Tensor]) -> tuple[Tensor, ...]:
@@ -141,7 +152,7 @@ def attention(
     """
     strange = [name for name, one in others.items() if name not in HARMLESS and one is not None and one is not False]
     if strange or attention_mask is not None or dropout or getattr(module, "is_causal", False):
-        raise _UnfitError
+        raise _UnfitError(f"attention with {', '.join(strange) or 'a mask, dropout or a causal order'}")
     query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))  # (tokens, heads, head size)
     parts, begin = [], 0
     for length, same in groupby(_lengths.get()):
@@ -171,6 +182,19 @@ def fused_forwards(model: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tenso
 def _intermediate(module: Any, states: Tensor) -> Tensor:
     """Shape (..., hidden_size) to (..., intermediate_size)."""
     return functional.gelu(module.dense(states))
+
+
+def _give_up(model: nn.Module, reason: str) -> None:
+    """Says once of a kind of model that its batches are padded."""
+    if type(model) not in _given_up:
+        text = "embed       %s: sequences are padded, not packed, which takes longer: %s"
+        logger.info(text, type(model).__name__, " ".join(reason.split())[:300])
+    _given_up.add(type(model))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, or of a CPU, which torch has no type for."""
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _takes(module: nn.Module, name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +14,7 @@ from pipeline.encoders import Encoder
 from pipeline.figures import curves, draw
 from pipeline.page import page
 from pipeline.score import Scores
+from pipeline.scratch import temporary_folder
 from pipeline.tracking import Tracker
 from pipeline.tracking.journal import JournalRun
 
@@ -38,16 +38,16 @@ def publish(scores: Sequence[Scores], tracker: Tracker, title: str, facts: Mappi
         facts: what else it says of the measurement.
         yaml: the configuration.
     """
-    with tempfile.TemporaryDirectory() as temporary:
+    with temporary_folder() as temporary:
         pictures: dict[str, Sequence[Path]] = {}
         for one in scores:
             name = metric_name(one.task_name)
-            folder = Path(temporary) / name
+            folder = temporary / name
             folder.mkdir()
             pictures[one.task_name] = draw(one, one.examples, folder)
             for path in pictures[one.task_name]:
                 tracker.artifact(path, f"figures/{name}")
-        report = Path(temporary) / "report.html"
+        report = temporary / "report.html"
         report.write_text(page(title, scores, pictures, facts, yaml), encoding="utf-8")
         tracker.artifact(report)
 
@@ -56,8 +56,8 @@ def publish_curves(points: Sequence[tuple[int, Mapping[str, float]]], tracker: T
     """Draws every metric against the step, where there are two steps at least."""
     if len(points) < 2:
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        for path in curves(points, Path(temporary)):
+    with temporary_folder() as temporary:
+        for path in curves(points, temporary):
             tracker.artifact(path, folder, points[-1][0])
 
 

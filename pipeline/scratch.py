@@ -1,33 +1,41 @@
-"""Folders that live as long as a measurement does, also when the process is killed."""
+"""Folders that live as long as a piece of work does, also when the process is killed."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pipeline.store import writing
+from pipeline.errors import CacheError
 
 
 @contextmanager
-def temporary_folder(parent: Path) -> Iterator[Path]:
+def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
     """A new folder in `parent`, gone afterwards. One that a killed process left goes when the next is made.
+
+    Args:
+        parent: by default, a folder of the user's own below `TMPDIR`.
 
     Raises:
         CacheError: it cannot be made.
     """
-    with writing(parent):
+    setting, name = ("store" if parent else "TMPDIR"), f"{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        parent = parent or _private_folder()
         parent.mkdir(parents=True, exist_ok=True)
-        for lock in parent.glob("*.lock"):
-            _remove_abandoned(lock)
-        name = f"{os.getpid()}-{os.urandom(4).hex()}"
-        held = FileLock(parent / f"{name}.lock")
+        remove_abandoned(parent)
+        held = FileLock(parent / f"{name}.lock", thread_local=False)
         held.acquire()
-        (parent / name).mkdir()
+        (parent / name).mkdir(mode=0o700)
+    except OSError as error:
+        where = f"'{parent}' cannot be written" if parent else "there is no folder for temporary files"
+        raise CacheError(f"{setting}: {where} ({error}); set {setting} to another folder") from error
     try:
         yield parent / name
     finally:
@@ -36,13 +44,23 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         (parent / f"{name}.lock").unlink(missing_ok=True)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Removes the folder that a lock stands for, unless a process holds it: the system frees those of dead ones."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return
-    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-    path.unlink(missing_ok=True)
-    lock.release()
+def remove_abandoned(parent: Path) -> None:
+    """Removes the folders that killed processes left: the system frees the locks of the dead."""
+    for path in parent.glob("*.lock"):
+        with suppress(OSError, Timeout), FileLock(path, timeout=0):
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            path.unlink(missing_ok=True)
+
+
+def _private_folder() -> Path:
+    """The user's own below `TMPDIR`, which others can neither read nor have made in the user's place."""
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    folder = Path(tempfile.gettempdir()) / f"downstream-validation-{user}".rstrip("-")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if user != "":
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != user:
+            raise CacheError(f"TMPDIR: '{folder}' belongs to another user; set TMPDIR to another folder")
+        if found.st_mode & 0o077:
+            folder.chmod(0o700)
+    return folder

@@ -35,6 +35,7 @@ with contextlib.suppress(ImportError):
     from xxhash import xxh3_64_intdigest
 
     CHECKSUMS["xxh3"] = xxh3_64_intdigest
+REMEDY = "install the version of pyarrow that constraints.txt names"
 INDEX = b"sequences"  # where the file's own metadata hold what `entries` gives
 
 Array = npt.NDArray[np.floating]
@@ -156,7 +157,11 @@ class Writing:
         with self._temporary.open("rb+", buffering=0) as file:
             run = runs(self._temporary, shard, self._width)[-1]
             there = np.empty((run.last - run.first) * self._width, np.uint8)
-            assert read_run(file, shard, run, there), "pyarrow's layout has changed"
+            if not read_run(file, shard, run, there):
+                found = f"another layout from pyarrow {pa.__version__}"
+                raise CacheError(
+                    f"store: expected the rows of {self.path.name} in one run of bytes, found {found}; {REMEDY}"
+                )
             os.fsync(file.fileno())
         self._temporary.replace(self.path)
         return shard

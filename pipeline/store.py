@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,11 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from pipeline import shards
 from pipeline.errors import CacheError
+from pipeline.scratch import remove_abandoned
 from pipeline.shards import KEY_BYTES, Array, Entry, Shard, is_damage
 
 # Part of every key: raise it when the same key would no longer give the same embeddings or heads, to the last bit.
@@ -64,6 +65,15 @@ class Store:
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
         return Shelf(self.root.expanduser() / "embeddings" / key, what)
 
+    def clear(self) -> None:
+        """Removes what killed processes left unfinished, here and on shelves that nobody writes to now."""
+        root = self.root.expanduser()
+        for name in ("live", "heads"):
+            remove_abandoned(root / name)
+        for folder in {path.parent for path in root.glob("embeddings/*/*.tmp")}:
+            with suppress(OSError, Timeout), FileLock(folder / "lock", timeout=0):
+                _remove_uncounted(folder)
+
 
 def sequence_key(sequence: str) -> bytes:
     """The digest that a sequence's rows are stored under."""
@@ -95,12 +105,7 @@ class Shelf:
 
     def shards(self) -> list[Shard]:
         """The shards that count: listed in the manifest, and there with the size it gives."""
-        try:
-            manifest = json.loads((self.folder / "manifest.json").read_bytes())
-            listed = [Shard(**shard) for shard in manifest["shards"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []  # no manifest, or one that is no longer readable: nothing is stored
-        return [shard for shard in listed if self._size(shard) == shard.bytes]
+        return _counted(self.folder)
 
     def index(self) -> dict[bytes, Entry]:
         """Where each stored sequence is. A sequence stored twice is read where it was stored first."""
@@ -128,21 +133,12 @@ class Shelf:
             made_with: what the manifest says of how they were made.
             beside: whether to write in a thread, beside the encoder's work.
         """
-        kept = {shard.file for shard in self.shards()}
-        for path in self.folder.glob("shard-*"):
-            if path.name not in kept:
-                path.unlink()
+        _remove_uncounted(self.folder)
         return ShardWriter(self, made_with, beside)
 
     def path(self, shard: Shard) -> Path:
         """The shard's file."""
         return self.folder / shard.file
-
-    def _size(self, shard: Shard) -> int:
-        try:
-            return self.path(shard).stat().st_size
-        except OSError:
-            return -1
 
     def _write_manifest(self, shards: Sequence[Shard]) -> None:
         content = json.dumps({**self.what, "shards": [asdict(shard) for shard in shards]}, indent=1)
@@ -275,6 +271,31 @@ class _Waiting:
     def write(self, file: shards.Writing) -> None:
         rows = self.rows[0] if len(self.rows) == 1 else np.concatenate(self.rows)
         file.add(self.keys, self.unknown, self.counts, rows)
+
+
+def _counted(folder: Path) -> list[Shard]:
+    """The shards of a shelf that count: listed in the manifest, and there with the size it gives."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        listed = [Shard(**shard) for shard in manifest["shards"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # no manifest, or one that is no longer readable: nothing is stored
+    return [shard for shard in listed if _size(folder / shard.file) == shard.bytes]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _remove_uncounted(folder: Path) -> None:
+    """Removes what a killed writer left on a shelf. Hold the lock."""
+    kept = {shard.file for shard in _counted(folder)}
+    for path in (*folder.glob("shard-*"), *folder.glob("manifest.json.*.tmp")):
+        if path.name not in kept:
+            path.unlink()
 
 
 @contextmanager

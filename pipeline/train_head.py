@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from pipeline.errors import CacheError
 from pipeline.fit import Losses, fit, groups
 from pipeline.heads import MLP, ConvNet, Head
 from pipeline.load import Target
+from pipeline.scratch import temporary_folder
 from pipeline.source import code_digest, no_reuse
 from pipeline.store import FORMAT, Store
 
@@ -191,11 +191,10 @@ def _restore(head: Head, path: Path) -> Losses | None:
 
 
 def _keep(head: Head, losses: Losses, path: Path) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    state = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
-        save_file(state, temporary, metadata={"losses": json.dumps(losses)})
-        temporary.replace(path)
+        with temporary_folder(path.parent) as folder:
+            save_file(state, folder / path.name, metadata={"losses": json.dumps(losses)})
+            (folder / path.name).replace(path)
     except (OSError, SafetensorError) as error:
         raise CacheError(f"store: '{path.parent}' cannot be written ({error}); set store to another folder") from error

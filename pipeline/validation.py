@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
@@ -20,6 +18,7 @@ from pipeline.embed import Embeddings, differences, embed, made_with, precision_
 from pipeline.encoders import Encoder
 from pipeline.load import Examples, load
 from pipeline.score import Scores, score
+from pipeline.scratch import temporary_folder
 from pipeline.store import Store
 from pipeline.tracking import Data, NullTracker, Tracker
 from pipeline.train_head import FittedHead, make_head, train_heads
@@ -93,8 +92,8 @@ def dry_run(encoder: Encoder, examples: Sequence[Examples]) -> None:
     """
     for one in examples:
         shortest = replace(one, train=one.train.shortest(), test=one.test.shortest(), val=None)
-        with tempfile.TemporaryDirectory() as folder:
-            embed([shortest], encoder, Store(Path(folder)))
+        with temporary_folder() as folder:
+            embed([shortest], encoder, Store(folder))
         make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
 
 
@@ -186,8 +185,8 @@ def _fit_and_score(
             run.metrics(scores.metrics, data=data_of(embeddings.examples, "test"))
         for metric, reason in scores.omitted.items():
             _note(step, name, f"{metric} is left out: {reason}")
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"predictions_{metric_name(name)}.parquet"
+        with temporary_folder() as folder:
+            path = folder / f"predictions_{metric_name(name)}.parquet"
             pq.write_table(scores.predictions, path)
             tracker.artifact(path)
     return [scores]

@@ -14,12 +14,12 @@ from tests.conftest import ROOT, make_task
 
 # Each module may import those before it.
 ORDER = """
-errors names config config_file progress schema tables labels load companions tokens packing unpickle weights source
-encoders custom huggingface metrics
+errors scratch names config config_file progress schema tables labels load companions tokens packing unpickle weights
+source encoders custom huggingface metrics
 tracking tracking.process tracking.journal tracking.delivery tracking.sender tracking.client
 tracking.mlflow tracking.earlier tracking.runs
 tracking.wandb tracking.tensorboard tracking.mirrors tracking.training
-formats live checkpoints shards store scratch rows forward embed
+formats live checkpoints shards store rows forward embed
 heads schedules optim batches stack fit train_head score validation
 figures.canvas figures.classes figures.examples figures report page publish compare measure
 neutral distributed measurement lightning callback monitors loggers esm pretrain __main__

@@ -34,7 +34,7 @@ from tests.conftest import ROOT
 from tests.test_path import planted_task
 from tests.training import Busy, loader, section, trainer
 
-VOLATILE = {"pipeline.process", "pipeline.journal", "mlflow.user"}
+VOLATILE = {"pipeline.writer", "pipeline.journal", "mlflow.user"}
 
 
 @pytest.fixture(autouse=True)
@@ -301,7 +301,7 @@ def test_a_journal_cut_anywhere_gives_its_whole_records(
         journal.append(record)
     journal.close()
     every = list(journal.read())
-    cut = data.draw(st.integers(0, path.stat().st_size))
+    cut = data.draw(st.integers(0, 10_000)) % (path.stat().st_size + 1)  # the head names the folder, which changes
     os.truncate(path, cut)
     assert [record for record, _ in every[1:]] == json.loads(json.dumps(records))
     assert list(journal.read()) == [(record, end) for record, end in every if end <= cut]

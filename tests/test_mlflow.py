@@ -31,7 +31,8 @@ from pipeline import Store, open_encoder, read_config, validate
 from pipeline.__main__ import main
 from pipeline.config_file import to_mapping
 from pipeline.huggingface import DESCRIPTION, describe
-from pipeline.tracking.process import HOST, PROCESS
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.process import HOST, KEY, WRITER
 from tests.conftest import ROOT, write_csv
 
 PARENT = "mlflow.parentRunId"
@@ -340,17 +341,23 @@ def test_a_live_measurement_is_not_swept(name: str, ends: Ends) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "process", "status"),
+    ("host", "journal", "status"),
     [
-        (socket.gethostname(), "1 another start", "KILLED"),  # the number is in use again
-        (socket.gethostname(), "", "RUNNING"),
-        ("elsewhere", "1 another start", "RUNNING"),
+        (socket.gethostname(), "killed", "KILLED"),
+        (socket.gethostname(), "alive", "RUNNING"),
+        (socket.gethostname(), "another run's", "RUNNING"),  # of the same name, in another container
+        (socket.gethostname(), "not here", "RUNNING"),
+        ("elsewhere", "killed", "RUNNING"),
     ],
 )
-def test_only_runs_whose_process_is_gone_are_swept(host: str, process: str, status: str, lab: Lab) -> None:
-    live = " ".join([str(os.getpid()), Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]])
-    tags = {HOST: host, PROCESS: process or live}
-    run = lab.client.create_run("0", tags=tags)
+def test_only_runs_whose_program_is_gone_are_swept(host: str, journal: str, status: str, lab: Lab) -> None:
+    path = lab.folder / f"{journal}.jsonl"
+    run = lab.client.create_run("0", tags={HOST: host, WRITER: str(path), KEY: "its key"})
+    if journal != "not here":
+        held = Journal(path)
+        held.append({"op": "run", "run": "another" if journal == "another run's" else "its key"})
+        if journal != "alive":
+            held.close()
     assert main(lab.command(VALUE, entry="load")) == 0
     assert lab.client.get_run(run.info.run_id).info.status == status
 

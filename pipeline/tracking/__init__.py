@@ -149,6 +149,7 @@ def attempt(what: str, act: Callable[[], T], fatal: tuple[type[Exception], ...] 
         raise
     except Exception as error:
         logger.warning("%s failed, work goes on: %s: %s", what, type(error).__name__, " ".join(str(error).split()))
+        logger.debug("%s", what, exc_info=True)
         return None
 
 

@@ -6,9 +6,7 @@ import atexit
 import contextlib
 import os
 import re
-import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -21,8 +19,9 @@ from mlflow import MlflowClient, environment_variables
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import CheckpointError
+from pipeline.scratch import temporary_folder
 from pipeline.tracking.journal import NOTE
-from pipeline.tracking.process import HOST, PROCESS, alive
+from pipeline.tracking.process import HOST, KEY, WRITER, lives
 
 # For this thread alone, MLflow's client asks once and waits briefly: the sender has manners of its own, and a create
 # that the client repeats by itself after a lost answer makes two.
@@ -46,13 +45,20 @@ lock = threading.Lock()
 def connect(uri: str = "") -> MlflowClient:
     """A client of the tracking server or database in force, or of the one at `uri`.
 
-    A new SQLite database is made by one process at a time: MLflow makes it without a lock, and two at once break it.
+    A new SQLite database is made by one process at a time, and renamed when it is whole: MLflow makes it without a
+    lock, two at once break it, and one that a kill left half-made can never be opened again.
     """
     uri = uri or mlflow.get_tracking_uri()
     path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or ":memory:" in uri or not os.access(path.parent, os.W_OK):
+    if not uri.startswith("sqlite:///") or set(":?") & set(path.name) or not os.access(path.parent, os.W_OK):
         return MlflowClient(uri)
     with FileLock(f"{path}.lock"):
+        if not path.exists():
+            new = path.with_name(f"{path.name}.new")
+            for left in (new, new.with_name(f"{new.name}-journal")):
+                left.unlink(missing_ok=True)
+            MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+            new.replace(path)
         return MlflowClient(uri)
 
 
@@ -103,10 +109,11 @@ def fail_run(message: str) -> None:
 
 def download(uri: str) -> Path:
     """A local copy of what an MLflow URI names, gone when the program ends. Raises CheckpointError if there is none."""
-    folder = tempfile.mkdtemp(prefix="checkpoint-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    kept = contextlib.ExitStack()
+    folder = kept.enter_context(temporary_folder())
+    atexit.register(kept.close)
     try:
-        found = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
+        found = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder))
         if found is None:  # MLflow 3.1
             raise FileNotFoundError("there is no such artifact")
         return Path(found)
@@ -117,8 +124,18 @@ def download(uri: str) -> Path:
 
 
 def sweep(client: MlflowClient, experiment_id: str) -> None:
-    """Ends runs of this machine whose process is gone: SIGKILL leaves them RUNNING."""
+    """Ends runs of this machine whose program is gone: SIGKILL leaves them RUNNING."""
     mine = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"
     for run in client.search_runs([experiment_id], mine):
-        if not alive(run.data.tags.get(PROCESS, "")):
-            client.set_terminated(run.info.run_id, "KILLED")
+        run_id, journal = run.info.run_id, Path(run.data.tags.get(WRITER, ""))
+        if lives(journal) or not _names(journal, run.data.tags.get(KEY) or run_id):
+            continue
+        if client.get_run(run_id).info.status == "RUNNING":  # it may have ended well meanwhile
+            client.set_terminated(run_id, "KILLED")
+
+
+def _names(journal: Path, run: str) -> bool:
+    """Whether a journal is the one that a run is in, not another container's of the same name."""
+    with contextlib.suppress(OSError), journal.open("rb") as stream:
+        return any(run.encode() in line for line in stream)
+    return False

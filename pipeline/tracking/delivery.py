@@ -60,8 +60,8 @@ def groups(journal: Journal, offset: int) -> Iterator[tuple[list[Record], int]]:
     group: list[Record] = []
     behind = offset
     for record, after in journal.read(offset):
-        joins = group and record["op"] == group[0]["op"] == "metrics" and record["run"] == group[0]["run"]
-        if group and (not joins or sum(len(one["values"]) for one in group) + len(record["values"]) > GROUP):
+        joins = group and record["op"] == group[0]["op"] == "metrics" and record.get("run") == group[0].get("run")
+        if group and (not joins or sum(len(one.get("values", ())) for one in (*group, record)) > GROUP):
             yield group, behind
             group = []
         group.append(record)
@@ -71,17 +71,23 @@ def groups(journal: Journal, offset: int) -> Iterator[tuple[list[Record], int]]:
 
 
 def send(sink: Sink, records: Sequence[Record], said: set[str]) -> int:
-    """Applies records; those that the server refuses are said, each reason once, and counted."""
+    """Applies records; those that cannot be sent are said, each reason once, and counted as refused."""
     try:
         sink.apply(records)
+        return 0
     except RefusedError as error:
-        parts = split(records)
-        if len(parts) > 1:  # one of them spoils all
-            return sum(send(sink, part, said) for part in parts)
-        if not error.said:
-            say(line_of(error), said)
-        return 1
-    return 0
+        reason = "" if error.said else f"MLflow refused {line_of(error)}"
+    except Exception as error:
+        if not is_bug(error):
+            raise
+        logger.debug("%s cannot be sent", records[0]["op"], exc_info=True)
+        reason = f"{records[0]['op']} is not sent, by a mistake in the program: {line_of(error)}"
+    parts = split(records)
+    if len(parts) > 1:  # one of them spoils all
+        return sum(send(sink, part, said) for part in parts)
+    if reason:
+        say(reason, said)
+    return 1
 
 
 def _insist(sink: Sink, records: Sequence[Record], said: set[str]) -> int:
@@ -93,8 +99,16 @@ def _insist(sink: Sink, records: Sequence[Record], said: set[str]) -> int:
             if not sink.answers():
                 raise
             if rest == 0:
-                say(f"{records[0]['op']} failed {TRIES} times: {line_of(error)}", said)
+                say(f"MLflow refused {records[0]['op']} failed {TRIES} times: {line_of(error)}", said)
     return len(records)
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether an error is a mistake in a program, such as a KeyError, and not a server or database that fails.
+
+    Those raise errors of libraries' own, or of the system.
+    """
+    return type(error).__module__ == "builtins" and not isinstance(error, (OSError, MemoryError))
 
 
 def split(records: Sequence[Record]) -> list[list[Record]]:
@@ -106,9 +120,9 @@ def split(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def say(reason: str, said: set[str]) -> None:
-    """Warns of what is refused, once."""
+    """Warns of what cannot be sent, once."""
     if reason not in said:
-        logger.warning("MLflow refused %s", reason)
+        logger.warning("%s", reason)
     said.add(reason)
 
 
@@ -134,19 +148,26 @@ def replay(journal: Journal, sink: Sink, elsewhere: bool = False) -> tuple[int, 
             for records, offset in groups(journal, 0 if elsewhere else journal.sent):
                 failed = _insist(sink, records, said)
                 if not elsewhere:
-                    journal.sent = offset
+                    journal.note_sent(offset, failed)
                 real = len(records) if "run" in records[0] else 0  # but for the head and torn lines
                 arrived, refused = arrived + max(0, real - failed), refused + failed
     except Timeout as error:
         raise TrackingError(f"journal: '{journal.path}' is being sent by another process; wait for its end") from error
     except Exception as error:
+        logger.debug("replay of '%s'", journal.path, exc_info=True)
+        if is_bug(error):
+            raise TrackingError(
+                f"journal: '{journal.path}' cannot be sent by a mistake in the program: {line_of(error)}; report it"
+            ) from error
         remedy = "start it, and replay again"
         raise TrackingError(f"MLflow does not answer after {arrived} records ({line_of(error)}); {remedy}") from error
     return arrived, refused
 
 
 def line_of(error: Exception) -> str:
-    """What an error says, on one line of bearable length."""
+    """What an error says, on one line of bearable length; of a mistake in the program, its type too."""
     text = " ".join(str(error).split())
+    if is_bug(error):
+        return f"{type(error).__name__}: {text[:300]}"
     known = next((short for sign, short in SHORT.items() if sign in text), text[:300])
     return known or type(error).__name__

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +19,10 @@ from pipeline.config import LOSS
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.metrics import NAMES
 from pipeline.tracking.client import be_brief, connect, shown
-from pipeline.tracking.delivery import holding, replay
+from pipeline.tracking.delivery import is_bug, replay
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow import MlflowSink
-from pipeline.tracking.process import HOST, PROCESS, alive
+from pipeline.tracking.process import HOST, deserted, journals_in, remove_journal
 
 logger = logging.getLogger(__name__)
 SCORE = re.compile(f"test_.+({'|'.join(NAMES)})")
@@ -93,22 +92,27 @@ def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:
         raise TrackingError(f"journal: '{name}' is not there; give the .jsonl file that a warning named")
     if not _is_journal(path):
         raise TrackingError(f"journal: '{name}' is no journal; give the .jsonl file that a warning named")
-    journal = Journal(path)
+    with deserted(path) as gone:
+        return _replay(path, tracking_uri, gone)
+
+
+def _replay(path: Path, tracking_uri: str, gone: bool) -> tuple[int, int]:
+    """See `replay_journal`. Where the program that wrote the journal is gone, its runs end, and the journal may go."""
+    journal = Journal(path, write=False)
     meant = journal.head.get("uri", "")
     uri = tracking_uri or meant
     if not uri:
-        raise TrackingError(f"journal: '{name}' does not say where it is for; give --tracking-uri")
+        raise TrackingError(f"journal: '{path}' does not say where it is for; give --tracking-uri")
     be_brief()
-    remove = journal.head.get("remove") and not alive(journal.head.get("tags", {}).get(PROCESS, ""))
     try:
         sink = MlflowSink(connect(uri), journal)
         arrived, refused = replay(journal, sink, elsewhere=uri != meant)
-        sink.kill_unended()
+        if gone:
+            sink.kill_unended()
     except (MlflowException, ImportError) as error:
         raise TrackingError(f"MLflow at '{shown(uri)}' does not answer: {error}; start it, and replay again") from error
-    finally:
-        journal.close()
-    if remove and not refused:
+    kept_for = refused if uri != meant else journal.refused
+    if gone and journal.head.get("remove") and not kept_for:
         journal.remove()
     return arrived, refused
 
@@ -123,23 +127,40 @@ def _is_journal(path: Path) -> bool:
     return isinstance(first, dict) and first.get("op") == "journal"
 
 
-def catch_up(folder: Path, uri: str) -> None:
-    """Sends to the same server what programs of this machine left in `folder` when they ended.
+def catch_up(folder: Path, uri: str) -> Iterator[Path]:
+    """Sends to the same server what programs of this machine left in `folder`, and removes what is left of journals.
+
+    Yields:
+        Each journal, after it was looked at.
 
     Raises:
         TrackingError: MLflow does not answer.
     """
-    for path in sorted(folder.glob("*.jsonl")):
-        with contextlib.suppress(OSError, Timeout):  # another process may be doing the same
-            if _is_left(path, uri):
-                arrived, _ = replay_journal(str(path), uri)
-                logger.info("sent %d records to MLflow that an earlier program left in %s", arrived, path)
+    for path in journals_in(folder):
+        try:
+            with deserted(path) as gone:
+                if gone:
+                    _finish(path, uri)
+        except Exception as error:
+            cause = error.__cause__ or error
+            if isinstance(error, TrackingError) and not is_bug(cause) and not isinstance(cause, Timeout):
+                raise
+            logger.warning("the journal '%s' of an earlier program stays: %s", path, error)
+            logger.debug("the journal of an earlier program", exc_info=True)
+        yield path
 
 
-def _is_left(path: Path, uri: str) -> bool:
-    """Whether a journal is for this server, has something to send, and nobody who does. Raises Timeout, OSError."""
-    with contextlib.closing(Journal(path)) as journal, holding(journal):
-        head, left = journal.head, journal.sent < journal.end
-    tags = head.get("tags", {})
-    gone = tags.get(HOST) == socket.gethostname() and not alive(tags.get(PROCESS, ""))
-    return bool(left and gone and head.get("uri") == uri)
+def _finish(path: Path, uri: str) -> None:
+    """Does what a program that is gone has left to do of its journal, where that is for this server."""
+    if not _is_journal(path):
+        if not path.exists() or b"\n" not in path.read_bytes():  # it was killed as it made or removed it
+            remove_journal(path)
+        return
+    journal = Journal(path, write=False)
+    if journal.head.get("uri") != uri or journal.head.get("tags", {}).get(HOST) != socket.gethostname():
+        return
+    if journal.sent >= journal.end and (journal.refused or not journal.head.get("remove")):
+        return
+    arrived, _ = _replay(path, "", gone=True)
+    if arrived:
+        logger.info("sent %d records to MLflow that an earlier program left in %s", arrived, path)

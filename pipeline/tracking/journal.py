@@ -7,6 +7,7 @@ file; a run has a key of the journal's, since its id is the server's to give, la
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -20,10 +21,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
 
 from pipeline.tracking import Data
-from pipeline.tracking.process import process_tags
+from pipeline.tracking.process import remove_journal, writer_lock, writer_tags
 
 Record = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -34,16 +37,20 @@ NOTE = "mlflow.note.content"
 class Journal:
     """A file of JSON lines that is only ever appended to, and a folder beside it with the files that runs keep.
 
-    What cannot be written, on a full disk say, is warned of once. `close()` closes the file.
+    Whoever writes it holds a lock until `close()`. What cannot be written, on a full disk say, is warned of once.
     """
 
-    def __init__(self, path: Path, uri: str = "", remove: bool = False) -> None:
+    def __init__(self, path: Path, uri: str = "", remove: bool = False, write: bool = True) -> None:
         """Opens the journal at `path`, or makes one whose records are for the server or database at `uri`.
 
-        `remove` is for whoever replays it: it was to go when everything had arrived.
+        Args:
+            path: the file.
+            uri: where the records are for.
+            remove: for whoever replays it: it was to go when everything had arrived.
+            write: false where it is only read, and nothing is appended.
 
         Raises:
-            OSError: it can be neither read nor made.
+            OSError: it can be neither read nor made, or another program writes it.
         """
         self.path = path
         self.files = path.with_suffix(".files")
@@ -51,21 +58,33 @@ class Journal:
         self.runs: dict[str, Record] = {}  # the last beginning of each run
         self.lost = 0  # records that could not be written
         self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)  # an address may hold a password
-        self._stream = os.fdopen(descriptor, "ab")
-        self.close = weakref.finalize(self, self._stream.close)
-        if new:
-            self.append({"op": "journal", "uri": uri, "remove": remove, "tags": process_tags()})
-            return
-        with path.open("rb") as stream:
-            stream.seek(max(0, self.end - 1))
-            torn = stream.read() not in (b"", b"\n")
-        if torn:  # by a kill
-            self._stream.write(b"\n")
-            self._stream.flush()
+        if write:
+            self._begin(uri, remove)
         self.runs = {record["run"]: record for record, _ in self.read() if record["op"] == "run"}
+
+    def _begin(self, uri: str, remove: bool) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        held = writer_lock(self.path)
+        try:
+            held.acquire()
+        except Timeout as error:
+            raise OSError(errno.EBUSY, "another program writes this journal") from error
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)  # a URI may hold a password
+        except OSError:
+            held.release()
+            raise
+        self._stream = os.fdopen(descriptor, "ab")
+        self.close = weakref.finalize(self, _close, self._stream, held)
+        self.close.atexit = False  # what is left is sent at exit, and until then the program lives
+        if not self.end:
+            self.append({"op": "journal", "uri": uri, "remove": remove, "tags": writer_tags(self.path)})
+            return
+        with self.path.open("rb") as stream:
+            stream.seek(self.end - 1)
+            if stream.read() != b"\n":  # torn by a kill
+                self._stream.write(b"\n")
+                self._stream.flush()
 
     @property
     def end(self) -> int:
@@ -77,17 +96,28 @@ class Journal:
 
     @property
     def sent(self) -> int:
-        """How many bytes of it have arrived."""
-        try:
-            return int(self.path.with_suffix(".sent").read_text())
-        except (OSError, ValueError):
-            return 0
+        """How many bytes of it have arrived, or were refused."""
+        return self._noted[0]
 
-    @sent.setter
-    def sent(self, offset: int) -> None:
+    @property
+    def refused(self) -> int:
+        """How many records were refused: it stays for their sake."""
+        return self._noted[1]
+
+    @property
+    def _noted(self) -> tuple[int, int]:
+        try:
+            sent, _, refused = self.path.with_suffix(".sent").read_text().partition(" ")
+            return int(sent), int(refused or 0)
+        except (OSError, ValueError):
+            return 0, 0
+
+    def note_sent(self, offset: int, refused: int) -> None:
+        """Notes how many bytes have arrived, and how many records more were refused."""
+        refused += self.refused
         with contextlib.suppress(OSError):  # on a full disk some records are sent once more, which does no harm
             temporary = self.path.with_suffix(".sent.tmp")
-            temporary.write_text(str(offset))
+            temporary.write_text(f"{offset} {refused}" if refused else str(offset))
             temporary.replace(self.path.with_suffix(".sent"))
 
     @property
@@ -119,7 +149,7 @@ class Journal:
         return None
 
     def read(self, offset: int = 0) -> Iterator[tuple[Record, int]]:
-        """The whole records from `offset` on, each with the offset behind it; what a kill tore is passed over."""
+        """The whole records from `offset` on, each with the offset behind it; what is no record has the op `torn`."""
         if not self.path.exists():
             return
         with self.path.open("rb") as stream:
@@ -129,9 +159,10 @@ class Journal:
                     return
                 offset += len(line)
                 try:
-                    yield json.loads(line), offset
+                    record = json.loads(line)
                 except ValueError:
-                    yield {"op": "torn"}, offset
+                    record = None
+                yield (record if isinstance(record, dict) and "op" in record else {"op": "torn"}), offset
 
     def drop(self, records: Sequence[Record]) -> None:
         """Removes the copies of files that have arrived."""
@@ -141,9 +172,7 @@ class Journal:
 
     def remove(self) -> None:
         """Removes the journal and what belongs to it."""
-        shutil.rmtree(self.files, ignore_errors=True)
-        for path in (self.path, self.path.with_suffix(".sent"), self.path.with_suffix(".lock")):
-            path.unlink(missing_ok=True)
+        remove_journal(self.path)
 
     @contextmanager
     def _said(self) -> Iterator[None]:
@@ -191,7 +220,7 @@ class JournalRun:
                 `experiment`, the name or the id of its experiment.
         """
         run = cls(journal, key or uuid.uuid4().hex, context or {})
-        tags = {**run.context, **process_tags()} if mine else {}
+        tags = {**run.context, **writer_tags(journal.path)} if mine else {}
         run._write("run", tags=tags, time=now(), **what)
         return run
 
@@ -275,6 +304,11 @@ class JournalRun:
 
     def _write(self, op: str, **what: Any) -> None:
         self.journal.append({"op": op, "run": self.key, **what})
+
+
+def _close(stream: BinaryIO, held: FileLock) -> None:
+    stream.close()
+    held.release()
 
 
 def dataset_name(data: Data) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -33,12 +31,13 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.models.utils import get_external_mlflow_model_spec
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 
+from pipeline.scratch import temporary_folder
 from pipeline.tracking.client import be_brief, connect, patient, sweep
 from pipeline.tracking.delivery import RefusedError
 from pipeline.tracking.journal import Journal, Record
-from pipeline.tracking.process import HOST, PROCESS, alive
+from pipeline.tracking.process import KEY, WRITER, lives
 
-KEY = "pipeline.journal"  # the tag that holds a run's key
+MOST_RUNS = 10_000  # that may be RUNNING
 BATCH = 100  # most parameters or tags in one call; a server refuses more
 # Of an answer that will be the same next time; all else may be a server in trouble.
 REFUSALS = {
@@ -70,7 +69,7 @@ class MlflowSink:
             return
         try:
             act(records)
-        except (MlflowException, ImportError, KeyError) as error:
+        except (MlflowException, ImportError) as error:
             if isinstance(error, MlflowException) and error.error_code not in REFUSALS:
                 raise
             key = first["run"]
@@ -90,6 +89,8 @@ class MlflowSink:
     def run_id(self, key: str) -> str:
         """The id of a run, by its key; found on the server if this object did not make it."""
         if key not in self.ids:
+            if key not in self.journal.runs:
+                raise RefusedError(f"run {key[:8]}: the journal does not hold its beginning")
             self._begin(self.journal.runs[key], again=False)
         return self.ids[key]
 
@@ -125,8 +126,9 @@ class MlflowSink:
 
     def _go_on(self, run: Run, record: Record) -> None:
         """Opens a run that had ended before it was begun again; not one that another process has gone on with."""
-        ended, process = run.info.end_time, run.data.tags.get(PROCESS, "")
-        if (ended and ended >= record["time"]) or (process and alive(process)):
+        ended, writer = run.info.end_time, run.data.tags.get(WRITER)
+        other = not ended and writer is not None and writer != record["tags"].get(WRITER)
+        if (ended and ended >= record["time"]) or (other and lives(Path(str(writer)))):
             return
         self.client.update_run(run.info.run_id, status="RUNNING")
         self._tag(run.info.run_id, record["tags"])
@@ -252,10 +254,10 @@ class MlflowSink:
         )
 
     def _finish(self, model: LoggedModel) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            get_external_mlflow_model_spec(model).save(str(Path(folder) / MLMODEL_FILE_NAME))
+        with temporary_folder() as folder:
+            get_external_mlflow_model_spec(model).save(str(folder / MLMODEL_FILE_NAME))
             with patient():
-                self.client.log_model_artifacts(model.model_id, folder)
+                self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
     def _end(self, records: Sequence[Record]) -> None:
@@ -266,13 +268,11 @@ class MlflowSink:
             self._remove_others(record["run"])
 
     def kill_unended(self) -> None:
-        """Ends the runs that the journal began and did not end, where their process is gone."""
-        for key, record in self.journal.runs.items():
-            if record.get("run_id") or record["tags"].get(HOST) != socket.gethostname():
-                continue
-            run = self.client.get_run(self.run_id(key))
-            same = run.data.tags.get(PROCESS) == record["tags"][PROCESS]
-            if run.info.status == "RUNNING" and same and not alive(record["tags"][PROCESS]):
+        """Ends the runs that the journal's program left RUNNING. For when that program is gone."""
+        experiments = [one.experiment_id for one in self.client.search_experiments()]
+        writers = {record["tags"].get(WRITER) for record in self.journal.runs.values()} - {None}
+        for run in self.client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=MOST_RUNS):
+            if run.data.tags.get(WRITER) in writers:
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
 

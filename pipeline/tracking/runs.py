@@ -72,18 +72,9 @@ def _sender(path: Path, uri: str, remove: bool) -> Sender:
     known = _senders.get(place)
     if known is None or known.ended:
         journal = Journal(path, uri, remove)
-        known = _senders[place] = Sender(
-            journal, partial(_open, uri, journal, [place.parent] if remove else []), remove
-        )
+        first = partial(catch_up, place.parent, uri) if remove else tuple
+        known = _senders[place] = Sender(journal, partial(open_sink, uri, journal), remove, first)
     return known
-
-
-def _open(uri: str, journal: Journal, folders: list[Path]) -> MlflowSink:
-    """Connects, in the sender's thread; first, and once, what earlier programs left in the journal's folder is sent."""
-    for folder in folders:
-        catch_up(folder, uri)
-    folders.clear()
-    return open_sink(uri, journal)
 
 
 @contextmanager

@@ -8,11 +8,11 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from filelock import Timeout
 
-from pipeline.tracking.delivery import TRIES, Sink, groups, holding, line_of, say, send
+from pipeline.tracking.delivery import TRIES, Sink, groups, holding, is_bug, line_of, say, send
 from pipeline.tracking.journal import Journal, Record
 
 logger = logging.getLogger(__name__)
@@ -35,13 +35,20 @@ class Sender:
         sink: where records go; None before the first, and after a failure.
     """
 
-    def __init__(self, journal: Journal, open_sink: Callable[[], Sink], remove: bool = False) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        open_sink: Callable[[], Sink],
+        remove: bool = False,
+        first: Callable[[], Iterable[object]] = tuple,
+    ) -> None:
         """Starts the thread.
 
         Args:
             journal: what is sent.
             open_sink: connects; called in the thread, again after a failure.
             remove: removes the journal when all of it has arrived and nothing will be added.
+            first: is done in the thread before anything is sent, piece by piece.
         """
         self.journal = journal
         self.failure: str | None = None
@@ -49,6 +56,8 @@ class Sender:
         self.sink: Sink | None = None
         self._open_sink = open_sink
         self._remove = remove
+        self._first = first
+        self._pieces = 0  # done of it
         self._arrived = threading.Condition()
         self._wake, self._hurry = threading.Event(), threading.Event()
         self._finishing = self._resting = self._closed = self._tidied = False
@@ -84,9 +93,9 @@ class Sender:
                 rest = deadline - time.monotonic()
                 if rest <= 0:
                     break
-                before = self._offset
+                before = self._offset, self._pieces
                 self._arrived.wait(min(rest, patience or rest))
-                if patience and patience < rest and self._offset == before and self.failure is None:
+                if patience and patience < rest and (self._offset, self._pieces) == before and self.failure is None:
                     break
         self._hurry.clear()
         return self.done
@@ -150,7 +159,8 @@ class Sender:
             except Timeout:
                 self._fail("another process is sending the journal", pause)
             except Exception as error:
-                self._fail(line_of(error), pause)
+                logger.debug("sending of the journal", exc_info=True)
+                self._fail(line_of(error), pause, is_bug(error))
             pause = min(2 * pause, LONGEST_PAUSE)
         with self._arrived:
             self._thread = None
@@ -177,9 +187,8 @@ class Sender:
     def _send(self) -> None:
         """Sends until the end of the journal. Raises where the server fails."""
         for records, offset in groups(self.journal, self._offset):
-            self.sink = self.sink or self._open_sink()
-            self._apply(records)
-            self.journal.sent = offset
+            self.sink = self.sink or self._connect()
+            self.journal.note_sent(offset, self._apply(records))
             if self._remove:
                 self.journal.drop(records)
             with self._arrived:
@@ -190,19 +199,30 @@ class Sender:
             if self._closed:
                 return
 
-    def _apply(self, records: Sequence[Record]) -> None:
-        """Applies records. One that fails again and again, where the server answers all else, counts as refused."""
+    def _connect(self) -> Sink:
+        """Connects; what is to be done first is done once."""
+        for _ in self._first():
+            with self._arrived:
+                self._pieces += 1
+                self._arrived.notify_all()
+        self._first = tuple
+        return self._open_sink()
+
+    def _apply(self, records: Sequence[Record]) -> int:
+        """Applies records; how many were refused. So is one that fails again and again where all else is answered."""
         assert self.sink is not None
         try:
-            self.refused += send(self.sink, records, self._said)
+            refused = send(self.sink, records, self._said)
         except Exception as error:
             self._of_record += 1
             if self._of_record < TRIES or not self.sink.answers():
                 raise
-            self.refused += len(records)
-            say(f"{records[0]['op']} failed {TRIES} times: {line_of(error)}", self._said)
+            refused = len(records)
+            say(f"MLflow refused {records[0]['op']} failed {TRIES} times: {line_of(error)}", self._said)
+        self.refused += refused
+        return refused
 
-    def _fail(self, reason: str, pause: float) -> None:
+    def _fail(self, reason: str, pause: float, bug: bool = False) -> None:
         """Opens the circuit: what is new does not close it, only time and the end do."""
         self.sink = None
         with self._arrived:
@@ -210,8 +230,8 @@ class Sender:
             self._failures += 1
             self._arrived.notify_all()
         if not said:
-            text = "MLflow does not answer (%s); the work goes on, and results are kept in %s"
-            logger.warning(text, reason, self.journal.path)
+            what = "results cannot be sent by a mistake in the program" if bug else "MLflow does not answer"
+            logger.warning("%s (%s); the work goes on, and results are kept in %s", what, reason, self.journal.path)
         self._hurry.wait(pause)
         if not self._closed:
             self._hurry.clear()
@@ -220,9 +240,9 @@ class Sender:
         """Everything has arrived, and nothing will be added."""
         self._tidied = True
         _senders.discard(self)
-        self.journal.close()
-        if self._remove and not self.refused and not self.journal.lost:
+        if self._remove and not self.journal.refused and not self.journal.lost:
             self.journal.remove()
+        self.journal.close()
 
 
 def flush(limit: float = 30.0) -> bool:

@@ -1,0 +1,483 @@
+"""What killed programs leave goes with the next, what the living hold stays; and errors that can be traced."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from transformers import EsmConfig, EsmModel
+
+from pipeline import shards
+from pipeline.__main__ import main
+from pipeline.embed import embed
+from pipeline.errors import CacheError, TrackingError
+from pipeline.load import load
+from pipeline.packing import Packing
+from pipeline.scratch import temporary_folder
+from pipeline.store import Store
+from pipeline.tracking import delivery, earlier
+from pipeline.tracking import sender as sending
+from pipeline.tracking.client import connect
+from pipeline.tracking.earlier import catch_up
+from pipeline.tracking.journal import Journal, JournalRun, Record
+from pipeline.tracking.process import lives, lock_path
+from pipeline.tracking.runs import OpenRun
+from pipeline.tracking.sender import Sender
+from tests.conftest import ROOT, FakeEncoder
+from tests.test_store import token_task
+
+# --- kills
+
+
+def killed(script: str, *arguments: str, before: Sequence[str] = ()) -> None:
+    """Runs a script that kills itself."""
+    command = [*before, sys.executable, "-c", script, *arguments]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+@pytest.mark.slow
+def test_kills_leave_nothing_and_change_nothing(tmp_path: Path) -> None:
+    """A short version of the benchmark, which kills two hundred."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "benchmarks/kills.py", "--kills=8", "--models=2", f"--json={tmp_path}/said.json"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert (said["killed"], said["left"], said["differ"]) == (8, [], [])
+    assert said["left by the killed"] > 0
+    assert said["compared"] > 40
+
+
+BEGUN = """
+import os, sys
+from pathlib import Path
+from pipeline.tracking.runs import OpenRun
+opened = OpenRun(Path(sys.argv[1]), sys.argv[2], True, name="killed")
+with opened.run.step("inner"):
+    opened.run.metrics({"x": 0.5}, 3)
+    assert opened.sender.settle(60)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def statuses() -> dict[str, str]:
+    return {str(run.info.run_name): run.info.status for run in MlflowClient().search_runs(["0"])}
+
+
+def test_a_journal_of_which_all_has_arrived_goes_with_the_next_program(tmp_path: Path, tracking: str) -> None:
+    killed(BEGUN, str(tmp_path / "j" / "a.jsonl"), tracking)
+    journal = Journal(tmp_path / "j" / "a.jsonl", write=False)
+    assert journal.sent == journal.end
+    assert statuses() == {"killed": "RUNNING", "inner": "RUNNING"}
+    assert OpenRun(tmp_path / "j" / "b.jsonl", tracking, True, name="next").sender.close()
+    assert statuses() == {"killed": "KILLED", "inner": "KILLED", "next": "RUNNING"}
+    assert list((tmp_path / "j").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "parts", [["lock"], ["writer.lock", "sent"], ["sent.tmp"], ["files"], ["jsonl", "writer.lock"]]
+)
+def test_what_is_left_of_a_journal_goes_too(parts: list[str], tmp_path: Path) -> None:
+    """Its program was killed as it made or removed it."""
+    for part in parts:
+        path = tmp_path / f"x=1.5-a.{part}"
+        path.mkdir() if part == "files" else path.touch()
+    (tmp_path / "another.txt").touch()
+    list(catch_up(tmp_path, "sqlite:///nothing.db"))
+    assert [path.name for path in tmp_path.iterdir()] == ["another.txt"]
+
+
+def test_the_journal_of_a_living_program_stays(tmp_path: Path, tracking: str) -> None:
+    other = JournalRun.begin(Journal(tmp_path / "a.jsonl", tracking, remove=True), name="alive")
+    list(catch_up(tmp_path, tracking))
+    assert {path.name for path in tmp_path.glob("a.*")} == {"a.jsonl", "a.writer.lock"}
+    other.journal.close()
+    list(catch_up(tmp_path, tracking))
+    assert list(tmp_path.glob("a.*")) == []
+
+
+def test_a_journal_with_refused_records_stays(tmp_path: Path, tracking: str) -> None:
+    opened = OpenRun(tmp_path / "j" / "a.jsonl", tracking, True, name="mixed")
+    opened.run.metrics({"b@d": 1.0})
+    assert opened.sender.close()
+    list(catch_up(tmp_path / "j", tracking))
+    journal = Journal(tmp_path / "j" / "a.jsonl", write=False)
+    assert (journal.sent, journal.refused) == (journal.end, 1)
+
+
+MAKES = """
+import os, signal, sqlite3, sys
+from pathlib import Path
+import sqlalchemy
+from pipeline.tracking.client import connect
+
+@sqlalchemy.event.listens_for(sqlalchemy.engine.Engine, "before_cursor_execute")
+def kill(connection, cursor, statement, *_):
+    if "CREATE TABLE" in statement and "webhooks" in statement:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+connect(sys.argv[1])
+"""
+
+
+def test_a_database_that_was_being_made_is_made_again(tmp_path: Path) -> None:
+    """MLflow alone can neither finish nor open what a kill in the middle leaves."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    killed(MAKES, uri)
+    assert not (tmp_path / "mlflow.db").exists()
+    with contextlib.chdir(tmp_path):
+        client = connect(uri)
+    assert client.create_run("0").info.status == "RUNNING"
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
+
+
+def test_a_journal_has_one_writing_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tracking.process.PATIENCE", 0)
+    with FileLock(lock_path(tmp_path / "a.jsonl")), pytest.raises(OSError, match="another program writes"):
+        Journal(tmp_path / "a.jsonl")
+
+
+IN_TEMPORARY = """
+import os, sys
+from pathlib import Path
+from pipeline.scratch import temporary_folder
+with temporary_folder(Path(sys.argv[1]) if sys.argv[1:] else None) as folder:
+    (folder / "x").touch()
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """TMPDIR for this test and its subprocesses."""
+    path = tmp_path / "tmp"
+    path.mkdir()
+    monkeypatch.setenv("TMPDIR", str(path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return path
+
+
+def test_a_temporary_folder_of_a_killed_program_goes_with_the_next(temporary: Path) -> None:
+    killed(IN_TEMPORARY)
+    (own,) = temporary.iterdir()
+    assert len(list(own.iterdir())) == 2  # the folder and its lock
+    with temporary_folder() as outer, temporary_folder() as inner:
+        assert {path.name for path in own.iterdir() if path.is_dir()} == {outer.name, inner.name}
+        assert outer.stat().st_mode & 0o777 == own.stat().st_mode & 0o777 == 0o700
+    assert list(own.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_folder_that_another_made_in_the_users_place_is_not_used(kind: str, temporary: Path) -> None:
+    with temporary_folder() as folder:
+        own = folder.parent
+    own.rmdir()
+    (temporary / "elsewhere").mkdir()
+    if kind == "link":
+        own.symlink_to(temporary / "elsewhere")
+    else:
+        own.touch()
+    with pytest.raises(CacheError, match="set TMPDIR to another folder"), temporary_folder():
+        pass
+    assert list((temporary / "elsewhere").iterdir()) == []
+
+
+def test_no_other_temporary_folders_are_made() -> None:
+    """Python's own stay behind when a program is killed."""
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        names = {
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        assert ("tempfile" in names) == (path.name == "scratch.py"), path
+
+
+def test_unfinished_files_of_the_store_go_with_the_next_program(tmp_path: Path, fake: FakeEncoder) -> None:
+    """On other shelves too, and only where nobody is writing."""
+    some = Store(tmp_path / "store")
+    embed([load(token_task(tmp_path))], fake, some)
+    (shelf,) = (tmp_path / "store" / "embeddings").iterdir()
+    whole = {path.name for path in shelf.iterdir()}
+    killed(IN_TEMPORARY, str(tmp_path / "store" / "live"))
+    killed(IN_TEMPORARY, str(tmp_path / "store" / "heads"))
+    for name in ("shard-00007.tmp", "shard-00006.parquet", "manifest.json.1.tmp"):
+        (shelf / name).touch()
+    with FileLock(shelf / "lock"):
+        some.clear()
+        assert len({path.name for path in shelf.iterdir()} - whole) == 3
+    some.clear()
+    assert {path.name for path in shelf.iterdir()} == whole
+    assert [list((tmp_path / "store" / name).iterdir()) for name in ("live", "heads")] == [[], []]
+
+
+# --- who lives
+
+
+HOLDS = """
+import os, sys, time
+from pathlib import Path
+from pipeline.tracking.runs import OpenRun
+opened = OpenRun(Path(sys.argv[1]), sys.argv[2], True, name="alive")
+assert opened.sender.settle(60)
+print("ready", flush=True)
+time.sleep(600)
+"""
+SWEEPS = """
+import sys
+from pathlib import Path
+from pipeline.tracking.runs import OpenRun
+for path in sys.argv[2:]:
+    opened = OpenRun(Path(path), sys.argv[1], True, name="sweeping")
+    opened.run.end("FINISHED")
+    assert opened.sender.close()
+"""
+
+
+def apart() -> list[str]:
+    """A command that gives a process ids of its own, where the system lets it."""
+    command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to make a namespace of process ids: run as root on Linux")
+    return command
+
+
+def test_processes_of_two_containers_do_not_end_one_anothers_runs(tmp_path: Path, tracking: str) -> None:
+    """They share a host name, but not their process ids; with folders of journals in common, and of their own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    sweep = [
+        *apart(),
+        sys.executable,
+        "-c",
+        SWEEPS,
+        tracking,
+        *(str(tmp_path / name / "b.jsonl") for name in ("j", "own")),
+    ]
+    holds = [*apart(), sys.executable, "-c", HOLDS, str(tmp_path / "j" / "a.jsonl"), tracking]
+    with subprocess.Popen(holds, env=environment, stdout=subprocess.PIPE, text=True) as alive:
+        try:
+            assert alive.stdout is not None
+            assert alive.stdout.readline() == "ready\n"
+            subprocess.run(sweep, env=environment, check=True)
+            assert statuses() == {"alive": "RUNNING", "sweeping": "FINISHED"}
+        finally:
+            alive.kill()
+    while lives(tmp_path / "j" / "a.jsonl"):  # until the system has ended all of it
+        pass
+    opened = OpenRun(tmp_path / "own" / "c.jsonl", tracking, True, name="next")
+    assert opened.sender.close()
+    assert statuses() == {"alive": "KILLED", "sweeping": "FINISHED", "next": "RUNNING"}
+
+
+FORKS = """
+import os, signal, sys, time
+from pathlib import Path
+from pipeline.scratch import temporary_folder
+from pipeline.tracking.journal import Journal
+journal = Journal(Path(sys.argv[1]))
+with temporary_folder(Path(sys.argv[2])):
+    worker = os.fork()
+    if worker == 0:
+        signal.pause()
+    print(worker, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_forked_worker_does_not_keep_the_locks_of_a_dead_program(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORKS, str(tmp_path / "a.jsonl"), str(tmp_path / "live")]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes) as owner:
+        assert owner.stdout is not None
+        worker = int(owner.stdout.readline())
+        try:
+            assert lives(tmp_path / "a.jsonl")
+            owner.kill()
+            owner.wait()
+            os.kill(worker, 0)  # it is there
+            assert not lives(tmp_path / "a.jsonl")
+            with temporary_folder(tmp_path / "live"):
+                assert len(list((tmp_path / "live").glob("*/"))) == 1
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
+# --- errors that can be traced
+
+
+class Sink(delivery.Sink):
+    """Fails with one error for some records, or when it is asked whether it answers."""
+
+    def __init__(self, error: Exception, op: str = "bad") -> None:
+        self.error, self.op = error, op
+        self.records: list[Record] = []
+
+    def apply(self, records: Sequence[Record]) -> None:
+        if records[0]["op"] == self.op:
+            raise self.error
+        self.records += records
+
+    def answers(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def debug(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
+    monkeypatch.setattr(sending, "FIRST_PAUSE", 0.01)
+    with caplog.at_level(logging.DEBUG, "pipeline"):
+        yield caplog
+
+
+def traced(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The types of the errors that were logged at DEBUG with a traceback."""
+    return [str(one.exc_info[0].__name__) for one in caplog.records if one.exc_info and one.exc_info[0]]
+
+
+def test_a_mistake_in_the_program_is_no_server_that_does_not_answer(tmp_path: Path, debug: Any) -> None:
+    sink = Sink(KeyError("values"))
+    journal = Journal(tmp_path / "a.jsonl")
+    sender = Sender(journal, lambda: sink, remove=True)
+    for op in ("x", "bad", "y"):
+        journal.append({"op": op})
+    assert sender.close(60, 60)
+    assert [record["op"] for record in sink.records] == ["journal", "x", "y"]
+    assert "bad is not sent, by a mistake in the program: KeyError: 'values'" in debug.text
+    assert "does not answer" not in debug.text
+    assert traced(debug) == ["KeyError"]
+    assert (journal.refused, journal.path.exists()) == (1, True)
+
+
+@pytest.mark.parametrize(("error", "mistake"), [(AttributeError("no x"), True), (MlflowException("down"), False)])
+def test_whose_fault_it_is_that_nothing_can_be_sent(
+    error: Exception, mistake: bool, tmp_path: Path, debug: Any
+) -> None:
+    def fail() -> Sink:
+        raise error
+
+    sender = Sender(Journal(tmp_path / "a.jsonl"), fail)
+    assert not sender.close(60, 60)
+    assert ("results cannot be sent by a mistake in the program (AttributeError: no x)" in debug.text) == mistake
+    assert ("MLflow does not answer (down)" in debug.text) != mistake
+    assert set(traced(debug)) == {type(error).__name__}
+
+
+def test_replay_says_whose_fault_it_is(tmp_path: Path, debug: Any) -> None:
+    class Torn(Journal):
+        def note_sent(self, offset: int, refused: int) -> None:
+            raise ZeroDivisionError("by zero")
+
+    with pytest.raises(TrackingError, match="by a mistake in the program: ZeroDivisionError: by zero"):
+        delivery.replay(Torn(tmp_path / "a.jsonl"), Sink(OSError()))
+    journal = Journal(tmp_path / "b.jsonl")
+    journal.append({"op": "bad"})
+    with pytest.raises(TrackingError, match="MLflow does not answer after 0 records"):
+        delivery.replay(journal, Sink(ConnectionRefusedError()))
+
+
+def test_a_journal_that_cannot_be_finished_does_not_hold_up_others(
+    tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch, debug: Any
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("by zero")
+
+    Journal(tmp_path / "j" / "a.jsonl", tracking, remove=True).close()
+    monkeypatch.setattr(earlier, "_finish", fail)
+    opened = OpenRun(tmp_path / "j" / "b.jsonl", tracking, True, name="next")
+    assert opened.sender.close(60, 60)
+    assert "of an earlier program stays: by zero" in debug.text
+    assert "ZeroDivisionError" in traced(debug)
+
+
+@pytest.mark.parametrize("line", [b"[1]\n", b'{"x": 1}\n', b'{"op": "metrics"}\n', b'{"op": "end", "run": "k"}\n'])
+def test_a_line_that_is_no_record_does_not_stop_the_journal(line: bytes, tmp_path: Path, tracking: str) -> None:
+    opened = OpenRun(tmp_path / "a.jsonl", tracking, name="torn")
+    with opened.sender.journal.path.open("ab") as stream:
+        stream.write(line)
+    opened.run.metrics({"x": 1.0})
+    assert opened.sender.close(60, 60)
+    (run,) = MlflowClient().search_runs(["0"])
+    assert run.data.metrics == {"x": 1.0}
+
+
+@pytest.mark.parametrize("given", [[], ["--traceback"]])
+@pytest.mark.parametrize("entry", [["main", "--config"], ["pretrain", "--config"], ["config"]])
+def test_the_command_line_prints_where_an_error_is_from(entry: list[str], given: list[str], capsys: Any) -> None:
+    level = logging.getLogger("pipeline").level
+    try:
+        assert main([*entry, "nowhere.yaml", *given]) == 2
+    finally:
+        logging.getLogger("pipeline").setLevel(level)
+    said = capsys.readouterr().err
+    assert ("Traceback" in said and "config_file.py" in said) == bool(given)
+    assert said.splitlines()[-1].startswith("error: ")
+
+
+def test_every_entry_point_takes_traceback(capsys: Any) -> None:
+    for entry in ("main", "load", "embed", "train_head", "score", "pretrain", "compare", "replay", "config"):
+        with pytest.raises(SystemExit):
+            main([entry, "--help"])
+        assert "--traceback" in capsys.readouterr().out
+
+
+class Own(EsmModel):
+    """Fails on sequences that are packed, with what is asked for."""
+
+    error: Exception = RuntimeError("not in a row")
+
+    def forward(self, input_ids: Any, position_ids: Any = None, **options: Any) -> Any:
+        if position_ids is not None:
+            raise self.error
+        return super().forward(input_ids, position_ids=position_ids, **options)
+
+
+def own() -> Any:
+    size: dict[str, Any] = {"vocab_size": 33, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = EsmConfig(**size, intermediate_size=8, pad_token_id=1, mask_token_id=32)
+    return Own(config, add_pooling_layer=False).train(False)
+
+
+def test_packing_that_is_given_up_says_so_once(debug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.packing._given_up", set())
+    for _ in range(2):
+        assert Packing.fit(own(), [4, 5, 6, 7], 1) is None
+    (said,) = [one for one in debug.records if one.levelno == logging.INFO]
+    assert said.getMessage().endswith(
+        "Own: sequences are padded, not packed, which takes longer: RuntimeError: not in a row"
+    )
+    assert set(traced(debug)) == {"RuntimeError"}
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.cuda.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_is_not_a_reason_to_pad(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Own, "error", error)
+    with pytest.raises(type(error)):
+        Packing.fit(own(), [4, 5, 6, 7], 1)
+
+
+def test_another_layout_of_a_file_is_an_error_of_the_store(
+    tmp_path: Path, fake: FakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "read_run", lambda *_: False)
+    with pytest.raises(CacheError, match="found another layout"):
+        embed([load(token_task(tmp_path))], fake, Store(tmp_path / "store"))
+    assert not list(tmp_path.rglob("shard-*"))
