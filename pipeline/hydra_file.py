@@ -1,8 +1,8 @@
 """A YAML file that inherits, composed as Hydra does it: `defaults`, groups, packages and `hydra.searchpath`.
 
-Hydra's own `compose` is not called. It replaces what a program under `@hydra.main` has set up, makes the objects that
-`hydra.callbacks` names, and runs resolvers in values that another file overrides. Here no state of Hydra's changes, and
-nothing that a file names is run or imported.
+Hydra's own `compose` is not called. It replaces what a program under `@hydra.main` has set up, needs the plugins that
+the training is launched with, and runs resolvers in values that another file overrides. Here no state of Hydra's
+changes, and nothing that a file names is run or imported.
 """
 
 from __future__ import annotations
@@ -93,13 +93,14 @@ def _undisturbed() -> Iterator[None]:
 def _search_path(path: Path, root: DictConfig) -> list[Path]:
     """The folders of `hydra.searchpath`, there or not: Hydra passes over those that are not."""
     try:
-        entries = OmegaConf.select(root, "hydra.searchpath")
-        found = entries if entries is None else OmegaConf.to_container(entries, resolve=True)
-    except (OmegaConfBaseException, ValueError) as error:
+        found = OmegaConf.select(root, "hydra.searchpath")
+        found = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+    except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: hydra.searchpath cannot be resolved: {error}; set what it names") from error
-    if not isinstance(found or [], list) or not all(isinstance(entry, str) for entry in found or []):
+    found = [] if found is None else found
+    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
         raise ConfigError(f"{path}: hydra.searchpath: expected a list of folders, found {found!r}")
-    return [_folder(path, str(entry)) for entry in found or []]
+    return [_folder(path, entry) for entry in found]
 
 
 def _folder(path: Path, entry: str) -> Path:

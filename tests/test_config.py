@@ -142,7 +142,8 @@ def test_a_file_that_inherits_needs_hydra_core_and_says_so(
 ) -> None:
     written(tmp_path, REFERENCE).rename(tmp_path / "base.yaml")
     path = written(tmp_path, "defaults: [base]")
-    monkeypatch.setitem(sys.modules, "hydra", None)
+    for name in {"hydra", *(name for name in sys.modules if name.startswith("hydra."))}:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "pipeline.hydra_file", raising=False)
     assert main(["config", str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
