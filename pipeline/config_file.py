@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,15 @@ def read_config(source: str | Path | Mapping[Any, Any], overrides: str = "") -> 
     Raises:
         ConfigError: the file or an override cannot be read, a key is not known, or a value has the wrong type.
     """
-    text, path = "", "cfg"
+    path = "cfg" if isinstance(source, Mapping) else str(source)
+    texts: list[tuple[str, str, str]] = []
     try:
         if isinstance(source, DictConfig):
             root: Any = copy.deepcopy(source)
         elif isinstance(source, Mapping):
             root = OmegaConf.create(dict(source))
         else:
-            text, path = _read_text(Path(source)), str(source)
-            root = OmegaConf.create(text)  # with its own loader: `1e-4` is a number, a key given twice an error
+            root, texts = _read_file(Path(source))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     section = _section(root, path)
@@ -70,7 +70,7 @@ def read_config(source: str | Path | Mapping[Any, Any], overrides: str = "") -> 
         remedy = "register the resolver, set the key in the file, or override the value"
         raise ConfigError(f"{path}: {SECTION} cannot be resolved: {error}; {remedy}") from error
     assert isinstance(plain, dict)
-    config = config_from(plain, _Lines(text, path, overrides))
+    config = config_from(plain, _Lines(path, texts, overrides))
     if "exp_manager" in root:
         config.notes.append("exp_manager is not read")
     config.check()
@@ -83,7 +83,7 @@ def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
     Raises:
         ConfigError: a key is not known, or a value has the wrong type.
     """
-    lines = lines or _Lines("", SECTION)
+    lines = lines or _Lines(SECTION)
     raw = dict(section)
     _refuse_missing(raw, ())
     tasks = raw.pop("dataset", None)
@@ -158,6 +158,22 @@ def _read_text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"config: expected a YAML file, found '{path}' ({reason})") from error
+
+
+def _read_file(path: Path) -> tuple[Any, list[tuple[str, str, str]]]:
+    """The root node, composed where the file inherits; and name, package and text of each file in it."""
+    text = _read_text(path)
+    root: Any = OmegaConf.create(text)  # with its own loader: `1e-4` is a number, a key given twice an error
+    if not isinstance(root, DictConfig) or not OmegaConf.is_list(root._get_node("defaults")):
+        return root, [(str(path), "", text)]
+    try:
+        from pipeline.hydra_file import compose
+    except ImportError as error:
+        raise ConfigError(
+            f"{path}: expected hydra-core, which composes files with a defaults list, found: {error}; "
+            "pip install 'hydra-core>=1.3,<1.4'"
+        ) from error
+    return compose(path, root)
 
 
 def _section(root: Any, path: str | Path) -> DictConfig:
@@ -286,28 +302,49 @@ def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: _
 
 
 class _Lines:
-    """Where keys of the section stand in the file, for error messages; and notes on what they were taken for."""
+    """Where keys of the section stand in the files, for error messages; and notes on what they were taken for.
 
-    def __init__(self, text: str, name: str, overrides: str = "") -> None:
+    Args:
+        name: of the configuration, for a key that stands nowhere.
+        texts: name, package and text of each file, the one with the last word first.
+        overrides: what is set beside them.
+    """
+
+    def __init__(self, name: str, texts: Sequence[tuple[str, str, str]] = (), overrides: str = "") -> None:
         self.name = name
         self.overrides = overrides
         self.notes: list[str] = []
-        try:
-            self.node: Any = yaml.compose(text, Loader=yaml.SafeLoader) if text else None
-        except yaml.YAMLError:
-            self.node = None
+        self.files = [(file, package.split(".") if package else [], _tree(text)) for file, package, text in texts]
 
     def at(self, path: tuple[Any, ...] = ()) -> str:
         """`FILE:LINE` of a key of the section, or of the nearest key around it."""
-        node, line = self.node, 0
-        for key in (*SECTION.split("."), *path):
-            found = _child(node, key)
-            if found is None and self.overrides and path and key == path[-1]:
-                return "overrides"  # what the file does not hold came from there
-            if found is None:
-                break
-            line, node = found
-        return f"{self.name}:{line}" if line else self.name
+        keys = [*SECTION.split("."), *path]
+        place, depth = self.name, 0
+        for file, package, node in self.files:
+            if keys[: len(package)] == package:
+                line, reached = _reach(node, keys[len(package) :])
+                if line and reached + len(package) > depth:
+                    place, depth = f"{file}:{line}", reached + len(package)
+        missing = len(keys) - depth
+        return "overrides" if self.overrides and path and missing == 1 else place  # it came from there
+
+
+def _tree(text: str) -> Any:
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return None
+
+
+def _reach(node: Any, keys: Sequence[Any]) -> tuple[int, int]:
+    """The line of the last of `keys`, one within the other, that a YAML mapping has; and how many it has."""
+    line = 0
+    for reached, key in enumerate(keys):
+        found = _child(node, key)
+        if found is None:
+            return line, reached
+        line, node = found
+    return line, len(keys)
 
 
 def _child(node: Any, key: Any) -> tuple[int, Any] | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.__main__ import main
 from pipeline.config import Config, parse_bytes
 from pipeline.config_file import config_from, read_config, to_yaml
 from pipeline.errors import ConfigError
@@ -15,7 +17,7 @@ from pipeline.tables import expand
 from tests.conftest import ROOT
 
 REFERENCE = """
-defaults: [base, _self_]
+restore_from_path: null
 name: esm1nv
 exp_manager: {wandb_logger_kwargs: {name: "${name}-${oc.nonsense:1}"}}
 trainer: {devices: "${num_gpus:}"}
@@ -133,6 +135,20 @@ def test_errors_say_where_what_and_the_remedy(tmp_path: Path, old: str, new: str
         read_config(written(tmp_path, REFERENCE.replace(old, new, 1)))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_inherits_needs_hydra_core_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path, REFERENCE).rename(tmp_path / "base.yaml")
+    path = written(tmp_path, "defaults: [base]")
+    for name in {"hydra", *(name for name in sys.modules if name.startswith("hydra."))}:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "pipeline.hydra_file", raising=False)
+    assert main(["config", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path}: expected hydra-core, which composes files with a defaults list" in line
+    assert line.endswith("pip install 'hydra-core>=1.3,<1.4'")
 
 
 def test_tasks_of_one_name_or_of_two_encoders_are_refused() -> None:

@@ -14,8 +14,8 @@ from tests.conftest import ROOT, make_task
 
 # Each module may import those before it.
 ORDER = """
-errors scratch names config config_file progress schema tables labels load companions tokens packing unpickle weights
-source encoders custom huggingface metrics
+errors scratch names config hydra_file config_file progress schema tables labels load companions tokens packing unpickle
+weights source encoders custom huggingface metrics
 tracking tracking.process tracking.journal tracking.delivery tracking.sender tracking.client
 tracking.mlflow tracking.earlier tracking.runs
 tracking.wandb tracking.tensorboard tracking.mirrors tracking.training

@@ -149,6 +149,8 @@ CASES = [
 
 
 def written(folder: Path, task: str, data: Path) -> Path:
+    pytest.importorskip("hydra", reason="needs hydra-core: its files inherit")
+    (folder / "pretrain_base.yaml").write_text("model: {seq_length: 64, num_layers: 6}\n")
     path = folder / "pretrain.yaml"
     path.write_text(PRETRAINING + task.replace("DATA", str(data)) + SCHED)
     return path

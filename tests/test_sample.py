@@ -60,7 +60,7 @@ def test_conda_and_constraints_pin_the_same_versions() -> None:
         line.split("==") for line in conda
     )
     project = (ROOT / "pyproject.toml").read_text()
-    wanted = re.findall(r"\n(?:dependencies|train) = \[(.*?)\n\]", project, re.DOTALL)
-    assert len(wanted) == 2
+    wanted = re.findall(r"\n(?:dependencies|hydra|train) = \[(.*?)\n\]", project, re.DOTALL)
+    assert len(wanted) == 3
     names = {re.split(r"[<>=]", name)[0] for name in re.findall(r'"([^"]+)"', "".join(wanted))}
     assert names == {line.split("==")[0] for line in conda}
