@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -24,6 +25,8 @@ from transformers import (
 from pipeline.checkpoints import open_encoder
 from pipeline.packing import Packing
 
+# transformers 4.48 has no interface for attention of others: models are padded, and that is said
+pytestmark = pytest.mark.skipif(not hasattr(transformers, "AttentionInterface"), reason="needs transformers 4.51")
 Make = Callable[..., Path]
 SIZE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 

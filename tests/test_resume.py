@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from pipeline import Store, open_encoder, setup_dwnstr_task_validation_callbacks, validate
 from tests.conftest import ROOT
 from tests.test_path import planted_task, planted_task_at
-from tests.training import Busy, Recorder, loader, section, trainer
+from tests.training import INERT, Busy, Recorder, loader, section, trainer
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:The dirpath has changed from")
@@ -39,7 +39,7 @@ def test_killed_in_a_validation_and_resumed(tmp_path: Path, tracking: str, model
         resumed = trainer(tmp_path, [*callbacks, keep, recorders[-1]], max_epochs=4)
         path = str(tmp_path / "kept" / "step=4.ckpt")
         module = Busy(tmp_path / "esm")
-        resumed.fit(module, loader(), loader(shuffle=False), ckpt_path=path, weights_only=True)
+        resumed.fit(module, loader(), loader(shuffle=False), ckpt_path=path, **INERT)
     assert recorders[0].states == recorders[1].states
     assert recorders[0].end == recorders[1].end
     assert len(recorders[0].states) == 12
