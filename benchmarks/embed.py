@@ -24,8 +24,8 @@ from work import chosen, parser, sequences_of
 
 from pipeline import HuggingFaceEncoder, Store
 from pipeline.embed import BATCH_TOKENS, embed
-from pipeline.forward import batches
-from pipeline.store import sequence_key
+from pipeline.encoders.forward import batches
+from pipeline.store.shelf import sequence_key
 
 
 @torch.inference_mode()

@@ -27,8 +27,8 @@ from work import chosen, parser
 
 from pipeline import Store, Task
 from pipeline.embed import Embeddings, embed
-from pipeline.fit import fit
-from pipeline.heads import Dropout, Head
+from pipeline.heads.architectures import Dropout, Head
+from pipeline.heads.fit import fit
 from pipeline.load import Examples, Part, Target
 from pipeline.train_head import make_head
 

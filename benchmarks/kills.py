@@ -111,7 +111,7 @@ def prepare(folder: Path, models: int) -> list[str]:
         from transformers import EsmConfig, EsmModel
 
         from pipeline.__main__ import main
-        from pipeline.esm import VOCABULARY, make_tokenizer
+        from pipeline.encoders.esm import VOCABULARY, make_tokenizer
 
         for seed in range(models):
             torch.manual_seed(seed)
@@ -133,7 +133,7 @@ def prepare(folder: Path, models: int) -> list[str]:
     for name in json.loads((folder / "modules.json").read_text()):
         with contextlib.suppress(Exception):  # such as what a library makes up at run time
             importlib.import_module(name)
-    from pipeline import store
+    from pipeline.store import shelf as store
 
     store.SHARD_TOKENS = SHARD_TOKENS
     return [str(folder / "models" / str(seed)) for seed in range(models)]

@@ -29,7 +29,7 @@ from timing import write
 from torch import Tensor
 
 from pipeline import Store, Task
-from pipeline.config import parse_bytes
+from pipeline.config.schema import parse_bytes
 from pipeline.embed import embed
 from pipeline.load import load
 from pipeline.train_head import train_head

@@ -43,7 +43,7 @@ from rich.table import Table
 from timing import write
 from work import make_esm
 
-from pipeline.esm import make_tokenizer
+from pipeline.encoders.esm import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CKPT = "facebook/esm2_t6_8M_UR50D"

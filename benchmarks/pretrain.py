@@ -20,9 +20,9 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline import Config, Files, Task
-from pipeline.config import MaxRows
+from pipeline.config.schema import MaxRows
 from pipeline.pretrain import Settings, pretrain, read_sequences
-from pipeline.report import curve
+from pipeline.report.tables import curve
 from pipeline.score import headlines
 
 # The floors in the data sets' README: logistic regression on a one-hot window of 15, and on amino-acid and dipeptide

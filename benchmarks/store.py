@@ -19,8 +19,8 @@ from embed import without_store
 from timing import in_turn, report, write
 from work import chosen, parser, sequences_of
 
-from pipeline.rows import Vectors
-from pipeline.store import Shelf, Store, sequence_key
+from pipeline.store.reading import Vectors
+from pipeline.store.shelf import Shelf, Store, sequence_key
 
 WIDTH = 320
 

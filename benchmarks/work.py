@@ -11,7 +11,7 @@ from transformers import BartConfig, EsmConfig, EsmModel, PreTrainedTokenizerFas
 from transformers.models.bart.modeling_bart import BartEncoder
 
 from pipeline import Files, HuggingFaceEncoder, Task
-from pipeline.esm import VOCABULARY, make_tokenizer
+from pipeline.encoders.esm import VOCABULARY, make_tokenizer
 from pipeline.load import Examples, load
 
 ATOMS = [*"CNOSPFIbcnops()[]=#-+\\/123456789.@H", "Cl", "Br"]

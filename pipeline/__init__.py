@@ -25,47 +25,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.callback import DownstreamValidation as DownstreamValidation
-    from pipeline.callback import setup_dwnstr_task_validation_callbacks as setup_dwnstr_task_validation_callbacks
-    from pipeline.checkpoints import open_encoder as open_encoder
-    from pipeline.config import Config as Config
-    from pipeline.config import Files as Files
-    from pipeline.config import Task as Task
-    from pipeline.config_file import read_config as read_config
-    from pipeline.encoders import Encoder as Encoder
-    from pipeline.encoders import HuggingFaceEncoder as HuggingFaceEncoder
+    from pipeline.checkpoints.opening import open_encoder as open_encoder
+    from pipeline.config.schema import Config as Config
+    from pipeline.config.schema import Files as Files
+    from pipeline.config.schema import Task as Task
+    from pipeline.config.yaml_file import read_config as read_config
+    from pipeline.encoders.huggingface import Encoder as Encoder
+    from pipeline.encoders.huggingface import HuggingFaceEncoder as HuggingFaceEncoder
+    from pipeline.encoders.live import LiveModel as LiveModel
     from pipeline.errors import PipelineError as PipelineError
-    from pipeline.live import LiveModel as LiveModel
-    from pipeline.loggers import JournalLogger as JournalLogger
-    from pipeline.monitors import DownstreamEarlyStopping as DownstreamEarlyStopping
-    from pipeline.monitors import DownstreamModelCheckpoint as DownstreamModelCheckpoint
-    from pipeline.neutral import untouched as untouched
     from pipeline.score import Scores as Scores
-    from pipeline.store import Store as Store
+    from pipeline.store.shelf import Store as Store
     from pipeline.tracking import NullTracker as NullTracker
     from pipeline.tracking import Tracker as Tracker
+    from pipeline.training.lightning import DownstreamValidation as DownstreamValidation
+    from pipeline.training.lightning import (
+        setup_dwnstr_task_validation_callbacks as setup_dwnstr_task_validation_callbacks,
+    )
+    from pipeline.training.loggers import JournalLogger as JournalLogger
+    from pipeline.training.monitors import DownstreamEarlyStopping as DownstreamEarlyStopping
+    from pipeline.training.monitors import DownstreamModelCheckpoint as DownstreamModelCheckpoint
+    from pipeline.training.untouched import untouched as untouched
     from pipeline.validation import validate as validate
 
 _HOMES = {
-    "Config": "config",
-    "DownstreamEarlyStopping": "monitors",
-    "DownstreamModelCheckpoint": "monitors",
-    "DownstreamValidation": "callback",
-    "Encoder": "encoders",
-    "Files": "config",
-    "HuggingFaceEncoder": "encoders",
-    "JournalLogger": "loggers",
-    "LiveModel": "live",
+    "Config": "config.schema",
+    "DownstreamEarlyStopping": "training.monitors",
+    "DownstreamModelCheckpoint": "training.monitors",
+    "DownstreamValidation": "training.lightning",
+    "Encoder": "encoders.huggingface",
+    "Files": "config.schema",
+    "HuggingFaceEncoder": "encoders.huggingface",
+    "JournalLogger": "training.loggers",
+    "LiveModel": "encoders.live",
     "NullTracker": "tracking",
     "PipelineError": "errors",
     "Scores": "score",
-    "Store": "store",
-    "Task": "config",
+    "Store": "store.shelf",
+    "Task": "config.schema",
     "Tracker": "tracking",
-    "open_encoder": "checkpoints",
-    "read_config": "config_file",
-    "setup_dwnstr_task_validation_callbacks": "callback",
-    "untouched": "neutral",
+    "open_encoder": "checkpoints.opening",
+    "read_config": "config.yaml_file",
+    "setup_dwnstr_task_validation_callbacks": "training.lightning",
+    "untouched": "training.untouched",
     "validate": "validation",
 }
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipeline.errors import ConfigError, PipelineError, TrackingError
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config.schema import Config
     from pipeline.tracking.runs import OpenRun
 
 DEFAULT_CONFIG = "configs/default.yaml"
@@ -129,8 +129,8 @@ def _add_config(parser: argparse.ArgumentParser, default: str = DEFAULT_CONFIG) 
 
 
 def _print_config(options: argparse.Namespace) -> None:
-    from pipeline.config_file import read_config, to_yaml
-    from pipeline.schema import markdown
+    from pipeline.config.documentation import markdown
+    from pipeline.config.yaml_file import read_config, to_yaml
 
     if options.schema:
         print(markdown())
@@ -144,9 +144,9 @@ def _print_config(options: argparse.Namespace) -> None:
 def _pretrain(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from pipeline.config_file import read_config
+    from pipeline.config.yaml_file import read_config
     from pipeline.pretrain import Settings, make_loggers, pretrain, read_sequences
-    from pipeline.report import curve, curve_markdown
+    from pipeline.report.tables import curve, curve_markdown
     from pipeline.score import headlines
     from pipeline.tracking.runs import open_run
 
@@ -174,7 +174,7 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 def _measure(options: argparse.Namespace) -> None:
     """A measurement is a run with a nested run per stage; several are nested in one."""
-    from pipeline.config_file import read_config
+    from pipeline.config.yaml_file import read_config
 
     config = read_config(options.config, options.overrides)
     for note in config.notes:
@@ -190,11 +190,12 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
     """Measures, and prints. Returns what failed of several checkpoints, and why."""
     from pathlib import Path
 
-    from pipeline import compare, measure
-    from pipeline.checkpoints import expand, name_of
-    from pipeline.config_file import to_mapping
-    from pipeline.publish import describe
-    from pipeline.report import table
+    from pipeline import commands as measure
+    from pipeline.checkpoints.opening import expand, name_of
+    from pipeline.config.yaml_file import to_mapping
+    from pipeline.report import comparison as compare
+    from pipeline.report.publishing import describe
+    from pipeline.report.tables import table
     from pipeline.tracking.mirrors import mirrors
     from pipeline.tracking.runs import open_run
 
@@ -224,8 +225,9 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from pipeline import compare, measure
-    from pipeline.config import Config
+    from pipeline import commands as measure
+    from pipeline.config.schema import Config
+    from pipeline.report import comparison as compare
     from pipeline.tracking.earlier import read_runs
     from pipeline.tracking.runs import open_run
 

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from pipeline.encoders import Encoder
+from pipeline.data.tables import line_of
+from pipeline.encoders.forward import batches, forward, misaligned, one_behind
+from pipeline.encoders.huggingface import Encoder
+from pipeline.encoders.tokens import Tokens
 from pipeline.errors import CacheError, CheckpointError, DataError
-from pipeline.forward import batches, forward, misaligned, one_behind
 from pipeline.load import Examples
 from pipeline.progress import progress
-from pipeline.rows import Rows, Vectors
-from pipeline.shards import DamagedShardsError, Entry
-from pipeline.store import Shelf, Store, sequence_key
-from pipeline.tables import line_of
-from pipeline.tokens import Tokens
+from pipeline.store.reading import Rows, Vectors
+from pipeline.store.shards import DamagedShardsError, Entry
+from pipeline.store.shelf import Shelf, Store, sequence_key
 
 logger = logging.getLogger(__name__)
 

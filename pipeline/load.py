@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import tables
-from pipeline.config import Task
+from pipeline.config.schema import Task
+from pipeline.data import tables
+from pipeline.data.labels import READERS, Labels
 from pipeline.errors import ConfigError, DataError
-from pipeline.labels import READERS, Labels
 
 UNKNOWN = -1  # the class of a masked label: no label is -1 where the mask is True
 

@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import DataCollatorForLanguageModeling, EsmConfig, EsmForMaskedLM
 
-from pipeline import tables
-from pipeline.callback import setup_dwnstr_task_validation_callbacks
-from pipeline.config import Config
+from pipeline.config.schema import Config
+from pipeline.data import tables
+from pipeline.encoders.esm import VOCABULARY, make_tokenizer
 from pipeline.errors import ConfigError
-from pipeline.esm import VOCABULARY, make_tokenizer
-from pipeline.lightning import pl
-from pipeline.loggers import JournalLogger
 from pipeline.tracking.journal import JournalRun
+from pipeline.training.lightning import setup_dwnstr_task_validation_callbacks
+from pipeline.training.lightning_package import pl
+from pipeline.training.loggers import JournalLogger
 
 # The vocabulary of ESM-2.
 

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from pipeline.batches import Data
-from pipeline.config import LOSS, Config, metric_name, metric_stems
+from pipeline.config.schema import LOSS, Config, metric_name, metric_stems
 from pipeline.embed import Embeddings
-from pipeline.fit import loss_of, predict
+from pipeline.heads.batches import Data
+from pipeline.heads.fit import loss_of, predict
 from pipeline.load import Examples, Part, Target
-from pipeline.metrics import Metrics, classification, regression
+from pipeline.statistics.metrics import Metrics, classification, regression
 from pipeline.train_head import FittedHead
 
 HEADLINE = {"classification": "accuracy", "regression": "spearman"}  # the metric to show where there is room for one

@@ -17,15 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.config import LEVELS, Task, import_class
+from pipeline.config.schema import LEVELS, Task, import_class
 from pipeline.embed import Embeddings
+from pipeline.encoders.source import code_digest, no_reuse
 from pipeline.errors import CacheError
-from pipeline.fit import Losses, fit, groups
-from pipeline.heads import MLP, ConvNet, Head
+from pipeline.heads.architectures import MLP, ConvNet, Head
+from pipeline.heads.fit import Losses, fit, groups
 from pipeline.load import Target
-from pipeline.scratch import temporary_folder
-from pipeline.source import code_digest, no_reuse
-from pipeline.store import FORMAT, Store
+from pipeline.store.shelf import FORMAT, Store
+from pipeline.store.temporary import temporary_folder
 
 # The settings of a task that a fit depends on, beside the data.
 FIT_SETTINGS = (

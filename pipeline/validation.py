@@ -12,14 +12,14 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import optim
-from pipeline.config import Task, check_names, metric_name
+from pipeline.config.schema import Task, check_names, metric_name
 from pipeline.embed import Embeddings, differences, embed, made_with, precision_of
-from pipeline.encoders import Encoder
+from pipeline.encoders.huggingface import Encoder
+from pipeline.heads import optimizers as optim
 from pipeline.load import Examples, load
 from pipeline.score import Scores, score
-from pipeline.scratch import temporary_folder
-from pipeline.store import Store
+from pipeline.store.shelf import Store
+from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import Data, NullTracker, Tracker
 from pipeline.train_head import FittedHead, make_head, train_heads
 

@@ -16,8 +16,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from pipeline.config import Files, Task
-from pipeline.store import Store
+from pipeline.config.schema import Files, Task
+from pipeline.store.shelf import Store
 from tests import models
 
 # In CI the same examples each time: what a new example finds is for whoever runs the tests by hand.

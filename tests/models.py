@@ -24,7 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pipeline.esm import VOCABULARY
+from pipeline.encoders.esm import VOCABULARY
 
 RESIDUES = "LAGVSERTIDPKQNFYMHWC"
 SMILES_PATTERN = r"\[[^\]]+\]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>|\*|\$|%\d{2}|\d"

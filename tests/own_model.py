@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EsmConfig, EsmForMaskedLM, PreTrainedTokenizer
 
-from pipeline.esm import VOCABULARY
+from pipeline.encoders.esm import VOCABULARY
 from tests.models import RESIDUES
 
 

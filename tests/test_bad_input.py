@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, EsmForMaskedLM
 
 from pipeline.__main__ import main
-from pipeline.huggingface import DESCRIPTION, describe
+from pipeline.encoders.description import DESCRIPTION, describe
 from tests.conftest import ROOT, write_csv
 
 Change = Callable[[Path], object]

@@ -24,10 +24,10 @@ from pipeline import (
     setup_dwnstr_task_validation_callbacks,
     validate,
 )
-from pipeline.config import Task
-from pipeline.config_file import to_yaml
+from pipeline.config.schema import Task
+from pipeline.config.yaml_file import to_yaml
+from pipeline.encoders.description import DESCRIPTION
 from pipeline.errors import CheckpointError, ConfigError, DataError, PipelineError
-from pipeline.huggingface import DESCRIPTION
 from pipeline.score import Scores
 from tests.conftest import newest_run
 from tests.test_path import planted_task
@@ -217,7 +217,7 @@ def test_the_modules_own_method_is_used(task: Task, tmp_path: Path, tracking: st
 def open_class(module: Busy) -> Any:
     from contextlib import nullcontext
 
-    from pipeline.custom import CustomEncoder
+    from pipeline.encoders.custom import CustomEncoder
 
     return CustomEncoder.from_module(FromModule, module.eval(), torch.device("cpu"), nullcontext, "")
 

@@ -15,10 +15,10 @@ from mlflow.artifacts import load_text
 from transformers import AutoTokenizer, EsmForMaskedLM
 
 from pipeline.__main__ import main
-from pipeline.checkpoints import expand, names_of, open_encoder, step_of, with_step
-from pipeline.compare import Row, choose, comparable, markdown, rank
+from pipeline.checkpoints.opening import expand, names_of, open_encoder, step_of, with_step
+from pipeline.encoders.description import DESCRIPTION, describe
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.huggingface import DESCRIPTION, describe
+from pipeline.report.comparison import Row, choose, comparable, markdown, rank
 from tests.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
 from tests.test_mlflow import STAGES, VALUE, Lab, furnished, own_signals
 

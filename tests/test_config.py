@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.__main__ import main
-from pipeline.config import Config, parse_bytes
-from pipeline.config_file import config_from, read_config, to_yaml
+from pipeline.config.schema import Config, parse_bytes
+from pipeline.config.yaml_file import config_from, read_config, to_yaml
+from pipeline.data.tables import expand
 from pipeline.errors import ConfigError
-from pipeline.tables import expand
 from tests.conftest import ROOT
 
 REFERENCE = """
@@ -144,7 +144,7 @@ def test_a_file_that_inherits_needs_hydra_core_and_says_so(
     path = written(tmp_path, "defaults: [base]")
     for name in {"hydra", *(name for name in sys.modules if name.startswith("hydra."))}:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "pipeline.hydra_file", raising=False)
+    monkeypatch.delitem(sys.modules, "pipeline.config.hydra_file", raising=False)
     assert main(["config", str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{path}: expected hydra-core, which composes files with a defaults list" in line

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoTokenizer, BartModel, BertModel, EsmForMaskedLM, EsmModel, T5EncoderModel
 
-from pipeline.checkpoints import open_encoder
-from pipeline.encoders import HuggingFaceEncoder
+from pipeline.checkpoints.opening import open_encoder
+from pipeline.encoders.description import DESCRIPTION, describe
+from pipeline.encoders.huggingface import HuggingFaceEncoder
 from pipeline.errors import CheckpointError
-from pipeline.huggingface import DESCRIPTION, describe
 from tests.models import RESIDUES
 
 Make = Callable[..., Path]
@@ -205,7 +205,7 @@ def test_opening_a_checkpoint_leaves_the_random_state_alone(model_folder: Make, 
 def test_rules_of_a_tokenizer_are_in_the_digest(model_folder: Make) -> None:
     from tokenizers import normalizers
 
-    from pipeline.tokens import Tokens
+    from pipeline.encoders.tokens import Tokens
 
     plain, ruled = (AutoTokenizer.from_pretrained(model_folder("protbert")) for _ in range(2))
     ruled.backend_tokenizer.normalizer = normalizers.Replace("L", "X")

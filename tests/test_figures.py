@@ -17,16 +17,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from pipeline import figures
-from pipeline.config import Task
+from pipeline.config.schema import Task
 from pipeline.embed import embed
-from pipeline.figures import canvas, curves, draw
-from pipeline.figures.canvas import LARGEST, cell, clean, drawable, extent, fitting, span
-from pipeline.figures.classes import MOST, class_picture, confusion, confusion_picture, precision_recall, row_shares
-from pipeline.figures.examples import choose, row_of
 from pipeline.load import Examples, Part, Target, load
+from pipeline.report import figures
+from pipeline.report.figures import canvas, curves, draw
+from pipeline.report.figures.canvas import LARGEST, cell, clean, drawable, extent, fitting, span
+from pipeline.report.figures.classes import (
+    MOST,
+    class_picture,
+    confusion,
+    confusion_picture,
+    precision_recall,
+    row_shares,
+)
+from pipeline.report.figures.examples import choose, row_of
 from pipeline.score import Scores, score
-from pipeline.store import Store
+from pipeline.store.shelf import Store
 from pipeline.train_head import train_head
 from tests.conftest import FakeEncoder, make_task
 from tests.test_imports import loaded_after
@@ -186,10 +193,10 @@ def test_nothing_of_matplotlib_is_changed(
 
 
 def test_matplotlib_is_loaded_when_it_draws_and_pyplot_never() -> None:
-    assert not {"matplotlib", "PIL"} & loaded_after("import pipeline.figures, pipeline.page")
+    assert not {"matplotlib", "PIL"} & loaded_after("import pipeline.report.figures, pipeline.report.page")
     code = """
 import sys, tempfile, pathlib
-from pipeline.figures import curves
+from pipeline.report.figures import curves
 assert curves([(0, {"a": 1.0})], pathlib.Path(tempfile.mkdtemp()))
 assert "matplotlib.pyplot" not in sys.modules
 import matplotlib

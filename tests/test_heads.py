@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline import optim
-from pipeline.batches import Batch
-from pipeline.config import Task
-from pipeline.fit import loss_of
-from pipeline.heads import MLP, ConvNet, Dropout
+from pipeline.config.schema import Task
+from pipeline.heads import optimizers as optim
+from pipeline.heads.architectures import MLP, ConvNet, Dropout
+from pipeline.heads.batches import Batch
+from pipeline.heads.fit import loss_of
+from pipeline.heads.stack import Stack
 from pipeline.load import Target
-from pipeline.stack import Stack
 from pipeline.train_head import make_head
 
 

@@ -18,8 +18,8 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
 from pipeline.__main__ import main
-from pipeline.config import Config
-from pipeline.config_file import read_config, to_mapping
+from pipeline.config.schema import Config
+from pipeline.config.yaml_file import read_config, to_mapping
 from pipeline.errors import ConfigError
 from tests.conftest import ROOT, make_task
 

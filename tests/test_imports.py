@@ -12,42 +12,32 @@ import pytest
 import pipeline
 from tests.conftest import ROOT, make_task
 
-# Each module may import those before it.
+# The rooms, folders and files at the top: each may import those before it.
 ORDER = """
-errors scratch names config hydra_file config_file progress schema tables labels load companions tokens packing unpickle
-weights source encoders custom huggingface metrics
-tracking tracking.process tracking.journal tracking.delivery tracking.sender tracking.client
-tracking.mlflow tracking.earlier tracking.runs
-tracking.wandb tracking.tensorboard tracking.mirrors tracking.training
-formats live checkpoints shards store rows forward embed
-heads schedules optim batches stack fit train_head score validation
-figures.canvas figures.classes figures.examples figures report page publish compare measure
-neutral distributed measurement lightning callback monitors loggers esm pretrain __main__
+errors progress statistics config data load store encoders tracking checkpoints embed heads train_head score report
+validation commands training pretrain __main__
 """.split()
+DEEPEST = 16  # floors of module-level imports
 ADAPTERS = {
     "mlflow": {f"tracking.{name}" for name in ("client", "mlflow", "runs", "earlier", "training")},
     "wandb": {"tracking.wandb"},
     "tensorboard": {"tracking.tensorboard"},
-    "pytorch_lightning": {"lightning"},
-    "lightning": {"lightning"},
+    "pytorch_lightning": {"training.lightning_package"},
+    "lightning": {"training.lightning_package"},
 }
-# `__init__` gives the public names their homes and `__main__` calls everything: both stand outside the order.
-LINKS: dict[str, set[str]] = {}
 
 
-def imports_of(path: Path) -> set[str]:
-    """Every module that a file imports, at its top or within a function, type checking left out."""
+def imports_of(path: Path, within_functions: bool = True) -> set[str]:
+    """Every module that a file imports, type checking left out; of a package, what is imported from it too."""
     names: set[str] = set()
     tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
+    for node in ast.walk(tree) if within_functions else tree.body:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             node.body = []
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            if node.module == "pipeline":
-                names |= {f"pipeline.{alias.name}" for alias in node.names}
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names - {"pipeline"}
 
 
@@ -60,21 +50,48 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def test_every_module_has_its_place_in_the_order() -> None:
-    assert set(modules()) == {*ORDER, "__init__"}
+MODULES = sorted(set(modules()) - {"__init__"})
 
 
-@pytest.mark.parametrize("name", ORDER)
+def own_imports(name: str, within_functions: bool = True) -> set[str]:
+    """The modules of the project that one of them imports."""
+    found = imports_of(modules()[name], within_functions)
+    return {one.removeprefix("pipeline.") for one in found} & set(MODULES) - {name}
+
+
+def room_of(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_every_room_has_its_place_in_the_order() -> None:
+    assert {room_of(name) for name in MODULES} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_imports_point_one_way(name: str) -> None:
-    own = {module.removeprefix("pipeline.") for module in imports_of(modules()[name]) if module.startswith("pipeline.")}
-    assert own <= set(ORDER[: ORDER.index(name)])
+    """From room to room, imports within functions included."""
+    earlier = ORDER[: ORDER.index(room_of(name)) + 1]
+    assert {room_of(one) for one in own_imports(name)} <= set(earlier)
 
 
-@pytest.mark.parametrize("name", ORDER)
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Within a room too; and a chain of imports is no longer than it has to be."""
+    depths: dict[str, int] = {}
+
+    def depth(name: str, above: tuple[str, ...] = ()) -> int:
+        assert name not in above, f"{' -> '.join(above)} -> {name}"
+        if name not in depths:
+            depths[name] = 1 + max((depth(one, (*above, name)) for one in own_imports(name, False)), default=0)
+        return depths[name]
+
+    assert max(depth(name) for name in MODULES) <= DEEPEST
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_trackers_are_imported_by_their_adapters_alone(name: str) -> None:
     tops = {module.split(".")[0] for module in imports_of(modules()[name])}
     for library, adapters in ADAPTERS.items():
-        assert library not in tops or name in adapters or library in LINKS.get(name, set())
+        assert library not in tops or name in adapters
 
 
 def test_no_public_name_is_hidden_by_a_module() -> None:

@@ -15,19 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints import open_encoder
-from pipeline.config import Config, Files, Logging, MaxRows, Task, import_class
-from pipeline.config_file import config_from, read_config
+from pipeline.checkpoints.opening import open_encoder
+from pipeline.config.documentation import markdown
+from pipeline.config.schema import Config, Files, Logging, MaxRows, Task, import_class
+from pipeline.config.yaml_file import config_from, read_config
 from pipeline.embed import embed
+from pipeline.encoders.live import LiveModel
+from pipeline.encoders.source import code_digest
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.fit import loss_of
-from pipeline.heads import Head
-from pipeline.live import LiveModel
+from pipeline.heads.architectures import Head
+from pipeline.heads.fit import loss_of
 from pipeline.load import load
-from pipeline.schema import markdown
 from pipeline.score import Scores
-from pipeline.source import code_digest
-from pipeline.store import Store
+from pipeline.store.shelf import Store
 from pipeline.train_head import train_head
 from pipeline.validation import validate
 from tests.conftest import ROOT, FakeEncoder, make_task, write_csv
@@ -361,7 +361,7 @@ class Own(Base):
     "../space/unit.py": "ONE = 1.0\n",
     "apart.py": "# nobody imports this\n",
     "heads.py": """
-from pipeline.heads import Head
+from pipeline.heads.architectures import Head
 from own_package.head_parts import Middle
 
 
@@ -371,7 +371,7 @@ class OwnHead(Middle):
     "head_parts.py": """
 import torch
 
-from pipeline.heads import Head
+from pipeline.heads.architectures import Head
 
 
 class Middle(Head):
@@ -541,9 +541,9 @@ PROMPT = """
 import logging, sys, torch
 from pathlib import Path
 from pipeline import Store, validate
-from pipeline.config import Task
-from pipeline.heads import Head
-from pipeline.live import LiveModel
+from pipeline.config.schema import Task
+from pipeline.heads.architectures import Head
+from pipeline.encoders.live import LiveModel
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 

@@ -23,14 +23,14 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from transformers import EsmConfig, EsmModel
 
-from pipeline import shards
 from pipeline.__main__ import main
 from pipeline.embed import embed
+from pipeline.encoders.packing import Packing
 from pipeline.errors import CacheError, TrackingError
 from pipeline.load import load
-from pipeline.packing import Packing
-from pipeline.scratch import temporary_folder
-from pipeline.store import Store
+from pipeline.store import shards
+from pipeline.store.shelf import Store
+from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import delivery, earlier
 from pipeline.tracking import sender as sending
 from pipeline.tracking.client import connect
@@ -157,7 +157,7 @@ def test_a_journal_has_one_writing_program(tmp_path: Path, monkeypatch: pytest.M
 IN_TEMPORARY = """
 import os, sys
 from pathlib import Path
-from pipeline.scratch import temporary_folder
+from pipeline.store.temporary import temporary_folder
 with temporary_folder(Path(sys.argv[1]) if sys.argv[1:] else None) as folder:
     (folder / "x").touch()
     os.kill(os.getpid(), 9)
@@ -290,7 +290,7 @@ def test_processes_of_two_containers_do_not_end_one_anothers_runs(tmp_path: Path
 FORKS = """
 import os, signal, sys, time
 from pathlib import Path
-from pipeline.scratch import temporary_folder
+from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.journal import Journal
 journal = Journal(Path(sys.argv[1]))
 with temporary_folder(Path(sys.argv[2])):
@@ -455,7 +455,7 @@ def own() -> Any:
 
 
 def test_packing_that_is_given_up_says_so_once(debug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.packing._given_up", set())
+    monkeypatch.setattr("pipeline.encoders.packing._given_up", set())
     for _ in range(2):
         assert Packing.fit(own(), [4, 5, 6, 7], 1) is None
     (said,) = [one for one in debug.records if one.levelno == logging.INFO]

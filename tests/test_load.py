@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Files
+from pipeline.config.schema import Files
 from pipeline.errors import DataError
 from pipeline.load import UNKNOWN, Examples, load, unit_index
 from tests.conftest import make_task, write_csv

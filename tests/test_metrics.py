@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as reference
 
-from pipeline.metrics import classification, regression
+from pipeline.statistics.metrics import classification, regression
 
 
 def test_classification_by_hand() -> None:

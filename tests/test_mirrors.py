@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import Logging
-from pipeline.config_file import config_from, read_config, to_mapping, to_yaml
+from pipeline.config.schema import Logging
+from pipeline.config.yaml_file import config_from, read_config, to_mapping, to_yaml
 from pipeline.errors import ConfigError
 from pipeline.tracking import Tracker
 from pipeline.tracking.mirrors import LoggerTracker, mirrors
@@ -185,7 +185,7 @@ def check_tensorboard(folder: Path, picture: Path) -> None:
 ONLINE = """
 import logging, sys
 from pathlib import Path
-from pipeline.config import Logging
+from pipeline.config.schema import Logging
 from pipeline.errors import ConfigError
 from pipeline.tracking.mirrors import mirrors
 logging.basicConfig(format="%(message)s", stream=sys.stderr)

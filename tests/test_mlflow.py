@@ -29,8 +29,8 @@ from transformers import AutoTokenizer, EsmForMaskedLM
 
 from pipeline import Store, open_encoder, read_config, validate
 from pipeline.__main__ import main
-from pipeline.config_file import to_mapping
-from pipeline.huggingface import DESCRIPTION, describe
+from pipeline.config.yaml_file import to_mapping
+from pipeline.encoders.description import DESCRIPTION, describe
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.process import HOST, KEY, WRITER
 from tests.conftest import ROOT, write_csv

@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 
 from pipeline import DownstreamEarlyStopping, DownstreamModelCheckpoint, setup_dwnstr_task_validation_callbacks
-from pipeline.config import Task
+from pipeline.config.schema import Task
 from pipeline.errors import DataError
 from tests.test_path import planted_task
 from tests.training import Busy, loader, section, trainer

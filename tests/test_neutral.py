@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipeline import JournalLogger, setup_dwnstr_task_validation_callbacks, untouched, validation
-from pipeline.config import Logging, Task
+from pipeline.config.schema import Logging, Task
 from pipeline.errors import DataError
 from tests.test_path import planted_task
 from tests.training import Busy, Recorder, WithMethod, loader, section, trainer

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import names, optim
-from pipeline.config import Task
+from pipeline.config import optimizer_names as names
+from pipeline.config.schema import Task
 from pipeline.errors import ConfigError
-from pipeline.schedules import POLICIES
-from pipeline.store import Store
+from pipeline.heads import optimizers as optim
+from pipeline.heads.schedules import POLICIES
+from pipeline.store.shelf import Store
 from pipeline.validation import validate
 from tests.conftest import ROOT, FakeEncoder
 from tests.test_path import planted_task

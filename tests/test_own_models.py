@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoTokenizer, EsmForMaskedLM
 
 from pipeline import LiveModel, Store, open_encoder, setup_dwnstr_task_validation_callbacks, untouched, validate
-from pipeline.config import Task
-from pipeline.config_file import to_yaml
+from pipeline.config.schema import Task
+from pipeline.config.yaml_file import to_yaml
+from pipeline.encoders.description import DESCRIPTION, portable
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.huggingface import DESCRIPTION, portable
 from tests import own_model
 from tests.conftest import ROOT, newest_run
 from tests.models import RESIDUES

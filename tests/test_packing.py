@@ -22,8 +22,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from pipeline.checkpoints import open_encoder
-from pipeline.packing import Packing
+from pipeline.checkpoints.opening import open_encoder
+from pipeline.encoders.packing import Packing
 
 # transformers 4.48 has no interface for attention of others: models are padded, and that is said
 pytestmark = pytest.mark.skipif(not hasattr(transformers, "AttentionInterface"), reason="needs transformers 4.51")

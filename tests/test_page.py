@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.figures import draw
-from pipeline.page import page
+from pipeline.report.figures import draw
+from pipeline.report.page import page
 from pipeline.score import Scores
-from pipeline.store import Store
+from pipeline.store.shelf import Store
 from pipeline.validation import validate
 from tests.conftest import FakeEncoder
 from tests.test_path import planted_task

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.batches import Data
-from pipeline.config import Files, Task, metric_name
+from pipeline.config.schema import Files, Task, metric_name
 from pipeline.embed import embed
 from pipeline.errors import ConfigError, DataError
+from pipeline.heads.batches import Data
 from pipeline.load import load
 from pipeline.score import Scores, score
-from pipeline.store import Store
+from pipeline.store.shelf import Store
 from pipeline.train_head import train_head
 from pipeline.validation import validate
 from tests.conftest import FakeEncoder, make_task, write_csv

@@ -17,8 +17,8 @@ import pytest
 from mlflow import MlflowClient
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 
-from pipeline.callback import _check_strategy
 from pipeline.errors import ConfigError
+from pipeline.training.lightning import _check_strategy
 from tests.conftest import ROOT
 from tests.test_path import planted_task
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.schedules import POLICIES
+from pipeline.heads.schedules import POLICIES
 from tests.test_optim import curve
 
 

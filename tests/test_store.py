@@ -19,16 +19,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import shards as shards_module
-from pipeline import store as store_module
-from pipeline.config import Task
+from pipeline.config.schema import Task
 from pipeline.embed import Embeddings, embed
+from pipeline.encoders.forward import batches
 from pipeline.errors import CacheError
-from pipeline.forward import batches
 from pipeline.load import load
-from pipeline.rows import Rows, Vectors
-from pipeline.shards import DamagedShardsError
-from pipeline.store import Store, sequence_key
+from pipeline.store import shards as shards_module
+from pipeline.store import shelf as store_module
+from pipeline.store.reading import Rows, Vectors
+from pipeline.store.shards import DamagedShardsError
+from pipeline.store.shelf import Store, sequence_key
 from tests.conftest import ROOT, FakeEncoder, make_task
 
 TEXTS = ["MKV", "ACDEFGHIKL", "GG", "MKVLAAGIVG" * 3, "WWW", "A"]
@@ -218,13 +218,13 @@ def test_an_unreadable_manifest_is_no_manifest(tmp_path: Path, fake: FakeEncoder
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-import pipeline.store
+import pipeline.store.shelf
 from pipeline.embed import embed
 from pipeline.load import load
-from pipeline.store import Store
+from pipeline.store.shelf import Store
 from tests.conftest import FakeEncoder
 from tests.test_store import token_task
-pipeline.store.SHARD_TOKENS = 8
+pipeline.store.shelf.SHARD_TOKENS = 8
 class Dying(FakeEncoder):
     def hidden_states(self, sequences):
         if "WWW" in sequences:
@@ -304,7 +304,7 @@ from pathlib import Path
 from typing import Any
 from pipeline.embed import embed
 from pipeline.load import load
-from pipeline.store import Store
+from pipeline.store.shelf import Store
 from tests.conftest import FakeEncoder
 from tests.test_store import token_task
 folder = Path(sys.argv[1])
@@ -360,7 +360,7 @@ from pathlib import Path
 from pipeline.embed import embed
 from pipeline.errors import CacheError
 from pipeline.load import load
-from pipeline.store import Store
+from pipeline.store.shelf import Store
 from tests.conftest import FakeEncoder
 from tests.test_store import token_task
 task = token_task(Path(sys.argv[1]), ["A" * n + "C" * 100 for n in range(1, 400)])
@@ -388,13 +388,13 @@ FEW_DESCRIPTORS = """
 import resource, sys
 import numpy as np
 from pathlib import Path
-import pipeline.store
+import pipeline.store.shelf
 from pipeline.embed import embed
 from pipeline.load import load
-from pipeline.store import Store
+from pipeline.store.shelf import Store
 from tests.conftest import FakeEncoder
 from tests.test_store import token_task
-pipeline.store.SHARD_TOKENS = 1
+pipeline.store.shelf.SHARD_TOKENS = 1
 texts = ["A" * n + tail for n in range(1, 31) for tail in ("C", "D", "E")]
 task = token_task(Path(sys.argv[1]), texts)
 store = Store(Path(sys.argv[1]), memory_bytes=0, max_batch_tokens=1)

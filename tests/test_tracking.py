@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 START = """
 import sys
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.tracking.runs import open_run
 with open_run(sys.argv[1], Config(store="store"), sys.argv[2]) as opened:
     opened.run.metrics({"x": 1.0})

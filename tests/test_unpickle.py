@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 
+from pipeline.checkpoints.unpickle import StandIn, class_of, read_tensors
 from pipeline.errors import CheckpointError
-from pipeline.unpickle import StandIn, class_of, read_tensors
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 

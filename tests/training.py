@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, EsmConfig, EsmForMaskedLM
 
-from pipeline.config import Config, Logging, Task
+from pipeline.config.schema import Config, Logging, Task
 from pipeline.tracking.sender import flush
 from tests.models import RESIDUES
 

@@ -23,8 +23,8 @@ from pipeline import (
     setup_dwnstr_task_validation_callbacks,
     validation,
 )
-from pipeline.distributed import Ranks
 from pipeline.errors import DataError
+from pipeline.training.ranks import Ranks
 from tests.test_path import planted_task_at
 from tests.training import Busy, loader, plain, section, trainer
 

@@ -19,7 +19,7 @@ from mlflow import MlflowClient, environment_variables
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import CheckpointError
-from pipeline.scratch import temporary_folder
+from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.journal import NOTE
 from pipeline.tracking.process import HOST, KEY, WRITER, lives
 

@@ -15,9 +15,9 @@ from filelock import Timeout
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.config import LOSS
+from pipeline.config.schema import LOSS
 from pipeline.errors import ConfigError, TrackingError
-from pipeline.metrics import NAMES
+from pipeline.statistics.metrics import NAMES
 from pipeline.tracking.client import be_brief, connect, shown
 from pipeline.tracking.delivery import is_bug, replay
 from pipeline.tracking.journal import Journal

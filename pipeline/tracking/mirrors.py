@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from pipeline.config import Logging
+from pipeline.config.schema import Logging
 from pipeline.errors import ConfigError
 from pipeline.tracking import Data, NullTracker, Tracker, attempt, guarded
 from pipeline.tracking import tensorboard as tensorboard_adapter

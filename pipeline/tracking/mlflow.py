@@ -31,7 +31,7 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.models.utils import get_external_mlflow_model_spec
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 
-from pipeline.scratch import temporary_folder
+from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.client import be_brief, connect, patient, sweep
 from pipeline.tracking.delivery import RefusedError
 from pipeline.tracking.journal import Journal, Record

@@ -16,7 +16,7 @@ import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import TrackingError
 from pipeline.tracking.client import connect, shown
 from pipeline.tracking.earlier import catch_up

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlflow
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.tracking import FOLDER, AtStep, Data, NullTracker, Several, Tracker
 from pipeline.tracking.client import shown
 from pipeline.tracking.journal import JournalRun

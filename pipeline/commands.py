@@ -1,0 +1,162 @@
+"""The command line's measurements: of one checkpoint, or of several, to be compared."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.checkpoints.opening import name_of, names_of, open_encoder, step_of, with_step
+from pipeline.config.schema import Config, metric_name
+from pipeline.config.yaml_file import to_yaml
+from pipeline.encoders.huggingface import Encoder
+from pipeline.errors import PipelineError
+from pipeline.load import Examples
+from pipeline.report import comparison as compare
+from pipeline.report.publishing import facts_of, publish, publish_curves
+from pipeline.report.tables import markdown
+from pipeline.score import Scores, headlines
+from pipeline.store.shelf import Store
+from pipeline.tracking import AtStep, Several, Tracker
+from pipeline.tracking.journal import JournalRun
+from pipeline.validation import validate
+
+if TYPE_CHECKING:
+    from pipeline.tracking.earlier import Earlier
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A checkpoint's scores, or why there are none.
+
+    Attributes:
+        row: what the leaderboard says of it.
+        scores: of each task.
+    """
+
+    row: compare.Row
+    scores: list[Scores] = field(default_factory=list)
+
+
+def measure(
+    ckpt: str,
+    config: Config,
+    run: JournalRun,
+    mirrors: Sequence[Tracker],
+    until: str = "score",
+    known: Sequence[Examples] = (),
+    name: str | None = None,
+) -> Measured:
+    """Measures a stored checkpoint.
+
+    Args:
+        ckpt: see `open_encoder`.
+        config: the tasks, and how embeddings are made and kept.
+        run: what is told of the results; it is renamed after the checkpoint and the tasks.
+        mirrors: are told the metrics and shown the pictures too.
+        until: the last stage.
+        known: the data of a checkpoint measured before; they are not read again, if this one takes the same.
+        name: of the checkpoint; by default the last part of the path.
+
+    Raises:
+        PipelineError: see `open_encoder` and `validate`.
+    """
+    target = config.dataset[0].infer_target
+    how = config.architecture, config.trust_pickle, config.layer, config.model_factory
+    encoder = open_encoder(ckpt, target, config.device, config.precision, *how)
+    step = step_of(ckpt, encoder)
+    label = with_step(name or name_of(ckpt), step)
+    run.rename(f"{label} {config.title}")
+    if until == "score":
+        run.checkpoint(label, encoder.digest, ckpt, step)
+    store = Store(Path(config.store), config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
+    store.clear()
+    here = AtStep(run, step or 0)
+    scores = validate(encoder, config.tasks, store, here, until, _same(known, encoder))
+    metrics = {name: value for one in scores for name, value in one.metrics.items()}
+    if scores:
+        facts = facts_of(ckpt, step, encoder, scores)
+        run.describe(markdown(facts, scores))
+        mirrored = AtStep(Several(mirrors), step or 0)
+        mirrored.metrics(metrics)
+        if config.logging.figures:
+            title = f"{label}: {config.title}"
+            publish(scores, Several([here, mirrored]), title, facts, to_yaml(config))
+    data = frozenset(one.examples.test.digest for one in scores)
+    return Measured(compare.Row(label, step, metrics, "", data), scores)
+
+
+def measure_several(
+    ckpts: Sequence[str], config: Config, run: JournalRun, mirrors: Sequence[Tracker], until: str = "score"
+) -> list[compare.Row]:
+    """Measures each of several checkpoints in a nested run, and compares them in `run`.
+
+    One that cannot be measured is said and passed over. Data are read once; what two have in common, such as the same
+    weights under two names, is embedded and fitted once.
+    """
+    run.rename(f"{len(ckpts)} checkpoints {config.title}")
+    rows: list[compare.Row] = []
+    known: list[Examples] = []
+    for number, (ckpt, name) in enumerate(zip(ckpts, names_of(ckpts), strict=True), 1):
+        logger.info("checkpoint  %d of %d: %s", number, len(ckpts), ckpt)
+        try:
+            with run.step(name) as child:
+                measured = measure(ckpt, config, child, [], until, known, name)
+        except Exception as error:  # whatever a checkpoint is guilty of, such as no memory for it
+            kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
+            rows.append(compare.Row(name, None, {}, f"{kind}{' '.join(str(error).split())}"))
+            logger.warning("%s: %s", ckpt, rows[-1].error)
+            logger.debug("%s", ckpt, exc_info=True)
+            continue
+        rows.append(measured.row)
+        known = known or [one.examples for one in measured.scores]
+    if any(row.metrics for row in rows):
+        _compare(rows, config, run, mirrors)
+    return rows
+
+
+def _compare(rows: Sequence[compare.Row], config: Config, run: JournalRun, mirrors: Sequence[Tracker]) -> None:
+    """The leaderboard, and the curve against the step, or against the order given where checkpoints do not say one."""
+    several = Several([run, *mirrors])
+    steps = [row.step for row in rows if row.metrics]
+    have_steps = None not in steps and len(set(steps)) == len(steps)
+    points = [(row.step or 0 if have_steps else place, row.metrics) for place, row in enumerate(rows) if row.metrics]
+    for step, metrics in points:
+        several.metrics(metrics, step)
+    names = shown(rows, config)
+    compare.publish(compare.rank(rows, names[0]), names, several, run)
+    if config.logging.figures and have_steps:
+        publish_curves(sorted(points, key=lambda point: point[0]), several)
+
+
+def shown(rows: Sequence[compare.Row], config: Config) -> list[str]:
+    """The metrics that a leaderboard shows: the main ones, those first that a row has at all."""
+    names = headlines(config)
+    return [name for name in names if any(name in row.metrics for row in rows)] or compare.choose(rows) or names
+
+
+def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun) -> list[compare.Row]:
+    """Ranks measurements that were made before, and logs the leaderboard, and the curve of each training, in `run`."""
+    board = compare.rank([row for one in runs for row in rows_of_run(one)], names[0])
+    compare.publish(board, names, run, run)
+    for one in runs:
+        publish_curves(one.points, run, f"curves/{metric_name(one.name)} {one.run_id[:8]}")
+    return board
+
+
+def rows_of_run(run: Earlier) -> list[compare.Row]:
+    """A row for each step that a run was measured at."""
+    single, name = len(run.points) == 1, f"{run.name} ({run.run_id[:8]})"
+    return [
+        compare.Row(name if single else f"step={step} {name}", step, metrics, "", run.data)
+        for step, metrics in run.points
+    ]
+
+
+def _same(known: Sequence[Examples], encoder: Encoder) -> list[Examples] | None:
+    """The data of another checkpoint, where this one takes sequences of the same lengths."""
+    return list(known) if known and all(one.encoder_limit == encoder.max_seq_length for one in known) else None

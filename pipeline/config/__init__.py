@@ -1,0 +1,4 @@
+"""The configuration: its typed schema, and how YAML files, Hydra's and the reference's, become one.
+
+Here: keys, their types, defaults and checks, spellings of the reference. Not here: what a key makes happen.
+"""

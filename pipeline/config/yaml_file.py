@@ -1,0 +1,358 @@
+"""A YAML file and overrides to a `Config`: finds the section, translates the reference's spellings, checks types.
+
+Only the section is resolved. Interpolations in it may point anywhere in the file; resolvers elsewhere are never run.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.config.schema import LEVELS, Config, Files, Logging, MaxRows, Task, import_class
+from pipeline.errors import ConfigError, nearest
+
+SECTION = "model.dwnstr_task_validation"
+RENAMED = {"sequence_col": "sequence_column", "mask_col": "mask_column", "class": "level"}
+RENAMED |= {"labels_col": "target_column", "labels_size": "target_sizes"}
+UNUSED = {"num_workers", "loss_func", "drop_last", "pin_memory", "persistent_workers", "micro_batch_size"}
+ELEMENTS: dict[str, tuple[type, ...]] = {
+    "target_column": (str,),
+    "target_sizes": (int,),
+    "mask_column": (str, type(None)),
+    "tags": (str,),
+}
+CLASSES = {
+    "SingleValuePredictionCallback": "sequence",
+    "PerTokenPredictionCallback": "token",
+}
+ENCODERS = {"ESM1nvInference": "esm", "ESM2nvInference": "esm", "ProtT5nvInference": "prott5"}
+ENCODERS["MegaMolBARTInference"] = "megamolbart"
+
+
+def read_config(source: str | Path | Mapping[Any, Any], overrides: str = "") -> Config:
+    """The checked configuration in a YAML file, or in what Hydra or OmegaConf made of one.
+
+    Args:
+        source: a YAML file with the section `model.dwnstr_task_validation`, or its content: a `DictConfig` or a plain
+            mapping.
+        overrides: dot-list such as `dataset.num_epochs=3 device=cpu`, quoted as in a shell. Keys are relative to the
+            section, or full. Where `dataset` is a list, `dataset.KEY` sets it in every task, `dataset.0.KEY` in one.
+
+    Raises:
+        ConfigError: the file or an override cannot be read, a key is not known, or a value has the wrong type.
+    """
+    path = "cfg" if isinstance(source, Mapping) else str(source)
+    texts: list[tuple[str, str, str]] = []
+    try:
+        if isinstance(source, DictConfig):
+            root: Any = copy.deepcopy(source)
+        elif isinstance(source, Mapping):
+            root = OmegaConf.create(dict(source))
+        else:
+            root, texts = _read_file(Path(source))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    section = _section(root, path)
+    OmegaConf.set_readonly(section, False)
+    OmegaConf.set_struct(section, False)
+    _apply(section, overrides)
+    try:
+        plain = OmegaConf.to_container(section, resolve=True)
+    except OmegaConfBaseException as error:
+        remedy = "register the resolver, set the key in the file, or override the value"
+        raise ConfigError(f"{path}: {SECTION} cannot be resolved: {error}; {remedy}") from error
+    assert isinstance(plain, dict)
+    config = config_from(plain, _Lines(path, texts, overrides))
+    if "exp_manager" in root:
+        config.notes.append("exp_manager is not read")
+    config.check()
+    return config
+
+
+def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
+    """The typed configuration of a plain mapping: the content of the section, already resolved.
+
+    Raises:
+        ConfigError: a key is not known, or a value has the wrong type.
+    """
+    lines = lines or _Lines(SECTION)
+    raw = dict(section)
+    _refuse_missing(raw, ())
+    tasks = raw.pop("dataset", None)
+    if not isinstance(tasks, (dict, list)):
+        raise ConfigError(
+            f"{lines.at(('dataset',))}: {SECTION}.dataset: expected a task or a list of tasks, found {tasks!r}"
+        )
+    _check_keys(raw, Config, (), lines)
+    if isinstance(raw.get("logging"), dict):
+        raw["logging"] = _logging(raw["logging"], lines)
+    entries = tasks if isinstance(tasks, list) else [tasks]
+    paths: list[tuple[Any, ...]] = [
+        ("dataset", i) if isinstance(tasks, list) else ("dataset",) for i in range(len(entries))
+    ]
+    translated = [_task(entry, path, lines) for entry, path in zip(entries, paths, strict=True)]
+    merged = _typed(Config, raw, (), lines)
+    merged["dataset"] = [_typed(Task, task, path, lines) for task, path in zip(translated, paths, strict=True)]
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{lines.at()}: {error}") from error
+    assert isinstance(config, Config)
+    config.is_list = isinstance(tasks, list)
+    config.notes = list(dict.fromkeys(lines.notes))
+    return config
+
+
+def _logging(entry: dict[Any, Any], lines: _Lines) -> dict[str, Any]:
+    """The content of `logging` with its types; one tag becomes a list."""
+    _check_keys(entry, Logging, ("logging",), lines)
+    tags = entry.get("tags")
+    one = {"tags": [tags]} if isinstance(tags, (str, int)) else {}
+    return _typed(Logging, {**entry, **one}, ("logging",), lines)
+
+
+def _refuse_missing(node: Any, path: tuple[str, ...]) -> None:
+    """OmegaConf's `???` stands for a value that somebody has yet to give."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        _refuse_missing(value, (*path, str(key)))
+    if node == "???":
+        raise ConfigError(
+            f"{SECTION}.{'.'.join(path)}: expected a value, found '???'; give one in the file or an override"
+        )
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """The section with every key, as plain values."""
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("hidden")}
+    tasks = [_task_mapping(task) for task in config.dataset]
+    own["logging"] = dataclasses.asdict(config.logging)
+    return {**own, "dataset": tasks if config.is_list else tasks[0]}
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as a file that `read_config` reads back to the same."""
+    root: dict[str, Any] = to_mapping(config)
+    for level in reversed(SECTION.split(".")):
+        root = {level: root}
+    return str(OmegaConf.to_yaml(OmegaConf.create(root)))
+
+
+def _task_mapping(task: Task) -> dict[str, Any]:
+    values = dataclasses.asdict(task)
+    own = values.pop("head") or values["level"]
+    return {"class": own, **{key: value for key, value in values.items() if key != "level"}}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"config: expected a YAML file, found '{path}' ({reason})") from error
+
+
+def _read_file(path: Path) -> tuple[Any, list[tuple[str, str, str]]]:
+    """The root node, composed where the file inherits; and name, package and text of each file in it."""
+    text = _read_text(path)
+    root: Any = OmegaConf.create(text)  # with its own loader: `1e-4` is a number, a key given twice an error
+    if not isinstance(root, DictConfig) or not OmegaConf.is_list(root._get_node("defaults")):
+        return root, [(str(path), "", text)]
+    try:
+        from pipeline.config.hydra_file import compose
+    except ImportError as error:
+        raise ConfigError(
+            f"{path}: expected hydra-core, which composes files with a defaults list, found: {error}; "
+            "pip install 'hydra-core>=1.3,<1.4'"
+        ) from error
+    return compose(path, root)
+
+
+def _section(root: Any, path: str | Path) -> DictConfig:
+    """The raw node of the section; its neighbours are not touched."""
+    node = root
+    for key in SECTION.split("."):
+        node = node._get_node(key) if isinstance(node, DictConfig) and not node._is_none() else None
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_interpolation():
+        raise ConfigError(f"{path}: expected a mapping {SECTION}, found none; see configs/ for examples")
+    return node
+
+
+def _apply(section: DictConfig, overrides: str) -> None:
+    """Sets each `key=value` of the dot-list in the section."""
+    try:
+        items = shlex.split(overrides)
+    except ValueError as error:
+        raise ConfigError(f"overrides: {error} in {overrides!r}; quote values as in a shell") from error
+    for item in items:
+        key, equals, _ = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"overrides: expected key=value, found '{item}'")
+        relative = key.removeprefix(SECTION + ".")
+        try:
+            value = OmegaConf.from_dotlist([f"value={item.partition('=')[2]}"])._get_node("value")
+            for target in _targets(section, relative):
+                OmegaConf.update(section, target, value, merge=True)
+        except (
+            OmegaConfBaseException,
+            yaml.YAMLError,
+            ValueError,
+            IndexError,
+            AssertionError,
+            TypeError,
+        ) as error:
+            raise ConfigError(f"overrides: '{item}' cannot be set: {error}") from error
+
+
+def _targets(section: DictConfig, key: str) -> list[str]:
+    """`dataset.KEY` stands for that key of every task where `dataset` is a list."""
+    head, _, rest = key.partition(".")
+    tasks = section._get_node("dataset")
+    if head != "dataset" or not rest or not OmegaConf.is_list(tasks) or rest.split(".")[0].isdigit():
+        return [key]
+    return [f"dataset.{index}.{rest}" for index in range(len(tasks))]  # type: ignore[arg-type]
+
+
+def _task(entry: Any, path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
+    """A task in the names and values of `Task`."""
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{lines.at(path)}: expected a task (a mapping), found {entry!r}")
+    _check_keys(entry, Task, path, lines)
+    task = _renamed(entry, path, lines)
+    task["level"] = _alias("class", task.get("level", "sequence"), CLASSES, lines)
+    if "." in task["level"]:
+        task["head"] = task["level"]
+        task["level"] = str(getattr(import_class(task["head"], "class", LEVELS), "level", None))
+    task["infer_target"] = _alias("infer_target", task.get("infer_target", "auto"), ENCODERS, lines)
+    task_type = str(task.get("task_type", "regression"))
+    if task_type.startswith("token-level-") and task["level"] == "sequence":
+        raise ConfigError(f"{lines.at((*path, 'task_type'))}: task_type '{task_type}' needs class: token")
+    task["task_type"] = task_type.removeprefix("token-level-")
+    for key, schema in (("dataset", Files), ("max_rows", MaxRows)):
+        if isinstance(task.get(key), dict):
+            _check_keys(task[key], schema, (*path, key), lines)
+    return task
+
+
+def _renamed(entry: dict[Any, Any], path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
+    """The keys under the names of `Task`, without the unused ones; one value where a list is wanted becomes a list."""
+    task: dict[str, Any] = {}
+    for key, value in entry.items():
+        name = str(RENAMED.get(key, key))
+        if name in task and task[name] != value:
+            raise ConfigError(f"{lines.at((*path, key))}: '{key}' and '{name}' say different things; keep one")
+        if key not in UNUSED:
+            task[name] = value
+        if name not in (key, "level"):
+            lines.notes.append(f"{key} is read as {name}")
+    for name in ("target_column", "target_sizes", "mask_column"):
+        if isinstance(task.get(name), (str, int)):
+            task[name] = [task[name]]
+    return task
+
+
+def _alias(key: str, value: Any, aliases: dict[str, str], lines: _Lines) -> str:
+    """The short name of one of the reference's classes, with or without its package; any other value as it is."""
+    text = str(value)
+    package, _, name = text.rpartition(".")
+    short = aliases.get(name) if not package or package.startswith("bionemo.") else None
+    if short:
+        lines.notes.append(f"{key}: {text} is read as {short}")
+    return short or text
+
+
+def _check_keys(mapping: dict[Any, Any], schema: type, path: tuple[Any, ...], lines: _Lines) -> None:
+    known = [f.metadata.get("key", f.name) for f in dataclasses.fields(schema) if not f.metadata.get("hidden")]
+    accepted = {*known, *(RENAMED if schema is Task else ()), *UNUSED}
+    for key in mapping:
+        if key not in accepted:
+            raise ConfigError(f"{lines.at((*path, key))}: unknown key '{key}'{nearest(str(key), known)}")
+        if key in UNUSED:
+            lines.notes.append(f"{key} is accepted and not used")
+
+
+def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
+    """`values` with the types of `schema`; errors name the key and its line."""
+    base = OmegaConf.structured(schema)
+    for key, value in values.items():
+        if key in UNUSED:
+            continue
+        try:
+            base = OmegaConf.merge(base, {key: value})
+        except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{lines.at((*path, key))}: {key}: {reason}") from error
+    container = OmegaConf.to_container(base)
+    assert isinstance(container, dict)
+    for key, kinds in ELEMENTS.items():
+        for element in container.get(key) or []:
+            if not isinstance(element, kinds):  # OmegaConf lets a list within a list pass
+                raise ConfigError(
+                    f"{lines.at((*path, key))}: {key}: expected a list of {kinds[0].__name__}, found {element}"
+                )
+    return {str(key): value for key, value in container.items()}
+
+
+class _Lines:
+    """Where keys of the section stand in the files, for error messages; and notes on what they were taken for.
+
+    Args:
+        name: of the configuration, for a key that stands nowhere.
+        texts: name, package and text of each file, the one with the last word first.
+        overrides: what is set beside them.
+    """
+
+    def __init__(self, name: str, texts: Sequence[tuple[str, str, str]] = (), overrides: str = "") -> None:
+        self.name = name
+        self.overrides = overrides
+        self.notes: list[str] = []
+        self.files = [(file, package.split(".") if package else [], _tree(text)) for file, package, text in texts]
+
+    def at(self, path: tuple[Any, ...] = ()) -> str:
+        """`FILE:LINE` of a key of the section, or of the nearest key around it."""
+        keys = [*SECTION.split("."), *path]
+        place, depth = self.name, 0
+        for file, package, node in self.files:
+            if keys[: len(package)] == package:
+                line, reached = _reach(node, keys[len(package) :])
+                if line and reached + len(package) > depth:
+                    place, depth = f"{file}:{line}", reached + len(package)
+        missing = len(keys) - depth
+        return "overrides" if self.overrides and path and missing == 1 else place  # it came from there
+
+
+def _tree(text: str) -> Any:
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return None
+
+
+def _reach(node: Any, keys: Sequence[Any]) -> tuple[int, int]:
+    """The line of the last of `keys`, one within the other, that a YAML mapping has; and how many it has."""
+    line = 0
+    for reached, key in enumerate(keys):
+        found = _child(node, key)
+        if found is None:
+            return line, reached
+        line, node = found
+    return line, len(keys)
+
+
+def _child(node: Any, key: Any) -> tuple[int, Any] | None:
+    """The line of `key` and its value in a YAML mapping or sequence."""
+    if isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+        return node.value[key].start_mark.line + 1, node.value[key]
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            if name.value == str(key):
+                return name.start_mark.line + 1, value
+    return None

@@ -1,0 +1,165 @@
+"""A user's own code as an `Encoder`: a class named by its path in `infer_target`, or a live module's own method."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.encoders.huggingface import weights_digest
+from pipeline.encoders.source import code_digest, no_reuse
+from pipeline.errors import CheckpointError, ConfigError
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+class CustomEncoder:
+    """An `Encoder` around an object that has `hidden_states(sequences)`, and may have the rest of the protocol.
+
+    Missing attributes are filled in: no limit of length, no unknown tokens, the hidden size found by embedding `probe`.
+    A `digest` that the object works out, as in `Encoder`, is taken as it is. One that is a string of the class cannot
+    know of weights: it stands for the code alone; see `code_digest`.
+
+    Attributes:
+        reusable: whether what is computed has a key; else nothing of it is used again.
+        notes: what to tell the user.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        digest: str | None,
+        device: torch.device,
+        context: Context = nullcontext,
+        probe: str | None = None,
+        owner: Any = None,
+    ) -> None:
+        """Wraps `inner`, whose `hidden_states` is called within `context`.
+
+        `digest` is None where there can be none; `owner` is the class that the user wrote, by default that of `inner`.
+
+        Raises:
+            CheckpointError: `inner` has no `hidden_states`, or no `hidden_size` and there is no `probe`.
+        """
+        for name in ("hidden_states",) if probe is not None else ("hidden_size", "hidden_states"):
+            if not hasattr(inner, name):
+                raise CheckpointError(f"infer_target: {type(inner).__name__} has no '{name}'; see pipeline.Encoder")
+        self.inner = inner
+        self.context = context
+        self.made_with: Mapping[str, Any] = {}
+        self.step: int | None = None  # of the training, where the checkpoint says it
+        self.max_seq_length: int | None = getattr(inner, "max_seq_length", None)
+        digest = _given_digest(inner) or digest
+        self.reusable = digest is not None
+        self.digest = digest or f"no digest {uuid4().hex}"
+        self.notes = () if self.reusable else (no_reuse(owner or type(inner), "embeddings are made"),)
+        self.device = torch.device(getattr(inner, "device", device))
+        size = getattr(inner, "hidden_size", None)
+        self.hidden_size = int(size) if size is not None else self._found_size(probe or "")
+
+    @classmethod
+    def from_checkpoint(cls, encoder_class: Any, source: str, device: torch.device) -> CustomEncoder:
+        """Opens `source` with the class's own `from_checkpoint`."""
+        name = class_name(encoder_class)
+        if not hasattr(encoder_class, "from_checkpoint"):
+            raise CheckpointError(f"infer_target: {name} has no from_checkpoint(path); see pipeline.Encoder")
+        try:
+            inner = encoder_class.from_checkpoint(source)
+        except Exception as error:  # the user's code may raise anything; it is about this checkpoint
+            raise CheckpointError(f"ckpt: {name} cannot open '{source}': {type(error).__name__}: {error}") from error
+        return cls(inner, own_digest(encoder_class, [type(inner)], lambda: _bytes_digest(Path(source))), device)
+
+    @classmethod
+    def from_module(
+        cls, encoder_class: Any, module: nn.Module, device: torch.device, context: Context, mode: str
+    ) -> CustomEncoder:
+        """Wraps a live module with the class's own `from_module`; `mode` names the arithmetic of `context`."""
+        name = class_name(encoder_class)
+        if not hasattr(encoder_class, "from_module"):
+            raise CheckpointError(f"infer_target: {name} has no from_module(module); see pipeline.Encoder")
+        try:
+            inner = encoder_class.from_module(module)
+        except Exception as error:
+            found = f"{type(module).__name__}: {type(error).__name__}: {error}"
+            raise CheckpointError(f"infer_target: {name}.from_module cannot take the module {found}") from error
+        classes = [type(inner), *map(type, module.modules())]
+        return cls(
+            inner, own_digest(encoder_class, classes, lambda: f"{mode} {module_digest(module)}"), device, context
+        )
+
+    def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
+        """See `Encoder.hidden_states`. Raises CheckpointError where the class returns something else."""
+        states = self._states(sequences)
+        shapes = [tuple(getattr(state, "shape", ())) for state in states]
+        if len(states) != len(sequences) or any(len(s) != 2 or s[1] != self.hidden_size for s in shapes):
+            expected = f"{len(sequences)} tensors of shape (tokens, {self.hidden_size})"
+            raise CheckpointError(f"infer_target: hidden_states: expected {expected}, found shapes {shapes[:3]}")
+        return [state.detach().float().clone() for state in states]  # their buffer may be used again
+
+    def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
+        """See `Encoder.count_unknown`."""
+        if hasattr(self.inner, "count_unknown"):
+            return list(self.inner.count_unknown(sequences))
+        return [(0, len(sequence)) for sequence in sequences]
+
+    def _states(self, sequences: Sequence[str]) -> list[Tensor]:
+        with torch.no_grad(), self.context():
+            states = self.inner.hidden_states(list(sequences))
+        if isinstance(states, Tensor):
+            raise CheckpointError("infer_target: hidden_states: expected a list of tensors, found one with padding")
+        return list(states)
+
+    def _found_size(self, probe: str) -> int:
+        states = self._states([probe])
+        if len(states) != 1 or getattr(states[0], "ndim", 0) != 2:
+            expected = "expected a list of tensors of shape (length, hidden_size)"
+            raise CheckpointError(f"{type(self.inner).__name__}.hidden_states: {expected}, found {states!r:.100}")
+        return int(states[0].shape[1])
+
+
+def no_layer(layer: int | None, source: str) -> None:
+    """Raises ConfigError where a layer is asked of a user's own code, which decides for itself."""
+    if layer is not None:
+        raise ConfigError(f"layer: {source} gives the hidden states itself; choose the layer there, and set layer=null")
+
+
+def own_digest(owner: Any, others: Sequence[Any], weights: Callable[[], str]) -> str | None:
+    """The digest of a user's own encoder: its code and its weights. None where its code cannot be known."""
+    code = code_digest(owner, *others)
+    return None if code is None else f"{class_name(owner)} {code} {weights()}"
+
+
+def class_name(encoder_class: Any) -> str:
+    """Module and name of a class, for digests and messages."""
+    return f"{encoder_class.__module__}.{getattr(encoder_class, '__qualname__', encoder_class)}"
+
+
+def module_digest(module: nn.Module) -> str:
+    """A digest of all weights and buffers in a module's `state_dict`."""
+    tensors = [(name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor)]
+    return weights_digest(tensors)
+
+
+def _given_digest(inner: Any) -> str | None:
+    """The digest that an object works out for itself, from its weights too."""
+    of_class = isinstance(inspect.getattr_static(type(inner), "digest", None), str)
+    if of_class and "digest" not in getattr(inner, "__dict__", {}):
+        return None
+    given = getattr(inner, "digest", None)
+    return None if given is None else str(given)
+
+
+def _bytes_digest(source: Path) -> str:
+    digest = hashlib.sha256(str(source).encode() if not source.exists() else b"")
+    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+        if path.is_file():
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

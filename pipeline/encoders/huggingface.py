@@ -1,0 +1,321 @@
+"""An `Encoder` gives the hidden states of sequences; this is the protocol, and the one for Hugging Face models.
+
+A user's own encoder is any class with the protocol and the constructors `from_checkpoint(path)` (for the command line)
+and `from_module(module)` (for a live LightningModule); name it in `infer_target`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any, Protocol
+from uuid import uuid4
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pipeline.encoders.packing import Packing
+from pipeline.encoders.source import LIBRARIES, code_digest, no_reuse
+from pipeline.encoders.tokens import Tokens
+from pipeline.encoders.weights import weights_of
+from pipeline.errors import CheckpointError, ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REMEDY = "give the module a method hidden_states(sequences), or name an encoder class in infer_target"
+# What a configuration holds that does not change a hidden state.
+NEUTRAL_OPTIONS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+class Encoder(Protocol):
+    """What the pipeline needs of a model.
+
+    Attributes:
+        hidden_size: width of a hidden state.
+        max_seq_length: most characters of a sequence, special tokens already counted; None for no limit.
+        digest: changes when a hidden state may change: weights, tokenizer, options, precision.
+        device: where the model is; the batch plan belongs to the kind of device.
+
+    It may have an attribute `packs`, true where sequences of unequal length in a batch cost no padding.
+    """
+
+    hidden_size: int
+    max_seq_length: int | None
+    device: torch.device
+
+    @property
+    def digest(self) -> str:
+        """See above; an attribute will do."""
+        ...
+
+    def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
+        """The last hidden states of the real tokens of each sequence, float32, each of shape (tokens, hidden_size)."""
+        ...
+
+    def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
+        """For each sequence, how many of its tokens are unknown, and how many it has."""
+        ...
+
+
+class HuggingFaceEncoder:
+    """A Hugging Face encoder and its tokenizer. See `Encoder` for the attributes.
+
+    On a CPU, sequences are packed one after another where the model is right with that; else they are padded to the
+    longest of a batch; padding is masked, and nothing of it is returned. A model that is run as it is is padded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        device: str = "auto",
+        precision: str = "auto",
+        layer: int | None = None,
+        as_is: bool = False,
+    ) -> None:
+        """Takes a model without heads, in its own mode; puts it on `device` and in evaluation mode.
+
+        Args:
+            model: the encoder.
+            tokenizer: its tokenizer.
+            device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+            precision: `auto`, `fp32`, `bf16` or `fp16`.
+            layer: the hidden states to take: 0 are the token embeddings, 1 those behind the first layer; negative
+                numbers count from the last. None is the last. Layers that are not needed are taken out of `model`.
+            as_is: the model is of a class of the user's own, or in training: it stays where it is, keeps all layers and
+                heads, and runs as its class says. Weights that are not float32 are run as float32 copies.
+
+        Raises:
+            CheckpointError: the tokenizer's special tokens are not around the sequence, or the model gives no hidden
+                states.
+            ConfigError: the device or the layer is not there, or the device has no such precision.
+        """
+        config: Any = model.config
+        self.as_is = as_is
+        self.layer = _find_layer(layer, config)
+        self.device = next(model.parameters()).device if as_is else find_device(device)
+        self.precision = find_precision(precision, self.device)
+        self.tokens = Tokens(tokenizer)
+        self._vocabulary: int | None = getattr(config, "vocab_size", None)
+        self._check_ids(self.tokens.before + self.tokens.after)
+        if not as_is:
+            if self.layer is not None:
+                _shorten(model, self.layer, config)
+            model.to(self.device)
+        self.model = model.eval()
+        self._copies = _float_copies(model) if as_is else {}
+        self.hidden_size: int = self._found_size() if as_is else getattr(config, "hidden_size", None) or config.d_model
+        self.max_seq_length = limit_of(config, self.tokens)
+        self.made_with: Mapping[str, Any] = {}  # how a checkpoint says it was measured in training
+        self.step: int | None = None  # of the training, where the checkpoint says it
+
+    @cached_property
+    def digest(self) -> str:
+        """See `Encoder`. Worked out when it is first asked for: all weights are read."""
+        how = self.precision if self.layer is None else f"{self.precision} layer {self.layer}"
+        if self.as_is:
+            how += f" {_code_of(self.model) or uuid4().hex}"
+        return _digest(self.model, {**weights_of(self.model), **self._copies}, self.tokens, how)
+
+    @property
+    def reusable(self) -> bool:
+        """Whether embeddings may be reused: the code that makes them is in the digest."""
+        return not self.as_is or _code_of(self.model) is not None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for whoever reads the result."""
+        return () if self.reusable else (no_reuse(type(self.model), "embeddings are made"),)
+
+    @torch.no_grad()  # no inference mode: what a module in training keeps of a forward pass must be of use to it
+    def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
+        """See `Encoder.hidden_states`."""
+        before, after = self.tokens.before, self.tokens.after
+        rows = [[*before, *self.tokens.ids(sequence).tolist(), *after] for sequence in sequences]
+        with self._autocast():
+            states = self._padded(rows) if self._packing is None else self._packing(rows, self._forward)
+        first, behind = len(before), len(after)
+        return [state[first : len(row) - behind].float() for state, row in zip(states, rows, strict=True)]
+
+    @property
+    def packs(self) -> bool:
+        """See `Encoder`."""
+        return self._packing is not None
+
+    @cached_property
+    @torch.no_grad()
+    def _packing(self) -> Packing | None:
+        """On a CPU alone: a GPU would be given a small piece of work for each sequence."""
+        if self.device.type != "cpu" or self.precision != "fp32" or self.as_is:
+            return None
+        return Packing.fit(self.model, self.tokens.ordinary(24), self.tokens.padding)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Hidden states of the rows padded to the longest, shape (rows, longest, hidden_size)."""
+        lengths = torch.tensor([len(row) for row in rows])
+        longest = int(lengths.max())
+        ids = torch.tensor([[*row, *[self.tokens.padding] * (longest - len(row))] for row in rows])
+        mask = (torch.arange(longest)[None] < lengths[:, None]).long()
+        return self._forward(input_ids=self._send(ids), attention_mask=self._send(mask))
+
+    def _send(self, values: Tensor) -> Tensor:
+        """To the device; to a GPU without waiting for it."""
+        pinned = values.pin_memory() if self.device.type == "cuda" else values
+        return pinned.to(self.device, non_blocking=self.device.type == "cuda")
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
+        """The hidden states of the chosen layer."""
+        if self.layer is None and not self.as_is:
+            last: Tensor = self.model(**inputs).last_hidden_state
+            return last
+        options = {**inputs, "output_hidden_states": True}
+        output = functional_call(self.model, self._copies, kwargs=options) if self._copies else self.model(**options)
+        states = output.get("hidden_states") if hasattr(output, "get") else None
+        if states is None:
+            name = type(self.model).__name__
+            raise CheckpointError(
+                f"{name}: expected hidden_states in its output, found {type(output).__name__}; {REMEDY}"
+            )
+        chosen: Tensor = states[-1 if self.layer is None else self.layer]
+        return chosen
+
+    @torch.no_grad()
+    def _found_size(self) -> int:
+        """The width of the hidden states of one token."""
+        row = [*self.tokens.before, *self.tokens.ordinary(1), *self.tokens.after]
+        with self._autocast():
+            return int(self._padded([row]).shape[-1])
+
+    def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
+        """See `Encoder.count_unknown`. Raises CheckpointError where the model has no such tokens."""
+        ids = [self.tokens.ids(sequence) for sequence in sequences]
+        self._check_ids([int(row.max()) for row in ids if len(row)])
+        return [(int((row == self.tokens.unknown).sum()), len(row)) for row in ids]
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
+            expected = f"expected ids below {self._vocabulary}, as the model has"
+            remedy = "take the tokenizer's files that were written with the model"
+            raise CheckpointError(f"ckpt: the tokenizer: {expected}, found {max(ids)}; {remedy}")
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is a GPU where there is one. Raises ConfigError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device: '{name}' is not on this machine ({str(error).splitlines()[0]}); use auto"
+        ) from error
+    return torch.device(name)
+
+
+def find_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 on a GPU that has it, else fp32 (on most CPUs bf16 is emulated, and slow)."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def _layers(config: Any) -> int:
+    """How many layers the encoder has."""
+    names = ("encoder_layers", "num_hidden_layers", "num_layers", "n_layers")
+    said = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+    if said is None:
+        raise ConfigError(f"layer: expected one of {', '.join(names)} in the model's configuration; set layer=null")
+    return int(said)
+
+
+def _find_layer(layer: int | None, config: Any) -> int | None:
+    """A layer's number from 0 on; None for the last."""
+    if layer is None:
+        return None
+    last = _layers(config)
+    if not -last - 1 <= layer <= last:
+        raise ConfigError(f"layer: expected {-last - 1} to {last} for a model of {last} layers, found {layer}")
+    found = layer % (last + 1)
+    return None if found == last else found
+
+
+def _shorten(model: nn.Module, layer: int, config: Any) -> None:
+    """Takes the layers above `layer` out; one of them stays, since its input is that layer's output."""
+    count = _layers(config)
+    stacks = (one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) == count)
+    stack = next(stacks, None)
+    if stack is not None:
+        del stack[layer + 1 :]
+
+
+def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest of named tensors: the same for the same values, however they were stored."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        each = pool.map(_tensor_digest, sorted(tensors, key=lambda pair: pair[0]))
+        return hashlib.sha256("\n".join(each).encode()).hexdigest()
+
+
+def _tensor_digest(named: tuple[str, Tensor]) -> str:
+    name, tensor = named
+    value = tensor.detach().cpu().contiguous()
+    content = hashlib.sha256(value.flatten().view(torch.uint8).numpy().data).hexdigest()
+    return f"{name} {tuple(value.shape)} {value.dtype} {content}"
+
+
+def _float_copies(model: nn.Module) -> dict[str, Tensor]:
+    """Float32 copies of the weights and buffers that are floating-point numbers of another dtype."""
+    values = [*model.named_parameters(), *model.named_buffers()]
+    return {
+        name: one.detach().float() for name, one in values if one.is_floating_point() and one.dtype != torch.float32
+    }
+
+
+def _code_of(model: nn.Module) -> str | None:
+    """A digest of the code of the classes in a model that are no library's; None where it cannot be known."""
+    own = [kind for kind in map(type, model.modules()) if kind.__module__.partition(".")[0] not in LIBRARIES]
+    patched = any("forward" in vars(one) for one in model.modules())
+    return None if patched or not own else code_digest(own[0], *own[1:])
+
+
+def _digest(model: nn.Module, state: Mapping[str, Tensor], tokens: Tokens, precision: str) -> str:
+    options = {key: value for key, value in model.config.to_diff_dict().items() if key not in NEUTRAL_OPTIONS}  # type: ignore[union-attr, operator]
+    weights = weights_digest(state.items())
+    # Rounded arithmetic differs between kinds of device; float32 agrees to 1e-5.
+    where = "" if precision == "fp32" else next(model.parameters()).device.type
+    what = [weights, tokens.digest(), json.dumps(options, sort_keys=True, default=str), precision, where]
+    return hashlib.sha256("\n".join(what).encode()).hexdigest()
+
+
+def limit_of(config: Any, tokens: Tokens) -> int | None:
+    """The longest sequence in characters that a model and its tokenizer take; None for no limit.
+
+    Models with relative positions (T5) have no limit. Those that number positions from behind the padding index (ESM,
+    RoBERTa) lose `pad_token_id + 1` of `max_position_embeddings`; ESM with rotary positions was trained with that
+    limit too.
+    """
+    limits: list[int] = []
+    special = len(tokens.before + tokens.after)
+    positions = getattr(config, "max_position_embeddings", None)
+    if config.model_type in ("t5", "mt5", "umt5"):
+        return None
+    if positions and config.model_type in ("esm", "roberta", "xlm-roberta", "camembert", "longformer"):
+        positions -= (config.pad_token_id or 0) + 1
+    if positions:
+        limits.append(positions)
+    if tokens.tokenizer.model_max_length < 10**9:
+        limits.append(tokens.tokenizer.model_max_length)
+    if not limits:
+        return None
+    if min(limits) <= special:
+        raise CheckpointError(f"the model takes {min(limits)} tokens, of which {special} are special: none is left")
+    return int(min(limits)) - special

@@ -1,0 +1,231 @@
+"""A live module, in training, to an `Encoder` of its current weights; no disk in between."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.schema import encoder_class
+from pipeline.encoders.custom import Context, CustomEncoder, class_name, module_digest, no_layer, own_digest
+from pipeline.encoders.description import check_architecture, describe, encoder_of, is_of_transformers, quiet, rebuild
+from pipeline.encoders.huggingface import REMEDY, HuggingFaceEncoder, find_device, limit_of
+from pipeline.encoders.tokens import Tokens
+from pipeline.encoders.weights import matching_prefix, unexpected
+from pipeline.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class LiveModel:
+    """Finds how a module gives hidden states, once; `encoder` then takes the weights of the moment.
+
+    In this order: the class that `infer_target` names, by its `from_module`; the module's own method
+    `hidden_states(sequences) -> list[Tensor (length, hidden_size)]`; the one Hugging Face model and tokenizer in it.
+    The last is measured through a second model that shares the weights, so the module itself never runs, and through
+    the same steps by which a `.ckpt` is opened, so both give the same numbers. A model that its configuration does not
+    rebuild exactly, such as one of a class of the user's own, is run as it is.
+
+    Attributes:
+        runs_module: whether measuring runs the module itself; see `neutral.untouched`. A `.ckpt` then takes its code.
+        max_seq_length: as an `Encoder`'s.
+        description: what a `.ckpt` says of the module, so that it can be opened without the module's code, or so that
+            the user knows what code it takes; None where `infer_target` names a class.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        infer_target: str = "auto",
+        tokenizer: Any = None,
+        context: Context = nullcontext,
+        mode: str = "",
+        others: Sequence[object] = (),
+    ) -> None:
+        """Looks at the module; see `encoder` for what is taken from it later.
+
+        Args:
+            module: what is trained.
+            infer_target: `auto`, a short name that the architecture must agree with, or the path of an encoder class.
+            tokenizer: the Hugging Face tokenizer; by default the one found in the module.
+            context: what the module's own code runs within, such as a trainer's autocast.
+            mode: names the arithmetic of `context`.
+            others: objects to look for the tokenizer in, beside the module.
+
+        Raises:
+            CheckpointError: there is no such way to the hidden states, or more than one.
+            ConfigError: `infer_target` names no class.
+        """
+        self.context, self.mode = context, mode
+        self.description: dict[str, Any] | None = None
+        self._class = encoder_class(infer_target)
+        self._own_method = self._class is None and callable(getattr(module, "hidden_states", None))
+        self._skeleton: nn.Module | None = None
+        if self._class is not None:
+            found = CustomEncoder.from_module(self._class, module, _device_of(module), context, mode)
+            self.max_seq_length = found.max_seq_length
+        elif self._own_method:
+            self.description = {"prefix": "", "class": class_name(type(module))}
+            self.max_seq_length = _own_limit(module)
+        else:
+            prefix, model = _only_model(module)
+            check_architecture(infer_target, model.config.model_type, f"the model in {type(module).__name__}")
+            self._tokenizer = tokenizer or _only_tokenizer(list(module.modules()), others)
+            self.description = describe(model, self._tokenizer, prefix)
+            self._rebuild(module, model, prefix)
+            self.max_seq_length = limit_of(model.config, Tokens(self._tokenizer))
+
+    @property
+    def runs_module(self) -> bool:
+        """Whether measuring runs the module itself."""
+        return self._skeleton is None
+
+    def encoder(
+        self,
+        module: nn.Module,
+        device: str = "auto",
+        precision: str = "auto",
+        probe: str = "C",
+        layer: int | None = None,
+    ) -> HuggingFaceEncoder | CustomEncoder:
+        """An encoder of the weights that `module` has now; use it before they change.
+
+        Args:
+            module: the same as at first.
+            device: `auto` is the module's own. A module that is run as it is stays where it is.
+            precision: as `open_encoder`'s; the module's own code decides for itself.
+            probe: a sequence to find out the hidden size with, where a module does not say it.
+            layer: as `open_encoder`'s.
+
+        Raises:
+            CheckpointError: the module's own model gives no hidden states.
+            ConfigError: there is no such layer, or the module's own code gives the hidden states.
+        """
+        if self._class is not None or self._own_method:
+            no_layer(layer, type(module).__name__)
+        where = _device_of(module) if device == "auto" else find_device(device)
+        if self._class is not None:
+            return CustomEncoder.from_module(self._class, module, where, self.context, self.mode)
+        if self._own_method:
+            own, parts = type(module), map(type, module.modules())
+            digest = own_digest(own, [*parts], lambda: f"{self.mode} {module_digest(module)}")
+            return CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe, own)
+        if self._skeleton is None:
+            model = encoder_of(_only_model(module)[1])[0]
+            return HuggingFaceEncoder(model, self._tokenizer, precision=precision, layer=layer, as_is=True)
+        self._take_weights(module)
+        return HuggingFaceEncoder(self._skeleton, self._tokenizer, str(where), precision, layer=layer)
+
+    def release(self) -> None:
+        """Lets go of the weights that `encoder` took: where they are not float32 they are a copy."""
+        if self._skeleton is not None:
+            empty = {key: value.to("meta") for key, value in self._skeleton.state_dict().items()}
+            self._skeleton.load_state_dict(empty, assign=True)
+
+    def _rebuild(self, module: nn.Module, model: Any, prefix: str) -> None:
+        """Makes the second model, where the configuration gives exactly what is in the module; else says why not."""
+        assert self.description is not None
+        own = class_name(type(model))
+        try:
+            if not is_of_transformers(type(model)):
+                raise CheckpointError(f"{own} is not a class of transformers")
+            with quiet():
+                skeleton, name, self._tokenizer = rebuild(self.description)
+            self._prefix = _exact_prefix(module, skeleton, name, prefix.replace("_orig_mod.", ""))
+        except Exception as error:  # whatever a library has against a configuration
+            self.description["class"] = own
+            logger.info("%s runs as it is: %s", type(model).__name__, error)
+            return
+        self._skeleton = skeleton
+        self._take_weights(module)
+        self.release()
+
+    def _take_weights(self, module: nn.Module) -> None:
+        """Makes the second model's weights those of the module: the same memory where they are float32."""
+        assert self._skeleton is not None
+        state = _state_of(module)
+        weights = {key: state[self._prefix + key].detach() for key in self._skeleton.state_dict()}
+        taken = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
+        self._skeleton.load_state_dict(taken, assign=True)
+
+
+class _Method:
+    """A module's own `hidden_states`, without the module's other attributes, which may mean something else."""
+
+    def __init__(self, module: Any) -> None:
+        self.hidden_states = module.hidden_states
+        self.max_seq_length = _own_limit(module)
+        if callable(getattr(module, "count_unknown", None)):
+            self.count_unknown = module.count_unknown
+
+
+def _exact_prefix(module: nn.Module, skeleton: nn.Module, name: str, prefix: str) -> str:
+    """What the encoder's names begin with in the module; a CheckpointError where the two are not the same model."""
+    state = _state_of(module)
+    found = matching_prefix(skeleton, name, state, prefix, type(module).__name__)
+    left = unexpected(skeleton, state, found)
+    if left:
+        raise CheckpointError(f"its configuration does not give the weights {', '.join(left[:3])}")
+    expected = {name: type(one) for name, one in skeleton.named_modules()}
+    for path, one in module.named_modules():
+        clean = f"{path}.".replace("_orig_mod.", "")
+        inside, part = clean.startswith(found), clean[len(found) :].rstrip(".")
+        wrapper = hasattr(one, "_orig_mod")  # of torch.compile
+        same = expected.get(part) is type(one) and "forward" not in vars(one)
+        if inside and not wrapper and not part.startswith("pooler") and not same:
+            raise CheckpointError(f"{path} is not what its configuration says")
+    return found
+
+
+def _state_of(module: nn.Module) -> dict[str, Tensor]:
+    """The weights by their names, without what `torch.compile` adds to them."""
+    return {key.replace("_orig_mod.", ""): value for key, value in module.state_dict().items()}
+
+
+def _own_limit(module: nn.Module) -> int | None:
+    limit = getattr(module, "max_seq_length", None)
+    return limit if isinstance(limit, int) else None
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    tensor: Tensor | None = next(iter(module.parameters()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _only_model(module: nn.Module) -> tuple[str, Any]:
+    """The one Hugging Face model in a module that stands in no other, and what its weights' names begin with."""
+    from transformers import PreTrainedModel
+
+    found: list[tuple[str, Any]] = []
+    for name, one in module.named_modules():
+        if isinstance(one, PreTrainedModel) and not any(_within(name, outer) for outer, _ in found):
+            found.append((name, one))
+    if len(found) != 1:
+        names = ", ".join(name or "the module itself" for name, _ in found) or "none"
+        raise CheckpointError(f"{type(module).__name__}: expected one Hugging Face model, found {names}; {REMEDY}")
+    name, model = found[0]
+    return f"{name}." if name else "", model
+
+
+def _within(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
+
+
+def _only_tokenizer(holders: Sequence[object], others: Sequence[object]) -> Any:
+    """The one tokenizer among the attributes of `holders`, or else of `others`."""
+    from transformers import PreTrainedTokenizerBase
+
+    found: list[Any] = []
+    for some in (holders, others):
+        values = [value for holder in some if holder is not None for value in vars(holder).values()]
+        unique = {id(value): value for value in values if isinstance(value, PreTrainedTokenizerBase)}
+        found = found or list(unique.values())
+    if len(found) != 1:
+        count = "none" if not found else f"{len(found)}: {', '.join(type(one).__name__ for one in found)}"
+        remedy = "keep it as an attribute of the LightningModule, such as self.tokenizer, or " + REMEDY
+        raise CheckpointError(f"expected one Hugging Face tokenizer in the module, found {count}; {remedy}")
+    return found[0]

@@ -1,0 +1,81 @@
+"""The weights of a model by their names: which it needs, where a larger set holds them, and what is left over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipeline.errors import CheckpointError
+
+# Buffers that a model works out from its configuration; which of them are stored differs between releases.
+DERIVED = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq)$")
+UNUSED = (
+    "embeddings.position_embeddings.weight"  # of an ESM with rotary positions: transformers 4 makes them all the same
+)
+SHOWN = 3  # names in a message
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights and buffers that a model's hidden states depend on and its configuration does not give, by name."""
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return {name: value for name, value in state.items() if not is_derived(name, model)}
+
+
+def matching_prefix(encoder: nn.Module, name: str, state: Mapping[str, Any], prefix: str | None, source: str) -> str:
+    """What the names of the encoder's weights begin with in a `state_dict`.
+
+    Args:
+        encoder: the model that the weights are for.
+        name: its own within a larger model of its library, such as `encoder.`.
+        state: the stored weights.
+        prefix: what the names of the larger model begin with, where it is known.
+        source: names the checkpoint in messages.
+
+    Raises:
+        CheckpointError: the weights are not there, or are there more than once.
+    """
+    wanted = list(weights_of(encoder))
+    first = name + wanted[0]
+    prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
+    heads = ("", f"{getattr(encoder, 'base_model_prefix', '')}.")
+    if prefix is not None:
+        prefixes = [known for known in prefixes if known in {prefix + head for head in heads}]
+    fitting = [known for known in prefixes if all(known + name + key in state for key in wanted)]
+    if len(fitting) == 1:
+        return fitting[0] + name
+    found = f"several: {', '.join(map(repr, fitting))}" if fitting else "none"
+    if len(prefixes) == 1 and not fitting:
+        found = f"one that lacks {_some(key for key in wanted if prefixes[0] + name + key not in state)}"
+    raise CheckpointError(f"ckpt: '{source}': expected one set of weights of a {type(encoder).__name__}, found {found}")
+
+
+def unexpected(encoder: nn.Module, state: Mapping[str, Any], prefix: str) -> list[str]:
+    """Names of stored weights that stand within the encoder, and that its class does not have."""
+    known = set(encoder.state_dict())
+    inside = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    if type(encoder).__name__.endswith("EncoderModel"):  # the encoder of T5: its decoder stands beside its parts
+        parts = {key.partition(".")[0] for key in known}
+        inside = [key for key in inside if key.partition(".")[0] in parts]
+    left = [key for key in inside if key not in known and not is_derived(key, encoder)]
+    return [key for key in left if not key.startswith("pooler.")]  # behind the hidden states
+
+
+def left_over(source: str, encoder: nn.Module, names: list[str], remedy: str) -> str:
+    """What to say of stored weights that an encoder does not have."""
+    return f"ckpt: '{source}' holds weights that a {type(encoder).__name__} does not have: {_some(names)}; {remedy}"
+
+
+def is_derived(name: str, model: nn.Module) -> bool:
+    """Whether a weight or buffer follows from the configuration, or is not used."""
+    config: Any = getattr(model, "config", None)
+    rotary = getattr(config, "model_type", "") == "esm" and config.position_embedding_type == "rotary"
+    return bool(DERIVED.search(name)) or (rotary and name.endswith(UNUSED))
+
+
+def _some(names: Any) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+    return ", ".join(listed[:SHOWN]) + more

@@ -1,0 +1,94 @@
+"""The embeddings and labels of a part on the device, and batches of them by index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.load import Part, unit_index
+from pipeline.store.reading import Rows
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences with u units.
+
+    Attributes:
+        rows: shape (u, hidden_size). Good until the next batch is made.
+        counts: units of each sequence, shape (sequences,).
+        values: int32 or float32 labels per target, shape (u,).
+        masks: per target, shape (u,); None where no label of the part is masked.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    values: list[Tensor]
+    masks: list[Tensor | None]
+
+
+class Data:
+    """A part on a device: moved there once, if it is held in memory at all."""
+
+    def __init__(self, rows: Rows, part: Part, device: torch.device) -> None:
+        """`rows` are the part's embeddings."""
+        self.rows, self.part, self.device = rows, part, device
+        self._memory = rows.on(device) if rows.in_memory else None
+        self._values = [value.to(device) for value in _tensors(part)]
+        self._masks = [None if mask.all() else torch.from_numpy(mask).to(device) for mask in part.masks]
+        self._single = bool((part.counts == 1).all())
+        self._buffer = torch.empty(0, device=device)
+
+    def batch(self, sequences: Indices) -> Batch:
+        """The embeddings and labels of some sequences."""
+        counts = torch.from_numpy(self.part.counts[sequences]).to(self.device)
+        units = self._index(sequences if self._single else unit_index(self.part.counts, sequences))
+        values = [value.index_select(0, units) for value in self._values]
+        masks = [None if mask is None else mask.index_select(0, units) for mask in self._masks]
+        return Batch(self._rows(sequences), counts, values, masks)
+
+    def batches(self, sequences: Indices, batch_size: int) -> Iterator[Batch]:
+        """Sequences in this order, some at a time."""
+        if not self._single or self._memory is None:
+            for begin in range(0, len(sequences), batch_size):
+                yield self.batch(sequences[begin : begin + batch_size])
+            return
+        # One row and one unit each: what does not need much memory is looked up for all of them at once.
+        units = self._index(sequences)
+        values = [value.index_select(0, units).split(batch_size) for value in self._values]
+        masks = [None if mask is None else mask.index_select(0, units).split(batch_size) for mask in self._masks]
+        places = self._index(self.rows.index(sequences)).split(batch_size)
+        for number, some in enumerate(places):
+            inside = [None if mask is None else mask[number] for mask in masks]
+            yield Batch(self._take(some), torch.ones_like(some), [value[number] for value in values], inside)
+
+    def labels(self, sequences: Indices) -> tuple[list[Tensor], list[Tensor]]:
+        """Values and masks of some sequences, on the CPU."""
+        units = unit_index(self.part.counts, sequences)
+        return [value[units] for value in _tensors(self.part)], [torch.from_numpy(m[units]) for m in self.part.masks]
+
+    def _rows(self, sequences: Indices) -> Tensor:
+        if self._memory is None:
+            return self.rows.gather(sequences).to(self.device)
+        return self._take(self._index(self.rows.index(sequences)))
+
+    def _take(self, index: Tensor) -> Tensor:
+        """Rows of what is held in memory."""
+        assert self._memory is not None
+        if len(self._buffer) < len(index):  # memory that was used before is faster than what the system has to clear
+            self._buffer = self._memory.new_empty(len(index), self._memory.shape[1])
+        return torch.index_select(self._memory, 0, index, out=self._buffer[: len(index)])
+
+    def _index(self, places: Indices) -> Tensor:
+        return torch.from_numpy(places).to(self.device)
+
+
+def _tensors(part: Part) -> list[Tensor]:
+    values = [torch.from_numpy(value) for value in part.values]
+    return [value.float() if value.is_floating_point() else value for value in values]

@@ -1,0 +1,218 @@
+"""Optimisers and schedules by NeMo's names, and by those of torch and pytorch_optimizer."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, ReduceLROnPlateau
+
+from pipeline.config.optimizer_names import FUSED, USUAL, unknown_optimizer, unknown_schedule
+from pipeline.errors import ConfigError, nearest
+from pipeline.heads.schedules import POLICIES, PolicyLR
+
+logger = logging.getLogger(__name__)
+
+# What NeMo's section holds for Lightning, or for its own arithmetic of steps.
+# Of torch's, those that need no more than gradients: several heads may be trained at once with them.
+PLAIN = ("sgd", "adam", "adamw", "adamax", "adagrad", "adadelta", "nadam", "radam", "rmsprop", "rprop", *FUSED)
+HAVE_KERNELS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one for all of a step's arithmetic
+UNUSED_SCHED = """
+monitor reduce_on_plateau iters_per_batch t_max_epochs t_num_workers t_accumulate_grad_batches t_limit_train_batches
+""".split()
+NEEDS_FUNCTIONS = ("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "LRScheduler")
+PER_EPOCH = (ExponentialLR, ReduceLROnPlateau)
+
+
+def build(
+    parameters: Iterable[nn.Parameter], optim_config: Mapping[str, Any]
+) -> tuple[Optimizer, LRScheduler | ReduceLROnPlateau | None]:
+    """The optimiser and the scheduler that the mapping `optim` of a task describes.
+
+    Args:
+        parameters: what to optimise.
+        optim_config: `name`, the optimiser's own options, and perhaps `sched` with its `name` and options.
+            `sched.max_steps` must be there for a policy of NeMo's; `with_max_steps` puts it there.
+
+    Returns:
+        The scheduler is None without `sched`.
+
+    Raises:
+        ConfigError: a name or an option is not known, or an option has a wrong value.
+    """
+    options = {key: value for key, value in optim_config.items() if key not in ("name", "sched")}
+    optimizer = _optimizer(list(parameters), str(optim_config.get("name", "adam")), options)
+    sched = optim_config.get("sched")
+    if not sched:
+        return optimizer, None
+    if not isinstance(sched, Mapping) or "name" not in sched:
+        raise ConfigError(f"optim.sched: expected a mapping with a name, found {sched!r}")
+    return optimizer, _scheduler(optimizer, str(sched["name"]), {k: v for k, v in sched.items() if k != "name"})
+
+
+class Descent:
+    """An optimiser and its schedule.
+
+    Attributes:
+        optimizer: torch's.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], optim_config: Mapping[str, Any], steps: int) -> None:
+        """See `build`; `steps` is how many optimiser steps there will be."""
+        self.optimizer, self._scheduler = build(parameters, with_max_steps(optim_config, steps))
+        self._per_epoch = isinstance(self._scheduler, PER_EPOCH)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Changes the parameters, and goes on in the schedule. With `closure`, see `Optimizer.step`."""
+        self.optimizer.step(closure)
+        if self._scheduler is not None and not self._per_epoch:
+            self._scheduler.step()
+
+    def end_epoch(self, loss: float) -> None:
+        """Two of torch's schedules go by epochs, as NeMo has them, one of them by the loss."""
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            self._scheduler.step(loss)
+        elif self._scheduler is not None and self._per_epoch:
+            self._scheduler.step()
+
+
+def with_max_steps(optim_config: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The same configuration, in which a schedule without `max_steps` lasts `steps` optimiser steps."""
+    sched = optim_config.get("sched")
+    if not isinstance(sched, Mapping) or sched.get("max_steps") is not None:
+        return dict(optim_config)
+    return {**optim_config, "sched": {**sched, "max_steps": max(1, steps)}}
+
+
+def is_plain(optim_config: Mapping[str, Any]) -> bool:
+    """Whether the optimiser needs no more than gradients: it does not evaluate the loss again."""
+    return str(optim_config.get("name", "adam")).lower() in PLAIN
+
+
+def minds_loss(optim_config: Mapping[str, Any]) -> bool:
+    """Whether the schedule goes by the loss."""
+    sched = optim_config.get("sched")
+    return isinstance(sched, Mapping) and sched.get("name") == ReduceLROnPlateau.__name__
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+@torch.random.fork_rng(devices=[])
+def check(optim_config: Mapping[str, Any]) -> None:
+    """Takes a step of a parameter that nobody needs. Raises ConfigError as `build` does, or if that fails."""
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimizer, _ = build([parameter], with_max_steps(optim_config, 100))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (parameter**2).sum()
+        loss.backward()
+        return loss
+
+    try:
+        optimizer.step(closure)  # type: ignore[arg-type]
+    except Exception as error:  # some optimisers need a second gradient, or hooks of their own
+        raise ConfigError(f"optim.name: {optim_config.get('name')} cannot train a head: {error}") from error
+
+
+def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any]) -> Optimizer:
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    candidates = _torch_classes(name.lower())
+    if name.lower() in FUSED:
+        options.setdefault("weight_decay", 0.0)  # as theirs; AdamW's own default is 0.01
+        options = _only_known(candidates[0], name, options)
+    accepting = [one for one in candidates if not set(options) - set(_accepted(one))]
+    if not accepting:
+        candidates += _other_classes(name.lower())
+        accepting = [one for one in candidates if not set(options) - set(_accepted(one))]
+    if not accepting:
+        known = _accepted(candidates[0])
+        wrong = next(option for option in options if option not in known)
+        raise ConfigError(f"optim: {name} has no option '{wrong}'{nearest(wrong, known)}")
+    if accepting[0] in HAVE_KERNELS and parameters[0].device.type in ("cpu", "cuda") and "foreach" not in options:
+        options.setdefault("fused", True)
+    try:
+        return accepting[0](parameters, **options)
+    except Exception as error:  # each library has errors of its own for a value out of range
+        raise ConfigError(f"optim: {name} cannot be built from {options}: {error}") from error
+
+
+def _torch_classes(name: str) -> list[type[Optimizer]]:
+    """Torch's class of that name, if there is one."""
+    if name in FUSED:
+        return [torch.optim.AdamW]
+    return [one for key, one in vars(torch.optim).items() if key.lower() == name and _is_optimizer(one)]
+
+
+def _other_classes(name: str) -> list[type[Optimizer]]:
+    """That of pytorch_optimizer, if there is one: it takes a second to import, where torch's will not do."""
+    if name in FUSED:
+        return []
+    try:
+        import pytorch_optimizer
+    except ImportError as error:
+        remedy = "install pytorch_optimizer, or take one of torch's"
+        raise ConfigError(f"optim.name: '{name}' as it is set is none of torch's optimisers; {remedy}") from error
+    # Schedule-free optimisers keep the weights to be scored apart from those that they train.
+    if name in pytorch_optimizer.get_supported_optimizers() and not name.startswith("schedulefree"):
+        return [pytorch_optimizer.load_optimizer(name)]
+    if not _torch_classes(name):
+        raise ConfigError(unknown_optimizer(name, [*USUAL, *FUSED, *pytorch_optimizer.get_supported_optimizers()]))
+    return []
+
+
+def _is_optimizer(one: Any) -> bool:
+    return inspect.isclass(one) and issubclass(one, Optimizer) and one is not Optimizer
+
+
+def _accepted(one: type[Any]) -> list[str]:
+    """The options of an optimiser or scheduler that have a name."""
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = [key for key, parameter in inspect.signature(one).parameters.items() if parameter.kind not in kinds]
+    return named[1:]  # the first are the parameters, or the optimiser
+
+
+def _only_known(one: type[Optimizer], name: str, options: dict[str, Any]) -> dict[str, Any]:
+    known = _accepted(one)
+    dropped = sorted(set(options) - set(known))
+    text = f", without {', '.join(dropped)}" if dropped else ""
+    logger.info("optim: %s is a fused kernel of Adam with decoupled weight decay; torch's AdamW is used%s", name, text)
+    return {key: value for key, value in options.items() if key in known}
+
+
+def _scheduler(optimizer: Optimizer, name: str, options: dict[str, Any]) -> LRScheduler | ReduceLROnPlateau:
+    options = {key: value for key, value in options.items() if key not in UNUSED_SCHED}
+    try:
+        if name in POLICIES:
+            return PolicyLR(optimizer, name, **options)
+        one = vars(lr_scheduler).get(name)
+        if not inspect.isclass(one) or not issubclass(one, (LRScheduler, ReduceLROnPlateau)) or name in NEEDS_FUNCTIONS:
+            raise ConfigError(unknown_schedule(name))
+        return one(optimizer, **_torch_options(one, name, options, optimizer))
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise ConfigError(f"optim.sched: {name} cannot be built from {options}: {error}") from error
+
+
+def _torch_options(one: type[Any], name: str, options: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """`max_steps` under the name that a scheduler of torch's has for it."""
+    steps = options.pop("max_steps")
+    learning_rate = optimizer.param_groups[0]["lr"]
+    own = {
+        "OneCycleLR": {"total_steps": steps + 1, "max_lr": learning_rate},
+        "CosineAnnealingLR": {"T_max": steps},
+        "PolynomialLR": {"total_iters": steps},
+        "CyclicLR": {"base_lr": learning_rate / 10, "max_lr": learning_rate},
+        "CosineAnnealingWarmRestarts": {"T_0": steps},
+    }.get(name, {})
+    known = _accepted(one)
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"optim.sched: {name} has no option '{option}'{nearest(option, known)}")
+    if name == "OneCycleLR" and {"epochs", "steps_per_epoch"} & set(options):
+        own.pop("total_steps")
+    return {**own, **options}

@@ -1,0 +1,4 @@
+"""What a person is shown: tables, pictures, the page, comparisons.
+
+Here: how results are drawn and written. Not here: where they go, see `tracking`.
+"""

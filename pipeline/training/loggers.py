@@ -1,0 +1,115 @@
+"""A Lightning logger for MLflow that never holds up a training: down, slow or gone, the server is told later."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.schema import Config
+from pipeline.tracking.journal import JournalRun, clean
+from pipeline.tracking.runs import OpenRun, journal_path
+from pipeline.training.lightning_package import pl
+
+logger = logging.getLogger(__name__)
+rank_zero_only = pl.utilities.rank_zero_only
+
+
+class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused-ignore]
+    """Logs to MLflow by way of a journal: `Trainer(logger=JournalLogger(journal="out/journal.jsonl"))`.
+
+    Each call writes a line to the journal; a thread sends it on. What has not arrived when the program ends is sent by
+    `python -m pipeline replay JOURNAL`, once and only once. A training that is resumed with the same journal goes on
+    with the same run. The downstream callback logs to the same run.
+    """
+
+    def __init__(
+        self,
+        run_name: str | None = None,
+        experiment_name: str | None = None,
+        tracking_uri: str | None = None,
+        run_id: str | None = None,
+        journal: str | Path | None = None,
+        run: JournalRun | None = None,
+    ) -> None:
+        """Names the run; it is begun when the first thing is logged.
+
+        Args:
+            run_name: by default the beginning of the run's key.
+            experiment_name: by default the one in MLflow's own variables, or the default one.
+            tracking_uri: server or database; by default the one in force.
+            run_id: of a run on the server that is to be written to; it is not ended here.
+            journal: the file, which stays; by default one beside the default `store`, until everything has arrived.
+            run: one that is begun already; it is not ended here, and all of the above is left out.
+        """
+        super().__init__()
+        self._what = {"name": run_name, "run_id": run_id}
+        if experiment_name:
+            self._what["experiment"] = {"name": experiment_name}  # type: ignore[assignment]
+        self._uri = tracking_uri or ""
+        self._journal = journal
+        self._own = run is None and run_id is None
+        self._run = run
+        self._opened: OpenRun | None = None
+        self._failed = False
+
+    @property
+    def experiment(self) -> JournalRun | None:
+        """The run, on rank 0; None on the others."""
+        if getattr(rank_zero_only, "rank", 0) == 0 and self._run is None:
+            self._run = self._begin()
+        return self._run
+
+    def _begin(self) -> JournalRun | None:
+        """Begins the run; None where no journal can be made, which is said once."""
+        if self._failed:
+            return None
+        path = Path(self._journal or journal_path(Config(), str(self._what["name"] or "training")))
+        try:
+            self._opened = OpenRun(path, self._uri, self._journal is None, **self._what)
+        except OSError as error:
+            self._failed = True
+            logger.warning("JournalLogger: '%s' cannot be written, nothing is logged: %s", path, error)
+            return None
+        return self._opened.run
+
+    @property
+    def name(self) -> str:
+        """Of the folder of Lightning's checkpoints, where none is given."""
+        return "journalled"
+
+    @property
+    def version(self) -> str:
+        """The beginning of the run's key."""
+        return self.experiment.key[:8] if self.experiment else ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Numbers at a step."""
+        numbers = {}
+        for name, value in metrics.items():
+            try:
+                numbers[clean(name)] = float(value)
+            except (TypeError, ValueError):
+                logger.warning("JournalLogger: '%s' is not logged: expected a number, found %r", name, value)
+        if self.experiment is not None:
+            self.experiment.metrics(numbers, step or 0)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_args: Any, **_options: Any) -> None:
+        """Settings of the training, nested ones as `a.b`."""
+        if self.experiment is not None:
+            self.experiment.parameters(vars(params) if isinstance(params, Namespace) else dict(params), "")
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Ends the run, if it was begun here."""
+        if self._run is None:
+            return
+        if self._own:
+            self._run.end({"success": "FINISHED", "finished": "FINISHED"}.get(status, "FAILED"))
+        if self._opened:
+            self._opened.sender.rest()
+            self._opened.sender.settle()

@@ -1,0 +1,301 @@
+"""What rank 0 does for the callback: prepares, and measures the weights of the moment."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pipeline import validation
+from pipeline.checkpoints.opening import open_encoder
+from pipeline.config.schema import Config, Task, encoder_class
+from pipeline.config.yaml_file import to_yaml
+from pipeline.embed import check_sequences, made_with
+from pipeline.encoders.description import DESCRIPTION
+from pipeline.encoders.huggingface import Encoder, find_device, find_precision
+from pipeline.encoders.live import LiveModel
+from pipeline.errors import CheckpointError
+from pipeline.load import Examples
+from pipeline.progress import no_progress
+from pipeline.report.publishing import describe, facts_of, publish, publish_curves
+from pipeline.report.tables import curve_markdown
+from pipeline.score import Scores, headlines
+from pipeline.store.shelf import Store
+from pipeline.store.temporary import temporary_folder
+from pipeline.tracking import FOLDER, AtStep, Guarded, NullTracker, Several, Tracker, attempt, guarded
+from pipeline.tracking.mirrors import LoggerTracker
+from pipeline.train_head import make_head
+from pipeline.training.untouched import untouched
+from pipeline.validation import check, dry_run, read, validate
+
+if TYPE_CHECKING:
+    from pipeline.tracking.training import TrainingRun
+
+
+class Measurement:
+    """Measures a module in training, without touching it.
+
+    Attributes:
+        earlier_run: key of the MLflow run that an interrupted training had opened, to be continued.
+        description: what a `.ckpt` needs to be opened, and how it is measured here; None where that takes a class.
+    """
+
+    def __init__(
+        self, config: Config, trainer: Any, say: Callable[[str], None], earlier_run: str | None = None
+    ) -> None:
+        """Keeps the trainer: its loggers, precision and folder are asked for when they are needed.
+
+        `say` is told what a user wants to see.
+        """
+        self.say = say
+        self.config = config
+        self.trainer = trainer
+        self.earlier_run = earlier_run
+        self.description: dict[str, Any] | None = None
+        self._live: LiveModel | None = None
+        self._examples: list[Examples] = []
+        self._run: TrainingRun | None = None
+        self._asked = False
+        self._limit: int | None = None
+        self._said: set[str] = set()
+        self._mirrors: list[LoggerTracker] | None = None
+
+    def prepare(self, module: nn.Module, may_wait: bool = False) -> None:
+        """Finds how the module gives hidden states, and reads and checks all data.
+
+        Args:
+            module: what is trained.
+            may_wait: a module that gives no hidden states yet may do so later; then only the data are checked.
+
+        Raises:
+            PipelineError: the module, the configuration or the data will not do.
+        """
+        with self._around(module):
+            check(self._tasks)
+            try:
+                self._live = self._look_at(module)
+            except CheckpointError:
+                if not may_wait:
+                    raise
+            self._limit = self._live.max_seq_length if self._live else None
+            self._examples = read(self._tasks, self._limit)
+            self.description = self._describe()
+            self._check(module)
+
+    def try_out(self, module: nn.Module) -> None:
+        """Embeds a few sequences and makes the heads. Raises PipelineError where a measurement would."""
+        with self._around(module):
+            if self._live is not None:
+                dry_run(self._encoder(module), self._examples)
+
+    def measure(self, module: nn.Module, step: int) -> dict[str, float]:
+        """Measures the weights that the module has now, and logs the result at `step`.
+
+        Raises:
+            PipelineError: see `validate`. Trackers that fail only warn.
+        """
+        with self._around(module):
+            try:
+                metrics = self._measure(module, step)
+            except Exception as error:
+                message = str(error)
+                run = self._training_run()
+                if run is not None:
+                    attempt("logging of the failure", lambda: run.failed(step, message))
+                raise
+            return metrics
+
+    @property
+    def own_run(self) -> str | None:
+        """The key of the MLflow run, if it was opened here."""
+        return self._run.run.key if self._run and self._run.own else None
+
+    def close(self, status: str, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Draws the curves of a training, and ends the MLflow run if it was opened here."""
+        run = self._run
+        if run is None:
+            return
+        if self.config.logging.figures:
+            several = Several([Guarded(run.run), *self._loggers()])
+            attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
+        if run.own and points:
+            run.run.describe(curve_markdown(points, headlines(self.config)))
+        attempt("closing of the MLflow run", lambda: run.end(status))
+
+    @property
+    def _tasks(self) -> list[Task]:
+        return self.config.dataset
+
+    @property
+    def _device(self) -> str:
+        """Where the trainer's device is, though the module may have left it at the end of training."""
+        return str(self.trainer.strategy.root_device) if self.config.device == "auto" else self.config.device
+
+    @contextmanager
+    def _around(self, module: nn.Module) -> Iterator[None]:
+        """Leaves the module as it is, draws no bars beside the trainer's, and says each warning once."""
+        validation.logger.addFilter(self._first_time)
+        try:
+            with no_progress(), untouched(module, self._live is None or self._live.runs_module):
+                yield
+        finally:
+            if self._live is not None:
+                self._live.release()
+            validation.logger.removeFilter(self._first_time)
+
+    def _first_time(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = record.levelno < logging.WARNING or text not in self._said
+        self._said.add(text)
+        return new
+
+    def _look_at(self, module: nn.Module) -> LiveModel | None:
+        """How the live module gives hidden states; None where a checkpoint is written for a class of the user's."""
+        target, trainer = self._tasks[0].infer_target, self.trainer
+        own = encoder_class(target)
+        if self.config.save and own is not None:
+            if not hasattr(own, "from_checkpoint"):
+                raise CheckpointError(f"infer_target: {target} has no from_checkpoint(path), which save needs")
+            return None
+        context = trainer.precision_plugin.forward_context
+        return LiveModel(module, target, None, context, str(trainer.precision), [trainer.datamodule])
+
+    def _describe(self) -> dict[str, Any] | None:
+        if self._live is None or self._live.description is None:
+            return None
+        device = find_device(self._device)
+        precision = find_precision(self.config.precision, device)
+        plan = made_with(device, precision, self._store(Path()), self._examples)
+        return {**self._live.description, "made_with": plan}
+
+    def _check(self, module: nn.Module) -> None:
+        """What can be known of a later failure without running the module, which may not be where it will be."""
+        live, config = self._live, self.config
+        if live and config.save and live.runs_module and config.model_factory is None:
+            remedy = "set model_factory, name a class with from_checkpoint(path) in infer_target, or leave save out"
+            raise CheckpointError(f"save: a checkpoint of {type(module).__name__} cannot be opened again; {remedy}")
+        if live and not live.runs_module:
+            encoder = live.encoder(module, "cpu", "fp32", layer=config.layer)
+            check_sequences(self._examples, encoder)
+            for one in self._examples:
+                make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
+
+    def _measure(self, module: nn.Module, step: int) -> dict[str, float]:
+        source = str(self._save(module, step)) if self.config.save else "live weights"
+        encoder = self._open(source) if self.config.save else self._encoder(module)
+        if encoder.max_seq_length != self._limit:
+            self._limit = encoder.max_seq_length
+            self._examples = read(self._tasks, self._limit)
+        with ExitStack() as stack:
+            store = self._store(stack.enter_context(self._folder()))
+            run = self._training_run()
+            tracker: Tracker = NullTracker()
+            if run is not None:
+                child = self.config.child_runs
+                open_tracker = partial(run.measurement, step, encoder.digest, source, self.config.title, child)
+                tracker = stack.enter_context(guarded("logging to MLflow", open_tracker))
+            scores = validate(encoder, self.config.tasks, store, tracker, examples=self._examples)
+            metrics = {name: value for one in scores for name, value in one.metrics.items()}
+            mirrors = AtStep(Several(self._loggers()), step)
+            mirrors.metrics(metrics)
+            attempt("the report", lambda: self._publish(scores, Several([tracker, mirrors]), encoder, step, source))
+        return metrics
+
+    def _publish(self, scores: list[Scores], tracker: Tracker, encoder: Encoder, step: int, source: str) -> None:
+        """Pictures and the page."""
+        if self.config.logging.figures:
+            facts = facts_of(source, step, encoder, scores)
+            publish(scores, tracker, f"step={step}: {self.config.title}", facts, to_yaml(self.config))
+
+    def _loggers(self) -> list[LoggerTracker]:
+        """The trainer's loggers, but for one that writes to the run that has the metrics already."""
+        if self._mirrors is None:
+            self._mirrors = [LoggerTracker(one) for one in self.trainer.loggers if not self._is_run(one)]
+        return self._mirrors
+
+    def _encoder(self, module: nn.Module) -> Encoder:
+        assert self._live is not None
+        probe = min(self._examples[0].train.sequences, key=len)
+        return self._live.encoder(module, self._device, self.config.precision, probe, self.config.layer)
+
+    def _open(self, source: str) -> Encoder:
+        target, precision = self._tasks[0].infer_target, self.config.precision
+        how = self.config.architecture, True, self.config.layer  # what was just written may be unpickled
+        return open_encoder(source, target, self._device, precision, *how, self.config.model_factory)
+
+    def _save(self, module: Any, step: int) -> Path:
+        """Writes the weights of the moment as Lightning would, without its callbacks and its barrier."""
+        content = {
+            "epoch": self.trainer.current_epoch,
+            "global_step": self.trainer.global_step,
+            "pytorch-lightning_version": _lightning_version(self.trainer),
+            "state_dict": module.state_dict(),
+            "hyper_parameters": dict(module.hparams),
+        }
+        module.on_save_checkpoint(content)
+        if self.description is not None:
+            content[DESCRIPTION] = self.description
+        folder = Path(self.trainer.default_root_dir) / "downstream"
+        path = folder / f"step={step}.ckpt"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(content, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"save: '{path}' cannot be written ({error}); set default_root_dir") from error
+        return path
+
+    def _store(self, root: Path) -> Store:
+        config = self.config
+        return Store(root, config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        """Where a measurement keeps embeddings and heads: a folder that goes afterwards, unless they are to be kept."""
+        root = Path(self.config.store).expanduser()
+        if self.config.keep_embeddings:
+            yield root
+            return
+        with temporary_folder(root / "live") as folder:
+            yield folder
+
+    def _training_run(self) -> TrainingRun | None:
+        """The MLflow run; None where it cannot be had, which is said once."""
+        if not self._asked:
+            self._asked = True
+            self._run = attempt("opening of the MLflow run", self._open_run)
+        return self._run
+
+    def _open_run(self) -> TrainingRun:
+        from pipeline.tracking.training import TrainingRun
+
+        name = type(self.trainer.lightning_module).__name__
+        run = TrainingRun(self.trainer.loggers, name, self.config, self.earlier_run)
+        if run.own:
+            self.say(f"downstream validation logs to MLflow: {run.place}")
+        describe(run.run, self.config, FOLDER)
+        return run
+
+    def _is_run(self, logger: Any) -> bool:
+        """Whether a trainer's logger writes to the run that has the metrics already."""
+        from pipeline.tracking.training import is_kind
+
+        run = self._run
+        if run is None:
+            return False
+        if is_kind(logger, "JournalLogger"):
+            return logger.experiment is run.run
+        return is_kind(logger, "MLFlowLogger") and logger.run_id == run.run_id
+
+
+def _lightning_version(trainer: Any) -> str:
+    """Of the package that the trainer, or a class that it is made from, is of."""
+    homes = [one.__module__.split(".trainer")[0] for one in type(trainer).__mro__ if ".trainer" in one.__module__]
+    return str(import_module(homes[-1]).__version__)
