@@ -133,9 +133,9 @@ def prepare(folder: Path, models: int) -> list[str]:
     for name in json.loads((folder / "modules.json").read_text()):
         with contextlib.suppress(Exception):  # such as what a library makes up at run time
             importlib.import_module(name)
-    from pipeline.store import shelf as store
+    from pipeline.store import writing
 
-    store.SHARD_TOKENS = SHARD_TOKENS
+    writing.SHARD_TOKENS = SHARD_TOKENS
     return [str(folder / "models" / str(seed)) for seed in range(models)]
 
 

@@ -29,7 +29,7 @@ from rich.table import Table  # noqa: E402
 
 from pipeline import read_config  # noqa: E402
 from pipeline.pretrain import Settings, pretrain, read_sequences  # noqa: E402
-from pipeline.tracking.journal import JournalRun  # noqa: E402
+from pipeline.tracking.journal_run import JournalRun  # noqa: E402
 from pipeline.training.lightning_package import pl  # noqa: E402
 from pipeline.training.loggers import JournalLogger  # noqa: E402
 from tests import servers  # noqa: E402

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from pipeline.config.schema import Files as Files
     from pipeline.config.schema import Task as Task
     from pipeline.config.yaml_file import read_config as read_config
-    from pipeline.encoders.huggingface import Encoder as Encoder
     from pipeline.encoders.huggingface import HuggingFaceEncoder as HuggingFaceEncoder
     from pipeline.encoders.live import LiveModel as LiveModel
+    from pipeline.encoders.protocol import Encoder as Encoder
     from pipeline.errors import PipelineError as PipelineError
     from pipeline.score import Scores as Scores
     from pipeline.store.shelf import Store as Store
@@ -53,7 +53,7 @@ _HOMES = {
     "DownstreamEarlyStopping": "training.monitors",
     "DownstreamModelCheckpoint": "training.monitors",
     "DownstreamValidation": "training.lightning",
-    "Encoder": "encoders.huggingface",
+    "Encoder": "encoders.protocol",
     "Files": "config.schema",
     "HuggingFaceEncoder": "encoders.huggingface",
     "JournalLogger": "training.loggers",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.checkpoints.opening import name_of, names_of, open_encoder, step_of, with_step
 from pipeline.config.schema import Config, metric_name
 from pipeline.config.yaml_file import to_yaml
-from pipeline.encoders.huggingface import Encoder
+from pipeline.encoders.protocol import Encoder
 from pipeline.errors import PipelineError
 from pipeline.load import Examples
 from pipeline.report import comparison as compare
@@ -20,7 +20,7 @@ from pipeline.report.tables import markdown
 from pipeline.score import Scores, headlines
 from pipeline.store.shelf import Store
 from pipeline.tracking import AtStep, Several, Tracker
-from pipeline.tracking.journal import JournalRun
+from pipeline.tracking.journal_run import JournalRun
 from pipeline.validation import validate
 
 if TYPE_CHECKING:

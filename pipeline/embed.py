@@ -19,7 +19,7 @@ import torch
 
 from pipeline.data.tables import line_of
 from pipeline.encoders.forward import batches, forward, misaligned, one_behind
-from pipeline.encoders.huggingface import Encoder
+from pipeline.encoders.protocol import Encoder
 from pipeline.encoders.tokens import Tokens
 from pipeline.errors import CacheError, CheckpointError, DataError
 from pipeline.load import Examples

@@ -23,7 +23,7 @@ from pipeline.config.schema import Config
 from pipeline.data import tables
 from pipeline.encoders.esm import VOCABULARY, make_tokenizer
 from pipeline.errors import ConfigError
-from pipeline.tracking.journal import JournalRun
+from pipeline.tracking.journal_run import JournalRun
 from pipeline.training.lightning import setup_dwnstr_task_validation_callbacks
 from pipeline.training.lightning_package import pl
 from pipeline.training.loggers import JournalLogger

@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.config.schema import LEVELS, Task, import_class
+from pipeline.config.classes import import_class
+from pipeline.config.schema import LEVELS, Task
 from pipeline.embed import Embeddings
 from pipeline.encoders.source import code_digest, no_reuse
 from pipeline.errors import CacheError

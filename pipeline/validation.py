@@ -14,7 +14,7 @@ import torch
 
 from pipeline.config.schema import Task, check_names, metric_name
 from pipeline.embed import Embeddings, differences, embed, made_with, precision_of
-from pipeline.encoders.huggingface import Encoder
+from pipeline.encoders.protocol import Encoder
 from pipeline.heads import optimizers as optim
 from pipeline.load import Examples, load
 from pipeline.score import Scores, score

@@ -26,7 +26,8 @@ from pipeline.__main__ import main
 from pipeline.tracking import sender as sending
 from pipeline.tracking.client import be_brief
 from pipeline.tracking.delivery import RefusedError, Sink
-from pipeline.tracking.journal import Journal, JournalRun, Record
+from pipeline.tracking.journal import Journal, Record
+from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.runs import OpenRun
 from pipeline.tracking.sender import Sender
 from tests import servers

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints.opening import open_encoder
+from pipeline.config.classes import import_class
 from pipeline.config.documentation import markdown
-from pipeline.config.schema import Config, Files, Logging, MaxRows, Task, import_class
+from pipeline.config.schema import Config, Files, Logging, MaxRows, Task
 from pipeline.config.yaml_file import config_from, read_config
 from pipeline.embed import embed
 from pipeline.encoders.live import LiveModel

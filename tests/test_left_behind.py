@@ -35,7 +35,8 @@ from pipeline.tracking import delivery, earlier
 from pipeline.tracking import sender as sending
 from pipeline.tracking.client import connect
 from pipeline.tracking.earlier import catch_up
-from pipeline.tracking.journal import Journal, JournalRun, Record
+from pipeline.tracking.journal import Journal, Record
+from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.process import lives, lock_path
 from pipeline.tracking.runs import OpenRun
 from pipeline.tracking.sender import Sender

@@ -25,7 +25,7 @@ from pipeline.encoders.forward import batches
 from pipeline.errors import CacheError
 from pipeline.load import load
 from pipeline.store import shards as shards_module
-from pipeline.store import shelf as store_module
+from pipeline.store import writing as writing_module
 from pipeline.store.reading import Rows, Vectors
 from pipeline.store.shards import DamagedShardsError
 from pipeline.store.shelf import Store, sequence_key
@@ -192,7 +192,7 @@ def test_any_rows_of_any_shards_are_read_back(
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards_module, "ROW_GROUP", group)
         patch.setattr(shards_module, "GROUP_BYTES", data.draw(st.integers(1, 400)))
-        patch.setattr(store_module, "SHARD_BYTES", shard)
+        patch.setattr(writing_module, "SHARD_BYTES", shard)
         shelf = Store(Path(folder), dtype).shelf("any", "none", 3)
         with shelf.lock(), shelf.writer({}, beside) as writer:
             for number, piece in enumerate(pieces):
@@ -218,13 +218,13 @@ def test_an_unreadable_manifest_is_no_manifest(tmp_path: Path, fake: FakeEncoder
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-import pipeline.store.shelf
+import pipeline.store.writing
 from pipeline.embed import embed
 from pipeline.load import load
 from pipeline.store.shelf import Store
 from tests.conftest import FakeEncoder
 from tests.test_store import token_task
-pipeline.store.shelf.SHARD_TOKENS = 8
+pipeline.store.writing.SHARD_TOKENS = 8
 class Dying(FakeEncoder):
     def hidden_states(self, sequences):
         if "WWW" in sequences:
@@ -256,7 +256,7 @@ def test_a_killed_run_goes_on_from_its_finished_shards(tmp_path: Path, fake: Fak
 def test_many_shards_and_row_groups_read_back_alike(
     tmp_path: Path, fake: FakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "SHARD_TOKENS", 40)
+    monkeypatch.setattr(writing_module, "SHARD_TOKENS", 40)
     monkeypatch.setattr(shards_module, "ROW_GROUP", 7)
     texts = ["MKVLAAGIVG"[: 1 + index % 10] * (1 + index // 10) for index in range(40)]
     for memory in (10**9, 0):
@@ -328,7 +328,7 @@ print(one.embedded, one.cached)
 
 def test_a_shard_ends_with_a_batch(tmp_path: Path, fake: FakeEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a run which was killed goes on with the batches of one that was not."""
-    monkeypatch.setattr(store_module, "SHARD_TOKENS", 1)  # a shard for each batch
+    monkeypatch.setattr(writing_module, "SHARD_TOKENS", 1)  # a shard for each batch
     texts = ["MKVL"[: 1 + index % 4] + "ACDEFGHIKL"[: index % 7] for index in range(30)]
     shelf = embedded(token_task(tmp_path, texts), fake, Store(tmp_path, max_batch_tokens=30)).shelf
     plan = list(batches({sequence_key(text): text for text in texts}, 30, 128))
@@ -388,13 +388,13 @@ FEW_DESCRIPTORS = """
 import resource, sys
 import numpy as np
 from pathlib import Path
-import pipeline.store.shelf
+import pipeline.store.writing
 from pipeline.embed import embed
 from pipeline.load import load
 from pipeline.store.shelf import Store
 from tests.conftest import FakeEncoder
 from tests.test_store import token_task
-pipeline.store.shelf.SHARD_TOKENS = 1
+pipeline.store.writing.SHARD_TOKENS = 1
 texts = ["A" * n + tail for n in range(1, 31) for tail in ("C", "D", "E")]
 task = token_task(Path(sys.argv[1]), texts)
 store = Store(Path(sys.argv[1]), memory_bytes=0, max_batch_tokens=1)

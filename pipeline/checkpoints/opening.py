@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.checkpoints.formats import Stored, open_stored
-from pipeline.config.schema import encoder_class, import_class
+from pipeline.config.classes import encoder_class, import_class
 from pipeline.encoders.companions import at_fault, checked_step, malformed, panics_as_errors, trainer_step
 from pipeline.encoders.custom import CustomEncoder, no_layer
 from pipeline.encoders.description import check_architecture, quiet
-from pipeline.encoders.huggingface import Encoder, HuggingFaceEncoder, find_device
+from pipeline.encoders.devices import find_device
+from pipeline.encoders.huggingface import HuggingFaceEncoder
 from pipeline.encoders.live import LiveModel
+from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 
 STEP = re.compile(r"(?:^|[^a-z])(?:step|checkpoint|ckpt|iter|iteration)[=_-]?(\d{1,18})(?!\.?\d)", re.IGNORECASE)

@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.config.lines import SECTION
 from pipeline.config.optimizer_names import POLICIES
 from pipeline.config.schema import Config, Files, Logging, MaxRows, Task
-from pipeline.config.yaml_file import CLASSES, ENCODERS, RENAMED, SECTION, UNUSED
+from pipeline.config.yaml_file import CLASSES, ENCODERS, RENAMED, UNUSED
 
 
 def markdown() -> str:

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
+from pipeline.config.classes import ENCODERS, refuse_reference
 from pipeline.config.optimizer_names import check_names as check_optim_names
 from pipeline.errors import ConfigError, nearest
 
@@ -31,9 +31,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "val_fraction": (1e-9, 0.999),
     "gradient_clip_val": (1e-12, INF),
 }
-# The short names of `infer_target`, and the model types that each is for.
-ARCHITECTURES = {"esm": ("esm",), "prott5": ("t5", "mt5"), "megamolbart": ("bart", "mbart")}
-ENCODERS = ("auto", *ARCHITECTURES)
 ON_ERROR = ("warn", "raise")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -260,7 +257,7 @@ class Config:
             f"infer_target differs between tasks ({', '.join(targets)}); one checkpoint has one",
         )
         if self.enabled:  # a file for a model that is not here may have the section, switched off
-            _refuse_reference(targets[0], "infer_target", ENCODERS)
+            refuse_reference(targets[0], "infer_target", ENCODERS)
 
 
 def check_names(tasks: Sequence[Task]) -> None:
@@ -298,31 +295,6 @@ def parse_bytes(text: str) -> int:
     if not match or match[2] not in BYTE_UNITS:
         raise ConfigError(f"memory_budget: expected a size such as 500MB or 2GB, found '{text}'")
     return int(float(match[1]) * BYTE_UNITS[match[2]])
-
-
-def import_class(path: str, key: str, known: tuple[str, ...]) -> Any:
-    """The class at the dotted `path` that `key` names. Raises ConfigError if there is none."""
-    _refuse_reference(path, key, known)
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # the user's module may raise anything when it is imported
-        close = nearest(path, known)
-        raise ConfigError(
-            f"{key}: '{path}' is neither a short name nor a class on the path ({error}){close}"
-        ) from error
-
-
-def encoder_class(infer_target: str) -> Any:
-    """The user's own encoder class that `infer_target` names; None for a short name. Raises ConfigError as above."""
-    return None if infer_target in ENCODERS else import_class(infer_target, "infer_target", ENCODERS)
-
-
-def _refuse_reference(path: str, key: str, known: tuple[str, ...]) -> None:
-    """Raises ConfigError for one of the reference's classes, whether or not the reference is installed."""
-    if path.startswith("bionemo."):
-        rule = "neither a short name nor a class of the reference that is known here"
-        raise ConfigError(f"{key}: '{path}' is {rule}; expected {', '.join(known)}, or the path of a class of your own")
 
 
 def _choice(key: str, value: str, known: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config.schema import LEVELS, Config, Files, Logging, MaxRows, Task, import_class
+from pipeline.config.classes import import_class
+from pipeline.config.lines import SECTION, Lines
+from pipeline.config.schema import LEVELS, Config, Files, Logging, MaxRows, Task
 from pipeline.errors import ConfigError, nearest
 
-SECTION = "model.dwnstr_task_validation"
 RENAMED = {"sequence_col": "sequence_column", "mask_col": "mask_column", "class": "level"}
 RENAMED |= {"labels_col": "target_column", "labels_size": "target_sizes"}
 UNUSED = {"num_workers", "loss_func", "drop_last", "pin_memory", "persistent_workers", "micro_batch_size"}
@@ -70,20 +71,20 @@ def read_config(source: str | Path | Mapping[Any, Any], overrides: str = "") -> 
         remedy = "register the resolver, set the key in the file, or override the value"
         raise ConfigError(f"{path}: {SECTION} cannot be resolved: {error}; {remedy}") from error
     assert isinstance(plain, dict)
-    config = config_from(plain, _Lines(path, texts, overrides))
+    config = config_from(plain, Lines(path, texts, overrides))
     if "exp_manager" in root:
         config.notes.append("exp_manager is not read")
     config.check()
     return config
 
 
-def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
+def config_from(section: dict[Any, Any], lines: Lines | None = None) -> Config:
     """The typed configuration of a plain mapping: the content of the section, already resolved.
 
     Raises:
         ConfigError: a key is not known, or a value has the wrong type.
     """
-    lines = lines or _Lines(SECTION)
+    lines = lines or Lines(SECTION)
     raw = dict(section)
     _refuse_missing(raw, ())
     tasks = raw.pop("dataset", None)
@@ -111,7 +112,7 @@ def config_from(section: dict[Any, Any], lines: _Lines | None = None) -> Config:
     return config
 
 
-def _logging(entry: dict[Any, Any], lines: _Lines) -> dict[str, Any]:
+def _logging(entry: dict[Any, Any], lines: Lines) -> dict[str, Any]:
     """The content of `logging` with its types; one tag becomes a list."""
     _check_keys(entry, Logging, ("logging",), lines)
     tags = entry.get("tags")
@@ -221,7 +222,7 @@ def _targets(section: DictConfig, key: str) -> list[str]:
     return [f"dataset.{index}.{rest}" for index in range(len(tasks))]  # type: ignore[arg-type]
 
 
-def _task(entry: Any, path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
+def _task(entry: Any, path: tuple[Any, ...], lines: Lines) -> dict[str, Any]:
     """A task in the names and values of `Task`."""
     if not isinstance(entry, dict):
         raise ConfigError(f"{lines.at(path)}: expected a task (a mapping), found {entry!r}")
@@ -242,7 +243,7 @@ def _task(entry: Any, path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
     return task
 
 
-def _renamed(entry: dict[Any, Any], path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
+def _renamed(entry: dict[Any, Any], path: tuple[Any, ...], lines: Lines) -> dict[str, Any]:
     """The keys under the names of `Task`, without the unused ones; one value where a list is wanted becomes a list."""
     task: dict[str, Any] = {}
     for key, value in entry.items():
@@ -259,7 +260,7 @@ def _renamed(entry: dict[Any, Any], path: tuple[Any, ...], lines: _Lines) -> dic
     return task
 
 
-def _alias(key: str, value: Any, aliases: dict[str, str], lines: _Lines) -> str:
+def _alias(key: str, value: Any, aliases: dict[str, str], lines: Lines) -> str:
     """The short name of one of the reference's classes, with or without its package; any other value as it is."""
     text = str(value)
     package, _, name = text.rpartition(".")
@@ -269,7 +270,7 @@ def _alias(key: str, value: Any, aliases: dict[str, str], lines: _Lines) -> str:
     return short or text
 
 
-def _check_keys(mapping: dict[Any, Any], schema: type, path: tuple[Any, ...], lines: _Lines) -> None:
+def _check_keys(mapping: dict[Any, Any], schema: type, path: tuple[Any, ...], lines: Lines) -> None:
     known = [f.metadata.get("key", f.name) for f in dataclasses.fields(schema) if not f.metadata.get("hidden")]
     accepted = {*known, *(RENAMED if schema is Task else ()), *UNUSED}
     for key in mapping:
@@ -279,7 +280,7 @@ def _check_keys(mapping: dict[Any, Any], schema: type, path: tuple[Any, ...], li
             lines.notes.append(f"{key} is accepted and not used")
 
 
-def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: _Lines) -> dict[str, Any]:
+def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: Lines) -> dict[str, Any]:
     """`values` with the types of `schema`; errors name the key and its line."""
     base = OmegaConf.structured(schema)
     for key, value in values.items():
@@ -299,60 +300,3 @@ def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: _
                     f"{lines.at((*path, key))}: {key}: expected a list of {kinds[0].__name__}, found {element}"
                 )
     return {str(key): value for key, value in container.items()}
-
-
-class _Lines:
-    """Where keys of the section stand in the files, for error messages; and notes on what they were taken for.
-
-    Args:
-        name: of the configuration, for a key that stands nowhere.
-        texts: name, package and text of each file, the one with the last word first.
-        overrides: what is set beside them.
-    """
-
-    def __init__(self, name: str, texts: Sequence[tuple[str, str, str]] = (), overrides: str = "") -> None:
-        self.name = name
-        self.overrides = overrides
-        self.notes: list[str] = []
-        self.files = [(file, package.split(".") if package else [], _tree(text)) for file, package, text in texts]
-
-    def at(self, path: tuple[Any, ...] = ()) -> str:
-        """`FILE:LINE` of a key of the section, or of the nearest key around it."""
-        keys = [*SECTION.split("."), *path]
-        place, depth = self.name, 0
-        for file, package, node in self.files:
-            if keys[: len(package)] == package:
-                line, reached = _reach(node, keys[len(package) :])
-                if line and reached + len(package) > depth:
-                    place, depth = f"{file}:{line}", reached + len(package)
-        missing = len(keys) - depth
-        return "overrides" if self.overrides and path and missing == 1 else place  # it came from there
-
-
-def _tree(text: str) -> Any:
-    try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
-        return None
-
-
-def _reach(node: Any, keys: Sequence[Any]) -> tuple[int, int]:
-    """The line of the last of `keys`, one within the other, that a YAML mapping has; and how many it has."""
-    line = 0
-    for reached, key in enumerate(keys):
-        found = _child(node, key)
-        if found is None:
-            return line, reached
-        line, node = found
-    return line, len(keys)
-
-
-def _child(node: Any, key: Any) -> tuple[int, Any] | None:
-    """The line of `key` and its value in a YAML mapping or sequence."""
-    if isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
-        return node.value[key].start_mark.line + 1, node.value[key]
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            if name.value == str(key):
-                return name.start_mark.line + 1, value
-    return None

@@ -13,7 +13,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from pipeline.encoders.huggingface import weights_digest
+from pipeline.encoders.digests import weights_digest
 from pipeline.encoders.source import code_digest, no_reuse
 from pipeline.errors import CheckpointError, ConfigError
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config.schema import ARCHITECTURES
+from pipeline.config.classes import ARCHITECTURES
 from pipeline.encoders.companions import check_size, malformed
 from pipeline.encoders.tokens import SMILES_TOKEN, Tokens
 from pipeline.errors import CheckpointError

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.encoders.huggingface import Encoder
+from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError
 
 SHORTEST = 0.8  # of a batch, beside its longest sequence: padding is wasted work, many small batches are too

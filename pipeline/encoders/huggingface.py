@@ -6,60 +6,25 @@ and `from_module(module)` (for a live LightningModule); name it in `infer_target
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pipeline.encoders.devices import DTYPES, find_device, find_precision
+from pipeline.encoders.digests import code_of, model_digest
 from pipeline.encoders.packing import Packing
-from pipeline.encoders.source import LIBRARIES, code_digest, no_reuse
+from pipeline.encoders.source import no_reuse
 from pipeline.encoders.tokens import Tokens
 from pipeline.encoders.weights import weights_of
 from pipeline.errors import CheckpointError, ConfigError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REMEDY = "give the module a method hidden_states(sequences), or name an encoder class in infer_target"
-# What a configuration holds that does not change a hidden state.
-NEUTRAL_OPTIONS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-
-
-class Encoder(Protocol):
-    """What the pipeline needs of a model.
-
-    Attributes:
-        hidden_size: width of a hidden state.
-        max_seq_length: most characters of a sequence, special tokens already counted; None for no limit.
-        digest: changes when a hidden state may change: weights, tokenizer, options, precision.
-        device: where the model is; the batch plan belongs to the kind of device.
-
-    It may have an attribute `packs`, true where sequences of unequal length in a batch cost no padding.
-    """
-
-    hidden_size: int
-    max_seq_length: int | None
-    device: torch.device
-
-    @property
-    def digest(self) -> str:
-        """See above; an attribute will do."""
-        ...
-
-    def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
-        """The last hidden states of the real tokens of each sequence, float32, each of shape (tokens, hidden_size)."""
-        ...
-
-    def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
-        """For each sequence, how many of its tokens are unknown, and how many it has."""
-        ...
 
 
 class HuggingFaceEncoder:
@@ -119,13 +84,13 @@ class HuggingFaceEncoder:
         """See `Encoder`. Worked out when it is first asked for: all weights are read."""
         how = self.precision if self.layer is None else f"{self.precision} layer {self.layer}"
         if self.as_is:
-            how += f" {_code_of(self.model) or uuid4().hex}"
-        return _digest(self.model, {**weights_of(self.model), **self._copies}, self.tokens, how)
+            how += f" {code_of(self.model) or uuid4().hex}"
+        return model_digest(self.model, {**weights_of(self.model), **self._copies}, self.tokens, how)
 
     @property
     def reusable(self) -> bool:
         """Whether embeddings may be reused: the code that makes them is in the digest."""
-        return not self.as_is or _code_of(self.model) is not None
+        return not self.as_is or code_of(self.model) is not None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -209,26 +174,6 @@ class HuggingFaceEncoder:
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
 
-def find_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is a GPU where there is one. Raises ConfigError if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device: '{name}' is not on this machine ({str(error).splitlines()[0]}); use auto"
-        ) from error
-    return torch.device(name)
-
-
-def find_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 on a GPU that has it, else fp32 (on most CPUs bf16 is emulated, and slow)."""
-    if name != "auto":
-        return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-
-
 def _layers(config: Any) -> int:
     """How many layers the encoder has."""
     names = ("encoder_layers", "num_hidden_layers", "num_layers", "n_layers")
@@ -258,42 +203,12 @@ def _shorten(model: nn.Module, layer: int, config: Any) -> None:
         del stack[layer + 1 :]
 
 
-def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A digest of named tensors: the same for the same values, however they were stored."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        each = pool.map(_tensor_digest, sorted(tensors, key=lambda pair: pair[0]))
-        return hashlib.sha256("\n".join(each).encode()).hexdigest()
-
-
-def _tensor_digest(named: tuple[str, Tensor]) -> str:
-    name, tensor = named
-    value = tensor.detach().cpu().contiguous()
-    content = hashlib.sha256(value.flatten().view(torch.uint8).numpy().data).hexdigest()
-    return f"{name} {tuple(value.shape)} {value.dtype} {content}"
-
-
 def _float_copies(model: nn.Module) -> dict[str, Tensor]:
     """Float32 copies of the weights and buffers that are floating-point numbers of another dtype."""
     values = [*model.named_parameters(), *model.named_buffers()]
     return {
         name: one.detach().float() for name, one in values if one.is_floating_point() and one.dtype != torch.float32
     }
-
-
-def _code_of(model: nn.Module) -> str | None:
-    """A digest of the code of the classes in a model that are no library's; None where it cannot be known."""
-    own = [kind for kind in map(type, model.modules()) if kind.__module__.partition(".")[0] not in LIBRARIES]
-    patched = any("forward" in vars(one) for one in model.modules())
-    return None if patched or not own else code_digest(own[0], *own[1:])
-
-
-def _digest(model: nn.Module, state: Mapping[str, Tensor], tokens: Tokens, precision: str) -> str:
-    options = {key: value for key, value in model.config.to_diff_dict().items() if key not in NEUTRAL_OPTIONS}  # type: ignore[union-attr, operator]
-    weights = weights_digest(state.items())
-    # Rounded arithmetic differs between kinds of device; float32 agrees to 1e-5.
-    where = "" if precision == "fp32" else next(model.parameters()).device.type
-    what = [weights, tokens.digest(), json.dumps(options, sort_keys=True, default=str), precision, where]
-    return hashlib.sha256("\n".join(what).encode()).hexdigest()
 
 
 def limit_of(config: Any, tokens: Tokens) -> int | None:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.schema import encoder_class
+from pipeline.config.classes import encoder_class
 from pipeline.encoders.custom import Context, CustomEncoder, class_name, module_digest, no_layer, own_digest
 from pipeline.encoders.description import check_architecture, describe, encoder_of, is_of_transformers, quiet, rebuild
-from pipeline.encoders.huggingface import REMEDY, HuggingFaceEncoder, find_device, limit_of
+from pipeline.encoders.devices import find_device
+from pipeline.encoders.huggingface import REMEDY, HuggingFaceEncoder, limit_of
 from pipeline.encoders.tokens import Tokens
 from pipeline.encoders.weights import matching_prefix, unexpected
 from pipeline.errors import CheckpointError

@@ -12,7 +12,7 @@ from pipeline.report.tables import cells
 from pipeline.score import HEADLINE, lower_is_better
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import Tracker
-from pipeline.tracking.journal import JournalRun
+from pipeline.tracking.journal_run import JournalRun
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from pipeline.config.schema import Config, metric_name
 from pipeline.config.yaml_file import to_mapping, to_yaml
-from pipeline.encoders.huggingface import Encoder
+from pipeline.encoders.protocol import Encoder
 from pipeline.report.figures import curves, draw
 from pipeline.report.page import page
 from pipeline.score import Scores
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import Tracker
-from pipeline.tracking.journal import JournalRun
+from pipeline.tracking.journal_run import JournalRun
 
 PACKAGES = ("downstream-validation", "torch", "transformers", "mlflow")
 

@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import CheckpointError
 from pipeline.store.temporary import temporary_folder
-from pipeline.tracking.journal import NOTE
+from pipeline.tracking.journal_run import NOTE
 from pipeline.tracking.process import HOST, KEY, WRITER, lives
 
 # For this thread alone, MLflow's client asks once and waits briefly: the sender has manners of its own, and a create

@@ -20,7 +20,8 @@ from pipeline.config.schema import Config
 from pipeline.errors import TrackingError
 from pipeline.tracking.client import connect, shown
 from pipeline.tracking.earlier import catch_up
-from pipeline.tracking.journal import Journal, JournalRun
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.mlflow import MlflowSink, open_sink
 from pipeline.tracking.sender import Sender
 

@@ -13,7 +13,7 @@ import mlflow
 from pipeline.config.schema import Config
 from pipeline.tracking import FOLDER, AtStep, Data, NullTracker, Several, Tracker
 from pipeline.tracking.client import shown
-from pipeline.tracking.journal import JournalRun
+from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.runs import OpenRun, journal_path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Config
-from pipeline.tracking.journal import JournalRun, clean
+from pipeline.tracking.journal_run import JournalRun, clean
 from pipeline.tracking.runs import OpenRun, journal_path
 from pipeline.training.lightning_package import pl
 

@@ -15,12 +15,14 @@ from torch import nn
 
 from pipeline import validation
 from pipeline.checkpoints.opening import open_encoder
-from pipeline.config.schema import Config, Task, encoder_class
+from pipeline.config.classes import encoder_class
+from pipeline.config.schema import Config, Task
 from pipeline.config.yaml_file import to_yaml
 from pipeline.embed import check_sequences, made_with
 from pipeline.encoders.description import DESCRIPTION
-from pipeline.encoders.huggingface import Encoder, find_device, find_precision
+from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.live import LiveModel
+from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError
 from pipeline.load import Examples
 from pipeline.progress import no_progress

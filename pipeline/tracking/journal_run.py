@@ -1,0 +1,168 @@
+"""A run as far as the journal knows it."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking import Data
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.process import writer_tags
+
+NOTE = "mlflow.note.content"
+
+
+class JournalRun:
+    """A run as far as the journal knows it. A `Tracker`; its steps are nested runs. No call waits for a server.
+
+    Attributes:
+        key: the run's, in the journal; on the server it is the tag `pipeline.journal`.
+    """
+
+    def __init__(self, journal: Journal, key: str, context: Mapping[str, str]) -> None:
+        """The run must be in the journal already; see `begin`."""
+        self.journal = journal
+        self.key = key
+        self.context = context
+        self.model: str | None = None
+        self.ended: str | None = None
+        self._notes: list[str] = []
+
+    @classmethod
+    def begin(
+        cls,
+        journal: Journal,
+        key: str | None = None,
+        context: Mapping[str, str] | None = None,
+        mine: bool = True,
+        **what: Any,
+    ) -> JournalRun:
+        """Begins a run, or goes on with the one that has this key.
+
+        Args:
+            journal: where it is written.
+            key: of a run that is to be continued.
+            context: tags of the run and of those nested in it, such as who began it.
+            mine: it ends with this process.
+            what: `name`; `parent`, the key of another run; `run_id` of a run that is on the server already;
+                `experiment`, the name or the id of its experiment.
+        """
+        run = cls(journal, key or uuid.uuid4().hex, context or {})
+        tags = {**run.context, **writer_tags(journal.path)} if mine else {}
+        run._write("run", tags=tags, time=now(), **what)
+        return run
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[JournalRun]:
+        """See `Tracker.step`. The nested run ends as FINISHED, FAILED or KILLED; its metrics are linked to no model."""
+        child = JournalRun.begin(self.journal, context=self.context, name=name, parent=self.key)
+        with child.ending():
+            yield child
+
+    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
+        """See `Tracker.metrics`. On a run with a checkpoint, the metrics are linked to it too."""
+        numbers = {key: float(value) for key, value in values.items()}
+        on = [dataset_name(data), data.digest[:16]] if data else None
+        self._write("metrics", values=numbers, step=step, time=now(), model=self.model, data=on)
+
+    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
+        """See `Tracker.artifact`."""
+        self._file(path, path.name, folder)
+
+    def text(self, content: str, name: str) -> None:
+        """A text artifact; `name` may have folders in it."""
+        folder, _, file = name.rpartition("/")
+        self._file(content, file, folder)
+
+    def rename(self, name: str) -> None:
+        """Gives the run another name."""
+        self._write("name", name=name)
+
+    def note(self, text: str) -> None:
+        """See `Tracker.note`. Notes are the run's description."""
+        self._notes.append(text)
+        self.describe("\n".join(f"- {note}" for note in self._notes))
+
+    def data(self, data: Data) -> None:
+        """See `Tracker.data`."""
+        self._write("data", data={**asdict(data), "name": dataset_name(data)})
+
+    def parameters(self, values: Mapping[str, Any], prefix: str = "cfg.") -> None:
+        """Nested settings as `cfg.<key>`: MLproject's own parameters are logged by `mlflow run`, under their names."""
+        flat = {clean(f"{prefix}{key}"): str(value)[:6000] for key, value in _flatten(values)}
+        self._write("parameters", values=flat)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Tags of the run."""
+        self._write("tags", values={key: value[:8000] for key, value in values.items()})
+
+    def describe(self, markdown: str) -> None:
+        """The description on the run's page."""
+        self.tags({NOTE: markdown})
+
+    def checkpoint(self, name: str, digest: str, source: str, step: int | None = None) -> None:
+        """Links the run's metrics from here on to the LoggedModel of what is measured, made if it is not there yet."""
+        self.model = digest
+        self._write("model", name=name, digest=digest, source=source, step=step)
+
+    def end(self, status: str) -> None:
+        """Ends the run: FINISHED, FAILED or KILLED."""
+        if status != self.ended:
+            self._write("end", status=status, time=now())
+        self.ended = status
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Ends the run with the status that the exception, if there is one, calls for."""
+        try:
+            yield
+        except Exception as error:
+            self.describe(f"**Failed:** {error}")
+            self.end("FAILED")
+            raise
+        except BaseException:
+            self.end("KILLED")
+            raise
+        self.end(self.ended or "FINISHED")
+
+    def _file(self, source: Path | str, name: str, folder: str) -> None:
+        kept = self.journal.keep(source, name)
+        if kept is not None:
+            self._write("artifact", file=kept, folder=folder)
+
+    def _write(self, op: str, **what: Any) -> None:
+        self.journal.append({"op": op, "run": self.key, **what})
+
+
+def dataset_name(data: Data) -> str:
+    """What MLflow calls a part of a task's data."""
+    return f"{data.name} {data.part}"
+
+
+def clean(name: str) -> str:
+    """A name that MLflow takes: with `_` for every character that it refuses, and no longer than it takes.
+
+    >>> clean("/a//b@c/")
+    'a/b_c'
+    """
+    return re.sub(r"/+", "/", re.sub(r"[^\w./ :-]", "_", name)).strip("/")[:250] or "_"
+
+
+def now() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
+def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, (Mapping, list)) and values:
+        items = values.items() if isinstance(values, Mapping) else enumerate(values)
+        for key, value in items:
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values
