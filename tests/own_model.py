@@ -176,3 +176,24 @@ def loader(shuffle: bool = True, length: int = 12) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(3)
     letters = [[RESIDUES[i] for i in torch.randint(20, (length,), generator=generator)] for _ in range(16)]
     return DataLoader(["".join(row) for row in letters], batch_size=4, shuffle=shuffle)  # type: ignore[arg-type]
+
+
+class Scaled(nn.Module):
+    """A module with a method of its own, and a setting that no weight and no configuration holds."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.embedding = nn.Embedding(128, 4)
+        nn.init.ones_(self.embedding.weight)
+
+    def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
+        return [self.scale * self.embedding(torch.tensor([ord(letter) for letter in text])) for text in sequences]
+
+
+def make_scaled_by_one() -> Scaled:
+    return Scaled(1.0)
+
+
+def make_scaled_by_two() -> Scaled:
+    return Scaled(2.0)

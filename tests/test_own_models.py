@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from transformers import AutoTokenizer, EsmForMaskedLM
+from transformers import AutoTokenizer, EsmForMaskedLM, T5ForConditionalGeneration, T5Model
 
 from pipeline import LiveModel, Store, open_encoder, setup_dwnstr_task_validation_callbacks, untouched, validate
 from pipeline.config.schema import Task
@@ -237,3 +239,89 @@ def test_the_class_is_said_where_a_model_has_its_own_method(task: Task, tmp_path
     torch.save({"state_dict": module.state_dict(), DESCRIPTION: description}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=r"holds a tests.test_own_models.*WithStates, which is no class of"):
         open_encoder(str(tmp_path / "a.ckpt"))
+
+
+def test_what_a_factory_makes_is_in_the_key(task: Task, tmp_path: Path) -> None:
+    """Two factories with the same weights: nothing of the one is reused for the other."""
+    torch.save({"state_dict": own_model.make_scaled_by_one().state_dict()}, tmp_path / "a.ckpt")
+    encoders: list[Any] = [
+        open_encoder(str(tmp_path / "a.ckpt"), model_factory=f"tests.own_model.make_scaled_by_{name}")
+        for name in ("one", "two", "one")
+    ]
+    assert encoders[0].digest == encoders[2].digest != encoders[1].digest
+    assert all(one.reusable for one in encoders)
+    assert torch.equal(2 * encoders[0].hidden_states(["MKV"])[0], encoders[1].hidden_states(["MKV"])[0])
+    first, second = own_model.make_scaled_by_one(), own_model.make_scaled_by_two()
+    assert LiveModel(first).encoder(first).digest != LiveModel(second).encoder(second).digest
+
+
+class Remembers(OwnForMaskedLM):
+    """Keeps losses and outputs of its forward passes in plain containers, as models with routers do."""
+
+    losses: list[float]
+    seen: dict[str, Any]
+    last: Any
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, **options: Any) -> Any:
+        output = super().forward(input_ids, attention_mask, **options)
+        vars(self).setdefault("losses", []).append(float(output.logits.detach().mean()))
+        vars(self).setdefault("seen", {"counts": [], "shapes": set()})
+        self.seen["counts"].append(len(self.losses))
+        self.seen["shapes"].add(tuple(input_ids.shape))
+        self.last = output
+        return output
+
+
+def test_containers_that_a_forward_pass_fills_are_as_before() -> None:
+    module: Any = own_model.make_module()
+    module.model.__class__ = Remembers
+    module.model(**own_model.Collate(module.tokenizer)(["MKVACDEF"]))
+    kept = copy.deepcopy({name: getattr(module.model, name) for name in ("losses", "seen")})
+    last, inner = module.model.last, module.model.seen["counts"]
+    with untouched(module):
+        LiveModel(module).encoder(module).hidden_states(["MKV", "ACDEFGHI"])
+        assert len(module.model.losses) > 1
+    assert {name: getattr(module.model, name) for name in kept} == kept
+    assert module.model.last is last
+    assert module.model.seen["counts"] is inner
+
+
+def test_t5_with_its_decoder_is_rebuilt(model_folder: Any, tmp_path: Path) -> None:
+    """Its encoder is what its configuration says, and a `.ckpt` describes itself."""
+    folder = model_folder("prott5", slow=True)
+    for kind in (T5ForConditionalGeneration, T5Model):
+        module: Any = nn.Module()
+        module.net = kind.from_pretrained(folder)
+        module.tokenizer = AutoTokenizer.from_pretrained(folder)
+        live = LiveModel(module)
+        assert not live.runs_module
+        torch.save({"state_dict": module.state_dict(), DESCRIPTION: live.description}, tmp_path / "a.ckpt")
+        (stored,) = open_encoder(str(tmp_path / "a.ckpt")).hidden_states(["MKVA"])
+        assert torch.equal(stored, live.encoder(module).hidden_states(["MKVA"])[0])
+
+
+def test_a_changed_model_of_transformers_says_so_in_its_checkpoint(model_folder: Any, tmp_path: Path) -> None:
+    module: Any = Busy(model_folder("esm"))
+    module.model.esm.encoder.layer[1].adapter = nn.Linear(2, 2)
+    live = LiveModel(module)
+    torch.save({"state_dict": module.state_dict(), DESCRIPTION: live.description}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"that was changed from what its configuration says; name the function"):
+        open_encoder(str(tmp_path / "a.ckpt"))
+
+
+def test_hooks_that_do_not_run_are_said(model_folder: Any, caplog: pytest.LogCaptureFixture) -> None:
+    module = Busy(model_folder("esm"))
+    module.model.esm.encoder.layer[0].register_forward_hook(lambda *_: None)
+    with caplog.at_level("INFO", "pipeline"):
+        LiveModel(module)
+    assert "1 forward hooks in EsmForMaskedLM do not run when it is measured" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_no_implementation_is_fetched_from_a_hub(key: str, model_folder: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("esm"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: "someone/kernel"}))
+    with pytest.raises(CheckpointError, match="of transformers' own, found 'someone/kernel'"):
+        open_encoder(str(folder))

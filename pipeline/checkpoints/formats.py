@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.checkpoints.filling import fill
 from pipeline.checkpoints.unpickle import read_tensors
-from pipeline.encoders.companions import check_config, check_counts, check_folder, check_size
+from pipeline.encoders.companions import check_config, check_counts, check_folder, check_implementation, check_size
 from pipeline.encoders.custom import class_name
 from pipeline.encoders.description import (
     DESCRIPTION,
@@ -132,11 +132,12 @@ def _from_lightning(
         encoder, name = fresh(AutoConfig.from_pretrained(architecture, trust_remote_code=False), held, source)
         tokenizer, prefix = load_tokenizer(architecture), None
     elif "class" in description:
-        own = description["class"]
-        raise CheckpointError(
-            f"ckpt: '{source}' holds a {own}, which is no class of transformers; name it, or a function that makes it, "
-            f"with model_factory={own}"
-        )
+        own = str(description["class"])
+        theirs = own.startswith("transformers.")
+        why = "that was changed from what its configuration says" if theirs else "which is no class of transformers"
+        name = "the function that makes it" if theirs else "it, or a function that makes it,"
+        example = "my_package.make_model" if theirs else own
+        raise CheckpointError(f"ckpt: '{source}' holds a {own}, {why}; name {name} with model_factory={example}")
     elif description:
         check_counts(json.loads(description["config"]), f"ckpt: '{source}'", len(weights))
         encoder, name, tokenizer = rebuild(description, held, source)
@@ -157,6 +158,8 @@ def _made_by(factory: Any, source: str, stored: Any, description: Mapping[str, A
     arguments: list[Any] = []
     if description.get("config"):
         config = json.loads(description["config"])
+        check_counts(config, f"ckpt: '{source}'", None)
+        check_implementation(description.get("attention"), f"ckpt: '{source}': attention")
         kind = getattr(factory, "config_class", None)
         arguments = [kind.from_dict(config, attn_implementation=description.get("attention")) if kind else config]
     try:

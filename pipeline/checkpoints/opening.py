@@ -10,16 +10,18 @@ import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoints.formats import Stored, open_stored
 from pipeline.config.classes import encoder_class, import_class
 from pipeline.encoders.companions import at_fault, checked_step, malformed, panics_as_errors, trainer_step
-from pipeline.encoders.custom import CustomEncoder, no_layer
+from pipeline.encoders.custom import CustomEncoder, class_name, no_layer
 from pipeline.encoders.description import check_architecture, quiet
 from pipeline.encoders.devices import find_device
 from pipeline.encoders.huggingface import HuggingFaceEncoder
-from pipeline.encoders.live import LiveModel
+from pipeline.encoders.live import PLAIN, LiveModel
 from pipeline.encoders.protocol import Encoder
+from pipeline.encoders.source import code_digest
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 
 STEP = re.compile(r"(?:^|[^a-z])(?:step|checkpoint|ckpt|iter|iteration)[=_-]?(\d{1,18})(?!\.?\d)", re.IGNORECASE)
@@ -138,7 +140,7 @@ def open_encoder(
         with quiet(), panics_as_errors():
             stored = open_stored(source, architecture, trust_pickle, factory)
             if factory is not None:
-                encoder = _encoder_of_module(stored, infer_target, device, precision, layer)
+                encoder = _encoder_of_module(stored, infer_target, device, precision, layer, factory)
     except PipelineError:
         raise
     except Exception as error:
@@ -157,11 +159,14 @@ def open_encoder(
 
 
 def _encoder_of_module(
-    stored: Stored, infer_target: str, device: str, precision: str, layer: int | None
+    stored: Stored, infer_target: str, device: str, precision: str, layer: int | None, factory: Any
 ) -> HuggingFaceEncoder | CustomEncoder:
     """The encoder of a module that the user's code made: found as it is in a training."""
     module = stored.model.to(find_device(device)).eval()
-    return LiveModel(module, infer_target, stored.tokenizer).encoder(module, "auto", precision, layer=layer)
+    code = code_digest(factory)
+    maker = None if code is None else f"{class_name(factory)} {code}"
+    live = LiveModel(module, infer_target, stored.tokenizer, mode=PLAIN, maker=maker)
+    return live.encoder(module, "auto", precision, layer=layer)
 
 
 def _locate(ckpt: str) -> str:

@@ -2,7 +2,8 @@
 
 Hydra's own `compose` is not called. It replaces what a program under `@hydra.main` has set up, needs the plugins that
 the training is launched with, and runs resolvers in values that another file overrides. Here no state of Hydra's
-changes, and nothing that a file names is run or imported.
+changes, and nothing that a file names is imported; of resolvers, those in the `defaults` list, the search path and the
+section are run.
 """
 
 from __future__ import annotations

@@ -133,6 +133,8 @@ def check_counts(config: Any, where: str, tensors: int | None) -> None:
         CheckpointError: it counts more layers than there are tensors, or more of something than any model has.
     """
     for key, value in config.items() if isinstance(config, Mapping) else ():
+        if str(key).endswith("_implementation"):
+            check_implementation(value, f"{where}: {key}")
         counted = COUNTS.search(str(key))
         if counted and isinstance(value, (int, float)):
             stacked = "layer" in counted[1] or counted[1] == "blocks"
@@ -142,6 +144,14 @@ def check_counts(config: Any, where: str, tensors: int | None) -> None:
                 remedy = "take the file that was written with the model"
                 raise CheckpointError(f"{where}: {key}: expected 0 to {most}, found {value}{beside}; {remedy}")
         check_counts(value, where, tensors)
+
+
+def check_implementation(value: Any, where: str) -> None:
+    """Raises CheckpointError where an implementation, of attention say, is code on a hub: no file has that loaded."""
+    for one in value.values() if isinstance(value, Mapping) else [value]:
+        if one is not None and not re.fullmatch(r"\w+", str(one)):
+            remedy = "write eager or sdpa there"
+            raise CheckpointError(f"{where}: expected an implementation of transformers' own, found '{one}'; {remedy}")
 
 
 def check_size(build: Callable[[], object], held: int | None, where: str) -> None:

@@ -54,6 +54,7 @@ class CustomEncoder:
         self.inner = inner
         self.context = context
         self.made_with: Mapping[str, Any] = {}
+        self.precision = "its own"
         self.step: int | None = None  # of the training, where the checkpoint says it
         self.max_seq_length: int | None = getattr(inner, "max_seq_length", None)
         digest = _given_digest(inner) or digest

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.config.classes import ARCHITECTURES
-from pipeline.encoders.companions import check_size, malformed
+from pipeline.encoders.companions import check_implementation, check_size, malformed
 from pipeline.encoders.tokens import SMILES_TOKEN, Tokens
 from pipeline.errors import CheckpointError
 from pipeline.store.temporary import temporary_folder
@@ -96,6 +96,7 @@ def class_for(config: Any) -> tuple[Any, dict[str, Any]]:
     """The class to load, and its options: no decoder where there is such a class, no pooling layer."""
     import transformers
 
+    check_implementation(getattr(config, "_attn_implementation", None), "ckpt: the configuration: attn_implementation")
     encoders = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
     if config.model_type in encoders:
         return getattr(transformers, encoders[config.model_type]), {}

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from pipeline.encoders.tokens import Tokens
 
 # What a configuration holds that does not change a hidden state.
 NEUTRAL_OPTIONS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+NO_SETTINGS = {"training", *vars(nn.Module())}  # what every module has
 
 
 def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -33,10 +36,35 @@ def _tensor_digest(named: tuple[str, Tensor]) -> str:
 
 
 def code_of(model: nn.Module) -> str | None:
-    """A digest of the code of the classes in a model that are no library's; None where it cannot be known."""
+    """A digest of the code and the settings of a model that runs as it is; None where its code cannot be known.
+
+    Code is that of the classes that are no library's. Settings are plain attributes of the modules, such as a factor
+    that a constructor was given and that no weight or configuration holds.
+    """
     own = [kind for kind in map(type, model.modules()) if kind.__module__.partition(".")[0] not in LIBRARIES]
-    patched = any("forward" in vars(one) for one in model.modules())
-    return None if patched or not own else code_digest(own[0], *own[1:])
+    changed = any("forward" in vars(one) or one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+    code = code_digest(own[0], *own[1:]) if own else ""
+    return None if changed or code is None else f"{code} {settings_digest(model)}"
+
+
+def settings_digest(module: nn.Module) -> str:
+    """A digest of the plain attributes of a module and of those within it.
+
+    The outermost's private ones are left out: a trainer keeps its notes there.
+    """
+    found = []
+    for path, one in module.named_modules():
+        for name, value in sorted(vars(one).items()):
+            if name not in NO_SETTINGS and (path or not name.startswith("_")) and _is_plain(value):
+                shown = f"{value.__module__}.{value.__qualname__}" if callable(value) else repr(value)
+                found.append(f"{path} {name} {shown}")
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(one) for one in value) and not any(callable(one) for one in value)
+    return value is None or isinstance(value, (bool, int, float, str, FunctionType, type))
 
 
 def model_digest(model: nn.Module, state: Mapping[str, Tensor], tokens: Tokens, precision: str) -> str:

@@ -77,6 +77,7 @@ class HuggingFaceEncoder:
         self.hidden_size: int = self._found_size() if as_is else getattr(config, "hidden_size", None) or config.d_model
         self.max_seq_length = limit_of(config, self.tokens)
         self.made_with: Mapping[str, Any] = {}  # how a checkpoint says it was measured in training
+        self.maker: str | None = ""  # a digest of the user's code that made the model; None where it cannot be known
         self.step: int | None = None  # of the training, where the checkpoint says it
 
     @cached_property
@@ -84,13 +85,19 @@ class HuggingFaceEncoder:
         """See `Encoder`. Worked out when it is first asked for: all weights are read."""
         how = self.precision if self.layer is None else f"{self.precision} layer {self.layer}"
         if self.as_is:
-            how += f" {code_of(self.model) or uuid4().hex}"
+            how += f" {self._code or uuid4().hex}"
         return model_digest(self.model, {**weights_of(self.model), **self._copies}, self.tokens, how)
+
+    @cached_property
+    def _code(self) -> str | None:
+        """What a model that runs as it is depends on beside its weights; None where it cannot be known."""
+        code = code_of(self.model)
+        return None if code is None or self.maker is None else f"{code} {self.maker}"
 
     @property
     def reusable(self) -> bool:
         """Whether embeddings may be reused: the code that makes them is in the digest."""
-        return not self.as_is or code_of(self.model) is not None
+        return not self.as_is or self._code is not None
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from pipeline.config.classes import encoder_class
 from pipeline.encoders.custom import Context, CustomEncoder, class_name, module_digest, no_layer, own_digest
 from pipeline.encoders.description import check_architecture, describe, encoder_of, is_of_transformers, quiet, rebuild
 from pipeline.encoders.devices import find_device
+from pipeline.encoders.digests import settings_digest
 from pipeline.encoders.huggingface import REMEDY, HuggingFaceEncoder, limit_of
 from pipeline.encoders.tokens import Tokens
 from pipeline.encoders.weights import matching_prefix, unexpected
 from pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+PLAIN = "32-true"  # as Lightning calls float32 without autocast
 
 
 class LiveModel:
@@ -46,6 +50,7 @@ class LiveModel:
         context: Context = nullcontext,
         mode: str = "",
         others: Sequence[object] = (),
+        maker: str | None = "",
     ) -> None:
         """Looks at the module; see `encoder` for what is taken from it later.
 
@@ -56,12 +61,13 @@ class LiveModel:
             context: what the module's own code runs within, such as a trainer's autocast.
             mode: names the arithmetic of `context`.
             others: objects to look for the tokenizer in, beside the module.
+            maker: a digest of the user's code that made the module; None where it cannot be known.
 
         Raises:
             CheckpointError: there is no such way to the hidden states, or more than one.
             ConfigError: `infer_target` names no class.
         """
-        self.context, self.mode = context, mode
+        self.context, self.mode, self.maker = context, mode, maker
         self.description: dict[str, Any] | None = None
         self._class = encoder_class(infer_target)
         self._own_method = self._class is None and callable(getattr(module, "hidden_states", None))
@@ -79,6 +85,11 @@ class LiveModel:
             self.description = describe(model, self._tokenizer, prefix)
             self._rebuild(module, model, prefix)
             self.max_seq_length = limit_of(model.config, Tokens(self._tokenizer))
+
+    @property
+    def own_precision(self) -> str | None:
+        """The arithmetic of a module's own method: the trainer's; None for anything else."""
+        return (self.mode or PLAIN) if self._own_method else None
 
     @property
     def runs_module(self) -> bool:
@@ -113,13 +124,21 @@ class LiveModel:
             return CustomEncoder.from_module(self._class, module, where, self.context, self.mode)
         if self._own_method:
             own, parts = type(module), map(type, module.modules())
-            digest = own_digest(own, [*parts], lambda: f"{self.mode} {module_digest(module)}")
-            return CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe, own)
+            digest = own_digest(own, [*parts], partial(self._state_digest, module)) if self.maker is not None else None
+            encoder = CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe, own)
+            encoder.precision = self.own_precision or encoder.precision
+            return encoder
         if self._skeleton is None:
             model = encoder_of(_only_model(module)[1])[0]
-            return HuggingFaceEncoder(model, self._tokenizer, precision=precision, layer=layer, as_is=True)
+            found = HuggingFaceEncoder(model, self._tokenizer, precision=precision, layer=layer, as_is=True)
+            found.maker = self.maker
+            return found
         self._take_weights(module)
         return HuggingFaceEncoder(self._skeleton, self._tokenizer, str(where), precision, layer=layer)
+
+    def _state_digest(self, module: nn.Module) -> str:
+        """Of what a module's own method depends on beside its code."""
+        return f"{self.mode} {self.maker} {settings_digest(module)} {module_digest(module)}"
 
     def release(self) -> None:
         """Lets go of the weights that `encoder` took: where they are not float32 they are a copy."""
@@ -141,6 +160,9 @@ class LiveModel:
             self.description["class"] = own
             logger.info("%s runs as it is: %s", type(model).__name__, error)
             return
+        hooks = sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
+        if hooks:
+            logger.info("%d forward hooks in %s do not run when it is measured", hooks, type(model).__name__)
         self._skeleton = skeleton
         self._take_weights(module)
         self.release()
@@ -172,9 +194,12 @@ def _exact_prefix(module: nn.Module, skeleton: nn.Module, name: str, prefix: str
     if left:
         raise CheckpointError(f"its configuration does not give the weights {', '.join(left[:3])}")
     expected = {name: type(one) for name, one in skeleton.named_modules()}
+    beside = type(skeleton).__name__.endswith("EncoderModel")  # of T5: a decoder and a head stand beside its parts
+    parts = {name for name, _ in skeleton.named_children()}
     for path, one in module.named_modules():
         clean = f"{path}.".replace("_orig_mod.", "")
         inside, part = clean.startswith(found), clean[len(found) :].rstrip(".")
+        inside = inside and (not beside or part.partition(".")[0] in parts)
         wrapper = hasattr(one, "_orig_mod")  # of torch.compile
         same = expected.get(part) is type(one) and "forward" not in vars(one)
         if inside and not wrapper and not part.startswith("pooler") and not same:

@@ -103,7 +103,7 @@ class Measurement:
         Raises:
             PipelineError: see `validate`. Trackers that fail only warn.
         """
-        with self._around(module):
+        with self._around(module), self._in_place(module):
             try:
                 metrics = self._measure(module, step)
             except Exception as error:
@@ -152,6 +152,20 @@ class Measurement:
                 self._live.release()
             validation.logger.removeFilter(self._first_time)
 
+    @contextmanager
+    def _in_place(self, module: nn.Module) -> Iterator[None]:
+        """A module that runs itself, on the trainer's device: at the end of training Lightning puts it on the CPU."""
+        there: torch.device = self.trainer.strategy.root_device
+        here = next((one.device for one in module.parameters()), there)
+        if here == there or self._live is None or not self._live.runs_module:
+            yield
+            return
+        module.to(there)
+        try:
+            yield
+        finally:
+            module.to(here)
+
     def _first_time(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
         new = record.levelno < logging.WARNING or text not in self._said
@@ -173,7 +187,7 @@ class Measurement:
         if self._live is None or self._live.description is None:
             return None
         device = find_device(self._device)
-        precision = find_precision(self.config.precision, device)
+        precision = self._live.own_precision or find_precision(self.config.precision, device)
         plan = made_with(device, precision, self._store(Path()), self._examples)
         return {**self._live.description, "made_with": plan}
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
+
+OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: parameters, hooks and so on
+CONTAINERS = (list, dict, set, deque, tuple, OrderedDict, defaultdict)
 
 
 @contextmanager
@@ -98,15 +104,44 @@ def _buffers(module: nn.Module) -> Callable[[], None]:
 def _attributes(module: nn.Module) -> Callable[[], None]:
     """What is no parameter, buffer or submodule, such as a table of positions or a count that a forward pass keeps."""
     attributes = [(one, dict(vars(one))) for one in module.modules()]
-    restore_values = _values(value for _, values in attributes for value in values.values())
+    own = [value for _, values in attributes for name, value in values.items() if name not in OF_MODULES]
+    containers, tensors = _contents(own)
+    restore_values = _values(tensors)
 
     def restore() -> None:
         for submodule, values in attributes:
             vars(submodule).clear()
             vars(submodule).update(values)
+        for container, kept in containers:
+            if _is_changed(container, kept):
+                container.clear()
+                container.update(kept) if isinstance(container, (dict, set)) else container.extend(kept)
         restore_values()
 
     return restore
+
+
+def _contents(values: Sequence[object]) -> tuple[list[tuple[Any, Any]], list[Tensor]]:
+    """The lists, dictionaries and the like among some objects and within them, each with a copy, and the tensors."""
+    containers, tensors, seen, waiting = [], [], set[int](), list(values)
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Tensor):
+            tensors.append(one)
+        elif type(one) in CONTAINERS and id(one) not in seen:  # classes made from them may forbid what is done here
+            content: Any = one
+            seen.add(id(one))
+            waiting += content.values() if isinstance(one, dict) else content
+            if not isinstance(one, tuple):
+                containers.append((one, copy.copy(one)))
+    return containers, tensors
+
+
+def _is_changed(container: Any, kept: Any) -> bool:
+    """Whether a container holds other objects, or in another order, than its copy."""
+    if isinstance(container, dict):
+        return [*map(id, container), *map(id, container.values())] != [*map(id, kept), *map(id, kept.values())]
+    return [*map(id, container)] != [*map(id, kept)]
 
 
 def _values(candidates: Iterable[object]) -> Callable[[], None]:
