@@ -259,7 +259,7 @@ SETTINGS: list[tuple[str, Any, str, str]] = [
     ("section", {"device": "${nowhere}"}, "config", "Interpolation key 'nowhere' not found"),
     ("section", {"memory_budget": "much"}, "config", "memory_budget: expected a size such as 500MB or 2GB, found 'm"),
     ("section", {"store": "/dev/null/store"}, "config", "store: '/dev/null/store' cannot be written"),
-    ("text", "model:\n  dwnstr_task_validation: [\n", "config", "line 3, column 1\n"),
+    ("text", "model:\n  dwnstr_task_validation: [\n", "config", "line 3, column 1"),
     ("text", "model: {}\nmodel: {}\n", "config", "found duplicate key model"),
     ("text", "model: {}\n", "config", "{path}: expected a mapping model.dwnstr_task_validation, found none"),
     ("arguments", ["--config=x.yaml"], "config", "expected a YAML file, found 'x.yaml' (No such file or directory)\n"),

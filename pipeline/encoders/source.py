@@ -8,7 +8,6 @@ import statements are followed: for `importlib.import_module`, and for data file
 from __future__ import annotations
 
 import ast
-import functools
 import hashlib
 import inspect
 import sys
@@ -23,7 +22,6 @@ from typing import Any
 LIBRARIES = {"torch", "transformers", "lightning", "pytorch_lightning", __name__.partition(".")[0]}
 
 
-@functools.lru_cache(maxsize=64)  # the code of a class stays as it was imported
 def code_digest(owner: Any, *others: Any) -> str | None:
     """A digest of the code that a class of the user's runs.
 
