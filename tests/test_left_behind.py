@@ -209,7 +209,7 @@ def test_no_other_temporary_folders_are_made() -> None:
             if isinstance(node, ast.Import)
             for alias in node.names
         }
-        assert ("tempfile" in names) == (path.name == "scratch.py"), path
+        assert ("tempfile" in names) == (path.name == "temporary.py"), path
 
 
 def test_unfinished_files_of_the_store_go_with_the_next_program(tmp_path: Path, fake: FakeEncoder) -> None:
