@@ -34,10 +34,10 @@ from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import delivery, earlier
 from pipeline.tracking import sender as sending
 from pipeline.tracking.client import connect
-from pipeline.tracking.earlier import catch_up
+from pipeline.tracking.earlier import catch_up, replay_journal
 from pipeline.tracking.journal import Journal, Record
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.tracking.process import lives, lock_path
+from pipeline.tracking.process import KEY, lives, lock_path, writer_tags
 from pipeline.tracking.runs import OpenRun
 from pipeline.tracking.sender import Sender
 from tests.conftest import ROOT, FakeEncoder
@@ -286,6 +286,39 @@ def test_processes_of_two_containers_do_not_end_one_anothers_runs(tmp_path: Path
     opened = OpenRun(tmp_path / "own" / "c.jsonl", tracking, True, name="next")
     assert opened.sender.close()
     assert statuses() == {"alive": "KILLED", "sweeping": "FINISHED", "next": "RUNNING"}
+
+
+def test_replay_of_a_copy_does_not_end_runs_of_a_living_program(tmp_path: Path, tracking: str) -> None:
+    path, copy = tmp_path / "j" / "a.jsonl", tmp_path / "copies" / "a.jsonl"
+    copy.parent.mkdir()
+    opened = OpenRun(path, tracking, True, name="alive")
+    assert opened.sender.settle(60)
+    shutil.copy(path, copy)
+    replay_journal(str(copy))
+    assert statuses() == {"alive": "RUNNING"}
+    list(catch_up(copy.parent, tracking))
+    assert statuses() == {"alive": "RUNNING"}
+    assert copy.exists()
+    opened.run.end("FINISHED")
+    assert opened.sender.close()
+    assert statuses() == {"alive": "FINISHED"}
+
+
+def test_replay_ends_the_journals_own_runs_alone(
+    tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers may use the same path on different file systems; and a link to a folder is that folder."""
+    path, client = tmp_path / "j" / "a.jsonl", MlflowClient()
+    client.create_run("0", tags={**writer_tags(path), KEY: "another"}, run_name="alive")
+    given = client.create_run("0", run_name="given").info.run_id
+    journal = Journal(path, tracking)
+    JournalRun.begin(journal, name="made")
+    JournalRun.begin(journal, run_id=given)
+    journal.close()
+    (tmp_path / "link").symlink_to(tmp_path / "j")
+    monkeypatch.chdir(tmp_path / "link")
+    replay_journal("a.jsonl")
+    assert statuses() == {"alive": "RUNNING", "given": "KILLED", "made": "KILLED"}
 
 
 FORKS = """
