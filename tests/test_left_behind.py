@@ -321,6 +321,46 @@ def test_replay_ends_the_journals_own_runs_alone(
     assert statuses() == {"alive": "RUNNING", "given": "KILLED", "made": "KILLED"}
 
 
+WITHOUT_FLOCK = """
+import errno, fcntl, os, sys, time
+from pathlib import Path
+def flock(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+fcntl.flock = flock
+from pipeline.store.temporary import temporary_folder
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.process import lives
+live, path = Path(sys.argv[1]), Path(sys.argv[2])
+if not path.exists():
+    journal = Journal(path)
+    with temporary_folder(live):
+        print("ready", flush=True)
+        sys.stdin.read()
+else:
+    with temporary_folder(live):
+        print(lives(path), len(list(live.glob("*/"))))
+"""
+
+
+def test_without_flock_the_living_are_not_taken_for_dead(tmp_path: Path) -> None:
+    """Such as on some mounts of Lustre."""
+    command = [sys.executable, "-c", WITHOUT_FLOCK, str(tmp_path / "live"), str(tmp_path / "a.jsonl")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+    def look() -> str:
+        return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "ready\n"
+            assert look() == "True 2\n"
+            assert look() == "True 2\n"  # also after one has looked
+        finally:
+            holder.kill()
+
+
 FORKS = """
 import os, signal, sys, time
 from pathlib import Path
