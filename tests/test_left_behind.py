@@ -30,7 +30,7 @@ from pipeline.errors import CacheError, TrackingError
 from pipeline.load import load
 from pipeline.store import shards
 from pipeline.store.shelf import Store
-from pipeline.store.temporary import temporary_folder
+from pipeline.store.temporary import host_mark, temporary_folder
 from pipeline.tracking import delivery, earlier
 from pipeline.tracking import sender as sending
 from pipeline.tracking.client import connect
@@ -96,13 +96,17 @@ def test_a_journal_of_which_all_has_arrived_goes_with_the_next_program(tmp_path:
     "parts", [["lock"], ["writer.lock", "sent"], ["sent.tmp"], ["files"], ["jsonl", "writer.lock"]]
 )
 def test_what_is_left_of_a_journal_goes_too(parts: list[str], tmp_path: Path) -> None:
-    """Its program was killed as it made or removed it."""
+    """Its program was killed as it made or removed it; another host's may be at that now."""
     for part in parts:
-        path = tmp_path / f"x=1.5-a.{part}"
-        path.mkdir() if part == "files" else path.touch()
+        for name in (f"x=1.5-a{host_mark()}", "x=1.5-a@elsewhere", "x=1.5-a"):
+            path = tmp_path / f"{name}.{part}"
+            path.mkdir() if part == "files" else path.touch()
     (tmp_path / "another.txt").touch()
     list(catch_up(tmp_path, "sqlite:///nothing.db"))
-    assert [path.name for path in tmp_path.iterdir()] == ["another.txt"]
+    left = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".writer.lock")}
+    kept = {f"{name}.{part}" for name in ("x=1.5-a@elsewhere", "x=1.5-a") for part in parts if part != "writer.lock"}
+    assert left == {"another.txt", *kept}
+    assert not list(tmp_path.glob(f"*{host_mark()}*"))
 
 
 def test_the_journal_of_a_living_program_stays(tmp_path: Path, tracking: str) -> None:
@@ -183,6 +187,19 @@ def test_a_temporary_folder_of_a_killed_program_goes_with_the_next(temporary: Pa
         assert {path.name for path in own.iterdir() if path.is_dir()} == {outer.name, inner.name}
         assert outer.stat().st_mode & 0o777 == own.stat().st_mode & 0o777 == 0o700
     assert list(own.iterdir()) == []
+
+
+def test_temporary_folders_of_another_host_stay(tmp_path: Path) -> None:
+    """On a shared file system that keeps locks to each host, the lock of a living program looks free."""
+    elsewhere = "import socket\nsocket.gethostname = lambda: 'else where'\n"
+    killed(elsewhere + IN_TEMPORARY, str(tmp_path / "live"))
+    (folder,) = (tmp_path / "live").glob("*/")
+    killed(IN_TEMPORARY, str(tmp_path / "live"))
+    Store(tmp_path).clear()
+    assert {path.name for path in (tmp_path / "live").iterdir()} == {folder.name, f"{folder.name}.lock"}
+    assert folder.name.endswith("@else_where")
+    killed(elsewhere + IN_TEMPORARY, str(tmp_path / "live"))
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])

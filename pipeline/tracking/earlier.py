@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from pipeline.config.schema import LOSS
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.statistics.metrics import NAMES
+from pipeline.store.temporary import host_mark
 from pipeline.tracking.client import be_brief, connect, shown
 from pipeline.tracking.delivery import is_bug, replay
 from pipeline.tracking.journal import Journal
@@ -154,7 +155,8 @@ def catch_up(folder: Path, uri: str) -> Iterator[Path]:
 def _finish(path: Path, uri: str) -> None:
     """Does what a program that is gone has left to do of its journal, where that is for this server."""
     if not _is_journal(path):
-        if not path.exists() or b"\n" not in path.read_bytes():  # it was killed as it made or removed it
+        ours = path.stem.endswith(host_mark())  # another host's lock may not be seen here
+        if ours and (not path.exists() or b"\n" not in path.read_bytes()):  # it was killed as it made or removed it
             remove_journal(path)
         return
     journal = Journal(path, write=False)
