@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -245,6 +247,54 @@ def test_unfinished_files_of_the_store_go_with_the_next_program(tmp_path: Path, 
     some.clear()
     assert {path.name for path in shelf.iterdir()} == whole
     assert [list((tmp_path / "store" / name).iterdir()) for name in ("live", "heads")] == [[], []]
+
+
+EMBEDS = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from pipeline.embed import embed
+from pipeline.load import load
+from pipeline.store.shelf import Store
+from tests.conftest import FakeEncoder
+from tests.test_store import token_task
+encoder = FakeEncoder()
+encoder.reusable = False
+(embeddings,) = embed([load(token_task(Path(sys.argv[1])))], encoder, Store(Path(sys.argv[2])))
+assert embeddings.rows("train").gather(np.array([0])).numel() > 0
+if sys.argv[3:]:
+    os.kill(os.getpid(), 9)
+"""
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_embeddings_that_cannot_be_found_again_go_with_the_next_program(tmp_path: Path) -> None:
+    some = Store(tmp_path / "store")
+    killed(EMBEDS, str(tmp_path), str(some.root), "kill")
+    assert any(path.suffix == ".parquet" for path in files_of(some.root))
+    some.clear()
+    assert files_of(some.root) == []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", EMBEDS, str(tmp_path), str(some.root)], env=environment, check=True)
+    assert files_of(some.root) == []
+
+
+def test_embeddings_that_cannot_be_found_again_go_with_what_reads_them(tmp_path: Path, fake: FakeEncoder) -> None:
+    """In a training there are some at each measurement."""
+    some = Store(tmp_path / "store", memory_bytes=0)
+    fake.reusable = False  # type: ignore[attr-defined]
+    (embeddings,) = embed([load(token_task(tmp_path))], fake, some)
+    rows = embeddings.rows("train")
+    del embeddings
+    gc.collect()
+    assert any(path.suffix == ".parquet" for path in files_of(some.root))
+    assert rows.gather(np.array([0])).numel() > 0
+    del rows
+    gc.collect()
+    assert files_of(some.root) == []
 
 
 # --- who lives
