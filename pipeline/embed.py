@@ -6,9 +6,8 @@ parts it stands in.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from pipeline.progress import progress
 from pipeline.store.reading import Rows, Vectors
 from pipeline.store.shards import DamagedShardsError, Entry
 from pipeline.store.shelf import Shelf, Store, sequence_key
+from pipeline.store.temporary import temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Embeddings:
         cached: how many were there already.
         tokens: how many tokens the embedded ones have, special ones out.
         notes: warnings for whoever reads the result.
-        reusable: whether the key will be found again; else what is stored goes when the process ends.
+        reusable: whether the key will be found again; else what is stored goes with the last object that reads it.
     """
 
     examples: Examples
@@ -82,13 +82,11 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
         CheckpointError: a token-level task, and the tokenizer does not give one token per character.
         CacheError: the store cannot be written.
     """
-    shelves = {
-        pooling: store.shelf(encoder.digest, pooling, encoder.hidden_size)
-        for pooling in sorted({POOLING[one.task.level] for one in examples})
-    }
     reusable = bool(getattr(encoder, "reusable", True))
-    for shelf in () if reusable else shelves.values():
-        atexit.register(shutil.rmtree, shelf.folder, ignore_errors=True)
+    shelf_of = _shelf if reusable else _passing_shelf
+    shelves = {
+        pooling: shelf_of(store, encoder, pooling) for pooling in sorted({POOLING[one.task.level] for one in examples})
+    }
     wanted: dict[str, dict[bytes, str]] = {pooling: {} for pooling in shelves}
     for one in examples:
         for part in one.parts.values():
@@ -112,6 +110,19 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
     union = {key: text for texts in wanted.values() for key, text in texts.items()}
     counts = (len(done), len(union) - len(done), tokens)
     return [replace(_embeddings(one, vectors, indices, store, counts), reusable=reusable) for one in examples]
+
+
+def _shelf(store: Store, encoder: Encoder, pooling: str) -> Shelf:
+    return store.shelf(encoder.digest, pooling, encoder.hidden_size)
+
+
+def _passing_shelf(store: Store, encoder: Encoder, pooling: str) -> Shelf:
+    """A shelf whose key cannot come again: its files go with the object, or after a kill with the next program."""
+    kept = ExitStack()
+    folder = kept.enter_context(temporary_folder(store.root.expanduser() / "live"))
+    shelf = _shelf(replace(store, root=folder), encoder, pooling)
+    weakref.finalize(shelf, kept.close)
+    return shelf
 
 
 def made_with(device: torch.device, precision: str, store: Store, examples: Sequence[Examples]) -> dict[str, Any]:

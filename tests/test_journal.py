@@ -442,7 +442,7 @@ def test_a_file_that_cannot_be_kept_does_not_hold_up_the_rest(
     wait(opened.sender)
     (run,) = MlflowClient().search_runs([nowhere])
     assert (run.data.metrics, run.info.status) == ({"x": 1.0}, "FINISHED")
-    assert caplog.text.count("MLflow refused artifact failed 3 times") == 1
+    assert caplog.text.count("MLflow refused artifact: it failed 3 times (") == 1
 
 
 def test_an_older_journal_does_not_end_a_run_that_went_on(tmp_path: Path, tracking: str) -> None:

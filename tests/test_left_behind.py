@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -30,14 +32,14 @@ from pipeline.errors import CacheError, TrackingError
 from pipeline.load import load
 from pipeline.store import shards
 from pipeline.store.shelf import Store
-from pipeline.store.temporary import temporary_folder
+from pipeline.store.temporary import host_mark, temporary_folder
 from pipeline.tracking import delivery, earlier
 from pipeline.tracking import sender as sending
 from pipeline.tracking.client import connect
-from pipeline.tracking.earlier import catch_up
+from pipeline.tracking.earlier import catch_up, replay_journal
 from pipeline.tracking.journal import Journal, Record
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.tracking.process import lives, lock_path
+from pipeline.tracking.process import KEY, lives, lock_path, writer_tags
 from pipeline.tracking.runs import OpenRun
 from pipeline.tracking.sender import Sender
 from tests.conftest import ROOT, FakeEncoder
@@ -96,13 +98,17 @@ def test_a_journal_of_which_all_has_arrived_goes_with_the_next_program(tmp_path:
     "parts", [["lock"], ["writer.lock", "sent"], ["sent.tmp"], ["files"], ["jsonl", "writer.lock"]]
 )
 def test_what_is_left_of_a_journal_goes_too(parts: list[str], tmp_path: Path) -> None:
-    """Its program was killed as it made or removed it."""
+    """Its program was killed as it made or removed it; another host's may be at that now."""
     for part in parts:
-        path = tmp_path / f"x=1.5-a.{part}"
-        path.mkdir() if part == "files" else path.touch()
+        for name in (f"x=1.5-a{host_mark()}", "x=1.5-a@elsewhere", "x=1.5-a"):
+            path = tmp_path / f"{name}.{part}"
+            path.mkdir() if part == "files" else path.touch()
     (tmp_path / "another.txt").touch()
     list(catch_up(tmp_path, "sqlite:///nothing.db"))
-    assert [path.name for path in tmp_path.iterdir()] == ["another.txt"]
+    left = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".writer.lock")}
+    kept = {f"{name}.{part}" for name in ("x=1.5-a@elsewhere", "x=1.5-a") for part in parts if part != "writer.lock"}
+    assert left == {"another.txt", *kept}
+    assert not list(tmp_path.glob(f"*{host_mark()}*"))
 
 
 def test_the_journal_of_a_living_program_stays(tmp_path: Path, tracking: str) -> None:
@@ -185,6 +191,19 @@ def test_a_temporary_folder_of_a_killed_program_goes_with_the_next(temporary: Pa
     assert list(own.iterdir()) == []
 
 
+def test_temporary_folders_of_another_host_stay(tmp_path: Path) -> None:
+    """On a shared file system that keeps locks to each host, the lock of a living program looks free."""
+    elsewhere = "import socket\nsocket.gethostname = lambda: 'else where'\n"
+    killed(elsewhere + IN_TEMPORARY, str(tmp_path / "live"))
+    (folder,) = (tmp_path / "live").glob("*/")
+    killed(IN_TEMPORARY, str(tmp_path / "live"))
+    Store(tmp_path).clear()
+    assert {path.name for path in (tmp_path / "live").iterdir()} == {folder.name, f"{folder.name}.lock"}
+    assert folder.name.endswith("@else_where")
+    killed(elsewhere + IN_TEMPORARY, str(tmp_path / "live"))
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("kind", ["link", "file"])
 def test_a_folder_that_another_made_in_the_users_place_is_not_used(kind: str, temporary: Path) -> None:
     with temporary_folder() as folder:
@@ -209,7 +228,7 @@ def test_no_other_temporary_folders_are_made() -> None:
             if isinstance(node, ast.Import)
             for alias in node.names
         }
-        assert ("tempfile" in names) == (path.name == "scratch.py"), path
+        assert ("tempfile" in names) == (path.name == "temporary.py"), path
 
 
 def test_unfinished_files_of_the_store_go_with_the_next_program(tmp_path: Path, fake: FakeEncoder) -> None:
@@ -228,6 +247,54 @@ def test_unfinished_files_of_the_store_go_with_the_next_program(tmp_path: Path, 
     some.clear()
     assert {path.name for path in shelf.iterdir()} == whole
     assert [list((tmp_path / "store" / name).iterdir()) for name in ("live", "heads")] == [[], []]
+
+
+EMBEDS = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from pipeline.embed import embed
+from pipeline.load import load
+from pipeline.store.shelf import Store
+from tests.conftest import FakeEncoder
+from tests.test_store import token_task
+encoder = FakeEncoder()
+encoder.reusable = False
+(embeddings,) = embed([load(token_task(Path(sys.argv[1])))], encoder, Store(Path(sys.argv[2])))
+assert embeddings.rows("train").gather(np.array([0])).numel() > 0
+if sys.argv[3:]:
+    os.kill(os.getpid(), 9)
+"""
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_embeddings_that_cannot_be_found_again_go_with_the_next_program(tmp_path: Path) -> None:
+    some = Store(tmp_path / "store")
+    killed(EMBEDS, str(tmp_path), str(some.root), "kill")
+    assert any(path.suffix == ".parquet" for path in files_of(some.root))
+    some.clear()
+    assert files_of(some.root) == []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", EMBEDS, str(tmp_path), str(some.root)], env=environment, check=True)
+    assert files_of(some.root) == []
+
+
+def test_embeddings_that_cannot_be_found_again_go_with_what_reads_them(tmp_path: Path, fake: FakeEncoder) -> None:
+    """In a training there are some at each measurement."""
+    some = Store(tmp_path / "store", memory_bytes=0)
+    fake.reusable = False  # type: ignore[attr-defined]
+    (embeddings,) = embed([load(token_task(tmp_path))], fake, some)
+    rows = embeddings.rows("train")
+    del embeddings
+    gc.collect()
+    assert any(path.suffix == ".parquet" for path in files_of(some.root))
+    assert rows.gather(np.array([0])).numel() > 0
+    del rows
+    gc.collect()
+    assert files_of(some.root) == []
 
 
 # --- who lives
@@ -286,6 +353,79 @@ def test_processes_of_two_containers_do_not_end_one_anothers_runs(tmp_path: Path
     opened = OpenRun(tmp_path / "own" / "c.jsonl", tracking, True, name="next")
     assert opened.sender.close()
     assert statuses() == {"alive": "KILLED", "sweeping": "FINISHED", "next": "RUNNING"}
+
+
+def test_replay_of_a_copy_does_not_end_runs_of_a_living_program(tmp_path: Path, tracking: str) -> None:
+    path, copy = tmp_path / "j" / "a.jsonl", tmp_path / "copies" / "a.jsonl"
+    copy.parent.mkdir()
+    opened = OpenRun(path, tracking, True, name="alive")
+    assert opened.sender.settle(60)
+    shutil.copy(path, copy)
+    replay_journal(str(copy))
+    assert statuses() == {"alive": "RUNNING"}
+    list(catch_up(copy.parent, tracking))
+    assert statuses() == {"alive": "RUNNING"}
+    assert copy.exists()
+    opened.run.end("FINISHED")
+    assert opened.sender.close()
+    assert statuses() == {"alive": "FINISHED"}
+
+
+def test_replay_ends_the_journals_own_runs_alone(
+    tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers may use the same path on different file systems; and a link to a folder is that folder."""
+    path, client = tmp_path / "j" / "a.jsonl", MlflowClient()
+    client.create_run("0", tags={**writer_tags(path), KEY: "another"}, run_name="alive")
+    given = client.create_run("0", run_name="given").info.run_id
+    journal = Journal(path, tracking)
+    JournalRun.begin(journal, name="made")
+    JournalRun.begin(journal, run_id=given)
+    journal.close()
+    (tmp_path / "link").symlink_to(tmp_path / "j")
+    monkeypatch.chdir(tmp_path / "link")
+    replay_journal("a.jsonl")
+    assert statuses() == {"alive": "RUNNING", "given": "KILLED", "made": "KILLED"}
+
+
+WITHOUT_FLOCK = """
+import errno, fcntl, os, sys, time
+from pathlib import Path
+def flock(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+fcntl.flock = flock
+from pipeline.store.temporary import temporary_folder
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.process import lives
+live, path = Path(sys.argv[1]), Path(sys.argv[2])
+if not path.exists():
+    journal = Journal(path)
+    with temporary_folder(live):
+        print("ready", flush=True)
+        sys.stdin.read()
+else:
+    with temporary_folder(live):
+        print(lives(path), len(list(live.glob("*/"))))
+"""
+
+
+def test_without_flock_the_living_are_not_taken_for_dead(tmp_path: Path) -> None:
+    """Such as on some mounts of Lustre."""
+    command = [sys.executable, "-c", WITHOUT_FLOCK, str(tmp_path / "live"), str(tmp_path / "a.jsonl")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+    def look() -> str:
+        return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "ready\n"
+            assert look() == "True 2\n"
+            assert look() == "True 2\n"  # also after one has looked
+        finally:
+            holder.kill()
 
 
 FORKS = """

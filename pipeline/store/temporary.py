@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import socket
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from pipeline.errors import CacheError
 
 @contextmanager
 def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A new folder in `parent`, gone afterwards. One that a killed process left goes when the next is made.
+    """A new folder in `parent`, gone afterwards. One that a killed process left goes when this host makes the next.
 
     Args:
         parent: by default, a folder of the user's own below `TMPDIR`.
@@ -25,7 +27,7 @@ def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
     Raises:
         CacheError: it cannot be made.
     """
-    setting, name = ("store" if parent else "TMPDIR"), f"{os.getpid()}-{os.urandom(4).hex()}"
+    setting, name = ("store" if parent else "TMPDIR"), f"{os.getpid()}-{os.urandom(4).hex()}{host_mark()}"
     try:
         parent = parent or _private_folder()
         parent.mkdir(parents=True, exist_ok=True)
@@ -45,11 +47,19 @@ def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Removes the folders that killed processes left: the system frees the locks of the dead."""
-    for path in parent.glob("*.lock"):
+    """Removes the folders that killed processes of this host left: the system frees the locks of the dead.
+
+    Those of another host stay: where a shared file system keeps locks to each host, they look free here.
+    """
+    for path in parent.glob(f"*{host_mark()}.lock"):
         with suppress(OSError, Timeout), FileLock(path, timeout=0):
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)
             path.unlink(missing_ok=True)
+
+
+def host_mark() -> str:
+    """What the names of files of this host's programs end in, where several hosts share a folder."""
+    return "@" + re.sub(r"[^\w.-]", "_", socket.gethostname())
 
 
 def _private_folder() -> Path:

@@ -90,16 +90,28 @@ def send(sink: Sink, records: Sequence[Record], said: set[str]) -> int:
     return 1
 
 
-def _insist(sink: Sink, records: Sequence[Record], said: set[str]) -> int:
-    """As `send`; records that fail again and again, where the server answers all else, count as refused."""
-    for rest in reversed(range(TRIES)):
+def insist(sink: Sink, records: Sequence[Record], said: set[str], failed: int = 0, at_once: bool = True) -> int:
+    """As `send`; records that fail again and again, where the server answers all else, count as refused.
+
+    Args:
+        sink: where they go.
+        records: one, or several of metrics of one run.
+        said: reasons that the user knows.
+        failed: how often these records have failed before.
+        at_once: tries again at once; else that is left to the caller, who may wait and connect anew.
+
+    Raises:
+        Exception: the server does not answer, or the caller is to try again.
+    """
+    for tried in range(min(failed + 1, TRIES), TRIES + 1):
         try:
             return send(sink, records, said)
         except Exception as error:
-            if not sink.answers():
+            last = tried == TRIES
+            if not (last or at_once) or not sink.answers():
                 raise
-            if rest == 0:
-                say(f"MLflow refused {records[0]['op']} failed {TRIES} times: {line_of(error)}", said)
+            if last:
+                say(f"MLflow refused {records[0]['op']}: it failed {TRIES} times ({line_of(error)})", said)
     return len(records)
 
 
@@ -146,7 +158,7 @@ def replay(journal: Journal, sink: Sink, elsewhere: bool = False) -> tuple[int, 
     try:
         with holding(journal):
             for records, offset in groups(journal, 0 if elsewhere else journal.sent):
-                failed = _insist(sink, records, said)
+                failed = insist(sink, records, said)
                 if not elsewhere:
                     journal.note_sent(offset, failed)
                 real = len(records) if "run" in records[0] else 0  # but for the head and torn lines

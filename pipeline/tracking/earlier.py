@@ -18,11 +18,12 @@ from mlflow.exceptions import MlflowException
 from pipeline.config.schema import LOSS
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.statistics.metrics import NAMES
+from pipeline.store.temporary import host_mark
 from pipeline.tracking.client import be_brief, connect, shown
 from pipeline.tracking.delivery import is_bug, replay
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow import MlflowSink
-from pipeline.tracking.process import HOST, deserted, journals_in, remove_journal
+from pipeline.tracking.process import HOST, deserted, is_original, journals_in, remove_journal
 
 logger = logging.getLogger(__name__)
 SCORE = re.compile(f"test_.+({'|'.join(NAMES)})")
@@ -92,13 +93,14 @@ def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:
         raise TrackingError(f"journal: '{name}' is not there; give the .jsonl file that a warning named")
     if not _is_journal(path):
         raise TrackingError(f"journal: '{name}' is no journal; give the .jsonl file that a warning named")
-    with deserted(path) as gone:
-        return _replay(path, tracking_uri, gone)
+    with deserted(path) as unlocked:
+        return _replay(path, tracking_uri, unlocked)
 
 
-def _replay(path: Path, tracking_uri: str, gone: bool) -> tuple[int, int]:
+def _replay(path: Path, tracking_uri: str, unlocked: bool) -> tuple[int, int]:
     """See `replay_journal`. Where the program that wrote the journal is gone, its runs end, and the journal may go."""
     journal = Journal(path, write=False)
+    gone = unlocked and is_original(path, journal.head)
     meant = journal.head.get("uri", "")
     uri = tracking_uri or meant
     if not uri:
@@ -153,14 +155,16 @@ def catch_up(folder: Path, uri: str) -> Iterator[Path]:
 def _finish(path: Path, uri: str) -> None:
     """Does what a program that is gone has left to do of its journal, where that is for this server."""
     if not _is_journal(path):
-        if not path.exists() or b"\n" not in path.read_bytes():  # it was killed as it made or removed it
+        ours = path.stem.endswith(host_mark())  # another host's lock may not be seen here
+        if ours and (not path.exists() or b"\n" not in path.read_bytes()):  # it was killed as it made or removed it
             remove_journal(path)
         return
     journal = Journal(path, write=False)
     if journal.head.get("uri") != uri or journal.head.get("tags", {}).get(HOST) != socket.gethostname():
         return
-    if journal.sent >= journal.end and (journal.refused or not journal.head.get("remove")):
+    may_go = journal.head.get("remove") and not journal.refused and is_original(path, journal.head)
+    if journal.sent >= journal.end and not may_go:
         return
-    arrived, _ = _replay(path, "", gone=True)
+    arrived, _ = _replay(path, "", unlocked=True)
     if arrived:
         logger.info("sent %d records to MLflow that an earlier program left in %s", arrived, path)

@@ -268,12 +268,17 @@ class MlflowSink:
             self._remove_others(record["run"])
 
     def kill_unended(self) -> None:
-        """Ends the runs that the journal's program left RUNNING. For when that program is gone."""
+        """Ends the journal's runs that its program left RUNNING. For when that program is gone.
+
+        A living program in another container may write a journal of the same name: its runs are not in this one.
+        """
         experiments = [one.experiment_id for one in self.client.search_experiments()]
         writers = {record["tags"].get(WRITER) for record in self.journal.runs.values()} - {None}
+        given = {record.get("run_id") for record in self.journal.runs.values()}
         for run in self.client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=MOST_RUNS):
-            if run.data.tags.get(WRITER) in writers:
-                self.client.set_terminated(run.info.run_id, "KILLED")
+            tags, run_id = run.data.tags, run.info.run_id
+            if tags.get(WRITER) in writers and (tags.get(KEY) in self.journal.runs or run_id in given):
+                self.client.set_terminated(run_id, "KILLED")
 
 
 def open_sink(uri: str, journal: Journal) -> MlflowSink:

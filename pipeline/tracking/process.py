@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -25,6 +26,14 @@ PATIENCE = 5.0  # seconds; another program may be looking whether the writer liv
 def writer_tags(journal: Path) -> dict[str, str]:
     """Tags that name the program which writes a journal, so that another can see whether it lives."""
     return {HOST: socket.gethostname(), WRITER: str(journal.absolute())}
+
+
+def is_original(journal: Path, head: Mapping[str, Any]) -> bool:
+    """Whether a journal is the very file that its program writes: beside a copy, the lock is not that program's."""
+    tags = head.get("tags") or {}
+    writer = Path(tags.get(WRITER) or ".")
+    same = (writer.parent.resolve(), writer.name) == (journal.parent.resolve(), journal.name)
+    return same and tags.get(HOST) == socket.gethostname()
 
 
 def lock_path(journal: Path) -> Path:

@@ -18,6 +18,7 @@ from mlflow.tracking.context.registry import resolve_tags
 
 from pipeline.config.schema import Config
 from pipeline.errors import TrackingError
+from pipeline.store.temporary import host_mark
 from pipeline.tracking.client import connect, shown
 from pipeline.tracking.earlier import catch_up
 from pipeline.tracking.journal import Journal
@@ -111,10 +112,10 @@ def open_run(name: str, config: Config, tracking_uri: str = "") -> Iterator[Open
 
 
 def journal_path(config: Config, name: str) -> Path:
-    """A new journal's path, in the folder that the configuration says."""
+    """A new journal's path, in the folder that the configuration says; its name says the host."""
     folder = Path(config.logging.journal or f"{config.store}/journal").expanduser()
     label = re.sub(r"[^\w=.-]", "_", name)[:60]
-    return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}-{os.urandom(3).hex()}.jsonl"
+    return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}-{os.urandom(3).hex()}{host_mark()}.jsonl"
 
 
 def experiment() -> dict[str, str | None]:

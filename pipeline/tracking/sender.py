@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from filelock import Timeout
 
-from pipeline.tracking.delivery import TRIES, Sink, groups, holding, is_bug, line_of, say, send
+from pipeline.tracking.delivery import Sink, groups, holding, insist, is_bug, line_of
 from pipeline.tracking.journal import Journal, Record
 
 logger = logging.getLogger(__name__)
@@ -209,16 +209,10 @@ class Sender:
         return self._open_sink()
 
     def _apply(self, records: Sequence[Record]) -> int:
-        """Applies records; how many were refused. So is one that fails again and again where all else is answered."""
+        """Applies records; how many were refused. Raises where they are to be tried again."""
         assert self.sink is not None
-        try:
-            refused = send(self.sink, records, self._said)
-        except Exception as error:
-            self._of_record += 1
-            if self._of_record < TRIES or not self.sink.answers():
-                raise
-            refused = len(records)
-            say(f"MLflow refused {records[0]['op']} failed {TRIES} times: {line_of(error)}", self._said)
+        failed, self._of_record = self._of_record, self._of_record + 1
+        refused = insist(self.sink, records, self._said, failed, at_once=False)
         self.refused += refused
         return refused
 
