@@ -151,7 +151,7 @@ def snapshot(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, str]:
 def plain(value: Any) -> Any:
     """With tensors as bytes, so that equal means bit for bit, and pickles do not depend on identity."""
     if isinstance(value, Tensor):
-        return value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
     if isinstance(value, np.ndarray):
         return value.tobytes()
     if isinstance(value, dict):
