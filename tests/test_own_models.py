@@ -73,7 +73,9 @@ def test_a_training_of_somebodys_own_model(
         command = [sys.executable, "-m", "pipeline", "main", f"--ckpt={ckpt}", f"--config={tmp_path / 'task.yaml'}"]
         refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert refused.returncode == 2
-        expected = f"error: ckpt: '{ckpt}' holds a {FACTORY}, which is no class of transformers; name it, or a function"
+        expected = (
+            f"error: ckpt: '{ckpt}' holds a {FACTORY}, which is no class of transformers; set model_factory to it"
+        )
         assert refused.stderr.splitlines()[-1].startswith(expected)
         done = subprocess.run([*command, f"--overrides=model_factory={FACTORY}"], cwd=ROOT, check=False)
         assert done.returncode == 0
@@ -305,7 +307,9 @@ def test_a_changed_model_of_transformers_says_so_in_its_checkpoint(model_folder:
     module.model.esm.encoder.layer[1].adapter = nn.Linear(2, 2)
     live = LiveModel(module)
     torch.save({"state_dict": module.state_dict(), DESCRIPTION: live.description}, tmp_path / "a.ckpt")
-    with pytest.raises(CheckpointError, match=r"that was changed from what its configuration says; name the function"):
+    with pytest.raises(
+        CheckpointError, match=r"that was changed from what its configuration says; set model_factory to the function"
+    ):
         open_encoder(str(tmp_path / "a.ckpt"))
 
 

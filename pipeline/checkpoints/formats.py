@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -29,7 +30,11 @@ from pipeline.encoders.description import (
 from pipeline.encoders.weights import is_derived, left_over, matching_prefix, unexpected
 from pipeline.errors import CheckpointError
 
-FACTORY = "name the class that has them, or a function that makes it, with model_factory=my_package.OwnModel"
+FACTORY = (
+    "set model_factory to the class that has them, or to a function that makes it: model_factory=my_package.OwnModel"
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def open_stored(source: str, architecture: str | None, trust_pickle: bool, facto
         raise CheckpointError(f"ckpt: '{source}': expected a Lightning .ckpt, found a {type(content).__name__}")
     description = content.get(DESCRIPTION) or {}
     if factory is not None:
-        opened = _made_by(factory, source, content, description)
+        opened = _made_by(factory, source, content, description, architecture)
     else:
         opened = _from_lightning(content, source, architecture, description)
     return Stored(*opened, description.get("made_with") or {}, content.get("global_step"))
@@ -100,9 +105,11 @@ def _from_folder(source: str, factory: Any) -> tuple[nn.Module, Any]:
         raise CheckpointError(
             f"ckpt: '{source}' lacks weights of the encoder or has them in another shape: {(lacking + wrong)[:3]}"
         )
-    left = unexpected(encoder, _stored_under(info["unexpected_keys"], model), name)
+    inside = _stored_under(info["unexpected_keys"], model)
+    left = unexpected(encoder, inside, name)
     if left:
         raise CheckpointError(left_over(source, encoder, left, FACTORY))
+    _say_left_out([key for key in info["unexpected_keys"] if key not in inside], encoder)
     return (model if factory else encoder), load_tokenizer(source)
 
 
@@ -127,36 +134,56 @@ def _from_lightning(
     state = _state_in(stored)
     weights = [value for value in state.values() if isinstance(value, torch.Tensor)]
     held = sum(value.nbytes for value in weights)
+    if "class" in description:
+        raise CheckpointError(_takes_code(source, str(description["class"])))
     if architecture is not None:
         check_config(Path(architecture), len(weights))
         encoder, name = fresh(AutoConfig.from_pretrained(architecture, trust_remote_code=False), held, source)
         tokenizer, prefix = load_tokenizer(architecture), None
-    elif "class" in description:
-        own = str(description["class"])
-        theirs = own.startswith("transformers.")
-        why = "that was changed from what its configuration says" if theirs else "which is no class of transformers"
-        name = "the function that makes it" if theirs else "it, or a function that makes it,"
-        example = "my_package.make_model" if theirs else own
-        raise CheckpointError(f"ckpt: '{source}' holds a {own}, {why}; name {name} with model_factory={example}")
     elif description:
         check_counts(json.loads(description["config"]), f"ckpt: '{source}'", len(weights))
         encoder, name, tokenizer = rebuild(description, held, source)
         prefix = description["prefix"].replace("_orig_mod.", "")
     else:
-        remedy = "give the Hugging Face folder of its architecture and tokenizer with architecture=..."
+        remedy = f"set architecture to the Hugging Face folder of its configuration and tokenizer, or {FACTORY}"
         raise CheckpointError(f"ckpt: '{source}' does not say what model it holds; {remedy}")
-    fill(encoder, state, matching_prefix(encoder, name, state, prefix, source), source, FACTORY)
+    found = matching_prefix(encoder, name, state, prefix, source)
+    fill(encoder, state, found, source, FACTORY)
+    _say_left_out([key for key in state if not key.startswith(found)], encoder)
     return encoder, tokenizer
 
 
-def _made_by(factory: Any, source: str, stored: Any, description: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+def _takes_code(source: str, own: str) -> str:
+    """What to say of a checkpoint whose model transformers cannot make."""
+    theirs = own.startswith("transformers.")
+    why = "that was changed from what its configuration says" if theirs else "which is no class of transformers"
+    what = "the function that makes it" if theirs else "it, or to a function that makes it"
+    example = "my_package.make_model" if theirs else own
+    return f"ckpt: '{source}' holds a {own}, {why}; set model_factory to {what}, such as model_factory={example}"
+
+
+def _say_left_out(names: Iterable[str], encoder: nn.Module) -> None:
+    """Names the stored weights that stand beside the encoder: heads, or layers that somebody added there."""
+    parts = sorted({".".join(name.split(".")[:2]) for name in names})
+    if parts:
+        logger.info("checkpoint  weights beside the %s are not used: %s", type(encoder).__name__, ", ".join(parts[:8]))
+
+
+def _made_by(
+    factory: Any, source: str, stored: Any, description: Mapping[str, Any], architecture: str | None
+) -> tuple[nn.Module, Any]:
     """The module that the user's code makes, with the stored weights, and the stored tokenizer, if there is one.
 
-    The code is called with the stored configuration, where there is one: an object of the class's `config_class`, if it
-    has that, else a dictionary.
+    The code is called with the stored configuration, or with that of `architecture`, where there is one: an object of
+    the class's `config_class`, if it has that, else a dictionary.
     """
     arguments: list[Any] = []
-    if description.get("config"):
+    if architecture is not None:
+        kind = getattr(factory, "config_class", None)
+        path = Path(architecture) / "config.json"
+        check_config(Path(architecture), None)
+        arguments = [kind.from_pretrained(architecture) if kind else json.loads(path.read_text(encoding="utf-8"))]
+    elif description.get("config"):
         config = json.loads(description["config"])
         check_counts(config, f"ckpt: '{source}'", None)
         check_implementation(description.get("attention"), f"ckpt: '{source}': attention")
@@ -166,7 +193,8 @@ def _made_by(factory: Any, source: str, stored: Any, description: Mapping[str, A
         with torch.random.fork_rng(devices=[]):
             module = factory(*arguments)
     except Exception as error:  # the user's code may raise anything
-        given = "the stored configuration" if arguments else "no configuration: the checkpoint holds none"
+        none = "no configuration: the checkpoint holds none; name a function that needs none, or set architecture"
+        given = "the stored configuration" if arguments else none
         raise CheckpointError(
             f"model_factory: {class_name(factory)} called with {given}: {type(error).__name__}: {error}"
         ) from error
@@ -177,6 +205,8 @@ def _made_by(factory: Any, source: str, stored: Any, description: Mapping[str, A
     state = _state_in(stored)
     remedy = "model_factory must make the model that was trained"
     fill(module.float(), state, matching_prefix(module, "", state, None, source), source, remedy)
+    if architecture is not None:
+        return module, load_tokenizer(architecture)
     return module, described_tokenizer(description) if description.get("tokenizer") else None
 
 

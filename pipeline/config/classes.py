@@ -19,7 +19,7 @@ def import_class(path: str, key: str, known: tuple[str, ...]) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # the user's module may raise anything when it is imported
-        close = nearest(path, known)
+        close = f"; is its folder on PYTHONPATH?{nearest(path, known)}"
         raise ConfigError(
             f"{key}: '{path}' is neither a short name nor a class on the path ({error}){close}"
         ) from error

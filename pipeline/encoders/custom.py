@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -138,8 +139,11 @@ def own_digest(owner: Any, others: Sequence[Any], weights: Callable[[], str]) ->
 
 
 def class_name(encoder_class: Any) -> str:
-    """Module and name of a class, for digests and messages."""
-    return f"{encoder_class.__module__}.{getattr(encoder_class, '__qualname__', encoder_class)}"
+    """Module and name of a class, for digests and messages: of the program's own, its file's name."""
+    module = encoder_class.__module__
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    home = Path(script).stem if module == "__main__" and script else module
+    return f"{home}.{getattr(encoder_class, '__qualname__', encoder_class)}"
 
 
 def module_digest(module: nn.Module) -> str:
