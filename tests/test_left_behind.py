@@ -567,7 +567,7 @@ def test_the_command_line_prints_where_an_error_is_from(entry: list[str], given:
     finally:
         logging.getLogger("pipeline").setLevel(level)
     said = capsys.readouterr().err
-    assert ("Traceback" in said and "config_file.py" in said) == bool(given)
+    assert ("Traceback" in said and "yaml_file.py" in said) == bool(given)
     assert said.splitlines()[-1].startswith("error: ")
 
 
