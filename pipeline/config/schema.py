@@ -1,6 +1,6 @@
 """The typed configuration: what may stand in the section `model.dwnstr_task_validation` of a YAML file.
 
-`config_file.py` makes these from a file. Python users build them directly.
+`yaml_file.py` makes these from a file. Python users build them directly.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class LiveModel:
     rebuild exactly, such as one of a class of the user's own, is run as it is.
 
     Attributes:
-        runs_module: whether measuring runs the module itself; see `neutral.untouched`. A `.ckpt` then takes its code.
+        runs_module: whether measuring runs the module itself; see `training.untouched`. A `.ckpt` then takes its code.
         max_seq_length: as an `Encoder`'s.
         description: what a `.ckpt` says of the module, so that it can be opened without the module's code, or so that
             the user knows what code it takes; None where `infer_target` names a class.
