@@ -127,6 +127,7 @@ def test_the_numbers_are_those_of_the_command_line_and_of_python(
         assert run.data.metrics == metrics
 
 
+@pytest.mark.skipif(version("mlflow").startswith("3.1."), reason="MLflow 3.1 turns loggers off")
 def test_a_difference_in_how_it_is_measured_is_said(
     task: Task, module: Busy, tmp_path: Path, tracking: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -222,6 +223,7 @@ def open_class(module: Busy) -> Any:
     return CustomEncoder.from_module(FromModule, module.eval(), torch.device("cpu"), nullcontext, "")
 
 
+@pytest.mark.skipif(not INERT, reason="Lightning 2.4 shows callbacks no checkpoint that is validated")
 def test_validate_alone(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
     """At the step of the checkpoint, in inference mode; the metrics are there for whoever asks."""
     keep = pl.callbacks.ModelCheckpoint(tmp_path / "kept", "{step}")
@@ -340,6 +342,7 @@ def test_weights_that_did_not_change_are_logged_all_the_same(
     assert len(MlflowClient().search_logged_models(["0"])) == 3
 
 
+@pytest.mark.skipif(not INERT, reason="Lightning 2.4 shows callbacks no checkpoint that is validated")
 def test_the_best_checkpoint_validated_after_fit(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
     """Its numbers are logged at its own step, not at the last one."""
     callback = callback_of(tmp_path, task)

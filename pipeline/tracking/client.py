@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import re
 import socket
@@ -59,7 +60,16 @@ def connect(uri: str = "") -> MlflowClient:
                 left.unlink(missing_ok=True)
             MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
             new.replace(path)
-        return MlflowClient(uri)
+        client = MlflowClient(uri)
+    _enable_loggers()
+    return client
+
+
+def _enable_loggers() -> None:
+    """Has this project's loggers speak on: MLflow 3.1 turns all others off where it makes a database."""
+    for name, one in logging.root.manager.loggerDict.items():
+        if name.startswith("pipeline") and isinstance(one, logging.Logger):
+            one.disabled = False
 
 
 def be_brief() -> None:
