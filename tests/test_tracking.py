@@ -31,6 +31,8 @@ def test_eight_processes_on_a_new_database(tmp_path: Path) -> None:
     ]
     errors = [one.communicate()[1].decode() for one in ours]
     assert [one.returncode for one in ours] == [0] * 8, errors
+    # A program's wait at its end is bounded: what it could not send, the next one does.
+    subprocess.run([sys.executable, "-c", START, "run 8", uri], cwd=tmp_path, env=environment, check=True)
     runs = MlflowClient(uri).search_runs(["0"])
-    assert {run.info.run_name for run in runs} == {f"run {i}" for i in range(8)}
+    assert {run.info.run_name for run in runs} == {f"run {i}" for i in range(9)}
     assert {run.info.status for run in runs} == {"FINISHED"}

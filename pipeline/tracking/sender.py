@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 LINGER = 1.0  # seconds in which further records may join the first of a group
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries of a server that fails
 MOMENT = 0.2  # seconds that the end of a training waits for what is on its way
-PATIENCE = 10.0  # seconds for the next record to arrive, at the end of a program
+PATIENCE = 30.0  # seconds for the next record to arrive, at the end of a program; a busy machine takes ten to connect
 LIMIT = 300.0  # seconds in all
 
 
