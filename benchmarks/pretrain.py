@@ -13,15 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from examples.pretrain import Settings, pretrain, read_sequences
 from pipeline import Config, Files, Task
 from pipeline.config.schema import MaxRows
-from pipeline.pretrain import Settings, pretrain, read_sequences
 from pipeline.report.tables import curve
 from pipeline.score import headlines
 
