@@ -36,7 +36,6 @@ from pipeline.encoders.esm import VOCABULARY, make_tokenizer
 from pipeline.errors import ConfigError
 from pipeline.program import check_tracking, print_links, print_table, run_program
 from pipeline.report.tables import curve, curve_markdown
-from pipeline.score import headlines
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.runs import open_run
 
@@ -222,9 +221,9 @@ def run(options: argparse.Namespace) -> None:
         out = Path(options.out or f"pretrained/{os.environ.get('MLFLOW_RUN_ID', opened.run.key)[:8]}")
         loggers = make_loggers(out, opened.run)
         points = pretrain(sequences, out, settings, config, loggers)
-        opened.run.describe(curve_markdown(points, headlines(config)))
+        opened.run.describe(curve_markdown(points, config.headlines))
         loggers[-1].experiment.finish()  # W&B's process would still be writing when the program ends
-    print_table(curve(points, headlines(config)))
+    print_table(curve(points, config.headlines))
     print(f"Measure it:     mlflow run . --env-manager local -P ckpt={out}")
     print(f"All of them:    mlflow run . --env-manager local -P ckpt='{out}/checkpoints/*' -P config={options.config}")
     print(f"TensorBoard:    tensorboard --logdir {out}")
