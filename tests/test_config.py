@@ -165,7 +165,7 @@ def test_a_wrong_override_of_one_task_of_a_list(tmp_path: Path) -> None:
     )
     path = written(tmp_path, f"model:\n  dwnstr_task_validation:\n    {tasks}\n")
     for key in ("dataset.1.num_epochs", "dataset[1].num_epochs", "dataset.num_epochs"):
-        with pytest.raises(ConfigError, match="^overrides: num_epochs: Value 'many'"):
+        with pytest.raises(ConfigError, match=r"^overrides: num_epochs: Value 'many'"):
             read_config(path, f"{key}=many")
     path.write_text(path.read_text().replace("num_epochs: 1", "num_epochs: many"))
     with pytest.raises(ConfigError, match=r"config\.yaml:5: num_epochs: Value 'many'"):

@@ -236,7 +236,9 @@ def _renamed(entry: dict[Any, Any], path: tuple[Any, ...], lines: Lines) -> dict
     for key, value in entry.items():
         name = str(RENAMED.get(key, key))
         if name in task and task[name] != value:
-            raise ConfigError(f"{lines.at((*path, key))}: '{key}' and '{name}' are one key with different values; keep one")
+            raise ConfigError(
+                f"{lines.at((*path, key))}: '{key}' and '{name}' are one key with different values; keep one"
+            )
         if key not in UNUSED:
             task[name] = value
         if name not in (key, "level"):

@@ -24,12 +24,12 @@ class _Companion(pl.Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Finds the callbacks that measure."""
-        self._sources = tuple(one for one in trainer.callbacks if isinstance(one, DownstreamValidation))
+        self._sources = tuple(found for found in trainer.callbacks if isinstance(found, DownstreamValidation))
         super().setup(trainer, pl_module, stage)
 
     def _source(self, name: str) -> DownstreamValidation | None:
         """The callback that measures the metric `name`; None for a metric of other origin."""
-        return next((one for one in self._sources if one.config.has_metric(name)), None)
+        return next((source for source in self._sources if source.config.has_metric(name)), None)
 
     def _is_fresh(self, trainer: Any, monitor: str) -> bool:
         """Whether the last validation measured the metric on the weights of now; True for metrics of other origin."""
