@@ -25,6 +25,8 @@ COLUMNS: dict[tuple[str, str], list[Any]] = {
     ("token", "regression"): [[1.0, None, -2.5], np.array([0.25, np.nan]), (1, 2, 3, 4)],
 }
 
+NO_SEQUENCE = {"sequence": pd.Series(["M", pd.NA], dtype=object), "y": [1.0, 2.0]}
+
 
 def text(cell: Any) -> Any:
     """A cell as a user writes it into a CSV file."""
@@ -86,11 +88,7 @@ def test_a_score_is_that_of_the_files(tmp_path: Path) -> None:
             DataError,
             r"\['train'\], row 1: column 'y': expected a number",
         ),
-        (
-            {"sequence": pd.Series(["M", pd.NA], dtype=object), "y": [1.0, 2.0]},
-            DataError,
-            r"row 1: column 'sequence': expected a sequence",
-        ),
+        (NO_SEQUENCE, DataError, r"row 1: column 'sequence': expected a sequence"),
     ],
 )
 def test_what_is_wrong_names_frame_row_and_column(frames: Any, kind: type[PipelineError], message: str) -> None:
