@@ -25,7 +25,7 @@ from timing import in_turn, report, write
 from torch import Tensor, nn
 from work import chosen, parser
 
-from pipeline import Store, Task
+from pipeline import Encoder, Store, Task
 from pipeline.embed import Embeddings, embed
 from pipeline.heads.architectures import Dropout, Head
 from pipeline.heads.fit import fit
@@ -35,7 +35,7 @@ from pipeline.train_head import make_head
 CPU = torch.device("cpu")
 
 
-class Random:
+class Random(Encoder):
     """An encoder of random numbers."""
 
     max_seq_length: int | None = None

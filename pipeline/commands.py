@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.checkpoints.opening import name_of, names_of, open_encoder, step_of, with_step
+from pipeline.checkpoints.names import name_of, names_of, step_of, with_step
+from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.schema import Config, metric_name
 from pipeline.config.yaml_file import to_yaml
+from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import PipelineError
 from pipeline.load import Examples
@@ -65,9 +67,7 @@ def measure(
     Raises:
         PipelineError: see `open_encoder` and `validate`.
     """
-    target = config.dataset[0].infer_target
-    how = config.architecture, config.trust_pickle, config.layer, config.model_factory
-    encoder = open_encoder(ckpt, target, config.device, config.precision, *how)
+    encoder = open_encoder(ckpt, EncoderOptions.from_config(config))
     step = step_of(ckpt, encoder)
     label = with_step(name or name_of(ckpt), step)
     run.rename(f"{label} {config.title}")

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, BartModel, BertModel, EsmForMaskedLM, Es
 from pipeline.checkpoints.opening import open_encoder
 from pipeline.encoders.description import DESCRIPTION, describe
 from pipeline.encoders.huggingface import HuggingFaceEncoder
+from pipeline.encoders.options import EncoderOptions
 from pipeline.errors import CheckpointError
 from tests.models import RESIDUES
 
@@ -49,7 +50,7 @@ def test_prott5_equals_transformers_on_spaced_residues(model_folder: Make, slow:
     folder = model_folder("prott5", slow=slow)
     model = T5EncoderModel.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoder = open_encoder(str(folder), "prott5")
+    encoder = open_encoder(str(folder), EncoderOptions("prott5"))
     for text, state in zip(PROTEINS, encoder.hidden_states(PROTEINS), strict=True):
         spaced = " ".join(text).translate(str.maketrans("UZOB", "XXXX"))
         torch.testing.assert_close(state, alone(model, tokenizer, spaced, 0, 1), atol=1e-5, rtol=0)
@@ -61,7 +62,7 @@ def test_bart_equals_transformers_on_smiles(model_folder: Make, split: bool) -> 
     folder = model_folder("smiles_bart", split=split)
     model = BartModel.from_pretrained(folder).get_encoder()
     tokenizer = AutoTokenizer.from_pretrained(model_folder("smiles_bart", split=True))
-    encoder = open_encoder(str(folder), "megamolbart")
+    encoder = open_encoder(str(folder), EncoderOptions("megamolbart"))
     for text, state in zip(MOLECULES, encoder.hidden_states(MOLECULES), strict=True):
         torch.testing.assert_close(state, alone(model, tokenizer, text, 1, 1), atol=1e-5, rtol=0)
     assert encoder.max_seq_length == 254
@@ -96,7 +97,7 @@ def test_layout_and_head_do_not_change_the_digest_and_weights_do(model_folder: M
     plain = open_encoder(str(model_folder("esm"))).digest
     assert open_encoder(str(model_folder("esm", max_shard_size="20KB"))).digest == plain
     assert open_encoder(str(model_folder("esm", seed=1))).digest != plain
-    assert open_encoder(str(model_folder("esm")), precision="bf16").digest != plain
+    assert open_encoder(str(model_folder("esm")), EncoderOptions(precision="bf16")).digest != plain
     live = EsmForMaskedLM.from_pretrained(model_folder("esm")).esm
     assert HuggingFaceEncoder(live, AutoTokenizer.from_pretrained(model_folder("esm"))).digest == plain
 
@@ -124,7 +125,7 @@ def test_a_lightning_checkpoint_that_describes_itself(
     texts = MOLECULES if kind == "smiles_bart" else PROTEINS
     for encoder in (
         open_encoder(str(tmp_path / "a.ckpt")),
-        open_encoder(str(tmp_path / "b.ckpt"), architecture=str(folder)),
+        open_encoder(str(tmp_path / "b.ckpt"), EncoderOptions(architecture=str(folder))),
     ):
         assert encoder.digest == expected.digest
         for one, other in zip(encoder.hidden_states(texts), expected.hidden_states(texts), strict=True):
@@ -137,7 +138,7 @@ def test_two_copies_of_the_weights_need_a_word_on_which(model_folder: Make, tmp_
     twice = {f"{prefix}.{name}": value for prefix in ("net", "ema") for name, value in state.items()}
     torch.save({"state_dict": twice}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="expected one set of weights"):
-        open_encoder(str(tmp_path / "a.ckpt"), architecture=str(folder))
+        open_encoder(str(tmp_path / "a.ckpt"), EncoderOptions(architecture=str(folder)))
 
 
 def test_a_folder_as_mlflow_lays_it_out(model_folder: Make, tmp_path: Path) -> None:
@@ -184,13 +185,13 @@ class WrongEncoder(OwnEncoder):
 def test_a_class_of_the_users_own(tmp_path: Path) -> None:
     path = tmp_path / "weights.ckpt"
     path.write_bytes(b"one")
-    encoder = open_encoder(str(path), "tests.test_encoders.OwnEncoder")
+    encoder = open_encoder(str(path), EncoderOptions("tests.test_encoders.OwnEncoder"))
     assert encoder.hidden_states(["MK"])[0].tolist() == [[2.0] * 4] * 2
     assert encoder.hidden_states(["MK"])[0].dtype == torch.float32
     path.write_bytes(b"two")
-    assert open_encoder(str(path), "tests.test_encoders.OwnEncoder").digest != encoder.digest
+    assert open_encoder(str(path), EncoderOptions("tests.test_encoders.OwnEncoder")).digest != encoder.digest
     with pytest.raises(CheckpointError, match=r"expected 1 tensors of shape \(tokens, 4\), found shapes \[\(2, 3\)\]"):
-        open_encoder(str(path), "tests.test_encoders.WrongEncoder").hidden_states(["MK"])
+        open_encoder(str(path), EncoderOptions("tests.test_encoders.WrongEncoder")).hidden_states(["MK"])
 
 
 def test_opening_a_checkpoint_leaves_the_random_state_alone(model_folder: Make, tmp_path: Path) -> None:
