@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from pipeline.encoders.description import DESCRIPTION, describe
 from pipeline.encoders.huggingface import HuggingFaceEncoder
 from pipeline.encoders.options import EncoderOptions
 from pipeline.errors import CheckpointError
+from tests.conftest import ROOT
 from tests.models import RESIDUES
 
 Make = Callable[..., Path]
@@ -132,6 +137,40 @@ def test_a_lightning_checkpoint_that_describes_itself(
             assert torch.equal(one, other)
 
 
+def test_a_lightning_checkpoint_is_found_by_what_it_holds(model_folder: Make, tmp_path: Path) -> None:
+    folder = model_folder("esm")
+    state = EsmForMaskedLM.from_pretrained(folder).state_dict()
+    options = EncoderOptions(architecture=str(folder))
+    torch.save({"state_dict": state}, tmp_path / "last.pt")
+    assert open_encoder(str(tmp_path / "last.pt"), options).digest == open_encoder(str(folder)).digest
+    torch.save({**state, "_state_dict_hooks": {}}, tmp_path / "weights.pt")
+    (tmp_path / "notes.txt").write_text("state_dict")
+    for name in ("weights.pt", "notes.txt"):
+        with pytest.raises(CheckpointError, match=rf"expected a model folder or a Lightning .ckpt.*{name}"):
+            open_encoder(str(tmp_path / name), options)
+    assert open_encoder(str(tmp_path), options).step is None  # the one checkpoint in the folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("num_hidden_layers", 10**9, "expected 0 to 100000, found 1000000000"), ("attn_implementation", "a/b", "'a/b'")],
+)
+def test_the_configuration_of_a_hub_id_is_checked_before_it_is_used(
+    model_folder: Make, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    cached = tmp_path / "hub" / "models--someone--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(model_folder("esm"), cached / "snapshots" / ("0" * 40))
+    path = cached / "snapshots" / ("0" * 40) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    code = "from pipeline import open_encoder; open_encoder('someone/model')"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert f"{key}: " in run.stderr.splitlines()[-1]
+    assert message in run.stderr.splitlines()[-1]
+
+
 def test_two_copies_of_the_weights_need_a_word_on_which(model_folder: Make, tmp_path: Path) -> None:
     folder = model_folder("esm")
     state = EsmForMaskedLM.from_pretrained(folder).state_dict()
@@ -175,6 +214,18 @@ class OwnEncoder:
         return [torch.full((len(text), 4), float(len(text)), dtype=torch.float64) for text in sequences]
 
 
+class FullEncoder(OwnEncoder):
+    """Has more of the protocol."""
+
+    max_seq_length = 9
+    packs = True
+    step = 3
+    notes = ("a note",)
+
+    def why_unknown(self, sequence: str) -> str:
+        return f"; spell {sequence}"
+
+
 class WrongEncoder(OwnEncoder):
     """Says 4 and gives 3."""
 
@@ -192,6 +243,20 @@ def test_a_class_of_the_users_own(tmp_path: Path) -> None:
     assert open_encoder(str(path), EncoderOptions("tests.test_encoders.OwnEncoder")).digest != encoder.digest
     with pytest.raises(CheckpointError, match=r"expected 1 tensors of shape \(tokens, 4\), found shapes \[\(2, 3\)\]"):
         open_encoder(str(path), EncoderOptions("tests.test_encoders.WrongEncoder")).hidden_states(["MK"])
+
+
+def test_a_class_of_the_users_own_has_what_it_lacks_by_default(tmp_path: Path) -> None:
+    (tmp_path / "weights.ckpt").write_bytes(b"one")
+    own, full = (
+        open_encoder(str(tmp_path / "weights.ckpt"), EncoderOptions(f"tests.test_encoders.{name}"))
+        for name in ("OwnEncoder", "FullEncoder")
+    )
+    assert (own.max_seq_length, own.packs, own.step, own.notes, own.why_unknown("MK")) == (None, False, None, (), "")
+    assert (full.max_seq_length, full.packs, full.step) == (9, True, 3)
+    assert (*full.notes, full.why_unknown("MK")) == ("a note", "; spell MK")
+    assert own.count_unknown(["MK"]) == full.count_unknown(["MK"]) == [(0, 2)]
+    assert own.reusable
+    assert full.reusable
 
 
 def test_opening_a_checkpoint_leaves_the_random_state_alone(model_folder: Make, tmp_path: Path) -> None:

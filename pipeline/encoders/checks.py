@@ -61,7 +61,7 @@ def read_configuration(source: str, tensors: int | None = None) -> dict[str, Any
     Raises:
         CheckpointError: it is no JSON object, or see `check_configuration`.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = Path(str(cached_file(source, "config.json")))
     try:

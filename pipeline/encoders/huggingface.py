@@ -73,7 +73,7 @@ class HuggingFaceEncoder(Encoder):
         self.max_seq_length = limit_of(config, self.tokens)
 
     @cached_property
-    def digest(self) -> str:  # type: ignore[override]  # a cached property can be set, too
+    def digest(self) -> str:  # type: ignore[override]  # mypy: read-only, though a cached property can be set
         """See `Encoder`. Worked out when it is first asked for: all weights are read."""
         how = self.precision if self.layer is None else f"{self.precision} layer {self.layer}"
         if self.as_is:
@@ -92,7 +92,7 @@ class HuggingFaceEncoder(Encoder):
         return not self.as_is or self._code is not None
 
     @cached_property
-    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
+    def notes(self) -> Sequence[str]:  # type: ignore[override]
         """See `Encoder`."""
         return () if self.reusable else (no_reuse(type(self.model), "embeddings are made"),)
 
