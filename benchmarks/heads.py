@@ -25,8 +25,9 @@ from timing import in_turn, report, write
 from torch import Tensor, nn
 from work import chosen, parser
 
-from pipeline import Encoder, Store, Task
+from pipeline import Store, Task
 from pipeline.embed import Embeddings, embed
+from pipeline.encoders.protocol import Encoder
 from pipeline.heads.architectures import Dropout, Head
 from pipeline.heads.fit import fit
 from pipeline.load import Examples, Part, Target

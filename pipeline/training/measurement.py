@@ -1,4 +1,4 @@
-"""What rank 0 does for the callback: prepares, and measures the weights of the moment."""
+"""The work of rank 0 for the callback: it prepares, and measures the current weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,26 +17,24 @@ from pipeline import validation
 from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.classes import encoder_class
 from pipeline.config.schema import Config, Task
-from pipeline.config.yaml_file import to_yaml
 from pipeline.embed import check_sequences, made_with
-from pipeline.encoders.description import DESCRIPTION
 from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError
-from pipeline.load import Examples
+from pipeline.load import Examples, load
 from pipeline.progress import no_progress
-from pipeline.report.publishing import describe, facts_of, publish, publish_curves
+from pipeline.report.publishing import describe, publish_curves
 from pipeline.report.tables import curve_markdown
-from pipeline.score import Scores, headlines
 from pipeline.store.shelf import Store
 from pipeline.store.temporary import temporary_folder
-from pipeline.tracking import FOLDER, AtStep, Guarded, NullTracker, Several, Tracker, attempt, guarded
+from pipeline.tracking import FOLDER, Guarded, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.tracking.mirrors import LoggerTracker
 from pipeline.train_head import make_head
+from pipeline.training.saving import save
 from pipeline.training.untouched import untouched
-from pipeline.validation import check, dry_run, read, validate
+from pipeline.validation import check, dry_run
 
 if TYPE_CHECKING:
     from pipeline.tracking.training import TrainingRun
@@ -54,9 +51,9 @@ class Measurement:
     def __init__(
         self, config: Config, trainer: Any, say: Callable[[str], None], earlier_run: str | None = None
     ) -> None:
-        """Keeps the trainer: its loggers, precision and folder are asked for when they are needed.
+        """Keeps the trainer: its loggers, precision and folder are read when they are needed.
 
-        `say` is told what a user wants to see.
+        `say` prints a line for the user.
         """
         self.say = say
         self.config = config
@@ -89,7 +86,7 @@ class Measurement:
                 if not may_wait:
                     raise
             self._limit = self._live.max_seq_length if self._live else None
-            self._examples = read(self._tasks, self._limit)
+            self._read()
             self.description = self._describe()
             self._check(module)
 
@@ -130,7 +127,7 @@ class Measurement:
             several = Several([Guarded(run.run), *self._loggers()])
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
         if run.own and points:
-            run.run.describe(curve_markdown(points, headlines(self.config)))
+            run.run.describe(curve_markdown(points, self.config.headlines))
         attempt("closing of the MLflow run", lambda: run.end(status))
 
     @property
@@ -139,7 +136,7 @@ class Measurement:
 
     @property
     def _device(self) -> str:
-        """The trainer's device; at the end of training the module may be back on the CPU."""
+        """The trainer's root device: at the end of training the module may be back on the CPU."""
         return str(self.trainer.strategy.root_device) if self.config.device == "auto" else self.config.device
 
     @property
@@ -210,11 +207,11 @@ class Measurement:
                 make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
 
     def _measure(self, module: nn.Module, step: int) -> dict[str, float]:
-        source = str(self._save(module, step)) if self.config.save else "live weights"
+        source = str(save(module, self.trainer, step, self.description)) if self.config.save else "live weights"
         encoder = self._open(source) if self.config.save else self._encoder(module)
         if encoder.max_seq_length != self._limit:
             self._limit = encoder.max_seq_length
-            self._examples = read(self._tasks, self._limit)
+            self._read()
         with ExitStack() as stack:
             store = self._store(stack.enter_context(self._folder()))
             run = self._training_run()
@@ -223,18 +220,22 @@ class Measurement:
                 child = self.config.child_runs
                 open_tracker = partial(run.measurement, step, encoder.digest, source, self.config.title, child)
                 tracker = stack.enter_context(guarded("logging to MLflow", open_tracker))
-            scores = validate(encoder, self.config.tasks, store, tracker, examples=self._examples)
-            metrics = {name: value for one in scores for name, value in one.metrics.items()}
-            mirrors = AtStep(Several(self._loggers()), step)
-            mirrors.metrics(metrics)
-            attempt("the report", lambda: self._publish(scores, Several([tracker, mirrors]), encoder, step, source))
-        return metrics
+            scores = validation.measure(
+                encoder,
+                self.config,
+                store,
+                tracker,
+                Several(self._loggers()),
+                source,
+                step,
+                f"step={step}",
+                examples=self._examples,
+            )
+        return validation.metrics_of(scores)
 
-    def _publish(self, scores: list[Scores], tracker: Tracker, encoder: Encoder, step: int, source: str) -> None:
-        """Pictures and the page."""
-        if self.config.logging.figures:
-            facts = facts_of(source, step, encoder, scores)
-            publish(scores, tracker, f"step={step}: {self.config.title}", facts, to_yaml(self.config))
+    def _read(self) -> None:
+        """Reads and checks all data."""
+        self._examples = [load(task, self._limit) for task in self._tasks]
 
     def _loggers(self) -> list[LoggerTracker]:
         """The trainer's loggers, but for one that writes to the run that has the metrics already."""
@@ -249,28 +250,6 @@ class Measurement:
 
     def _open(self, source: str) -> Encoder:
         return open_encoder(source, replace(self._options, trust_pickle=True))  # it was just written here
-
-    def _save(self, module: Any, step: int) -> Path:
-        """Writes the weights of the moment as Lightning would, without its callbacks and its barrier."""
-        content = {
-            "epoch": self.trainer.current_epoch,
-            "global_step": self.trainer.global_step,
-            "pytorch-lightning_version": _lightning_version(self.trainer),
-            "state_dict": module.state_dict(),
-            "hyper_parameters": dict(module.hparams),
-        }
-        module.on_save_checkpoint(content)
-        if self.description is not None:
-            content[DESCRIPTION] = self.description
-        folder = Path(self.trainer.default_root_dir) / "downstream"
-        path = folder / f"step={step}.ckpt"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(content, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"save: '{path}' cannot be written ({error}); set default_root_dir") from error
-        return path
 
     def _store(self, root: Path) -> Store:
         config = self.config
@@ -313,9 +292,3 @@ class Measurement:
         if is_kind(logger, "JournalLogger"):
             return logger.experiment is run.run
         return is_kind(logger, "MLFlowLogger") and logger.run_id == run.run_id
-
-
-def _lightning_version(trainer: Any) -> str:
-    """Of the package that the trainer, or a class that it is made from, is of."""
-    homes = [one.__module__.split(".trainer")[0] for one in type(trainer).__mro__ if ".trainer" in one.__module__]
-    return str(import_module(homes[-1]).__version__)

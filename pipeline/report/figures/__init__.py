@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.schema import metric_name
 from pipeline.load import Examples, Part, Target
 from pipeline.report.figures.canvas import (
     BLUE,
@@ -31,6 +30,7 @@ from pipeline.report.figures.canvas import (
 from pipeline.report.figures.classes import class_picture, confusion, confusion_picture
 from pipeline.report.figures.examples import curve_picture, text_picture
 from pipeline.score import Scores
+from pipeline.statistics.metrics import metric_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,7 +109,7 @@ def _stems(names: Sequence[str]) -> list[str]:
 
 def _predicted(scores: Scores, target: Target) -> npt.NDArray[Any]:
     """Class indices or numbers, shape (units,)."""
-    column = scores.predictions[f"{target.name}_prediction"].combine_chunks()
+    column = scores.table[f"{target.name}_prediction"].combine_chunks()
     return np.asarray(column if target.classes is None else column.indices)
 
 
