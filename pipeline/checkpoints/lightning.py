@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.checkpoints.stored import Format, Stored, Weights
 from pipeline.checkpoints.unpickle import read_tensors
 from pipeline.encoders.description import DESCRIPTION
+from pipeline.encoders.internals import uncompiled_state
 from pipeline.encoders.options import EncoderOptions
 from pipeline.errors import CheckpointError
 
@@ -31,8 +32,8 @@ def _read(source: str, options: EncoderOptions, factory: Any) -> Stored:
     content = read_tensors(source, options.trust_pickle)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"ckpt: '{source}': expected a Lightning .ckpt, found a {type(content).__name__}")
-    weights = Weights(source, content.get("state_dict", {}), content.get(DESCRIPTION) or {}, content.get("global_step"))
-    return weights.fill(options, factory)
+    state, description = uncompiled_state(content.get("state_dict", {})), content.get(DESCRIPTION) or {}
+    return Weights(source, state, description, content.get("global_step")).fill(options, factory)
 
 
 LIGHTNING = Format(_holds, _read)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.checkpoints.unpickle import StandIn, class_of
 from pipeline.encoders.checks import check_configuration, read_configuration
 from pipeline.encoders.description import described_tokenizer, fresh, load_tokenizer, rebuild
-from pipeline.encoders.internals import uncompiled, uncompiled_state
+from pipeline.encoders.internals import uncompiled
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.source import class_name
 from pipeline.encoders.weights import check_unexpected, matching_prefix
@@ -65,7 +65,7 @@ class Weights:
 
     Attributes:
         source: names the checkpoint in messages.
-        state: the weights by name.
+        state: the weights by name, without what `torch.compile` adds to the names.
         description: what the checkpoint says of the model, see `describe`; empty where it says nothing.
         step: of the training.
     """
@@ -77,9 +77,10 @@ class Weights:
 
     def fill(self, options: EncoderOptions, factory: Any) -> Stored:
         """The model that these weights are of, filled with them, and its tokenizer; see `Format.read`."""
-        state = uncompiled_state(self.state)
-        make = _made_by if factory is not None else _of_transformers
-        model, tokenizer = make(self, state, options.architecture, factory)
+        if factory is None:
+            model, tokenizer = _of_transformers(self, options.architecture)
+        else:
+            model, tokenizer = _made_by(self, options.architecture, factory)
         return Stored(model, tokenizer, self.description.get("made_with") or {}, self.step)
 
 
@@ -90,13 +91,11 @@ def say_left_out(names: Iterable[str], encoder: nn.Module) -> None:
         logger.info("checkpoint  weights beside the %s are not used: %s", type(encoder).__name__, ", ".join(parts[:8]))
 
 
-def _of_transformers(
-    weights: Weights, state: Mapping[str, Any], architecture: str | None, _: None
-) -> tuple[nn.Module, Any]:
+def _of_transformers(weights: Weights, architecture: str | None) -> tuple[nn.Module, Any]:
     """The encoder, of a class of transformers, and its tokenizer."""
     from transformers import AutoConfig
 
-    source, description = weights.source, weights.description
+    source, state, description = weights.source, weights.state, weights.description
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
     held = sum(value.nbytes for value in tensors)
     if "class" in description:
@@ -113,7 +112,7 @@ def _of_transformers(
         remedy = f"set architecture to the Hugging Face folder of its configuration and tokenizer, or {FACTORY}"
         raise CheckpointError(f"ckpt: '{source}' does not say what model it holds; {remedy}")
     found = matching_prefix(encoder, name, state, prefix, source)
-    _load(encoder, state, found, source, FACTORY)
+    _load(encoder, weights, found, FACTORY)
     say_left_out([key for key in state if not key.startswith(found)], encoder)
     return encoder, tokenizer
 
@@ -127,17 +126,14 @@ def _takes_code(source: str, own: str) -> str:
     return f"ckpt: '{source}' holds a {own}, {why}; set model_factory to {what}, such as model_factory={example}"
 
 
-def _made_by(
-    weights: Weights, state: Mapping[str, Any], architecture: str | None, factory: Any
-) -> tuple[nn.Module, Any]:
+def _made_by(weights: Weights, architecture: str | None, factory: Any) -> tuple[nn.Module, Any]:
     """The module that the user's code makes, and the stored tokenizer, if there is one."""
-    source, description = weights.source, weights.description
     module = _call(factory, _arguments(weights, architecture, factory))
-    prefix = matching_prefix(module, "", state, None, source)
-    _load(module.float(), state, prefix, source, "model_factory must make the model that was trained")
+    prefix = matching_prefix(module, "", weights.state, None, weights.source)
+    _load(module.float(), weights, prefix, "model_factory must make the model that was trained")
     if architecture is not None:
         return module, load_tokenizer(architecture)
-    return module, described_tokenizer(description) if description.get("tokenizer") else None
+    return module, described_tokenizer(weights.description) if weights.description.get("tokenizer") else None
 
 
 def _arguments(weights: Weights, architecture: str | None, factory: Any) -> list[Any]:
@@ -175,13 +171,14 @@ def _call(factory: Any, arguments: list[Any]) -> nn.Module:
     return module
 
 
-def _load(model: nn.Module, state: Mapping[str, Any], prefix: str, source: str, remedy: str) -> None:
+def _load(model: nn.Module, weights: Weights, prefix: str, remedy: str) -> None:
     """Loads the stored weights whose names begin with `prefix`; every one of the model's is there.
 
     Raises:
         CheckpointError: a weight has another shape, is no tensor, or is not one of the model's; `remedy` says what to
             do about the last.
     """
+    state, source = weights.state, weights.source
     check_unexpected(model, state, prefix, source, remedy)
     own = model.state_dict()
     stored = {key: state[prefix + key] for key in own if prefix + key in state}
