@@ -8,13 +8,14 @@ active run per thread, and would open a second one for a caller that has its own
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import (
+    Dataset,
     DatasetInput,
     InputTag,
     LoggedModel,
@@ -206,13 +207,11 @@ class MlflowSink:
             self.client.log_artifact(run_id, str(path), record["folder"] or None)
 
     def _data(self, records: Sequence[Record]) -> None:
-        from mlflow.data import sources
-
         data = records[0]["data"]
-        source = sources.LocalArtifactDatasetSource(data["source"])  # type: ignore[attr-defined]
-        dataset = MetaDataset(source, name=data["name"], digest=data["digest"][:16])  # type: ignore[abstract]
+        source = json.dumps({"uri": data["source"]})
+        dataset = Dataset(data["name"], data["digest"][:16], "local", source)
         tags = {"mlflow.data.context": data["part"], "rows": str(data["rows"]), "left_out": str(data["left_out"])}
-        inputs = DatasetInput(dataset._to_mlflow_entity(), [InputTag(key, value) for key, value in tags.items()])
+        inputs = DatasetInput(dataset, [InputTag(key, value) for key, value in tags.items()])
         try:
             self.client.log_inputs(self.run_id(records[0]["run"]), [inputs])
         except MlflowException:  # two processes may insert the same new data set at once: then it is there now

@@ -119,11 +119,9 @@ def journal_path(config: Config, name: str) -> Path:
 
 
 def experiment() -> dict[str, str | None]:
-    """The experiment that the program has set, or that MLflow's own variables name."""
-    chosen = getattr(mlflow.tracking.fluent, "_active_experiment_id", None)
-    if chosen:
-        return {"name": None, "id": str(chosen)}
-    return {"name": os.environ.get("MLFLOW_EXPERIMENT_NAME"), "id": os.environ.get("MLFLOW_EXPERIMENT_ID")}
+    """The experiment that MLflow's own variables name: `mlflow.set_experiment` sets the one of the id."""
+    chosen = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    return {"name": None if chosen else os.environ.get("MLFLOW_EXPERIMENT_NAME"), "id": chosen}
 
 
 def link(ids: tuple[str, str]) -> str:
