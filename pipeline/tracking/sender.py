@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from filelock import Timeout
 
-from pipeline.tracking.delivery import Sink, groups, holding, insist, is_bug, line_of
+from pipeline.tracking.delivery import Sink, groups, is_bug, line_of, lock_for_sending, send_with_retries
 from pipeline.tracking.journal import Journal
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Sender:
         self._offset = journal.sent
         self._progress = self._failures = 0
         self._tries = 0  # of the next record
-        self._reasons: set[str] = set()  # of refusals that were warned of
+        self._known: set[str] = set()  # reasons of refusals that were warned of
         self._changed = threading.Condition()
         self._hurry = threading.Event()
         self._thread: threading.Thread | None = None
@@ -146,7 +146,7 @@ class Sender:
         pause = FIRST_PAUSE
         while self._goes_on():
             try:
-                with holding(self.journal):
+                with lock_for_sending(self.journal):
                     self._send()
                     if self._finishing and self.done:
                         self._tidy()
@@ -178,7 +178,7 @@ class Sender:
         for records, offset in groups(self.journal, self._offset):
             self.sink = self.sink or self._connect()
             self._tries += 1
-            refused = insist(self.sink, records, self._reasons, self._tries - 1, at_once=False)
+            refused = send_with_retries(self.sink, records, self._known, self._tries - 1, at_once=False)
             self.journal.note_sent(offset, refused)
             if self._remove:
                 self.journal.drop(records)
