@@ -538,6 +538,27 @@ def test_every_thread_of_a_sender_fails_fast(tmp_path: Path, tracking: str, monk
     assert [retries for _, retries in found] == [0, 0]
 
 
+def test_the_end_of_a_program_needs_no_new_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Python 3.12 starts none then."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    finished = {name: Sender(Journal(tmp_path / f"{name}.jsonl"), FakeSink, remove=True) for name in "ab"}
+    for sender in finished.values():
+        wait(sender)
+        while (thread := sender._thread) is not None:
+            thread.join()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert finished["a"].close()
+    assert not list(tmp_path.glob("a.*"))
+    finished["b"].journal.append({"op": "x"})
+    assert not finished["b"].close()
+    assert "send it later with" in caplog.text
+
+
 def test_the_experiment_that_a_script_has_set(tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`mlflow.set_experiment` sets MLFLOW_EXPERIMENT_ID, which takes precedence over a name in the environment."""
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the environment")
@@ -549,7 +570,7 @@ def test_the_experiment_that_a_script_has_set(tmp_path: Path, tracking: str, mon
         (experiment,) = [one for one in MlflowClient().search_experiments() if one.name == name]
         assert opened.ids is not None
         assert opened.ids[0] == experiment.experiment_id
-        monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)  # restored by the end of the test
+        monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None, raising=False)
         mlflow.set_experiment("of the script")
 
 

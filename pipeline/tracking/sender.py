@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
@@ -86,7 +87,7 @@ class Sender:
         deadline = time.monotonic() + limit
         self._hurry.set()
         with self._changed:
-            while not (self.done or self.failure or self.ended):
+            while self._thread is not None and not (self.done or self.failure or self.ended):
                 rest = deadline - time.monotonic()
                 before = self._progress
                 self._changed.wait(max(0.0, min(rest, patience or rest)))
@@ -97,9 +98,12 @@ class Sender:
         return self.done
 
     def finish(self) -> None:
-        """Nothing will be added: the thread removes or closes the journal when everything has arrived."""
+        """Nothing will be added: the journal is closed, or removed, when everything has arrived."""
         with self._changed:
             self._finishing = True
+            if self._thread is None and self.done:  # at the end of a program Python 3.12 starts no thread for it
+                with contextlib.suppress(Timeout), lock_for_sending(self.journal):
+                    self._tidy()
         self._hurry.set()
         self._start()
 
@@ -125,8 +129,10 @@ class Sender:
         """Starts the thread, unless it runs."""
         with self._changed:
             if self._thread is None and not self.ended:
-                self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="journal", daemon=True)
+                with contextlib.suppress(RuntimeError):  # of Python 3.12, at the end of the program
+                    thread.start()
+                    self._thread = thread
 
     def _end(self) -> None:
         with self._changed:
