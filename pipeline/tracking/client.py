@@ -47,7 +47,7 @@ def connect(uri: str = "") -> MlflowClient:
     """A client of the tracking server or database in force, or of the one at `uri`.
 
     A new SQLite database is made by one process at a time, and renamed when it is whole: MLflow makes it without a
-    lock, two at once break it, and one that a kill left half-made can never be opened again.
+    lock, two processes at once break it, and a half-made database that a kill left can never be opened again.
     """
     uri = uri or mlflow.get_tracking_uri()
     path = Path(uri.removeprefix("sqlite:///"))

@@ -24,7 +24,7 @@ SHORT = {
     "Connection reset by peer": "the connection was lost",
     "Name or service not known": "there is no such host",
 }
-TRIES = 3  # of one record, where the server answers all else
+TRIES = 3  # of a record, while the server answers other requests
 
 
 class RefusedError(Exception):
@@ -83,7 +83,7 @@ def send(sink: Sink, records: Sequence[Record], known: set[str]) -> int:
         logger.debug("%s cannot be sent", records[0]["op"], exc_info=True)
         reason = f"{records[0]['op']} is not sent, by a mistake in the program: {line_of(error)}"
     parts = split(records)
-    if len(parts) > 1:  # one of them spoils all
+    if len(parts) > 1:  # perhaps only some of them are refused
         return sum(send(sink, part, known) for part in parts)
     if reason:
         _warn_once(reason, known)

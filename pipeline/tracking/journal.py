@@ -35,7 +35,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, uri: str = "", remove: bool = False, write: bool = True) -> None:
-        """Opens the journal at `path`, or makes one whose records are for the server or database at `uri`.
+        """Opens the journal at `path`, or makes a new journal for the server or database at `uri`.
 
         Args:
             path: the file.

@@ -43,7 +43,7 @@ class JournalRun:
         mine: bool = True,
         **what: Any,
     ) -> JournalRun:
-        """Begins a run, or goes on with the one that has this key.
+        """Begins a run, or continues the run with this key.
 
         Args:
             journal: where it is written.

@@ -112,14 +112,14 @@ def open_run(name: str, config: Config, tracking_uri: str = "") -> Iterator[Open
 
 
 def journal_path(config: Config, name: str) -> Path:
-    """A new journal's path, in the folder that the configuration says; its name says the host."""
+    """A new journal's path, in the folder that the configuration names; the file's name holds the host's."""
     folder = Path(config.logging.journal or f"{config.store}/journal").expanduser()
     label = re.sub(r"[^\w=.-]", "_", name)[:60]
     return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}-{os.urandom(3).hex()}{host_mark()}.jsonl"
 
 
 def experiment() -> dict[str, str | None]:
-    """The experiment that MLflow's own variables name: `mlflow.set_experiment` sets the one of the id."""
+    """The experiment that MLflow's own variables name: `mlflow.set_experiment` sets MLFLOW_EXPERIMENT_ID."""
     chosen = os.environ.get("MLFLOW_EXPERIMENT_ID")
     return {"name": None if chosen else os.environ.get("MLFLOW_EXPERIMENT_NAME"), "id": chosen}
 
