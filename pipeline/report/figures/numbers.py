@@ -1,0 +1,132 @@
+"""Figures of numbers: predictions, losses, lengths, and metrics over a training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.load import Examples
+from pipeline.report.figures.canvas import GREY, MINUS, drawable, new_figure, save, shorten
+from pipeline.score import Scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+POINTS = 20_000  # of a scatter plot at most; a random sample with a fixed seed where there are more
+DENSE = 1500  # number of points from which their density is drawn instead
+SKEWED = 20  # longest by median length from which lengths have a logarithmic axis
+
+
+def scatter_figure(
+    heading: tuple[str, str], true: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64], path: Path
+) -> Path:
+    """Predicted against true, and the residuals beside."""
+    true, predicted, notes = sample(true, predicted)
+    figure = new_figure(9.6, 5.0, heading[0], heading[1] + notes)
+    same, residuals = figure.subplots(1, 2)
+    same.set(xlabel="true", ylabel="predicted", aspect="equal", adjustable="datalim")
+    residuals.set(xlabel="predicted", ylabel=f"predicted {MINUS} true")
+    for axes, x, y in ((same, true, predicted), (residuals, predicted, predicted - true)):
+        if len(x) < DENSE:
+            axes.scatter(x, y, 15, alpha=0.7, linewidths=0)
+        else:
+            axes.hexbin(x, y, gridsize=55, bins="log", mincnt=1, cmap="viridis_r", linewidths=0.2)
+    if len(true):
+        ends = min(true.min(), predicted.min()), max(true.max(), predicted.max())
+        same.plot(ends, ends, GREY, linewidth=1)
+    residuals.axhline(0, color=GREY, linewidth=1)
+    return save(figure, path)
+
+
+def sample(
+    true: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], str]:
+    """The pairs of numbers to draw, and what a reader must know of the choice."""
+    fine = np.isfinite(drawable(true) + drawable(predicted))
+    notes = "" if fine.all() else f"; {(~fine).sum():,} that are not finite are left out"
+    kept = np.flatnonzero(fine)
+    if len(kept) > POINTS:
+        kept = np.sort(np.random.default_rng(0).choice(kept, POINTS, replace=False))
+        notes = f"; a sample of {POINTS:,}{notes}"
+    if len(kept) >= DENSE:
+        notes += "; yellow where they are few"
+    return true[kept], predicted[kept], notes
+
+
+def loss_figure(scores: Scores, path: Path) -> Path:
+    """The head's losses by epoch; with a held-out part, the epoch whose head was kept."""
+    subtitle = f"{len(scores.losses)} epochs; train loss {scores.losses[-1]:.4g} in the last"
+    best = None
+    if scores.held_losses:
+        best = int(np.nanargmin(np.nan_to_num(scores.held_losses, nan=np.inf)))
+        subtitle += f"; held-out loss {scores.held_losses[best]:.4g} at its least, after epoch {best + 1}"
+    figure = new_figure(7.2, 4.0, f"{scores.task_name}: training of the head", subtitle)
+    axes = figure.subplots()
+    for name, losses in (("train", scores.losses), ("held out", scores.held_losses)):
+        if losses:
+            axes.plot(np.arange(len(losses)) + 1, drawable(losses), label=name, marker="o" if len(losses) <= 30 else "")
+    if best is not None:
+        axes.axvline(best + 1, color=GREY, linewidth=1, linestyle=":")
+    axes.locator_params(axis="x", integer=True)
+    axes.set(xlabel="epoch", ylabel="mean loss", xlim=(0.5, len(scores.losses) + 0.5))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return save(figure, path)
+
+
+def length_figure(examples: Examples, path: Path) -> Path:
+    """The share of sequences by length in each part, with those that are left out because they are too long."""
+    parts, limit = {"train": examples.train, "test": examples.test}, examples.limit
+    lengths = np.concatenate([part.lengths for part in parts.values()])
+    low, high = int(lengths.min()), int(lengths.max())
+    skewed = high > SKEWED * np.median(lengths)
+    spaced = np.geomspace if skewed else np.linspace
+    bins = spaced(low - 0.5, high + 0.5, 50) if skewed or high - low > 60 else np.arange(low, high + 2) - 0.5
+    texts = []
+    for name, part in parts.items():
+        too_long = f", {part.left_out:,} of them too long" if limit is not None else ""
+        texts.append(f"{name}: {len(part.lengths):,} sequences{too_long}")
+    figure = new_figure(7.2, 4.0, f"{examples.task.task_name}: lengths of the sequences", "; ".join(texts))
+    axes = figure.subplots()
+    for color, (name, part) in zip(("C0", "C1"), parts.items(), strict=True):
+        shares = 100 * np.histogram(part.lengths, bins)[0] / len(part.lengths)
+        axes.stairs(shares, bins, color=color, linewidth=1.5, label=name)
+        axes.stairs(shares, bins, color=color, alpha=0.2, fill=True)
+    axes.set(xlabel="characters", ylabel="% of the part", xlim=(bins[0], bins[-1]), ylim=(0, None))
+    if limit is not None and limit < 2 * high:
+        axes.axvline(limit + 0.5, color="C2", linestyle="--", label=f"at most {limit:,} are used")
+        axes.set_xlim(right=max(bins[-1], limit + 1))
+    if skewed:
+        _logarithmic(axes)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    return save(figure, path)
+
+
+def _logarithmic(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+
+
+def training_figure(task: str, metrics: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> Path:
+    """Axes of their own for each metric, with a marker at each measured step."""
+    columns = min(3, len(metrics))
+    rows = -(-len(metrics) // columns)
+    steps = {step for points in metrics.values() for step, _ in points}
+    subtitle = f"metrics by training step; {len(steps)} measurements"
+    figure = new_figure(max(3.1 * columns, 5), 1.9 * rows + 0.7, task or "Downstream validation", subtitle)
+    grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+    for axes in grid.flat[len(metrics) :]:
+        axes.remove()
+    for axes, (name, points) in zip(grid.flat, metrics.items(), strict=False):
+        axes.plot(*zip(*points, strict=True), marker="o")
+        axes.set_title(f"{shorten(name, 30)}: {points[-1][1]:.4g}".replace("-", MINUS))
+        axes.locator_params(axis="x", integer=True, nbins=4)
+        axes.tick_params("x", labelbottom=True)
+    return save(figure, path)
