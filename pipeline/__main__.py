@@ -147,7 +147,6 @@ def _pretrain(options: argparse.Namespace) -> None:
     from pipeline.config.yaml_file import read_config
     from pipeline.pretrain import Settings, make_loggers, pretrain, read_sequences
     from pipeline.report.tables import curve, curve_markdown
-    from pipeline.score import headlines
     from pipeline.tracking.runs import open_run
 
     _check_tracking(options.tracking_uri)
@@ -162,9 +161,9 @@ def _pretrain(options: argparse.Namespace) -> None:
         out = Path(options.out or f"pretrained/{os.environ.get('MLFLOW_RUN_ID', opened.run.key)[:8]}")
         loggers = make_loggers(out, opened.run)
         measured = pretrain(sequences, out, settings, config, loggers)
-        opened.run.describe(curve_markdown(measured, headlines(config)))
+        opened.run.describe(curve_markdown(measured, config.headlines))
         loggers[-1].experiment.finish()  # Lightning leaves W&B writing behind the program's end
-    _print(curve(measured, headlines(config)))
+    _print(curve(measured, config.headlines))
     print(f"Measure it:     mlflow run . --env-manager local -P ckpt={out}")
     print(f"All of them:    mlflow run . --env-manager local -P ckpt='{out}/checkpoints/*' -P config={options.config}")
     print(f"TensorBoard:    tensorboard --logdir {out}")

@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import validation
 from pipeline.checkpoints.opening import name_of, names_of, open_encoder, step_of, with_step
-from pipeline.config.schema import Config, metric_name
-from pipeline.config.yaml_file import to_yaml
+from pipeline.config.schema import Config
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import PipelineError
 from pipeline.load import Examples
 from pipeline.report import comparison as compare
-from pipeline.report.publishing import facts_of, publish, publish_curves
+from pipeline.report.publishing import facts_of, publish_curves
 from pipeline.report.tables import markdown
-from pipeline.score import Scores, headlines
+from pipeline.score import Scores
+from pipeline.statistics.metrics import metric_name
 from pipeline.store.shelf import Store
-from pipeline.tracking import AtStep, Several, Tracker
+from pipeline.tracking import Several, Tracker
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.validation import validate
 
 if TYPE_CHECKING:
     from pipeline.tracking.earlier import Earlier
@@ -75,19 +75,12 @@ def measure(
         run.checkpoint(label, encoder.digest, ckpt, step)
     store = Store(Path(config.store), config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
     store.clear()
-    here = AtStep(run, step or 0)
-    scores = validate(encoder, config.tasks, store, here, until, _same(known, encoder))
-    metrics = {name: value for one in scores for name, value in one.metrics.items()}
+    examples = _same(known, encoder)
+    scores = validation.measure(encoder, config, store, run, Several(mirrors), ckpt, step, label, until, examples)
     if scores:
-        facts = facts_of(ckpt, step, encoder, scores)
-        run.describe(markdown(facts, scores))
-        mirrored = AtStep(Several(mirrors), step or 0)
-        mirrored.metrics(metrics)
-        if config.logging.figures:
-            title = f"{label}: {config.title}"
-            publish(scores, Several([here, mirrored]), title, facts, to_yaml(config))
+        run.describe(markdown(facts_of(ckpt, step, encoder, scores), scores))
     data = frozenset(one.examples.test.digest for one in scores)
-    return Measured(compare.Row(label, step, metrics, "", data), scores)
+    return Measured(compare.Row(label, step, validation.metrics_of(scores), "", data), scores)
 
 
 def measure_several(
@@ -135,7 +128,7 @@ def _compare(rows: Sequence[compare.Row], config: Config, run: JournalRun, mirro
 
 def shown(rows: Sequence[compare.Row], config: Config) -> list[str]:
     """The metrics that a leaderboard shows: the main ones, those first that a row has at all."""
-    names = headlines(config)
+    names = config.headlines
     return [name for name in names if any(name in row.metrics for row in rows)] or compare.choose(rows) or names
 
 

@@ -64,6 +64,12 @@ class Embeddings:
     reusable: bool = True
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """What the pass over all tasks took."""
+        hits = self.cached / max(1, self.cached + self.embedded)
+        return {"embedded": self.embedded, "cached": self.cached, "tokens": self.tokens, "cache_hits": hits}
+
+    @property
     def shelf(self) -> Shelf:
         """Where they are stored."""
         return self.vectors.shelf

@@ -20,6 +20,7 @@ from pipeline.config.schema import Task
 from pipeline.data import tables
 from pipeline.data.labels import READERS, Labels
 from pipeline.errors import ConfigError, DataError
+from pipeline.statistics.metrics import metric_name
 
 UNKNOWN = -1  # the class of a masked label: no label is -1 where the mask is True
 
@@ -113,6 +114,13 @@ class Examples:
         """The parts there are, by name."""
         parts = {"train": self.train, "test": self.test}
         return parts if self.val is None else {**parts, "val": self.val}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """How many sequences of each part are used, and how many are left out because they are too long."""
+        name = metric_name(self.task.task_name)
+        used = {f"{name}/{part}_rows": float(len(content)) for part, content in self.parts.items()}
+        return used | {f"{name}/{part}_left_out": float(content.left_out) for part, content in self.parts.items()}
 
 
 @dataclass

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from pipeline.config.schema import LOSS, Config, metric_name, metric_stems
 from pipeline.embed import Embeddings
 from pipeline.heads.batches import Data
 from pipeline.heads.fit import loss_of, predict
 from pipeline.load import Examples, Part, Target
-from pipeline.statistics.metrics import Metrics, classification, regression
+from pipeline.statistics.classification import classification
+from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, Measured, Metric
+from pipeline.statistics.regression import regression
 from pipeline.train_head import FittedHead
 
-HEADLINE = {"classification": "accuracy", "regression": "spearman"}  # the metric to show where there is room for one
-LOWER_IS_BETTER = (LOSS, "_mse", "_rmse", "_mae")
-FLOORS = ("accuracy", "macro_f1", "mse", "rmse", "mae")  # metrics for which a constant guess says something
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -28,79 +28,92 @@ class Scores:
     """What a checkpoint's embeddings are worth on a task.
 
     Attributes:
-        task_name: the task.
-        metrics: by name, such as `test_3state_accuracy`, over the whole test set.
-        omitted: why further metrics are not defined on this data.
-        constant: for some of the metrics, what the best constant guess from the train part reaches: its most frequent
-            class, or its mean.
-        predictions: a row per unit of the test set: `row` (FILE:ROW), `position` in token-level tasks, and for each
-            target `<target>_target`, `_mask`, `_prediction` and, for classes, `_probabilities`.
+        examples: what was scored.
+        results: the metrics, over the whole test set.
+        omitted: by name, why further metrics are not defined on this data.
+        table: the predictions, a row per unit of the test set: `row` (FILE:ROW), `position` in token-level tasks, and
+            for each target `<target>_target`, `_mask`, `_prediction` and, for classes, `_probabilities`.
         losses: the head's mean training loss at each epoch.
         held_losses: with `patience`, the loss on the held-out part after each epoch.
-        examples: what was scored.
-        notes: warnings from the stages before.
+        notes: warnings about the scores.
+        earlier_notes: warnings from the stages before.
     """
 
-    task_name: str
-    metrics: dict[str, float]
+    examples: Examples
+    results: tuple[Metric, ...]
     omitted: dict[str, str]
-    constant: dict[str, float]
-    predictions: pa.Table
+    table: pa.Table
     losses: list[float]
     held_losses: list[float]
-    examples: Examples
     notes: tuple[str, ...] = ()
+    earlier_notes: tuple[str, ...] = ()
 
-    def prefixed(self, prefix: str) -> Scores:
-        """The same with `prefix` in front of every metric's name."""
-        return replace(
-            self,
-            metrics={prefix + name: value for name, value in self.metrics.items()},
-            omitted={prefix + name: reason for name, reason in self.omitted.items()},
-            constant={prefix + name: value for name, value in self.constant.items()},
-        )
+    @property
+    def task_name(self) -> str:
+        """The task's name."""
+        return self.examples.task.task_name
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The values by name, such as `test_3state_accuracy`."""
+        return {metric.key: metric.value for metric in self.results}
+
+    @property
+    def constant(self) -> dict[str, float]:
+        """By name, where it says something: what the best constant guess from the train labels reaches."""
+        return {metric.key: metric.constant for metric in self.results if metric.constant is not None}
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """`table` as a DataFrame: labels are categories."""
+        frame: pd.DataFrame = self.table.to_pandas()
+        return frame
 
 
-def score(embeddings: Embeddings, fitted: FittedHead) -> Scores:
-    """Predicts the whole test part and computes every metric on it."""
+def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> Scores:
+    """Predicts the whole test part and computes every metric on it.
+
+    Args:
+        embeddings: of the test part.
+        fitted: the head.
+        in_list: the task is one of a list, where the names of metrics begin with the task's.
+    """
     examples = embeddings.examples
     targets, part = examples.targets, examples.test
-    names = [metric_name(target.name) for target in targets]
+    task_name = examples.task.task_name if in_list else ""
     outputs = _predict(embeddings, fitted)
-    values = {LOSS: float(loss_of(outputs, _tensors(part.values), _tensors(part.masks), targets))}
-    omitted: dict[str, str] = {}
-    constant: dict[str, float] = {}
-    for index, (name, target) in enumerate(zip(names, targets, strict=True)):
+    loss = float(loss_of(outputs, _tensors(part.values), _tensors(part.masks), targets))
+    results, omitted = [Metric(task_name, "", LOSS, loss)], dict[str, str]()
+    for index, target in enumerate(targets):
         mask, train = part.masks[index], examples.train
         true = part.values[index][mask]
-        found = _metrics(outputs[index].numpy()[mask], true, target)
+        found = _measure(outputs[index].numpy()[mask], true, target)
         guess = _constant(train.values[index][train.masks[index]], len(true), target)
-        floors = _metrics(guess, true, target).values
-        values.update({f"test_{name}_{metric}": number for metric, number in found.values.items()})
-        omitted.update({f"test_{name}_{metric}": reason for metric, reason in found.omitted.items()})
-        constant.update({f"test_{name}_{metric}": floors[metric] for metric in FLOORS if metric in floors})
-    for name in [name for name, value in values.items() if not np.isfinite(value)]:
-        omitted[name] = f"it is {values.pop(name)}: the labels or the head's outputs are out of range"
-    table = _table(part, targets, outputs)
-    notes = examples.notes + embeddings.notes
-    worse = [name for name, floor in constant.items() if name.endswith("_mse") and values.get(name, 0.0) > floor]
+        constant = _measure(guess, true, target).values
+        results += [
+            Metric(task_name, target.name, name, value, constant.get(name) if name in HAVE_CONSTANT else None)
+            for name, value in found.values.items()
+        ]
+        omitted.update({Metric(task_name, target.name, name).key: why for name, why in found.omitted.items()})
+    for metric in results:
+        if not np.isfinite(metric.value):
+            omitted[metric.key] = f"it is {metric.value}: the labels or the head's outputs are out of range"
+    finite = tuple(metric for metric in results if np.isfinite(metric.value))
+    notes = [f"{name} is left out: {reason}" for name, reason in omitted.items()]
+    worse = [one.key for one in finite if one.name == "mse" and one.constant is not None and one.value > one.constant]
     if worse:
         remedy = "train longer, raise optim.lr, or bring the labels to a mean of 0 and a deviation of 1"
-        notes += (f"{', '.join(worse)} is worse than a constant guess: {remedy}",)
-    losses = fitted.losses, fitted.held_losses
-    return Scores(examples.task.task_name, values, omitted, constant, table, *losses, examples, notes)
-
-
-def headlines(config: Config) -> list[str]:
-    """The names of the metrics to be shown in a line: one per target."""
-    kinds = [HEADLINE[task.task_type] for task in config.dataset for _ in task.target_column]
-    stems = [stem for stem in metric_stems(config) if not stem.endswith(LOSS)]
-    return [stem + kind for stem, kind in zip(stems, kinds, strict=True)]
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether the better of two checkpoints has the lower value."""
-    return metric.endswith(LOWER_IS_BETTER)
+        notes.append(f"{', '.join(worse)} is worse than a constant guess: {remedy}")
+    return Scores(
+        examples,
+        finite,
+        omitted,
+        _table(part, targets, outputs),
+        fitted.losses,
+        fitted.held_losses,
+        tuple(notes),
+        examples.notes + embeddings.notes + fitted.notes,
+    )
 
 
 def _predict(embeddings: Embeddings, fitted: FittedHead) -> list[torch.Tensor]:
@@ -115,7 +128,7 @@ def _tensors(arrays: list[Any]) -> list[torch.Tensor]:
     return [torch.from_numpy(array) for array in arrays]
 
 
-def _metrics(output: npt.NDArray[np.float64], value: npt.NDArray[Any], target: Target) -> Metrics:
+def _measure(output: npt.NDArray[np.float64], value: npt.NDArray[Any], target: Target) -> Measured:
     if target.classes is None:
         return regression(value, output[:, 0])
     return classification(value, _softmax(output), target.classes)

@@ -60,6 +60,17 @@ class FittedHead:
     reused: bool
     notes: tuple[str, ...] = ()
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers by name."""
+        return {"reused": float(self.reused)}
+
+    @property
+    def curves(self) -> dict[str, list[float]]:
+        """Losses by name, one for each epoch."""
+        curves = {"train_loss": self.losses, "val_loss": self.held_losses}
+        return {name: losses for name, losses in curves.items() if losses}
+
 
 def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> FittedHead:
     """Trains a fresh head on the train part, or takes it from the store where the same one was trained before.

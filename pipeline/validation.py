@@ -1,31 +1,53 @@
-"""The whole path. The command line, the callback and Python users all call `validate`."""
+"""The path: `validate` walks it, and `measure` publishes what it gives.
+
+The command line, the callbacks and Python users call these two, and differ in where the encoder comes from and what
+the tracker is.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Protocol
 
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.config.schema import Task, check_names, metric_name
-from pipeline.embed import Embeddings, differences, embed, made_with, precision_of
+from pipeline.config.schema import Config, Task, check_names
+from pipeline.config.yaml_file import to_yaml
+from pipeline.embed import Embeddings, differences, embed, made_with
 from pipeline.encoders.protocol import Encoder
-from pipeline.heads import optimizers as optim
+from pipeline.heads import optimizers
 from pipeline.load import Examples, load
+from pipeline.report.publishing import facts_of, publish
 from pipeline.score import Scores, score
+from pipeline.statistics.metrics import metric_name
 from pipeline.store.shelf import Store
 from pipeline.store.temporary import temporary_folder
-from pipeline.tracking import Data, NullTracker, Tracker
-from pipeline.train_head import FittedHead, make_head, train_heads
+from pipeline.tracking import AtStep, Data, NullTracker, Several, Tracker, attempt
+from pipeline.train_head import FittedHead, make_head, train_head
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("load", "embed", "train_head", "score")
+
+
+class Result(Protocol):
+    """What every stage gives: beside its content, what there is to log of it."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers by name."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Warnings for whoever reads the result."""
+        ...
 
 
 def validate(
@@ -53,35 +75,87 @@ def validate(
         PipelineError: see `load`, `embed`, `train_head` and `score`.
     """
     tracker = tracker or NullTracker()
-    several = not isinstance(tasks, Task)
-    wanted = [tasks] if isinstance(tasks, Task) else list(tasks)
-    last = STAGES.index(until)
-    check(wanted)
-    with _stage(tracker, "load") as step:
-        loaded = list(examples or read(wanted, encoder.max_seq_length))
-        _tell(loaded, tracker, step)
-    embeddings = _embed(loaded, encoder, store, tracker) if last >= 1 else []
+    in_list, last = not isinstance(tasks, Task), STAGES.index(until)
+    tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
+    check(tasks, with_files=examples is None)
+    with _stage(tracker, "load") as run:
+        examples = list(examples or [load(task, encoder.max_seq_length) for task in tasks])
+        _log_load(examples, run, tracker)
+    if last < STAGES.index("embed"):
+        return []
+    with _stage(tracker, "embed") as run:
+        embeddings = embed(examples, encoder, store)
+        _log_embed(embeddings, encoder, store, run)
     scores = []
-    heads = train_heads(embeddings, store, encoder.device)
-    for one in embeddings if last >= 2 else []:
-        name = one.examples.task.task_name
-        suffix = f" {name}" if several else ""
-        prefix = f"{metric_name(name)}/" if several else ""
-        scores += _fit_and_score(one, heads, tracker, (prefix, suffix, last))
+    for task_embeddings in embeddings if last >= STAGES.index("train_head") else []:
+        suffix = f" {task_embeddings.examples.task.task_name}" if in_list else ""
+        with _stage(tracker, f"train_head{suffix}") as run:
+            head = train_head(task_embeddings, store, encoder.device)
+            _log_head(head, task_embeddings.examples.task.task_name, run)
+        if last < STAGES.index("score"):
+            continue
+        with _stage(tracker, f"score{suffix}") as run:
+            scores.append(score(task_embeddings, head, in_list))
+            _log_scores(scores[-1], run, tracker)
     return scores
 
 
-def check(tasks: Sequence[Task]) -> None:
-    """Raises ConfigError where a task, its optimiser or the names of several cannot be: before hours of embedding."""
+def measure(
+    encoder: Encoder,
+    config: Config,
+    store: Store,
+    tracker: Tracker,
+    mirrors: Tracker,
+    source: str,
+    step: int | None = None,
+    title: str = "",
+    until: str = "score",
+    examples: Sequence[Examples] | None = None,
+) -> list[Scores]:
+    """Validates an encoder and publishes the result: numbers, pictures and the page.
+
+    Args:
+        encoder: what is measured.
+        config: the tasks, and what is published.
+        store: where embeddings and heads are kept.
+        tracker: gets everything, each stage too.
+        mirrors: get the numbers, the pictures and the page.
+        source: where the weights are from: the checkpoint's path, or `live weights`.
+        step: of the training that made the weights; None where it is not known.
+        title: of the page.
+        until: see `validate`.
+        examples: see `validate`.
+
+    Raises:
+        PipelineError: see `validate`. What cannot be drawn only warns.
+    """
+    here, beside = AtStep(tracker, step or 0), AtStep(mirrors, step or 0)
+    scores = validate(encoder, config.tasks, store, here, until, examples)
+    if not scores:
+        return scores
+    beside.metrics(metrics_of(scores))
+    if config.logging.figures:
+        facts, both = facts_of(source, step, encoder, scores), Several([here, beside])
+        attempt("the report", lambda: publish(scores, both, f"{title}: {config.title}", facts, to_yaml(config)))
+    return scores
+
+
+def metrics_of(scores: Sequence[Scores]) -> dict[str, float]:
+    """The metrics of all tasks by name."""
+    return {name: value for one in scores for name, value in one.metrics.items()}
+
+
+def check(tasks: Sequence[Task], with_files: bool = True) -> None:
+    """Raises ConfigError where a task, its optimizer or the names of several cannot be: before hours of embedding.
+
+    Args:
+        tasks: what is to be measured.
+        with_files: the data are read from files, so each task must say where they are.
+    """
     check_names(tasks)
     for task in tasks:
-        task.check()
-        optim.check(task.optim)
-
-
-def read(tasks: Sequence[Task], max_seq_length: int | None) -> list[Examples]:
-    """The first stage for each task; see `load`."""
-    return [load(task, max_seq_length) for task in tasks]
+        task.check(with_files)
+        optimizers.check(task.optim)
 
 
 def dry_run(encoder: Encoder, examples: Sequence[Examples]) -> None:
@@ -98,19 +172,19 @@ def dry_run(encoder: Encoder, examples: Sequence[Examples]) -> None:
 
 
 def data_of(examples: Examples, part: str) -> Data:
-    """What trackers are told of a part."""
+    """A part of a task's data as trackers know it."""
     task, content = examples.task, examples.parts[part]
-    source = f"{task.dataset_path}/{part}"
+    source = f"{task.dataset_path}/{part}" if task.dataset_path else "DataFrame"
     return Data(task.task_name, part, source, content.digest, len(content), content.left_out)
 
 
 @contextmanager
 def _stage(tracker: Tracker, name: str) -> Iterator[Tracker]:
-    """A step of the tracker that is told at its end what it took: wall-clock seconds, and the process's peak memory."""
-    with tracker.step(name) as step:
+    """Runs a stage, and logs its seconds and the process's peak memory."""
+    with tracker.step(name) as run:
         began = time.perf_counter()
-        yield step
-        step.metrics({"seconds": time.perf_counter() - began, **_peak_memory()})
+        yield run
+        run.metrics({"seconds": time.perf_counter() - began, **_peak_memory()})
 
 
 def _peak_memory() -> dict[str, float]:
@@ -126,72 +200,54 @@ def _peak_memory() -> dict[str, float]:
     return peak
 
 
-def _tell(examples: Sequence[Examples], tracker: Tracker, step: Tracker) -> None:
-    """Tells the trackers and the user of the data."""
-    for one in examples:
-        name = one.task.task_name
-        for part, content in one.parts.items():
-            rows, left_out = len(content), content.left_out
-            step.metrics({f"{metric_name(name)}/{part}_rows": rows, f"{metric_name(name)}/{part}_left_out": left_out})
-            for run in (step, tracker):
-                run.data(data_of(one, part))
-        logger.info("load        %s: %s", name, ", ".join(f"{len(c)} {p}" for p, c in one.parts.items()))
-        for note in one.notes:
-            _note(step, name, note)
+def _log(result: Result, name: str, run: Tracker) -> None:
+    """Logs what a stage gave: its numbers to the stage's run, its warnings there and to the user."""
+    run.metrics(result.metrics)
+    _warn(result.notes, name, run)
 
 
-def _embed(examples: list[Examples], encoder: Encoder, store: Store, tracker: Tracker) -> list[Embeddings]:
-    with _stage(tracker, "embed") as step:
-        began = time.perf_counter()
-        embeddings = embed(examples, encoder, store)
-        seconds, first = time.perf_counter() - began, embeddings[0]
-        step.metrics({"embedded": first.embedded, "cached": first.cached, "tokens": first.tokens})
-        step.metrics({"cache_hits": first.cached / max(1, first.cached + first.embedded)})
-        if first.tokens:
-            step.metrics({"tokens_per_second": first.tokens / seconds})
-        logger.info("embed       %d sequences embedded, %d already stored", first.embedded, first.cached)
-        for one in embeddings:
-            for note in one.notes:
-                _note(step, one.examples.task.task_name, note)
-        for note in getattr(encoder, "notes", ()):
-            _note(step, "encoder", note)
-        here = made_with(encoder.device, precision_of(encoder), store, examples)
-        for note in differences(getattr(encoder, "made_with", {}), here):
-            _note(step, "checkpoint", note)
-    return embeddings
+def _warn(notes: Sequence[str], name: str, run: Tracker) -> None:
+    for note in notes:
+        logger.warning("%s: %s", name, note)
+        run.note(f"{name}: {note}")
 
 
-def _fit_and_score(
-    embeddings: Embeddings, heads: Iterator[FittedHead], tracker: Tracker, how: tuple[str, str, int]
-) -> list[Scores]:
-    prefix, suffix, last = how
-    name = embeddings.examples.task.task_name
-    with _stage(tracker, f"train_head{suffix}") as step:
-        fitted = next(heads)
-        for epoch, loss in enumerate(fitted.losses):
-            step.metrics({"train_loss": loss}, step=epoch + 1)
-        for epoch, loss in enumerate(fitted.held_losses):
-            step.metrics({"val_loss": loss}, step=epoch + 1)
-        step.metrics({"reused": float(fitted.reused)})
-        state = "taken from the store" if fitted.reused else "trained"
-        logger.info("train_head  %s: %s, %d epochs", name, state, len(fitted.losses))
-        for note in fitted.notes:
-            _note(step, name, note)
-    if last < STAGES.index("score"):
-        return []
-    with _stage(tracker, f"score{suffix}") as step:
-        scores = score(embeddings, fitted).prefixed(prefix)
-        for run in (step, tracker):
-            run.metrics(scores.metrics, data=data_of(embeddings.examples, "test"))
-        for metric, reason in scores.omitted.items():
-            _note(step, name, f"{metric} is left out: {reason}")
-        with temporary_folder() as folder:
-            path = folder / f"predictions_{metric_name(name)}.parquet"
-            pq.write_table(scores.predictions, path)
-            tracker.artifact(path)
-    return [scores]
+def _log_load(examples: Sequence[Examples], run: Tracker, tracker: Tracker) -> None:
+    for task in examples:
+        name = task.task.task_name
+        logger.info("load        %s: %s", name, ", ".join(f"{len(part)} {kind}" for kind, part in task.parts.items()))
+        _log(task, name, run)
+        for part in task.parts:
+            run.data(data_of(task, part))
+            tracker.data(data_of(task, part))
 
 
-def _note(tracker: Tracker, task_name: str, text: str) -> None:
-    logger.warning("%s: %s", task_name, text)
-    tracker.note(f"{task_name}: {text}")
+def _log_embed(embeddings: Sequence[Embeddings], encoder: Encoder, store: Store, run: Tracker) -> None:
+    """One pass serves all tasks, so each has the same numbers."""
+    numbers = embeddings[0]
+    logger.info("embed       %d sequences embedded, %d already stored", numbers.embedded, numbers.cached)
+    for task in embeddings:
+        _log(task, task.examples.task.task_name, run)
+    _warn(encoder.notes, "encoder", run)
+    here = made_with(encoder.device, encoder.precision, store, [task.examples for task in embeddings])
+    _warn(differences(encoder.made_with, here), "checkpoint", run)
+
+
+def _log_head(head: FittedHead, name: str, run: Tracker) -> None:
+    state = "taken from the store" if head.reused else "trained"
+    logger.info("train_head  %s: %s, %d epochs", name, state, len(head.losses))
+    for curve, losses in head.curves.items():
+        for epoch, loss in enumerate(losses, 1):
+            run.metrics({curve: loss}, step=epoch)
+    _log(head, name, run)
+
+
+def _log_scores(scores: Scores, run: Tracker, tracker: Tracker) -> None:
+    data = data_of(scores.examples, "test")
+    run.metrics(scores.metrics, data=data)
+    tracker.metrics(scores.metrics, data=data)
+    _warn(scores.notes, scores.task_name, run)
+    with temporary_folder() as folder:
+        path = folder / f"predictions_{metric_name(scores.task_name)}.parquet"
+        pq.write_table(scores.table, path)
+        tracker.artifact(path)

@@ -33,6 +33,7 @@ from pipeline.report.figures.classes import (
 )
 from pipeline.report.figures.examples import choose, row_of
 from pipeline.score import Scores, score
+from pipeline.statistics.metrics import LOSS, Metric
 from pipeline.store.shelf import Store
 from pipeline.train_head import train_head
 from tests.conftest import FakeEncoder, make_task
@@ -128,7 +129,7 @@ def by_hand(
     column = pa.DictionaryArray.from_arrays(pa.array(said.astype(np.int32)), names) if classes else pa.array(said)
     examples = Examples(Task(level=level, task_type=kind, target_column=["y"]), (target,), part, part)
     table = pa.table({"y_prediction": column})
-    return Scores("by hand", {"dwnstr_task_val_loss": 1.0}, {}, {}, table, [], [], examples), examples
+    return Scores(examples, (Metric("", "", LOSS, 1.0),), {}, table, [], []), examples
 
 
 def test_every_picture_of_a_token_task_in_order(tmp_path: Path, token: tuple[Scores, Examples]) -> None:
@@ -147,7 +148,7 @@ def test_the_numbers_drawn_are_those_of_scikit_learn_at_unmasked_positions(
     )
     scores, examples = token
     draw(scores, examples, tmp_path)
-    table = scores.predictions
+    table = scores.table
     for (names, counts), target in zip(drawn, ("label", "seen"), strict=True):
         mask = np.array(column(table, f"{target}_mask"))
         true, said = (np.array(column(table, f"{target}_{what}"))[mask] for what in ("target", "prediction"))
@@ -178,7 +179,7 @@ def test_a_class_that_was_declared_and_never_seen_is_left_out(tmp_path: Path, mo
     scores, examples = by_hand("classification", "sequence", ["a"], [3, 3], np.array([0, 0]))
     examples = replace(examples, targets=(replace(examples.targets[0], outputs=4),))
     column = pa.DictionaryArray.from_arrays(pa.array([0, 2], pa.int32()), ["a", "class 1", "class 2", "class 3"])
-    draw(replace(scores, predictions=pa.table({"y_prediction": column})), examples, tmp_path)
+    draw(replace(scores, table=pa.table({"y_prediction": column})), examples, tmp_path)
     assert drawn[0][0] == ["a", "class 2"]
     assert drawn[0][1].tolist() == [[1, 1], [0, 0]]
 
@@ -272,7 +273,8 @@ def test_any_class_names_can_be_drawn(
     true, said = (np.resize(np.array(data.draw(shape)), units) for _ in range(2))
     folder = tmp_path_factory.mktemp("classes")
     scores, examples = by_hand("classification", level, names, lengths, said, true=true)
-    check_pictures(draw(replace(scores, task_name=names[0]), examples, folder), folder)
+    examples = replace(examples, task=replace(examples.task, task_name=names[0]))
+    check_pictures(draw(replace(scores, examples=examples), examples, folder), folder)
 
 
 @pytest.mark.parametrize("classes", [1, 13, 40, MOST, MOST + 1, 300])
@@ -325,7 +327,7 @@ def test_lengths_hold_what_is_left_out(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(canvas, "fitting", lambda text, *given: told.append(text) or fit(text, *given))  # type: ignore[func-returns-value]
     rows = [{"sequence": "M" * length, "y": length} for length in (3, 9, 4, 2000)]
     examples = load(make_task(tmp_path, rows, max_seq_length=5))
-    scores = Scores("t", {}, {}, {}, pa.table({"y_prediction": [0.5, 0.5]}), [], [], examples)
+    scores = Scores(examples, (), {}, pa.table({"y_prediction": [0.5, 0.5]}), [], [])
     check_pictures(draw(scores, examples, tmp_path / "out"), tmp_path / "out")
     assert "train: 4 sequences, 2 of them too long; test: 4 sequences, 2 of them too long" in told
 

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as reference
 
-from pipeline.statistics.metrics import classification, regression
+from pipeline.statistics.classification import classification
+from pipeline.statistics.metrics import LOSS, OF_KIND, Metric
+from pipeline.statistics.regression import regression
 
 
 def test_classification_by_hand() -> None:
@@ -87,3 +89,27 @@ def test_regression_agrees_with_scikit_learn_and_scipy(seed: int, n: int) -> Non
         ranks = stats.rankdata(true), stats.rankdata(predicted)
         assert found.values["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-9)
     assert np.isfinite(list(found.values.values())).all()
+
+
+KINDS = [name for names in OF_KIND.values() for name in names]
+
+
+@given(
+    st.text("ab_ /.é", min_size=1, max_size=9).filter(str.strip),
+    st.text("ab_1 .", min_size=1, max_size=9),
+    st.sampled_from(KINDS),
+)
+def test_a_logged_name_says_task_target_and_metric(task: str, target: str, name: str) -> None:
+    metric = Metric(task, target, name)
+    parsed = Metric.parse(metric.key)
+    assert parsed is not None
+    assert (parsed.key, parsed.target, parsed.name) == (metric.key, target, name)
+    assert metric.key.startswith(metric.stem)
+    assert metric.lower_is_better == (name in ("mse", "rmse", "mae"))
+
+
+def test_the_loss_is_of_the_whole_task() -> None:
+    assert Metric("a/b", "", LOSS).key == f"a_b/{LOSS}"
+    assert Metric.parse(LOSS, 2.0) == Metric("", "", LOSS, 2.0)
+    assert Metric("", "", LOSS).lower_is_better
+    assert [Metric.parse(key) for key in ("train_loss", "test_x_f1", "x/lr", "test__mse")] == [None] * 4

@@ -122,7 +122,9 @@ def test_any_text_is_shown_as_it_is(
 ) -> None:
     """Tags, entities, and what a template would take for a place of its own."""
     for text in ("$title ${facts} $$ &lt; <!-- ]]>", title):
-        scores = replace(measured[0][1], task_name=text, notes=(text,))
+        examples = measured[0][1].examples
+        examples = replace(examples, task=replace(examples.task, task_name=text))
+        scores = replace(measured[0][1], examples=examples, notes=(text,), earlier_notes=())
         reader = Reader(page(text, [scores], {}, {**facts, text: text}, yaml))
         assert reader.texts["h1"] == [text]
         assert reader.texts["h2"][0] == text

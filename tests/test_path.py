@@ -13,12 +13,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.config.schema import Files, Task, metric_name
+from pipeline.config.schema import Files, Task
 from pipeline.embed import embed
 from pipeline.errors import ConfigError, DataError
 from pipeline.heads.batches import Data
 from pipeline.load import load
 from pipeline.score import Scores, score
+from pipeline.statistics.metrics import metric_name
 from pipeline.store.shelf import Store
 from pipeline.train_head import train_head
 from pipeline.validation import validate
@@ -97,12 +98,12 @@ def test_shuffled_test_rows_give_the_same_score_and_shuffled_labels_do_not(tmp_p
 
 def test_a_moved_mask_changes_exactly_what_is_counted(tmp_path: Path, store: Store) -> None:
     task = planted_task(tmp_path)
-    before = measure(task, store).predictions
+    before = measure(task, store).table
     rows = planted(proteins(30, 2))
     moved = [{**row, "seen": str(row["seen"])[1:] + str(row["seen"])[0]} for row in rows]
     write_csv(tmp_path / "test" / "x000.csv", moved)
     scores = measure(task, store)
-    after = scores.predictions
+    after = scores.table
     assert column(after, "label_prediction") == column(before, "label_prediction")
     assert column(after, "label_probabilities") == column(before, "label_probabilities")
     mask = [letter == "1" for row in moved for letter in str(row["seen"])]
@@ -192,7 +193,7 @@ def test_scores_repeat_to_the_last_bit(tmp_path: Path) -> None:
     reused = measure(task, Store(tmp_path / "c"))
     for other in (from_disk, again, reused):
         assert other.metrics == cold.metrics
-        assert other.predictions == cold.predictions
+        assert other.table == cold.table
         assert other.losses == cold.losses
 
 
@@ -238,8 +239,8 @@ def test_several_heads_with_a_mask_for_one_of_them(tmp_path: Path, store: Store)
     scores = measure(planted_task(tmp_path, **targets), store)
     assert scores.metrics["test_label_accuracy"] > 0.95
     assert scores.metrics["test_seen_accuracy"] > 0.99
-    assert "label_mask" in scores.predictions.column_names
-    assert all(column(scores.predictions, "seen_mask"))
+    assert "label_mask" in scores.table.column_names
+    assert all(column(scores.table, "seen_mask"))
 
 
 def test_stages_stop_where_they_are_told(tmp_path: Path, store: Store, fake: FakeEncoder) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 from pipeline.config.classes import ENCODERS, refuse_reference
 from pipeline.config.optimizer_names import check_names as check_optim_names
 from pipeline.errors import ConfigError, nearest
+from pipeline.statistics.metrics import LOSS, OF_KIND, Metric, metric_name
 
 LEVELS = ("sequence", "token")
 KINDS = ("classification", "regression")
 MAX_NAME = 100  # of a task's or a column's name: metric names hold both, and MLflow takes 250 characters
-LOSS = "dwnstr_task_val_loss"  # the name of the test loss among the metrics
 INF = float("inf")
 # The range of each number of a task; null is none.
 RANGES: dict[str, tuple[float, float]] = {
@@ -110,14 +110,17 @@ class Task:
         """The declared number of classes of each target; None where it is not declared."""
         return [*self.target_sizes] if self.target_sizes else [self.num_classes] * len(self.target_column)
 
-    def check(self) -> None:
-        """Raises ConfigError where a value is out of range, or fields contradict one another."""
+    def check(self, with_files: bool = True) -> None:
+        """Raises ConfigError where a value is out of range, fields contradict one another, or say of no files."""
         where = f"task '{self.task_name}'"
         named = self.task_name.strip(" .") and len(self.task_name.encode()) <= MAX_NAME
         _need(bool(named), f"task_name: expected 1 to {MAX_NAME} characters, found '{self.task_name[:200]}'")
         _choice(f"{where}: class", self.level, LEVELS)
         _choice(f"{where}: task_type", self.task_type, KINDS)
-        _need(bool(self.dataset_path), f"{where}: dataset_path is missing; give the folder of train/ and test/")
+        _need(
+            bool(self.dataset_path) or not with_files,
+            f"{where}: dataset_path is missing; give the folder of train/ and test/",
+        )
         self._check_targets(where)
         check_optim_names(self.optim)
         for key, (least, most) in RANGES.items():
@@ -231,6 +234,21 @@ class Config:
         return ", ".join(names) if len(names) <= 2 else f"{len(names)} tasks"
 
     @property
+    def metrics(self) -> list[Metric]:
+        """What a measurement may give: of each task the loss, then every metric of each target; without values."""
+        found = []
+        for task in self.dataset:
+            name = task.task_name if self.is_list else ""
+            found += [Metric(name, "", LOSS)]
+            found += [Metric(name, column, kind) for column in task.target_column for kind in OF_KIND[task.task_type]]
+        return found
+
+    @property
+    def headlines(self) -> list[str]:
+        """The names of the metrics to show where there is room for one of each target."""
+        return [metric.key for metric in self.metrics if metric.is_headline]
+
+    @property
     def memory_bytes(self) -> int:
         """`memory_budget` in bytes."""
         return parse_bytes(self.memory_budget)
@@ -269,24 +287,6 @@ def check_names(tasks: Sequence[Task]) -> None:
     for first, second in combinations(names, 2):
         same = metric_name(first) == metric_name(second)
         _need(not same, f"task_name: '{first}' and '{second}' become one in metric names; rename one")
-
-
-def metric_name(column: str) -> str:
-    """A column's name with every character that a tracker may refuse turned into `_`.
-
-    >>> metric_name("log P (octanol/water)")
-    'log P _octanol_water_'
-    """
-    return re.sub(r"[^\w .-]", "_", column)
-
-
-def metric_stems(config: Config) -> list[str]:
-    """What the names of metrics begin with, for each task: its loss, then each target."""
-    stems = []
-    for task in config.dataset:
-        prefix = f"{metric_name(task.task_name)}/" if config.is_list else ""
-        stems += [f"{prefix}{LOSS}", *(f"{prefix}test_{metric_name(column)}_" for column in task.target_column)]
-    return stems
 
 
 def parse_bytes(text: str) -> int:

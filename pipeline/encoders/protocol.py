@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +18,19 @@ class Encoder(Protocol):
         digest: changes when a hidden state may change: weights, tokenizer, options, precision.
         device: where the model is; the batch plan belongs to the kind of device.
 
+        precision: its arithmetic, such as `fp32`.
+        notes: warnings for whoever reads the result.
+        made_with: what a checkpoint says of how it was measured in training; see `made_with` in `embed`.
+
     It may have an attribute `packs`, true where sequences of unequal length in a batch cost no padding.
     """
 
     hidden_size: int
     max_seq_length: int | None
     device: torch.device
+    precision: str
+    notes: Sequence[str]
+    made_with: Mapping[str, Any]
 
     @property
     def digest(self) -> str:

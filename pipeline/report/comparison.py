@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, nearest
 from pipeline.report.tables import cells
-from pipeline.score import HEADLINE, lower_is_better
+from pipeline.statistics.metrics import Metric, lower_is_better
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import Tracker
 from pipeline.tracking.journal_run import JournalRun
@@ -54,7 +54,8 @@ def choose(rows: Sequence[Row], by: str = "") -> list[str]:
     every = list(dict.fromkeys(name for row in rows for name in row.metrics))
     if by and by not in every:
         raise ConfigError(f"by: expected a metric of the runs, found '{by}'{nearest(by, every)}")
-    main = [name for name in every if name.endswith(tuple(HEADLINE.values()))] or every
+    parsed = {name: Metric.parse(name) for name in every}
+    main = [name for name, metric in parsed.items() if metric and metric.is_headline] or every
     common = [name for name in main if all(name in row.metrics for row in rows)]
     return list(dict.fromkeys([*([by] if by else common), *main]))
 

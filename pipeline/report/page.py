@@ -106,7 +106,7 @@ def _task(scores: Scores, pictures: Sequence[Path]) -> str:
         f'<tr><th scope="row">{escape(name)}</th><td>{value}</td><td>{floor}</td></tr>'
         for name, value, floor in report.rows(scores)
     ]
-    notes = [*scores.notes, *(f"{name} is left out: {reason}" for name, reason in scores.omitted.items())]
+    notes = [*scores.earlier_notes, *scores.notes]
     items = [f"<li>{escape(note)}</li>" for note in notes]
     listed = "<ul>\n" + "\n".join(items) + "\n</ul>" if items else ""
     images = "\n".join(_image(scores.task_name, path) for path in pictures)

@@ -57,8 +57,7 @@ def markdown(facts: Mapping[str, str], scores: Sequence[Scores]) -> str:
     for one in scores:
         lines += [f"| {name} | {value} | {floor} |" for name, value, floor in rows(one)]
     about = [f"- {name}: `{value}`" for name, value in facts.items()]
-    notes = [f"- {one.task_name}: {note}" for one in scores for note in one.notes]
-    notes += [f"- {name} is left out: {reason}" for one in scores for name, reason in one.omitted.items()]
+    notes = [f"- {one.task_name}: {note}" for one in scores for note in (*one.earlier_notes, *one.notes)]
     return "\n".join([*lines, "", *notes, *about])
 
 

@@ -1,80 +1,109 @@
-"""Pure metric functions over the whole test set.
+"""A metric as a value: of which task and target it is, its name, and whether higher is better.
 
-Each gives the metrics that are defined on the data, as fractions 0..1 where they are fractions, and for the others why
-they are not.
+The only place where the names under which metrics are logged are made and parsed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
+LOSS = "dwnstr_task_val_loss"  # the test loss of a task, over all its targets
+OF_KIND = {
+    "classification": ("accuracy", "macro_f1", "mcc", "auroc"),
+    "regression": ("mse", "rmse", "mae", "r2", "pearson", "spearman"),
+}
+HEADLINE = {"classification": "accuracy", "regression": "spearman"}  # to show where there is room for one
+LOWER_IS_BETTER = (LOSS, "mse", "rmse", "mae")
+HAVE_CONSTANT = ("accuracy", "macro_f1", "mse", "rmse", "mae")  # a constant guess says something of these
+_KEY = re.compile(f"test_(.+)_({'|'.join(name for names in OF_KIND.values() for name in names)})")
 
-# What the names of metrics end with.
-NAMES = tuple(f"_{name}" for name in "accuracy macro_f1 mcc auroc mse rmse mae r2 pearson spearman".split())
+
+@dataclass(frozen=True)
+class Metric:
+    """A number on the test set.
+
+    Attributes:
+        task: the task's name; empty where the tasks are no list, and names carry no prefix.
+        target: the column of the labels; empty for the loss, which is of all targets.
+        name: `LOSS`, or a name in `OF_KIND`.
+        value: the number; NaN where it is not measured yet.
+        constant: what the best constant guess from the train labels reaches; None where that says nothing.
+    """
+
+    task: str
+    target: str
+    name: str
+    value: float = math.nan
+    constant: float | None = None
+
+    @classmethod
+    def parse(cls, key: str, value: float = math.nan) -> Metric | None:
+        """The metric that is logged as `key`; None where that is no downstream metric.
+
+        >>> Metric.parse("structure/test_3state_macro_f1")
+        Metric(task='structure', target='3state', name='macro_f1', value=nan, constant=None)
+        """
+        task, _, last = key.rpartition("/")
+        if last == LOSS:
+            return cls(task, "", LOSS, value)
+        parts = _KEY.fullmatch(last)
+        return cls(task, parts[1], parts[2], value) if parts else None
+
+    @property
+    def short(self) -> str:
+        """The name under which it is logged, without the task's."""
+        return LOSS if self.name == LOSS else f"test_{metric_name(self.target)}_{self.name}"
+
+    @property
+    def key(self) -> str:
+        """The name under which it is logged: `<task>/test_<target>_<name>`.
+
+        >>> Metric("my task", "log P (octanol)", "mse").key
+        'my task/test_log P _octanol__mse'
+        """
+        return f"{metric_name(self.task)}/{self.short}" if self.task else self.short
+
+    @property
+    def stem(self) -> str:
+        """What the names of all metrics of its target begin with."""
+        return self.key if self.name == LOSS else self.key.removesuffix(self.name)
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the better of two checkpoints has the lower value."""
+        return self.name in LOWER_IS_BETTER
+
+    @property
+    def is_headline(self) -> bool:
+        """Whether it is the one to show of its target."""
+        return self.name in HEADLINE.values()
 
 
 @dataclass
-class Metrics:
-    """`values` by name, and the reasons why others are `omitted`."""
+class Measured:
+    """The metrics of one target: those that are defined on the data, and why the others are not.
+
+    Attributes:
+        values: by name, as fractions 0..1 where they are fractions.
+        omitted: for each other name, the reason.
+    """
 
     values: dict[str, float] = field(default_factory=dict)
     omitted: dict[str, str] = field(default_factory=dict)
 
 
-def classification(
-    true: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64], classes: Sequence[str]
-) -> Metrics:
-    """Accuracy, macro F1, Matthews correlation and macro one-vs-rest AUROC (binary: of the second class).
+def metric_name(column: str) -> str:
+    """The name of a column or task with every character that a tracker may refuse turned into `_`.
 
-    Args:
-        true: class indices, shape (n,).
-        probabilities: shape (n, outputs), outputs being at least the number of classes.
-        classes: the labels.
+    >>> metric_name("log P (octanol/water)")
+    'log P _octanol_water_'
     """
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-    predicted = probabilities.argmax(1)
-    metrics = Metrics()
-    metrics.values["accuracy"] = float(accuracy_score(true, predicted))
-    metrics.values["macro_f1"] = float(f1_score(true, predicted, average="macro", zero_division=0))
-    if len(np.unique(true)) < 2:
-        metrics.omitted["mcc"] = metrics.omitted["auroc"] = "the test labels are all of one class"
-        return metrics
-    metrics.values["mcc"] = float(matthews_corrcoef(true, predicted))
-    absent = [name for index, name in enumerate(classes) if not (true == index).any()]
-    if absent:
-        metrics.omitted["auroc"] = f"no test label is {', '.join(absent)}"
-    else:
-        metrics.values["auroc"] = _auroc(true, probabilities, len(classes))
-    return metrics
+    return re.sub(r"[^\w .-]", "_", column)
 
 
-def regression(true: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64]) -> Metrics:
-    """MSE, RMSE, MAE, R2, Pearson's r and Spearman's rho of arrays of shape (n,)."""
-    from scipy.stats import pearsonr, spearmanr
-
-    error = predicted - true
-    mse = float(np.mean(error**2))
-    metrics = Metrics({"mse": mse, "rmse": mse**0.5, "mae": float(np.mean(np.abs(error)))})
-    if len(true) < 2 or np.ptp(true) == 0:
-        reason = "the test values are all equal"
-        metrics.omitted = {"r2": reason, "pearson": reason, "spearman": reason}
-        return metrics
-    metrics.values["r2"] = float(1 - np.sum(error**2) / np.sum((true - true.mean()) ** 2))
-    if np.ptp(predicted) <= 1e-12 * max(1.0, float(np.abs(predicted).max())):
-        metrics.omitted = dict.fromkeys(("pearson", "spearman"), "the predictions are all equal")
-        return metrics
-    metrics.values["pearson"] = float(pearsonr(true, predicted).statistic)
-    metrics.values["spearman"] = float(spearmanr(true, predicted).statistic)
-    return metrics
-
-
-def _auroc(true: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64], classes: int) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    if classes == 2:
-        return float(roc_auc_score(true == 1, probabilities[:, 1]))
-    return float(np.mean([roc_auc_score(true == index, probabilities[:, index]) for index in range(classes)]))
+def lower_is_better(key: str) -> bool:
+    """Whether the better of two checkpoints has the lower value of a metric, by the name under which it is logged."""
+    metric = Metric.parse(key)
+    return metric is not None and metric.lower_is_better

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,8 @@ from filelock import Timeout
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.config.schema import LOSS
 from pipeline.errors import ConfigError, TrackingError
-from pipeline.statistics.metrics import NAMES
+from pipeline.statistics.metrics import Metric
 from pipeline.store.temporary import host_mark
 from pipeline.tracking.client import be_brief, connect, shown
 from pipeline.tracking.delivery import is_bug, replay
@@ -26,7 +24,6 @@ from pipeline.tracking.mlflow import MlflowSink
 from pipeline.tracking.process import HOST, deserted, is_original, journals_in, remove_journal
 
 logger = logging.getLogger(__name__)
-SCORE = re.compile(f"test_.+({'|'.join(NAMES)})")
 
 
 @dataclass(frozen=True)
@@ -67,19 +64,13 @@ def _read(client: MlflowClient, run_id: str) -> Earlier:
     run = client.get_run(run_id)
     points: dict[int, dict[str, float]] = {}
     for name in sorted(run.data.metrics):
-        for point in client.get_metric_history(run_id, name) if _is_score(name) else []:
+        for point in client.get_metric_history(run_id, name) if Metric.parse(name) else []:
             points.setdefault(point.step, {})[name] = point.value
     if not points:
         raise ConfigError(f"run '{run_id}' holds no measurement; give runs of measurements or of trainings")
     sets = [one.dataset for one in (run.inputs.dataset_inputs if run.inputs else [])]
     data = frozenset(one.digest for one in sets if one.name.endswith(" test"))
     return Earlier(run_id, str(run.info.run_name), sorted(points.items(), key=lambda point: point[0]), data)
-
-
-def _is_score(name: str) -> bool:
-    """Whether a metric is one of a downstream task's."""
-    last = name.rpartition("/")[2]
-    return last == LOSS or SCORE.fullmatch(last) is not None
 
 
 def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import Config, metric_stems
+from pipeline.config.schema import Config
 from pipeline.config.yaml_file import read_config
 from pipeline.encoders.description import DESCRIPTION
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.score import headlines
 from pipeline.training.lightning_package import DescribingIO, pl
 from pipeline.training.measurement import Measurement
 from pipeline.training.ranks import LostRankError, Ranks
@@ -79,7 +78,7 @@ class DownstreamValidation(pl.Callback):
 
     def has_metric(self, name: str) -> bool:
         """Whether `name` is one of the metrics that are measured."""
-        return any(name.startswith(stem) for stem in metric_stems(self.config))
+        return any(name.startswith(metric.stem) for metric in self.config.metrics)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finds the encoder and reads all data, on rank 0.
@@ -228,7 +227,7 @@ class DownstreamValidation(pl.Callback):
         """A line for the log: the headline metrics, and what they cost."""
         self._spent += seconds
         share = 100 * self._spent / max(time.perf_counter() - self._began, 1e-9)
-        numbers = ", ".join(f"{name} {metrics[name]:.4f}" for name in headlines(self.config) if name in metrics)
+        numbers = ", ".join(f"{name} {metrics[name]:.4f}" for name in self.config.headlines if name in metrics)
         cost = f"{seconds:.1f} s; {share:.0f} % of the training time so far"
         pl.utilities.rank_zero_info(f"downstream validation at step {step}: {numbers} ({cost})")
 
@@ -237,12 +236,11 @@ class DownstreamValidation(pl.Callback):
         callbacks: list[Any] = vars(trainer)["callbacks"]
         for one in callbacks:
             kind, monitor = type(one).__name__, getattr(one, "monitor", None) or ""
-            meant = [
-                stem for stem in metric_stems(self.config) if monitor.split("/")[-1].startswith(stem.split("/")[-1])
-            ]
+            short = monitor.rpartition("/")[2]
+            meant = [metric.key for metric in self.config.metrics if metric.short == short]
             if meant and not self.has_metric(monitor):
                 rule = "names begin with the task's where dataset is a list"
-                pl.utilities.rank_zero_warn(f"{kind}: no metric '{monitor}' is measured, but '{meant[0]}...': {rule}")
+                pl.utilities.rank_zero_warn(f"{kind}: no metric '{monitor}' is measured, but '{meant[0]}': {rule}")
             stale = self.config.every_n_validations > 1 and kind in ("ModelCheckpoint", "EarlyStopping")
             if stale and self.has_metric(monitor):
                 pl.utilities.rank_zero_warn(

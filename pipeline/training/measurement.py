@@ -17,25 +17,23 @@ from pipeline import validation
 from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.classes import encoder_class
 from pipeline.config.schema import Config, Task
-from pipeline.config.yaml_file import to_yaml
 from pipeline.embed import check_sequences, made_with
 from pipeline.encoders.description import DESCRIPTION
 from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError
-from pipeline.load import Examples
+from pipeline.load import Examples, load
 from pipeline.progress import no_progress
-from pipeline.report.publishing import describe, facts_of, publish, publish_curves
+from pipeline.report.publishing import describe, publish_curves
 from pipeline.report.tables import curve_markdown
-from pipeline.score import Scores, headlines
 from pipeline.store.shelf import Store
 from pipeline.store.temporary import temporary_folder
-from pipeline.tracking import FOLDER, AtStep, Guarded, NullTracker, Several, Tracker, attempt, guarded
+from pipeline.tracking import FOLDER, Guarded, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.tracking.mirrors import LoggerTracker
 from pipeline.train_head import make_head
 from pipeline.training.untouched import untouched
-from pipeline.validation import check, dry_run, read, validate
+from pipeline.validation import check, dry_run
 
 if TYPE_CHECKING:
     from pipeline.tracking.training import TrainingRun
@@ -87,7 +85,7 @@ class Measurement:
                 if not may_wait:
                     raise
             self._limit = self._live.max_seq_length if self._live else None
-            self._examples = read(self._tasks, self._limit)
+            self._read()
             self.description = self._describe()
             self._check(module)
 
@@ -128,7 +126,7 @@ class Measurement:
             several = Several([Guarded(run.run), *self._loggers()])
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
         if run.own and points:
-            run.run.describe(curve_markdown(points, headlines(self.config)))
+            run.run.describe(curve_markdown(points, self.config.headlines))
         attempt("closing of the MLflow run", lambda: run.end(status))
 
     @property
@@ -208,7 +206,7 @@ class Measurement:
         encoder = self._open(source) if self.config.save else self._encoder(module)
         if encoder.max_seq_length != self._limit:
             self._limit = encoder.max_seq_length
-            self._examples = read(self._tasks, self._limit)
+            self._read()
         with ExitStack() as stack:
             store = self._store(stack.enter_context(self._folder()))
             run = self._training_run()
@@ -217,18 +215,22 @@ class Measurement:
                 child = self.config.child_runs
                 open_tracker = partial(run.measurement, step, encoder.digest, source, self.config.title, child)
                 tracker = stack.enter_context(guarded("logging to MLflow", open_tracker))
-            scores = validate(encoder, self.config.tasks, store, tracker, examples=self._examples)
-            metrics = {name: value for one in scores for name, value in one.metrics.items()}
-            mirrors = AtStep(Several(self._loggers()), step)
-            mirrors.metrics(metrics)
-            attempt("the report", lambda: self._publish(scores, Several([tracker, mirrors]), encoder, step, source))
-        return metrics
+            scores = validation.measure(
+                encoder,
+                self.config,
+                store,
+                tracker,
+                Several(self._loggers()),
+                source,
+                step,
+                f"step={step}",
+                examples=self._examples,
+            )
+        return validation.metrics_of(scores)
 
-    def _publish(self, scores: list[Scores], tracker: Tracker, encoder: Encoder, step: int, source: str) -> None:
-        """Pictures and the page."""
-        if self.config.logging.figures:
-            facts = facts_of(source, step, encoder, scores)
-            publish(scores, tracker, f"step={step}: {self.config.title}", facts, to_yaml(self.config))
+    def _read(self) -> None:
+        """Reads and checks all data."""
+        self._examples = [load(task, self._limit) for task in self._tasks]
 
     def _loggers(self) -> list[LoggerTracker]:
         """The trainer's loggers, but for one that writes to the run that has the metrics already."""

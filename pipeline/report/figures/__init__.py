@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.schema import metric_name
 from pipeline.load import Examples, Target
 from pipeline.report.figures.canvas import MINUS, drawable, figure_style
 from pipeline.report.figures.classes import class_figure, confusion, confusion_figure
 from pipeline.report.figures.examples import curve_figure, text_figure
 from pipeline.report.figures.numbers import length_figure, loss_figure, scatter_figure, training_figure
 from pipeline.score import Scores
+from pipeline.statistics.metrics import Metric, metric_name
 
 SHOWN = ("accuracy", "macro_f1", "spearman", "r2")  # metrics in a heading, where they are defined
 
@@ -62,10 +62,9 @@ def curves(points: Sequence[tuple[int, Mapping[str, float]]], folder: Path) -> l
     """
     tasks: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for step, metrics in sorted(points, key=lambda point: point[0]):
-        for name, value in metrics.items():
-            task, _, metric = name.rpartition("/")
-            if np.isfinite(drawable(value)):
-                tasks.setdefault(task, {}).setdefault(metric, []).append((step, value))
+        for metric in filter(None, map(Metric.parse, metrics)):
+            if np.isfinite(drawable(metrics[metric.key])):
+                tasks.setdefault(metric.task, {}).setdefault(metric.short, []).append((step, metrics[metric.key]))
     folder.mkdir(parents=True, exist_ok=True)
     stems = file_stems([f"curve_{task}" if task else "curve" for task in tasks])
     with figure_style():
@@ -89,7 +88,7 @@ def file_stems(names: Sequence[str]) -> list[str]:
 
 def predictions_of(scores: Scores, target: Target) -> npt.NDArray[Any]:
     """Class indices or numbers, shape (units,)."""
-    column = scores.predictions[f"{target.name}_prediction"].combine_chunks()
+    column = scores.table[f"{target.name}_prediction"].combine_chunks()  # the DataFrame would take all columns
     return np.asarray(column if target.classes is None else column.indices)
 
 
@@ -113,10 +112,9 @@ def _target(scores: Scores, examples: Examples, index: int, predicted: npt.NDArr
 
 def _headline(scores: Scores, target: Target) -> str:
     """The target's main metrics, each beside what a constant guess would reach."""
-    stem = f"test_{metric_name(target.name)}_"
-    values, floors = [{name.rpartition("/")[2]: v for name, v in d.items()} for d in (scores.metrics, scores.constant)]
     texts = []
-    for name in [name for name in SHOWN if stem + name in values]:
-        floor = f" (constant guess {floors[stem + name]:.3f})" if stem + name in floors else ""
-        texts.append(f"{name} {values[stem + name]:.3f}{floor}; ".replace("-", MINUS))
+    for metric in scores.results:
+        if metric.target == target.name and metric.name in SHOWN:
+            guess = "" if metric.constant is None else f" (constant guess {metric.constant:.3f})"
+            texts.append(f"{metric.name} {metric.value:.3f}{guess}; ".replace("-", MINUS))
     return "".join(texts)

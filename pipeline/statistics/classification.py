@@ -1,0 +1,46 @@
+"""Metrics of predicted classes, over the whole test set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.statistics.metrics import Measured
+
+
+def classification(
+    true: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64], classes: Sequence[str]
+) -> Measured:
+    """Accuracy, macro F1, Matthews correlation and macro one-vs-rest AUROC (binary: of the second class).
+
+    Args:
+        true: class indices, shape (n,).
+        probabilities: shape (n, outputs), outputs being at least the number of classes.
+        classes: the labels.
+    """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    predicted = probabilities.argmax(1)
+    found = Measured()
+    found.values["accuracy"] = float(accuracy_score(true, predicted))
+    found.values["macro_f1"] = float(f1_score(true, predicted, average="macro", zero_division=0))
+    if len(np.unique(true)) < 2:
+        found.omitted["mcc"] = found.omitted["auroc"] = "the test labels are all of one class"
+        return found
+    found.values["mcc"] = float(matthews_corrcoef(true, predicted))
+    absent = [name for index, name in enumerate(classes) if not (true == index).any()]
+    if absent:
+        found.omitted["auroc"] = f"no test label is {', '.join(absent)}"
+    else:
+        found.values["auroc"] = _auroc(true, probabilities, len(classes))
+    return found
+
+
+def _auroc(true: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64], classes: int) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    if classes == 2:
+        return float(roc_auc_score(true == 1, probabilities[:, 1]))
+    return float(np.mean([roc_auc_score(true == index, probabilities[:, index]) for index in range(classes)]))
