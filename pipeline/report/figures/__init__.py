@@ -62,9 +62,9 @@ def curves(points: Sequence[tuple[int, Mapping[str, float]]], folder: Path) -> l
     """
     tasks: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for step, metrics in sorted(points, key=lambda point: point[0]):
-        for metric in filter(None, map(Metric.parse, metrics)):
-            if np.isfinite(drawable(metrics[metric.key])):
-                tasks.setdefault(metric.task, {}).setdefault(metric.short, []).append((step, metrics[metric.key]))
+        for metric in [Metric.parse(name, value) for name, value in metrics.items()]:
+            if metric and np.isfinite(drawable(metric.value)):
+                tasks.setdefault(metric.task, {}).setdefault(metric.short, []).append((step, metric.value))
     folder.mkdir(parents=True, exist_ok=True)
     stems = file_stems([f"curve_{task}" if task else "curve" for task in tasks])
     with figure_style():

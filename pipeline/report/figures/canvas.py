@@ -28,6 +28,8 @@ STYLE = {
     "axes.spines.top": False,
     "axes.titlelocation": "left",
     "axes.titlesize": 9,
+    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.w_pad": 0.1,
     "figure.dpi": 100,
     "font.family": "DejaVu Sans",  # matplotlib brings it
     "font.size": 9,
@@ -59,7 +61,7 @@ def new_figure(width: float, height: float, title: str, subtitle: str) -> Figure
     from matplotlib.text import Annotation
 
     figure = Figure((width, height), layout="constrained")
-    lines = wrap(clean(subtitle), int(13 * width)) or [""]
+    lines = wrap(clean(subtitle), int(15 * width - 3)) or [""]
     heading = figure.suptitle(shorten(title, int(10 * width)) + "\n" * len(lines), x=0.1 / width, ha="left", size=11)
     figure.add_artist(Annotation("\n".join(lines), (0, 0), xycoords=heading, va="bottom", color=GREY))
     return figure

@@ -37,44 +37,43 @@ def confusion_figure(heading: tuple[str, str], names: Sequence[str], counts: Cou
     """The counts, and beside them the share of each true class."""
     from matplotlib.colors import PowerNorm
 
-    classes = len(names)
-    side = float(np.clip(0.6 * classes, 3.0, 4.2) if classes <= FEW else np.clip(0.14 * classes, 4.2, 7.8))
-    longest = 0.07 * max(len(shorten(name)) for name in names) if classes <= MOST else 0.0
-    figure = new_figure(2 * side + longest + 0.6, side + longest + 1.3, *heading)
+    labels = [shorten(name) for name in names] if len(names) <= MOST else []
+    side = float(np.clip(0.6 * len(names), 3, 4.2) if len(names) <= FEW else np.clip(0.14 * len(names), 4.2, 7.8))
+    room = 0.075 * max(map(len, labels), default=0)  # inches for the longest label
+    turned = room > side / max(1, len(labels))
+    figure = new_figure(2 * side + room + 1.0, side + 1.5 + room * turned, *heading)
     left, right = figure.subplots(1, 2, sharey=True)
     top = max(1, counts.max())
-    _matrix(left, names, counts, PowerNorm(0.5, 0, top))  # so that rare classes show as well
-    _matrix(right, names, counts / counts.sum(1, keepdims=True).clip(1), PowerNorm(1, 0, 1))
+    _matrix(left, labels, turned, counts, PowerNorm(0.5, 0, top))  # so that rare classes show as well
+    _matrix(right, labels, turned, counts / counts.sum(1, keepdims=True).clip(1), PowerNorm(1, 0, 1))
     left.set(title=f"counts (full colour: {top:,})", ylabel="true")
     right.set(title="share of each true class (full colour: 1)", ylabel="")
     return save(figure, path)
 
 
-def _matrix(axes: Any, names: Sequence[str], values: npt.NDArray[Any], norm: Any) -> None:
+def _matrix(axes: Any, labels: Sequence[str], turned: bool, values: npt.NDArray[Any], norm: Any) -> None:
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    few, named = len(names) <= FEW, len(names) <= MOST
-    display = ConfusionMatrixDisplay(values, display_labels=[shorten(name) for name in names] if named else None)
-    look = {"cmap": "Blues", "colorbar": False, "im_kw": {"norm": norm}, "xticks_rotation": "vertical"}
-    display.plot(ax=axes, include_values=few, **look)
-    axes.set(xlabel="predicted")
+    few, display = len(values) <= FEW, ConfusionMatrixDisplay(values, display_labels=labels or None)
+    look = {"cmap": "Blues", "colorbar": False, "im_kw": {"norm": norm, "aspect": "auto"}}
+    display.plot(ax=axes, include_values=few, xticks_rotation=90 if turned else 0, **look)
+    axes.set(xlabel="predicted", **({} if labels else {"xticks": [], "yticks": []}))
+    axes.tick_params(length=0, labelsize=8 if len(values) <= 35 else 6)
     axes.spines[:].set_visible(True)
-    axes.tick_params(length=0, labelsize=8 if len(names) <= 35 else 6)
-    if not named:
-        axes.set(xticks=[], yticks=[])
-    if few:
-        for text, value in zip(display.text_.flat, values.flat, strict=True):
-            text.set(text=_short(value) if value else "", color="white" if norm(value) > 0.6 else INK, size=8)
+    for text, value in zip(display.text_.flat, values.flat, strict=True) if few else ():
+        text.set(text=_short(value) if value else "", color="white" if norm(value) > 0.6 else INK, size=8)
 
 
 def class_figure(heading: tuple[str, str], names: Sequence[str], counts: Counts, units: str, path: Path) -> Path:
     """Precision and recall of each class as bars; of the most frequent classes where there are many."""
     support = counts.sum(1)
     shown = np.sort(np.argsort(-support, kind="stable")[:MOST])
-    some = f"; the {MOST} most frequent of {len(names)} classes" if len(names) > MOST else ""
-    figure = new_figure(7.2, max(0.6, min(0.3, 0.1 + 3 / len(shown)) * len(shown)) + 1.2, heading[0], heading[1] + some)
-    axes = figure.subplots()
     places = np.arange(len(shown))
+    some = f"; the {MOST} most frequent of {len(names)} classes" if len(names) > MOST else ""
+    figure = new_figure(
+        7.2, float(np.clip(0.3 * len(shown), 0.6, 3 + 0.12 * len(shown))) + 1.4, heading[0], heading[1] + some
+    )
+    axes = figure.subplots()
     for shift, name, values in zip((-0.18, 0.18), ("precision", "recall"), precision_recall(counts), strict=True):
         axes.barh(places + shift, values[shown], 0.36, label=name)
     axes.set(xlim=(0, 1), ylim=(len(shown) - 0.4, -0.6), axisbelow=True)
