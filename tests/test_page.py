@@ -64,7 +64,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Scores], di
     numbers = {"target_column": ["number"], "task_type": "regression"}
     second = planted_task(folder / "b", task_name="second", num_epochs=0, max_seq_length=20, **numbers)
     scores = validate(FakeEncoder(), [first, second], Store(folder / "store"))
-    pictures = {one.task_name: draw(one, one.examples, folder / str(i)) for i, one in enumerate(scores)}
+    pictures = {one.task_name: draw(one, folder / str(i)) for i, one in enumerate(scores)}
     return scores, pictures
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.load import Examples, Target
-from pipeline.report.figures.canvas import MINUS, drawable, figure_style
+from pipeline.load import Target
+from pipeline.report.figures.canvas import drawable, figure_style
 from pipeline.report.figures.classes import class_figure, confusion, confusion_figure
 from pipeline.report.figures.examples import curve_figure, text_figure
 from pipeline.report.figures.numbers import length_figure, loss_figure, scatter_figure, training_figure
@@ -20,30 +20,28 @@ from pipeline.statistics.metrics import Metric, metric_name
 SHOWN = ("accuracy", "macro_f1", "spearman", "r2")  # metrics in a heading, where they are defined
 
 
-def draw(scores: Scores, examples: Examples, folder: Path) -> list[Path]:
+def draw(scores: Scores, folder: Path) -> list[Path]:
     """Draws a task's result; returns the PNG files in the order to show them.
 
     Args:
         scores: what `score` returned for the task.
-        examples: the data that was scored.
         folder: where the files go; it is made if it does not exist.
 
     Raises:
         OSError: a file cannot be written.
     """
+    examples = scores.examples
     folder.mkdir(parents=True, exist_ok=True)
     predicted = [predictions_of(scores, target) for target in examples.targets]
-    stems = file_stems([target.name for target in examples.targets])
     paths = []
     with figure_style():
-        for index, stem in enumerate(stems):
-            paths += _target(scores, examples, index, predicted[index], folder / stem)
+        for index, stem in enumerate(file_stems([target.name for target in examples.targets])):
+            paths += _target(scores, index, predicted[index], folder / stem)
         if examples.task.level == "token":
-            classes = examples.task.task_type == "classification"
-            wrong, gaps = "wrong labels are on orange, masked positions are dots", "gaps are masked positions"
-            how = wrong if classes else f"numbers along each sequence; {gaps}"
+            figure, how = curve_figure, "numbers along each sequence; gaps are masked positions"
+            if examples.task.task_type == "classification":
+                figure, how = text_figure, "wrong labels are on orange, masked positions are dots"
             heading = (f"{scores.task_name}: examples from the test set", how)
-            figure = text_figure if classes else curve_figure
             paths.append(figure(heading, examples.test, examples.targets, predicted, folder / "examples.png"))
         if scores.losses:
             paths.append(loss_figure(scores, folder / "learning_curve.png"))
@@ -92,14 +90,17 @@ def predictions_of(scores: Scores, target: Target) -> npt.NDArray[Any]:
     return np.asarray(column if target.classes is None else column.indices)
 
 
-def _target(scores: Scores, examples: Examples, index: int, predicted: npt.NDArray[Any], stem: Path) -> list[Path]:
+def _target(scores: Scores, index: int, predicted: npt.NDArray[Any], stem: Path) -> list[Path]:
     """The figures of one target, of its unmasked units."""
-    target, mask = examples.targets[index], examples.test.masks[index]
-    true, predicted = examples.test.values[index][mask], predicted[mask]
-    units = "positions" if examples.task.level == "token" else "sequences"
+    target, test = scores.examples.targets[index], scores.examples.test
+    mask = test.masks[index]
+    true, predicted = test.values[index][mask], predicted[mask]
+    units = "positions" if scores.examples.task.level == "token" else "sequences"
     heading = (f"{scores.task_name}: {target.name}", f"{_headline(scores, target)}{mask.sum():,} test {units}")
     if target.classes is None:
-        return [scatter_figure(heading, true, predicted, stem.with_name(f"{stem.name}_predicted.png"))]
+        return [
+            scatter_figure(heading, true.astype(np.float64), predicted, stem.with_name(f"{stem.name}_predicted.png"))
+        ]
     counts = confusion(true, predicted, target.outputs)
     names = [*target.classes, *(f"class {i}" for i in range(len(target.classes), target.outputs))]
     shown = [i for i in range(target.outputs) if i < len(target.classes) or counts[:, i].any()]
@@ -116,5 +117,5 @@ def _headline(scores: Scores, target: Target) -> str:
     for metric in scores.results:
         if metric.target == target.name and metric.name in SHOWN:
             guess = "" if metric.constant is None else f" (constant guess {metric.constant:.3f})"
-            texts.append(f"{metric.name} {metric.value:.3f}{guess}; ".replace("-", MINUS))
+            texts.append(f"{metric.name} {metric.value:.3f}{guess}; ")
     return "".join(texts)

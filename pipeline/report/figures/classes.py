@@ -9,31 +9,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.report.figures.canvas import INK, new_figure, save, shorten
+from pipeline.report.figures.canvas import INK, Numbers, new_figure, save, shorten
 
-Counts = npt.NDArray[np.int64]
-Shares = npt.NDArray[np.float64]
 FEW = 12  # classes up to which the numbers stand in the cells
 MOST = 60  # classes up to which each is named
 
 
-def confusion(true: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], classes: int) -> Counts:
-    """How often each class (row) was predicted as each (column), shape (classes, classes).
-
-    >>> confusion(np.array([0, 0, 1]), np.array([0, 1, 1]), 2)
-    array([[1, 1],
-           [0, 1]])
-    """
+def confusion(true: npt.NDArray[Any], predicted: npt.NDArray[Any], classes: int) -> npt.NDArray[np.int64]:
+    """How often each class (row) was predicted as each (column), shape (classes, classes)."""
     return np.bincount(true * classes + predicted, minlength=classes * classes).reshape(classes, classes)
 
 
-def precision_recall(counts: Counts) -> tuple[Shares, Shares]:
+def precision_recall(counts: npt.NDArray[np.int64]) -> tuple[Numbers, Numbers]:
     """Precision and recall of each class, shape (classes,); 0 where a class was never predicted, or never true."""
     right = np.diag(counts)
     return right / counts.sum(0).clip(1), right / counts.sum(1).clip(1)
 
 
-def confusion_figure(heading: tuple[str, str], names: Sequence[str], counts: Counts, path: Path) -> Path:
+def confusion_figure(heading: tuple[str, str], names: Sequence[str], counts: Any, path: Path) -> Path:
     """The counts, and beside them the share of each true class."""
     from matplotlib.colors import PowerNorm
 
@@ -61,36 +54,24 @@ def _matrix(axes: Any, labels: Sequence[str], turned: bool, values: npt.NDArray[
     axes.tick_params(length=0, labelsize=8 if len(values) <= 35 else 6)
     axes.spines[:].set_visible(True)
     for text, value in zip(display.text_.flat, values.flat, strict=True) if few else ():
-        text.set(text=_short(value) if value else "", color="white" if norm(value) > 0.6 else INK, size=8)
+        number = f"{value:.2f}" if isinstance(value, np.floating) else f"{value}"
+        text.set(text=number if value else "", color="white" if norm(value) > 0.6 else INK, size=7)
 
 
-def class_figure(heading: tuple[str, str], names: Sequence[str], counts: Counts, units: str, path: Path) -> Path:
+def class_figure(heading: tuple[str, str], names: Sequence[str], counts: Any, units: str, path: Path) -> Path:
     """Precision and recall of each class as bars; of the most frequent classes where there are many."""
     support = counts.sum(1)
     shown = np.sort(np.argsort(-support, kind="stable")[:MOST])
     places = np.arange(len(shown))
     some = f"; the {MOST} most frequent of {len(names)} classes" if len(names) > MOST else ""
-    figure = new_figure(
-        7.2, float(np.clip(0.3 * len(shown), 0.6, 3 + 0.12 * len(shown))) + 1.4, heading[0], heading[1] + some
-    )
+    height = 1.4 + float(np.clip(0.3 * len(shown), 0.6, 3 + 0.12 * len(shown)))
+    figure = new_figure(7.2, height, heading[0], heading[1] + some)
     axes = figure.subplots()
     for shift, name, values in zip((-0.18, 0.18), ("precision", "recall"), precision_recall(counts), strict=True):
         axes.barh(places + shift, values[shown], 0.36, label=name)
     axes.set(xlim=(0, 1), ylim=(len(shown) - 0.4, -0.6), axisbelow=True)
     axes.set_yticks(places, [f"{shorten(names[index])}  ({support[index]:,})" for index in shown])
-    axes.tick_params("y", length=0)
     axes.grid(axis="x", color="#dddddd")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     axes.set_title(f"(number of test {units})", loc="right", size=8)
     return save(figure, path)
-
-
-def _short(value: float) -> str:
-    """A share with two digits, a count with at most four characters up to a million.
-
-    >>> [_short(np.float64(0.257)), _short(np.int64(912)), _short(np.int64(45_678))]
-    ['0.26', '912', '46k']
-    """
-    if isinstance(value, np.floating):
-        return f"{value:.2f}"
-    return f"{value}" if value < 10_000 else f"{value / 1000:.0f}k"

@@ -1,16 +1,16 @@
-"""Figures of a few test sequences, residue by residue: true beside predicted labels."""
+"""Figures of a few test sequences, residue by residue: predicted beneath true labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.load import Part, Target
-from pipeline.report.figures.canvas import GREY, INK, clean, drawable, new_figure, save, shorten
+from pipeline.report.figures.canvas import GREY, INK, drawable, new_figure, save, shorten
 
 SEQUENCES = 4  # at most
 ENOUGH = 40  # labelled positions that make a sequence worth looking at
@@ -22,15 +22,6 @@ MASKED = "·"
 WRONG = "#f5b78a"  # behind a wrong label
 
 
-class Line(NamedTuple):
-    """A line of the text figure; `wrong` has a full block behind each wrong label, and spaces elsewhere."""
-
-    name: str
-    text: str
-    color: str = "C0"
-    wrong: str = ""
-
-
 def choose(part: Part, most: int = SEQUENCES) -> list[int]:
     """The shortest sequences with enough labelled positions; where these are too few, those that have most."""
     labelled = np.logical_or.reduce(part.masks).astype(np.int64)
@@ -40,9 +31,9 @@ def choose(part: Part, most: int = SEQUENCES) -> list[int]:
 
 
 def letters_of(
-    target: Target, part: Part, index: int, predicted: npt.NDArray[np.int64], units: slice
+    target: Target, part: Part, index: int, predicted: npt.NDArray[Any], units: slice
 ) -> tuple[str, str, str]:
-    """True and predicted labels of target `index` at some units, a character each, and a block at each wrong one.
+    """True and predicted labels of target `index` at some units, a character each, and a block at each wrong label.
 
     `predicted` holds class indices, shape (all units,).
     """
@@ -57,37 +48,39 @@ def text_figure(
     heading: tuple[str, str], part: Part, targets: Sequence[Target], predicted: Sequence[Any], path: Path
 ) -> Path:
     """Residues with the true and the predicted classes beneath; errors on orange, masked positions as dots."""
-    lines: list[Line] = []
+    lines: list[tuple[str, str, str, str]] = []
     for index in choose(part):
-        block = _block(part, index, targets, predicted)
+        block = _lines(part, index, targets, predicted)
         if lines and len(lines) + len(block) > LINES:
             break
         lines += block
-    figure = new_figure(7.4, 0.165 * len(lines) + 0.75, *heading)
+    figure = new_figure(7.6, 0.165 * len(lines) + 0.9, *heading)
     axes = figure.subplots()
     axes.set(xlim=(-0.18, 1), ylim=(1 - len(lines), 1))
     axes.set_axis_off()
-    for row, line in enumerate(lines):
-        axes.text(-0.01, -row, line.name, color=line.color, size=8, ha="right")
-        for text, color in ((line.wrong, WRONG), (line.text, INK)):
-            axes.text(0, -row, clean(text), color=color, family="DejaVu Sans Mono")
+    for row, (name, color, text, wrong) in enumerate(lines):
+        axes.text(-0.01, -row, name, color=color, size=8, ha="right")
+        axes.text(0, -row, wrong, color=WRONG, family="DejaVu Sans Mono")  # the same font, so the same columns
+        axes.text(0, -row, text, color=INK, family="DejaVu Sans Mono")
     return save(figure, path)
 
 
-def _block(part: Part, index: int, targets: Sequence[Target], predicted: Sequence[Any]) -> list[Line]:
-    """The lines of a sequence."""
+def _lines(
+    part: Part, index: int, targets: Sequence[Target], predicted: Sequence[Any]
+) -> list[tuple[str, str, str, str]]:
+    """The lines of a sequence: name, its colour, text, and the blocks behind it."""
     start, length = int(part.counts[:index].sum()), int(part.counts[index])
     shown = min(length, RESIDUES)
     cut = f", the first {shown}" if shown < length else ""
-    lines = [Line("", f"{part.rows[index]}: {length} residues{cut}")]
+    lines = [("", INK, f"{part.rows[index]}: {length} residues{cut}", "")]
     for begin in range(0, shown, WRAP):
         end = min(begin + WRAP, shown)
-        lines.append(Line("residues", f"{part.sequences[index][begin:end]}  {end}", GREY))
+        lines.append(("residues", GREY, f"{part.sequences[index][begin:end]}  {end}", ""))
         for place, target in enumerate(targets):
             units = slice(start + begin, start + end)
             true, found, wrong = letters_of(target, part, place, predicted[place], units)
-            lines += [Line(shorten(target.name, 18), true), Line("predicted", found, "C1", wrong)]
-        lines.append(Line("", ""))
+            lines += [(shorten(target.name, 18), "C0", true, ""), ("predicted", "C1", found, wrong)]
+        lines.append(("", INK, "", ""))
     return lines
 
 
@@ -97,17 +90,18 @@ def curve_figure(
     """True and predicted numbers along each sequence, with gaps where the truth is masked."""
     shown = list(enumerate(targets))[:PANELS]
     sequences = choose(part, max(1, min(SEQUENCES, PANELS // len(shown))))
-    figure = new_figure(8.4, len(sequences) * len(shown) * 1.6 + 1.0, *heading)
-    grid = figure.subplots(len(sequences) * len(shown), squeeze=False)
     panels = [(sequence, index, target) for sequence in sequences for index, target in shown]
-    for axes, (sequence, index, target) in zip(grid.flat, panels, strict=True):
+    figure = new_figure(8.4, len(panels) * 1.6 + 1.0, *heading)
+    for place, (sequence, index, target) in enumerate(panels, 1):
         start, length = int(part.counts[:sequence].sum()), int(part.counts[sequence])
-        units, places = slice(start, start + length), np.arange(length) + 1
-        true = np.where(part.masks[index][units], part.values[index][units], np.nan)
-        for name, color, values in (("true", "C0", true), ("predicted", "C1", predicted[index][units])):
-            axes.plot(places, drawable(values), color, label=name, linewidth=1.1, marker=".")
+        units, positions = slice(start, start + length), np.arange(length) + 1
+        axes = figure.add_subplot(len(panels), 1, place)
         axes.set(title=f"{shorten(target.name)}, {part.rows[sequence]}: {length} positions", xlim=(0.5, length + 0.5))
         axes.locator_params(axis="x", integer=True)
-    grid[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+        true = np.where(part.masks[index][units], part.values[index][units], np.nan)
+        for name, values in (("true", true), ("predicted", predicted[index][units])):
+            axes.plot(positions, drawable(values), label=name, linewidth=1.1, marker=".")
+        if place == 1:
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     figure.supxlabel("position, from 1", size=9)
     return save(figure, path)

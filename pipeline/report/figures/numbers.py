@@ -4,32 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.load import Examples
-from pipeline.report.figures.canvas import GREY, MINUS, drawable, new_figure, save, shorten
+from pipeline.report.figures.canvas import GREY, Numbers, drawable, new_figure, save, shorten
 from pipeline.score import Scores
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 POINTS = 20_000  # of a scatter plot at most; a random sample with a fixed seed where there are more
 DENSE = 1500  # number of points from which their density is drawn instead
 SKEWED = 20  # longest by median length from which lengths have a logarithmic axis
 
 
-def scatter_figure(
-    heading: tuple[str, str], true: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64], path: Path
-) -> Path:
+def scatter_figure(heading: tuple[str, str], true: Numbers, predicted: Numbers, path: Path) -> Path:
     """Predicted against true, and the residuals beside."""
     true, predicted, notes = sample(true, predicted)
     figure = new_figure(9.6, 5.0, heading[0], heading[1] + notes)
     same, residuals = figure.subplots(1, 2)
     same.set(xlabel="true", ylabel="predicted", aspect="equal", adjustable="datalim")
-    residuals.set(xlabel="predicted", ylabel=f"predicted {MINUS} true")
+    residuals.set(xlabel="predicted", ylabel="predicted \N{MINUS SIGN} true")
     for axes, x, y in ((same, true, predicted), (residuals, predicted, predicted - true)):
         if len(x) < DENSE:
             axes.scatter(x, y, 15, alpha=0.7, linewidths=0)
@@ -42,13 +35,11 @@ def scatter_figure(
     return save(figure, path)
 
 
-def sample(
-    true: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], str]:
+def sample(true: Numbers, predicted: Numbers) -> tuple[Numbers, Numbers, str]:
     """The pairs of numbers to draw, and what a reader must know of the choice."""
     fine = np.isfinite(drawable(true) + drawable(predicted))
-    notes = "" if fine.all() else f"; {(~fine).sum():,} that are not finite are left out"
     kept = np.flatnonzero(fine)
+    notes = "" if fine.all() else f"; {(~fine).sum():,} that are not finite are left out"
     if len(kept) > POINTS:
         kept = np.sort(np.random.default_rng(0).choice(kept, POINTS, replace=False))
         notes = f"; a sample of {POINTS:,}{notes}"
@@ -60,19 +51,18 @@ def sample(
 def loss_figure(scores: Scores, path: Path) -> Path:
     """The head's losses by epoch; with a held-out part, the epoch whose head was kept."""
     subtitle = f"{len(scores.losses)} epochs; train loss {scores.losses[-1]:.4g} in the last"
-    best = None
-    if scores.held_losses:
-        best = int(np.nanargmin(np.nan_to_num(scores.held_losses, nan=np.inf)))
+    best = int(np.argmin(np.nan_to_num(scores.held_losses, nan=np.inf))) if scores.held_losses else None
+    if best is not None:
         subtitle += f"; held-out loss {scores.held_losses[best]:.4g} at its least, after epoch {best + 1}"
     figure = new_figure(7.2, 4.0, f"{scores.task_name}: training of the head", subtitle)
     axes = figure.subplots()
+    axes.locator_params(axis="x", integer=True)
+    axes.set(xlabel="epoch", ylabel="mean loss", xlim=(0.5, len(scores.losses) + 0.5))
     for name, losses in (("train", scores.losses), ("held out", scores.held_losses)):
         if losses:
             axes.plot(np.arange(len(losses)) + 1, drawable(losses), label=name, marker="o" if len(losses) <= 30 else "")
     if best is not None:
         axes.axvline(best + 1, color=GREY, linewidth=1, linestyle=":")
-    axes.locator_params(axis="x", integer=True)
-    axes.set(xlabel="epoch", ylabel="mean loss", xlim=(0.5, len(scores.losses) + 0.5))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return save(figure, path)
 
@@ -83,14 +73,18 @@ def length_figure(examples: Examples, path: Path) -> Path:
     lengths = np.concatenate([part.lengths for part in parts.values()])
     low, high = int(lengths.min()), int(lengths.max())
     skewed = high > SKEWED * np.median(lengths)
-    spaced = np.geomspace if skewed else np.linspace
-    bins = spaced(low - 0.5, high + 0.5, 50) if skewed or high - low > 60 else np.arange(low, high + 2) - 0.5
+    bins = np.linspace(low - 0.5, high + 0.5, min(high - low + 1, 50) + 1)
     texts = []
     for name, part in parts.items():
         too_long = f", {part.left_out:,} of them too long" if limit is not None else ""
         texts.append(f"{name}: {len(part.lengths):,} sequences{too_long}")
     figure = new_figure(7.2, 4.0, f"{examples.task.task_name}: lengths of the sequences", "; ".join(texts))
     axes = figure.subplots()
+    if skewed:
+        bins, ticks = np.geomspace(low - 0.5, high + 0.5, 50), np.geomspace(low, high, 6).astype(int)
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, ticks.tolist())
+        axes.minorticks_off()
     for color, (name, part) in zip(("C0", "C1"), parts.items(), strict=True):
         shares = 100 * np.histogram(part.lengths, bins)[0] / len(part.lengths)
         axes.stairs(shares, bins, color=color, linewidth=1.5, label=name)
@@ -99,19 +93,8 @@ def length_figure(examples: Examples, path: Path) -> Path:
     if limit is not None and limit < 2 * high:
         axes.axvline(limit + 0.5, color="C2", linestyle="--", label=f"at most {limit:,} are used")
         axes.set_xlim(right=max(bins[-1], limit + 1))
-    if skewed:
-        _logarithmic(axes)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     return save(figure, path)
-
-
-def _logarithmic(axes: Axes) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
-
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(ScalarFormatter())
 
 
 def training_figure(task: str, metrics: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> Path:
@@ -121,12 +104,9 @@ def training_figure(task: str, metrics: Mapping[str, Sequence[tuple[int, float]]
     steps = {step for points in metrics.values() for step, _ in points}
     subtitle = f"metrics by training step; {len(steps)} measurements"
     figure = new_figure(max(3.1 * columns, 5), 1.9 * rows + 0.7, task or "Downstream validation", subtitle)
-    grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
-    for axes in grid.flat[len(metrics) :]:
-        axes.remove()
-    for axes, (name, points) in zip(grid.flat, metrics.items(), strict=False):
+    for place, (name, points) in enumerate(metrics.items(), 1):
+        axes = figure.add_subplot(rows, columns, place)
         axes.plot(*zip(*points, strict=True), marker="o")
-        axes.set_title(f"{shorten(name, 30)}: {points[-1][1]:.4g}".replace("-", MINUS))
+        axes.set(title=f"{shorten(name, 30)}: {points[-1][1]:.4g}", xlim=(min(steps) - 0.5, max(steps) + 0.5))
         axes.locator_params(axis="x", integer=True, nbins=4)
-        axes.tick_params("x", labelbottom=True)
     return save(figure, path)
