@@ -27,6 +27,7 @@ from work import chosen, parser
 
 from pipeline import Store, Task
 from pipeline.embed import Embeddings, embed
+from pipeline.encoders.protocol import Encoder
 from pipeline.heads.architectures import Dropout, Head
 from pipeline.heads.fit import fit
 from pipeline.load import Examples, Part, Target
@@ -35,7 +36,7 @@ from pipeline.train_head import make_head
 CPU = torch.device("cpu")
 
 
-class Random:
+class Random(Encoder):
     """An encoder of random numbers."""
 
     max_seq_length: int | None = None
