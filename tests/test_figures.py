@@ -109,9 +109,7 @@ def check_pictures(paths: list[Path], folder: Path) -> None:
         assert path.stat().st_size < 150_000
 
 
-def by_hand(
-    kind: str, level: str, names: list[str], lengths: list[int], said: Any, **options: Any
-) -> Scores:
+def by_hand(kind: str, level: str, names: list[str], lengths: list[int], said: Any, **options: Any) -> Scores:
     """Scores of sequences of some lengths, one target, class or number 0 at every unit unless given."""
     classes = tuple(names) if kind == "classification" else None
     target = Target("y", classes, len(names) if classes else 1)
@@ -138,9 +136,7 @@ def test_the_numbers_drawn_are_those_of_scikit_learn_at_unmasked_positions(
     tmp_path: Path, token: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(
-        figures, "confusion_figure", lambda heading, names, counts, path: drawn.append((names, counts))
-    )
+    monkeypatch.setattr(figures, "confusion_figure", lambda heading, names, counts, path: drawn.append((names, counts)))
     draw(token, tmp_path)
     table = token.table
     for (names, counts), target in zip(drawn, ("label", "seen"), strict=True):
@@ -165,9 +161,7 @@ def test_confusion_precision_and_recall_are_those_of_scikit_learn(classes: int, 
 
 def test_a_class_that_was_declared_and_never_seen_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(
-        figures, "confusion_figure", lambda heading, names, counts, path: drawn.append((names, counts))
-    )
+    monkeypatch.setattr(figures, "confusion_figure", lambda heading, names, counts, path: drawn.append((names, counts)))
     scores = by_hand("classification", "sequence", ["a"], [3, 3], np.array([0, 0]))
     examples = replace(scores.examples, targets=(replace(scores.examples.targets[0], outputs=4),))
     column = pa.DictionaryArray.from_arrays(pa.array([0, 2], pa.int32()), ["a", "class 1", "class 2", "class 3"])
@@ -176,9 +170,7 @@ def test_a_class_that_was_declared_and_never_seen_is_left_out(tmp_path: Path, mo
     assert drawn[0][1].tolist() == [[1, 1], [0, 0]]
 
 
-def test_nothing_of_matplotlib_is_changed(
-    tmp_path: Path, token: Scores, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_of_matplotlib_is_changed(tmp_path: Path, token: Scores, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 1.75)  # a user's own
     before = matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False), warnings.filters[:]
     draw(token, tmp_path)

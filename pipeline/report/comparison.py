@@ -86,6 +86,15 @@ def comparable(rows: Sequence[Row]) -> bool:
     return len({row.data for row in rows if row.metrics}) <= 1
 
 
+def summary(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """The leaderboard in Markdown, the errors, and whether the rows can be compared."""
+    lines = [board_table(leaderboard(rows, names), names).markdown(), ""]
+    lines += [f"- {plain(row.label)}: {row.error}" for row in rows if row.error]
+    if not comparable(rows):
+        lines.append("- The test sets differ between rows: sequences that one encoder takes are too long for another.")
+    return "\n".join(lines)
+
+
 def publish(rows: Sequence[Row], names: Sequence[str], tracker: Tracker, run: JournalRun) -> pd.DataFrame:
     """Logs the leaderboard as a table that MLflow shows, and in the run's description; returns it."""
     board = leaderboard(rows, names)
@@ -95,9 +104,5 @@ def publish(rows: Sequence[Row], names: Sequence[str], tracker: Tracker, run: Jo
         path.write_text(json.dumps(data), encoding="utf-8")
         tracker.artifact(path)
     run.tags({"mlflow.loggedArtifacts": json.dumps([{"path": FILE, "type": "table"}])})
-    notes = [f"- {plain(row.label)}: {row.error}" for row in rows if row.error]
-    if not comparable(rows):
-        notes.append("- The test sets differ between rows: sequences that one encoder takes are too long for another.")
-    lines = [f"{len(rows)} checkpoints by `{names[0]}`", "", board_table(board, names).markdown(), "", *notes]
-    run.describe("\n".join(lines))
+    run.describe(f"{len(rows)} checkpoints by `{names[0]}`\n\n{summary(rows, names)}")
     return board

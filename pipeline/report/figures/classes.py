@@ -55,7 +55,9 @@ def _matrix(axes: Any, labels: Sequence[str], turned: bool, values: npt.NDArray[
     axes.spines[:].set_visible(True)
     for text, value in zip(display.text_.flat, values.flat, strict=True) if few else ():
         number = f"{value:.2f}" if isinstance(value, np.floating) else f"{value}"
-        text.set(text=number if value else "", color="white" if norm(value) > 0.6 else INK, size=7)
+        text.set(
+            text=number if value else "", color="white" if norm(value) > 0.6 else INK, size=9 if len(values) <= 6 else 7
+        )
 
 
 def class_figure(heading: tuple[str, str], names: Sequence[str], counts: Any, units: str, path: Path) -> Path:

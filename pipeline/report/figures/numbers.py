@@ -73,7 +73,8 @@ def length_figure(examples: Examples, path: Path) -> Path:
     lengths = np.concatenate([part.lengths for part in parts.values()])
     low, high = int(lengths.min()), int(lengths.max())
     skewed = high > SKEWED * np.median(lengths)
-    bins = np.linspace(low - 0.5, high + 0.5, min(high - low + 1, 50) + 1)
+    width = 1 + (high - low) // 60
+    bins = np.arange(low, high + width + 1, width) - 0.5
     texts = []
     for name, part in parts.items():
         too_long = f", {part.left_out:,} of them too long" if limit is not None else ""
@@ -101,12 +102,13 @@ def training_figure(task: str, metrics: Mapping[str, Sequence[tuple[int, float]]
     """Axes of their own for each metric, with a marker at each measured step."""
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
-    steps = {step for points in metrics.values() for step, _ in points}
+    steps = sorted({step for points in metrics.values() for step, _ in points})
+    room = 0.05 * (steps[-1] - steps[0]) or 0.5
     subtitle = f"metrics by training step; {len(steps)} measurements"
     figure = new_figure(max(3.1 * columns, 5), 1.9 * rows + 0.7, task or "Downstream validation", subtitle)
     for place, (name, points) in enumerate(metrics.items(), 1):
         axes = figure.add_subplot(rows, columns, place)
         axes.plot(*zip(*points, strict=True), marker="o")
-        axes.set(title=f"{shorten(name, 30)}: {points[-1][1]:.4g}", xlim=(min(steps) - 0.5, max(steps) + 0.5))
+        axes.set(title=f"{shorten(name, 30)}: {points[-1][1]:.4g}", xlim=(steps[0] - room, steps[-1] + room))
         axes.locator_params(axis="x", integer=True, nbins=4)
     return save(figure, path)
