@@ -146,7 +146,7 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     from pipeline.config.yaml_file import read_config
     from pipeline.pretrain import Settings, make_loggers, pretrain, read_sequences
-    from pipeline.report.tables import curve, curve_markdown
+    from pipeline.report.tables import step_table
     from pipeline.tracking.runs import open_run
 
     _check_tracking(options.tracking_uri)
@@ -161,9 +161,10 @@ def _pretrain(options: argparse.Namespace) -> None:
         out = Path(options.out or f"pretrained/{os.environ.get('MLFLOW_RUN_ID', opened.run.key)[:8]}")
         loggers = make_loggers(out, opened.run)
         measured = pretrain(sequences, out, settings, config, loggers)
-        opened.run.describe(curve_markdown(measured, config.headlines))
+        table = step_table(measured, config.headlines)
+        opened.run.describe(table.markdown())
         loggers[-1].experiment.finish()  # Lightning leaves W&B writing behind the program's end
-    _print(curve(measured, config.headlines))
+    print(table.text())
     print(f"Measure it:     mlflow run . --env-manager local -P ckpt={out}")
     print(f"All of them:    mlflow run . --env-manager local -P ckpt='{out}/checkpoints/*' -P config={options.config}")
     print(f"TensorBoard:    tensorboard --logdir {out}")
@@ -194,7 +195,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
     from pipeline.config.yaml_file import to_mapping
     from pipeline.report import comparison as compare
     from pipeline.report.publishing import describe
-    from pipeline.report.tables import table
+    from pipeline.report.tables import score_table
     from pipeline.tracking.mirrors import mirrors
     from pipeline.tracking.runs import open_run
 
@@ -208,17 +209,18 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
         describe(opened.run, config)
         if len(ckpts) == 1:
             scores = measure.measure(ckpts[0], config, opened.run, others, until).scores
-            view = table(scores) if scores else None
+            table = score_table(scores) if scores else None
             failed = {}
         else:
             rows = measure.measure_several(ckpts, config, opened.run, others, until)
             names = measure.shown(rows, config)
-            view = compare.table(compare.rank(rows, names[0]), names) if any(row.metrics for row in rows) else None
+            some = any(row.metrics for row in rows)
+            table = compare.board_table(compare.leaderboard(rows, names), names) if some else None
             failed = {row.label: row.error for row in rows if row.error}
         if failed:
             opened.run.end("FAILED")
-    if view is not None:
-        _print(view)
+    if table is not None:
+        print(table.text())
     _print_links(opened)
     return failed
 
@@ -235,7 +237,7 @@ def _compare(options: argparse.Namespace) -> None:
     names = compare.choose([row for run in runs for row in measure.rows_of_run(run)], options.by)
     with open_run(f"{len(runs)} runs compared", Config(), options.tracking_uri) as opened:
         board = measure.compare_runs(runs, names, opened.run)
-    _print(compare.table(board, names))
+    print(compare.board_table(board, names).text())
     _print_links(opened)
 
 
@@ -254,12 +256,6 @@ def _replay(options: argparse.Namespace) -> None:
         print(f"{name}: {arrived} records sent{where}{said}")
     if failed:
         raise TrackingError("; ".join(failed))
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _check_tracking(tracking_uri: str) -> None:

@@ -26,7 +26,7 @@ from pipeline.errors import CheckpointError
 from pipeline.load import Examples, load
 from pipeline.progress import no_progress
 from pipeline.report.publishing import describe, publish_curves
-from pipeline.report.tables import curve_markdown
+from pipeline.report.tables import step_table
 from pipeline.store.shelf import Store
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import FOLDER, Guarded, NullTracker, Several, Tracker, attempt, guarded
@@ -127,7 +127,7 @@ class Measurement:
             several = Several([Guarded(run.run), *self._loggers()])
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
         if run.own and points:
-            run.run.describe(curve_markdown(points, self.config.headlines))
+            run.run.describe(step_table(points, self.config.headlines).markdown())
         attempt("closing of the MLflow run", lambda: run.end(status))
 
     @property
