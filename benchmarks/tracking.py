@@ -107,9 +107,9 @@ def main() -> None:
                 at_half = server.kill if kind == "killed" else lambda: None
                 spent, seconds, written, sent = train(folder, options.steps, uri, at_half)
             server.kill()
-        for one, methods in usual.items():
+        for kind_of_call, methods in usual.items():
             for name, method in methods.items():
-                setattr(one, name, method)
+                setattr(kind_of_call, name, method)
         seconds.sort()
         found.append(
             {

@@ -34,8 +34,8 @@ from pipeline import (
 from pipeline.data import tables
 from pipeline.encoders.esm import VOCABULARY, make_tokenizer
 from pipeline.errors import ConfigError
-from pipeline.program import check_tracking, print_links, print_table, run_program
-from pipeline.report.tables import curve, curve_markdown
+from pipeline.program import check_tracking, print_links, run_program
+from pipeline.report.tables import step_table
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.runs import open_run
 
@@ -221,9 +221,10 @@ def run(options: argparse.Namespace) -> None:
         out = Path(options.out or f"pretrained/{os.environ.get('MLFLOW_RUN_ID', opened.run.key)[:8]}")
         loggers = make_loggers(out, opened.run)
         points = pretrain(sequences, out, settings, config, loggers)
-        opened.run.describe(curve_markdown(points, config.headlines))
+        table = step_table(points, config.headlines)
+        opened.run.describe(table.markdown())
         loggers[-1].experiment.finish()  # W&B's process would still be writing when the program ends
-    print_table(curve(points, config.headlines))
+    print(table.text())
     print(f"Measure it:     mlflow run . --env-manager local -P ckpt={out}")
     print(f"All of them:    mlflow run . --env-manager local -P ckpt='{out}/checkpoints/*' -P config={options.config}")
     print(f"TensorBoard:    tensorboard --logdir {out}")

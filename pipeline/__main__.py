@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.errors import ConfigError, PipelineError, TrackingError
-from pipeline.program import PartlyError, add_traceback, check_tracking, print_links, print_table, run_program
+from pipeline.program import PartlyError, add_traceback, check_tracking, print_links, run_program
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
@@ -105,11 +105,11 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
     from pathlib import Path
 
     from pipeline import commands as measure
-    from pipeline.checkpoints.opening import expand, name_of
+    from pipeline.checkpoints.names import expand, name_of
     from pipeline.config.yaml_file import to_mapping
     from pipeline.report import comparison as compare
     from pipeline.report.publishing import describe
-    from pipeline.report.tables import table
+    from pipeline.report.tables import score_table
     from pipeline.tracking.mirrors import mirrors
     from pipeline.tracking.runs import open_run
 
@@ -123,17 +123,18 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
         describe(opened.run, config)
         if len(ckpts) == 1:
             scores = measure.measure(ckpts[0], config, opened.run, others, until).scores
-            view = table(scores) if scores else None
+            table = score_table(scores) if scores else None
             failed = {}
         else:
             rows = measure.measure_several(ckpts, config, opened.run, others, until)
             names = measure.shown(rows, config)
-            view = compare.table(compare.rank(rows, names[0]), names) if any(row.metrics for row in rows) else None
+            some = any(row.metrics for row in rows)
+            table = compare.board_table(compare.leaderboard(rows, names), names) if some else None
             failed = {row.label: row.error for row in rows if row.error}
         if failed:
             opened.run.end("FAILED")
-    if view is not None:
-        print_table(view)
+    if table is not None:
+        print(table.text())
     print_links(opened)
     return failed
 
@@ -150,7 +151,7 @@ def _compare(options: argparse.Namespace) -> None:
     names = compare.choose([row for run in runs for row in measure.rows_of_run(run)], options.by)
     with open_run(f"{len(runs)} runs compared", Config(), options.tracking_uri) as opened:
         board = measure.compare_runs(runs, names, opened.run)
-    print_table(compare.table(board, names))
+    print(compare.board_table(board, names).text())
     print_links(opened)
 
 

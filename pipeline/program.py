@@ -78,13 +78,6 @@ def check_tracking(tracking_uri: str) -> None:
         raise ConfigError(f"tracking_uri: the run is at '{given}' already; set MLFLOW_TRACKING_URI for mlflow run")
 
 
-def print_table(table: Any) -> None:
-    """Prints a table of rich, 120 columns wide where the output is no terminal."""
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
 def print_links(opened: OpenRun) -> None:
     """Prints where to look at the run; for a local database, how to start the UI first."""
     from pipeline.tracking.client import shown

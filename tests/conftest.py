@@ -122,7 +122,6 @@ def make_task(
 class FakeEncoder(Encoder):
     """Hidden states worked out by hand: one-hot residues, then noise that depends on the sequence alone."""
 
-    max_seq_length: int | None = None
     device = torch.device("cpu")
 
     def __init__(self, hidden_size: int = 24, name: str = "fake") -> None:

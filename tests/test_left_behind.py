@@ -285,7 +285,7 @@ def test_embeddings_that_cannot_be_found_again_go_with_the_next_program(tmp_path
 def test_embeddings_that_cannot_be_found_again_go_with_what_reads_them(tmp_path: Path, fake: FakeEncoder) -> None:
     """In a training there are some at each measurement."""
     some = Store(tmp_path / "store", memory_bytes=0)
-    fake.reusable = False  # type: ignore[attr-defined]
+    fake.reusable = False
     (embeddings,) = embed([load(token_task(tmp_path))], fake, some)
     rows = embeddings.rows("train")
     del embeddings

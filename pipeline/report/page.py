@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from pipeline.report import tables as report
+from pipeline.report.tables import score_table
 from pipeline.score import Scores
 
 PAGE = Template("""<!DOCTYPE html>
@@ -63,12 +63,7 @@ $tasks
 TASK = Template("""<section>
 <h2>$name</h2>
 <div class="wide" role="region" aria-label="Metrics" tabindex="0">
-<table>
-<thead><tr><th scope="col">metric</th><th scope="col">score</th><th scope="col">constant guess</th></tr></thead>
-<tbody>
-$rows
-</tbody>
-</table>
+$table
 </div>
 $notes
 $pictures
@@ -102,15 +97,13 @@ def page(
 
 def _task(scores: Scores, pictures: Sequence[Path]) -> str:
     """A task's section: its metrics, what there is to say of them, and its pictures."""
-    rows = [
-        f'<tr><th scope="row">{escape(name)}</th><td>{value}</td><td>{floor}</td></tr>'
-        for name, value, floor in report.rows(scores)
-    ]
     notes = [*scores.earlier_notes, *scores.notes]
     items = [f"<li>{escape(note)}</li>" for note in notes]
     listed = "<ul>\n" + "\n".join(items) + "\n</ul>" if items else ""
     images = "\n".join(_image(scores.task_name, path) for path in pictures)
-    return TASK.substitute(name=escape(scores.task_name), rows="\n".join(rows), notes=listed, pictures=images)
+    return TASK.substitute(
+        name=escape(scores.task_name), table=score_table([scores]).html(), notes=listed, pictures=images
+    )
 
 
 def _image(task_name: str, path: Path) -> str:

@@ -45,7 +45,7 @@ def publish(scores: Sequence[Scores], tracker: Tracker, title: str, facts: Mappi
             name = metric_name(one.task_name)
             folder = temporary / name
             folder.mkdir()
-            pictures[one.task_name] = draw(one, one.examples, folder)
+            pictures[one.task_name] = draw(one, folder)
             for path in pictures[one.task_name]:
                 tracker.artifact(path, f"figures/{name}")
         report = temporary / "report.html"

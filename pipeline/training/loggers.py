@@ -111,5 +111,4 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
         if self._own:
             self._run.end({"success": "FINISHED", "finished": "FINISHED"}.get(status, "FAILED"))
         if self._opened:
-            self._opened.sender.rest()
             self._opened.sender.settle()
