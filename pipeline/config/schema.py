@@ -127,10 +127,10 @@ class Task:
             name = metric_name(second)
             remedy = f"both become '{name}' in metric names; rename one"
             require(metric_name(first) != name, f"{where}: target_column: {first} and {second} {remedy}")
-        one = self.level == "token" or targets == 1
-        require(one, f"{where}: a sequence-level task has one target_column, found {targets}; make it several tasks")
-        counts = self.num_classes is None or (self.target_sizes or [self.num_classes]) == [self.num_classes] * targets
-        require(counts, f"{where}: num_classes {self.num_classes} contradicts target_sizes {self.target_sizes}")
+        allowed = self.level == "token" or targets == 1
+        require(allowed, f"{where}: a sequence-level task has one target_column, found {targets}; make it several tasks")
+        agree = self.num_classes is None or (self.target_sizes or [self.num_classes]) == [self.num_classes] * targets
+        require(agree, f"{where}: num_classes {self.num_classes} contradicts target_sizes {self.target_sizes}")
         unmasked = self.level == "token" or self.mask_column is None
         require(unmasked, f"{where}: mask_column is for token-level tasks; leave it out")
         classes = self.task_type == "classification"
