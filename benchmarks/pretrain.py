@@ -13,13 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from examples.pretrain import Settings, pretrain, read_sequences
 from pipeline import Config, Files, Task
 from pipeline.config.schema import MaxRows
-from pipeline.pretrain import Settings, pretrain, read_sequences
 from pipeline.report.tables import step_table
 
 # The floors in the data sets' README: logistic regression on a one-hot window of 15, and on amino-acid and dipeptide

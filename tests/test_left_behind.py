@@ -559,7 +559,7 @@ def test_a_line_that_is_no_record_does_not_stop_the_journal(line: bytes, tmp_pat
 
 
 @pytest.mark.parametrize("given", [[], ["--traceback"]])
-@pytest.mark.parametrize("entry", [["main", "--config"], ["pretrain", "--config"], ["config"]])
+@pytest.mark.parametrize("entry", [["main", "--config"], ["config"]])
 def test_the_command_line_prints_where_an_error_is_from(entry: list[str], given: list[str], capsys: Any) -> None:
     level = logging.getLogger("pipeline").level
     try:
@@ -572,7 +572,7 @@ def test_the_command_line_prints_where_an_error_is_from(entry: list[str], given:
 
 
 def test_every_entry_point_takes_traceback(capsys: Any) -> None:
-    for entry in ("main", "load", "embed", "train_head", "score", "pretrain", "compare", "replay", "config"):
+    for entry in ("main", "load", "embed", "train_head", "score", "compare", "replay", "config"):
         with pytest.raises(SystemExit):
             main([entry, "--help"])
         assert "--traceback" in capsys.readouterr().out
