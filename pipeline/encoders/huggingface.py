@@ -208,11 +208,9 @@ def _shorten(model: nn.Module, layer: int, config: Any) -> None:
 
 def _float_copies(model: nn.Module) -> dict[str, Tensor]:
     """Float32 copies of the weights and buffers that are floating-point numbers of another dtype."""
-    values = dict([*model.named_parameters(), *model.named_buffers()])
-    other = {
-        name: value for name, value in values.items() if value.is_floating_point() and value.dtype != torch.float32
-    }
-    return {name: value.detach().float() for name, value in other.items()}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    others = [(name, value) for name, value in named if value.is_floating_point() and value.dtype != torch.float32]
+    return {name: value.detach().float() for name, value in others}
 
 
 def limit_of(config: Any, tokens: Tokens) -> int | None:

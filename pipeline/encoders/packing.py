@@ -49,13 +49,11 @@ class Packing:
         inner = [module for module in model.modules() if module is not model]
         # BART's own embedding of positions takes them, but the encoder has no argument for them
         self._embeddings = [part for part in inner if isinstance(part, nn.Embedding) and _takes(part, "position_ids")]
-        self._biases: list[Any] = [
-            part for part in inner if hasattr(part, "compute_bias")
-        ]  # T5's, of relative positions
+        self._biases: list[Any] = [part for part in inner if hasattr(part, "compute_bias")]  # T5's relative positions
 
     @classmethod
     def fit(cls, model: nn.Module, ids: Sequence[int], padding: int) -> Packing | None:
-        """The packing of a model in evaluation mode; None, with a log line, where it gives something else than the model.
+        """The packing of a model in evaluation mode; None, and a log line, where it does not give the same.
 
         Args:
             model: a Hugging Face encoder.
@@ -153,9 +151,8 @@ def attention(
     Returns:
         Shape (1, tokens of all, heads, head size).
     """
-    strange = [
-        name for name in others if name not in HARMLESS and others[name] is not None and others[name] is not False
-    ]
+    given = {name for name, value in others.items() if value is not None and value is not False}
+    strange = sorted(given - HARMLESS)
     if strange or attention_mask is not None or dropout or getattr(module, "is_causal", False):
         raise _UnfitError(f"attention with {', '.join(strange) or 'a mask, dropout or a causal order'}")
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, head size)
