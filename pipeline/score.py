@@ -110,7 +110,7 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
         omitted,
         _table(part, targets, outputs),
         fitted.losses,
-        fitted.held_losses,
+        fitted.val_losses,
         tuple(notes),
         examples.notes + embeddings.notes + fitted.notes,
     )
