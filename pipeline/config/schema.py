@@ -12,7 +12,6 @@ from itertools import combinations
 from typing import Any
 
 from pipeline.config.classes import ENCODERS, refuse_reference
-from pipeline.config.optimizer_names import check_names as check_optim_names
 from pipeline.errors import ConfigError, nearest
 from pipeline.statistics.metrics import LOSS, OF_KIND, Metric, metric_name
 
@@ -122,7 +121,6 @@ class Task:
             f"{where}: dataset_path is missing; give the folder of train/ and test/",
         )
         self._check_targets(where)
-        check_optim_names(self.optim)
         for key, (least, most) in RANGES.items():
             value = getattr(self, key)
             _need(

@@ -108,7 +108,7 @@ def needs_metric(optim_config: Mapping[str, Any]) -> bool:
 @torch.enable_grad()
 @torch.random.fork_rng(devices=[])
 def check(optim_config: Mapping[str, Any]) -> None:
-    """Tries an optimiser step on a throw-away parameter. Raises ConfigError as `build` does, or where the step fails."""
+    """Tries an optimiser step. Raises ConfigError as `build` does, or where the step fails."""
     parameter = nn.Parameter(torch.ones(2, 2))
     optimizer, _ = build([parameter], with_max_steps(optim_config, 100))
 
@@ -126,14 +126,14 @@ def check(optim_config: Mapping[str, Any]) -> None:
 
 def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any]) -> Optimizer:
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    candidates = _torch_classes(name.lower())
+    candidates = _torch_classes(name)
     if name.lower() in FUSED:
         options.setdefault("weight_decay", 0.0)  # as theirs; AdamW's own default is 0.01
         options = _only_known(candidates[0], name, options)
-    accepting = [one for one in candidates if not set(options) - set(_accepted(one))]
+    accepting = [kind for kind in candidates if not set(options) - set(_accepted(kind))]
     if not accepting:
-        candidates += _other_classes(name.lower())
-        accepting = [one for one in candidates if not set(options) - set(_accepted(one))]
+        candidates += _other_classes(name)
+        accepting = [kind for kind in candidates if not set(options) - set(_accepted(kind))]
     if not accepting:
         known = _accepted(candidates[0])
         wrong = next(option for option in options if option not in known)
@@ -148,45 +148,45 @@ def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any
 
 def _torch_classes(name: str) -> list[type[Optimizer]]:
     """The class of that name in torch, if there is one."""
-    if name in FUSED:
+    if name.lower() in FUSED:
         return [torch.optim.AdamW]
-    return [one for key, one in vars(torch.optim).items() if key.lower() == name and _is_optimizer(one)]
+    return [value for key, value in vars(torch.optim).items() if key.lower() == name.lower() and _is_optimizer(value)]
 
 
 def _other_classes(name: str) -> list[type[Optimizer]]:
     """The class of that name in pytorch_optimizer, which takes a second to import, if there is one."""
-    if name in FUSED:
+    if name.lower() in FUSED:
         return []
     try:
         import pytorch_optimizer
     except ImportError as error:
         remedy = "install pytorch_optimizer, or take one of torch's"
-        raise ConfigError(f"optim.name: '{name}' as it is set is none of torch's optimisers; {remedy}") from error
+        raise ConfigError(f"optim.name: torch has no optimiser '{name}' with these options; {remedy}") from error
     # Schedule-free optimisers keep the weights to be scored apart from those that they train.
-    others = [one for one in pytorch_optimizer.get_supported_optimizers() if not one.startswith("schedulefree")]
-    if name in others:
-        return [pytorch_optimizer.load_optimizer(name)]
+    names = [known for known in pytorch_optimizer.get_supported_optimizers() if not known.startswith("schedulefree")]
+    if name.lower() in names:
+        return [pytorch_optimizer.load_optimizer(name.lower())]
     if not _torch_classes(name):
-        torchs = [key.lower() for key, one in vars(torch.optim).items() if _is_optimizer(one)]
-        close = nearest(name, [*torchs, *FUSED, *others])
-        remedy = close if "?" in close else nearest(name, [*USUAL_OPTIMIZERS, *FUSED])
+        torch_names = [key.lower() for key, value in vars(torch.optim).items() if _is_optimizer(value)]
+        close = nearest(name.lower(), [*torch_names, *FUSED, *names])
+        remedy = close if "?" in close else nearest(name.lower(), [*USUAL_OPTIMIZERS, *FUSED])
         raise ConfigError(f"optim.name: unknown optimiser '{name}'{remedy}")
     return []
 
 
-def _is_optimizer(one: Any) -> bool:
-    return inspect.isclass(one) and issubclass(one, Optimizer) and one is not Optimizer
+def _is_optimizer(value: Any) -> bool:
+    return inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
 
 
-def _accepted(one: type[Any]) -> list[str]:
+def _accepted(kind: type[Any]) -> list[str]:
     """The named options of an optimiser or scheduler."""
-    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    named = [key for key, parameter in inspect.signature(one).parameters.items() if parameter.kind not in kinds]
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = [key for key, parameter in inspect.signature(kind).parameters.items() if parameter.kind not in variadic]
     return named[1:]  # the first are the parameters, or the optimiser
 
 
-def _only_known(one: type[Optimizer], name: str, options: dict[str, Any]) -> dict[str, Any]:
-    known = _accepted(one)
+def _only_known(kind: type[Optimizer], name: str, options: dict[str, Any]) -> dict[str, Any]:
+    known = _accepted(kind)
     dropped = sorted(set(options) - set(known))
     text = f", without {', '.join(dropped)}" if dropped else ""
     logger.info("optim: %s is a fused kernel of Adam with decoupled weight decay; torch's AdamW is used%s", name, text)
@@ -198,17 +198,18 @@ def _scheduler(optimizer: Optimizer, name: str, options: dict[str, Any]) -> LRSc
     try:
         if name in POLICIES:
             return PolicyLR(optimizer, name, **options)
-        one = vars(lr_scheduler).get(name)
-        if not inspect.isclass(one) or not issubclass(one, (LRScheduler, ReduceLROnPlateau)) or name in NEEDS_FUNCTIONS:
+        kind = vars(lr_scheduler).get(name)
+        schedule = inspect.isclass(kind) and issubclass(kind, (LRScheduler, ReduceLROnPlateau))
+        if not schedule or name in NEEDS_FUNCTIONS:
             remedy = nearest(name, [*POLICIES, *USUAL_SCHEDULES])
             raise ConfigError(f"optim.sched.name: unknown schedule '{name}'{remedy}")
-        return one(optimizer, **_torch_options(one, name, options, optimizer))
+        return kind(optimizer, **_torch_options(kind, name, options, optimizer))
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise ConfigError(f"optim.sched: {name} cannot be built from {options}: {error}") from error
 
 
-def _torch_options(one: type[Any], name: str, options: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """`max_steps` under the name that a scheduler of torch's has for it."""
+def _torch_options(kind: type[Any], name: str, options: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """The options under torch's names, in which `max_steps` has another one."""
     steps = options.pop("max_steps")
     learning_rate = optimizer.param_groups[0]["lr"]
     own = {
@@ -218,7 +219,7 @@ def _torch_options(one: type[Any], name: str, options: dict[str, Any], optimizer
         "CyclicLR": {"base_lr": learning_rate / 10, "max_lr": learning_rate},
         "CosineAnnealingWarmRestarts": {"T_0": steps},
     }.get(name, {})
-    known = _accepted(one)
+    known = _accepted(kind)
     for option in options:
         if option not in known:
             raise ConfigError(f"optim.sched: {name} has no option '{option}'{nearest(option, known)}")

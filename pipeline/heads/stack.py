@@ -31,7 +31,9 @@ class Stack:
         dropouts = [[layer for layer in head.modules() if isinstance(layer, Dropout)] for head in heads]
         self._dropouts = list(zip(*dropouts, strict=True))
         # Of each layer the weights of all heads, then their biases.
-        groups = [[getattr(one, name) for one in layer] for layer in zip(*linears, strict=True) for name in ("weight", "bias")]
+        groups = [
+            [getattr(one, name) for one in layer] for layer in zip(*linears, strict=True) for name in ("weight", "bias")
+        ]
         values = torch.cat([parameter.detach().flatten() for group in groups for parameter in group])
         self.weights = nn.Parameter(values)
         self.weights.grad = torch.zeros_like(values)
