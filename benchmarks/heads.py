@@ -30,6 +30,7 @@ from work import chosen, parser
 
 from pipeline import Store, Task
 from pipeline.embed import Embeddings, embed
+from pipeline.encoders.protocol import Encoder
 from pipeline.heads.architectures import Dropout, Head
 from pipeline.heads.batches import Batch, Data
 from pipeline.heads.fit import fit, loss_of
@@ -41,7 +42,7 @@ EPOCHS = 3  # of which the mean is taken
 CLOCK = [time.perf_counter]
 
 
-class Random:
+class Random(Encoder):
     """An encoder of random numbers."""
 
     max_seq_length: int | None = None

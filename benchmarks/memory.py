@@ -31,6 +31,7 @@ from torch import Tensor
 from pipeline import Store, Task
 from pipeline.config.schema import parse_bytes
 from pipeline.embed import embed
+from pipeline.encoders.protocol import Encoder
 from pipeline.load import load
 from pipeline.train_head import train_head
 
@@ -39,7 +40,7 @@ STAGES = "embed", "train_head"
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 
 
-class FakeEncoder:
+class FakeEncoder(Encoder):
     """Random hidden states of width 256."""
 
     hidden_size = WIDTH

@@ -1,4 +1,4 @@
-"""Stage 1: CSV files to `Examples`.
+"""Stage 1: CSV files, or DataFrames, to `Examples`.
 
 Labels of every kind of task have one form: flat arrays over *units*. A unit is a sequence in a sequence-level task and
 a token in a token-level one; `Part.counts` says how many units each sequence has.
@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.schema import Task
-from pipeline.data import tables
 from pipeline.data.labels import READERS, Labels
+from pipeline.data.tables import Table, of_frame, read
 from pipeline.errors import ConfigError, DataError
 from pipeline.statistics.metrics import metric_name
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 UNKNOWN = -1  # the class of a masked label: no label is -1 where the mask is True
 
@@ -125,28 +130,27 @@ class Examples:
 
 @dataclass
 class _RawPart:
-    table: tables.Table
+    table: Table
     counts: npt.NDArray[np.int64]
     labels: list[Labels] = field(default_factory=list)
 
 
-def load(task: Task, max_seq_length: int | None = None) -> Examples:
+def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.DataFrame] | None = None) -> Examples:
     """Reads a task's CSV files, checks every cell, types the labels and leaves out what is too long.
 
     Args:
         task: where the files are and what their columns mean.
         max_seq_length: the encoder's own limit in characters, if it has one; the smaller of it and the task's holds.
+        frames: the parts `train`, `test` and, for early stopping, `val` as DataFrames; then no file is read. Cells are
+            what they are in files; token-level labels may be lists.
 
     Raises:
         DataError: names file, line and column, what was expected and what was found.
+        ConfigError: a part is missing in `frames`.
     """
-    names = {"train": task.dataset.train, "test": task.dataset.test}
     notes: list[str] = []
-    if task.dataset.val and task.patience is None:
-        notes.append("dataset.val is not used; set patience for early stopping on it")
-    elif task.dataset.val:
-        names["val"] = task.dataset.val
-    raw = {part: _read_part(task, part, name) for part, name in names.items()}
+    tables = _tables(task, frames, notes)
+    raw = {part: _read_part(task, table) for part, table in tables.items()}
     targets = tuple(_target(task, index, raw, notes) for index in range(len(task.target_column)))
     limits = [limit for limit in (task.max_seq_length, max_seq_length) if limit is not None]
     limit = min(limits, default=None)
@@ -161,9 +165,26 @@ def load(task: Task, max_seq_length: int | None = None) -> Examples:
     return Examples(task, targets, parts["train"], parts["test"], parts.get("val"), tuple(notes), limit, max_seq_length)
 
 
-def _read_part(task: Task, part: str, name: str) -> _RawPart:
+def _tables(task: Task, frames: Mapping[str, pd.DataFrame] | None, notes: list[str]) -> dict[str, Table]:
+    """The table of each part that is used."""
     columns = [task.sequence_column, *task.target_column, *(mask for mask in task.masks if mask)]
-    table = tables.read(Path(task.dataset_path) / part, name, list(dict.fromkeys(columns)))
+    columns = list(dict.fromkeys(columns))
+    parts: dict[str, Any] = (
+        {part: file for part, file in vars(task.dataset).items() if file} if frames is None else {**frames}
+    )
+    if not {"train", "test"} <= set(parts) <= {"train", "test", "val"}:
+        raise ConfigError(
+            f"frames: expected train, test and, for early stopping, val; found {', '.join(parts) or 'none'}"
+        )
+    if "val" in parts and task.patience is None:
+        notes.append("dataset.val is not used; set patience for early stopping on it")
+        del parts["val"]
+    if frames is not None:
+        return {part: of_frame(frame, f"frames['{part}']", columns) for part, frame in parts.items()}
+    return {part: read(Path(task.dataset_path) / part, file, columns) for part, file in parts.items()}
+
+
+def _read_part(task: Task, table: Table) -> _RawPart:
     sequences = table.columns[task.sequence_column]
     for row, sequence in enumerate(sequences):
         if not sequence:
@@ -257,7 +278,8 @@ def _filter(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, l
         values.append(_values(target, label)[units])
         if not masks[-1].any():
             raise DataError(f"{table.files[0]}: column '{target.name}': no label is left in {part} up to {limit}")
-    rows = [f"{table.files[f].name}:{row}" for f, row in zip(table.file_of, table.row_of, strict=True)]
+    names = [part if table.in_memory else file.name for file in table.files]
+    rows = [f"{names[file]}:{row}" for file, row in zip(table.file_of, table.row_of, strict=True)]
     kept = list(compress(sequences, keep))
     return Part(kept, list(compress(rows, keep)), raw.counts[keep], values, masks, int((~fits).sum()), lengths)
 

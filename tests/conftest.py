@@ -17,6 +17,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from pipeline.config.schema import Files, Task
+from pipeline.encoders.protocol import Encoder
 from pipeline.store.shelf import Store
 from tests import models
 
@@ -118,7 +119,7 @@ def make_task(
     return Task(**{**given, **options})
 
 
-class FakeEncoder:
+class FakeEncoder(Encoder):
     """Hidden states worked out by hand: one-hot residues, then noise that depends on the sequence alone."""
 
     max_seq_length: int | None = None

@@ -1,4 +1,4 @@
-"""CSV files as columns of text, and where a cell stands in its file.
+"""Tables as columns of text, from CSV files or a DataFrame, and where a cell stands.
 
 Nothing is typed here: a digit string such as `0011` must keep its zeros.
 """
@@ -6,15 +6,21 @@ Nothing is typed here: a digit string such as `0011` must keep its zeros.
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from pipeline.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # x[000..049], x{000..049}, x(000..049), x<000..049>, x_OP_000..049_CL_
 RANGE = re.compile(r"(?:\[|\{|\(|<|_OP_)(\d+\.\.\d+)(?:\]|\}|\)|>|_CL_)")
@@ -22,26 +28,68 @@ RANGE = re.compile(r"(?:\[|\{|\(|<|_OP_)(\d+\.\.\d+)(?:\]|\}|\)|>|_CL_)")
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one or several CSV files, in order.
+    """Rows of one or several CSV files, in order, or of a DataFrame.
 
     Attributes:
-        files: the files read.
+        files: the files read; a DataFrame has a name in place of a path.
         file_of: for each row, the index of its file. Length n.
         row_of: for each row, its number within its file, the first data row being 0. Length n.
         columns: for each column asked for, its n cells as text.
+        in_memory: the table is a DataFrame.
     """
 
     files: tuple[Path, ...]
     file_of: list[int]
     row_of: list[int]
     columns: dict[str, list[str]]
+    in_memory: bool = False
 
     def error(self, row: int, column: str, expected: str, found: str) -> DataError:
         """The error to raise for a cell: names file, line and column."""
-        path = self.files[self.file_of[row]]
         shown = found if len(found) <= 60 else found[:57] + "..."
-        line = line_of(path, self.row_of[row])
-        return DataError(f"{path}:{line}: column '{column}': expected {expected}, found {shown!r}")
+        file, number = self.files[self.file_of[row]], self.row_of[row]
+        return DataError(
+            f"{place(file, number, self.in_memory)}: column '{column}': expected {expected}, found {shown!r}"
+        )
+
+
+def place(file: Path, row: int, in_memory: bool = False) -> str:
+    """Where a data row stands: `FILE:LINE`, or the row of a DataFrame."""
+    return f"{file}, row {row}" if in_memory else f"{file}:{line_of(file, row)}"
+
+
+def of_frame(frame: pd.DataFrame, name: str, columns: Sequence[str]) -> Table:
+    """The `columns` of a DataFrame as text; `name` stands for it in error messages.
+
+    Numbers become the text that reads back as the same number, lists of numbers JSON, lists of booleans a mask.
+
+    Raises:
+        DataError: it has no such column, or no rows.
+    """
+    header = [str(column) for column in frame.columns]
+    for column in columns:
+        _check_column(header, column, name)
+    if not len(frame):
+        raise DataError(f"{name}: expected rows, found none")
+    cells = {column: [_text(cell) for cell in frame.iloc[:, header.index(column)]] for column in columns}
+    return Table((Path(name),), [0] * len(frame), list(range(len(frame))), cells, in_memory=True)
+
+
+def _text(cell: Any) -> str:
+    """A cell of a DataFrame as it would stand in a file; empty where it is missing."""
+    if isinstance(cell, (list, tuple, np.ndarray)):
+        values = [value.item() if isinstance(value, np.generic) else value for value in cell]
+        if all(isinstance(value, bool) for value in values):
+            return "".join(str(int(value)) for value in values)
+        return json.dumps([None if value is None or value != value else value for value in values], default=str)
+    missing = cell is None or type(cell).__name__ == "NAType" or cell != cell
+    return "" if missing else str(cell)
+
+
+def _check_column(header: Sequence[str], column: str, where: str) -> None:
+    if header.count(column) != 1:
+        what = "it twice" if column in header else f"no such column{nearest(column, header)}"
+        raise DataError(f"{where}: expected a column '{column}', found {what}")
 
 
 def expand(name: str) -> list[str]:
@@ -83,9 +131,7 @@ def read(folder: Path, name: str, columns: Sequence[str]) -> Table:
 def _read_file(path: Path, columns: Sequence[str]) -> pa.Table:
     header = _header(path)
     for column in columns:
-        if header.count(column) != 1:
-            what = "it twice" if column in header else f"no such column{nearest(column, header)}"
-            raise DataError(f"{path}:1: expected a column '{column}', found {what}")
+        _check_column(header, column, f"{path}:1")
     bad: list[pa_csv.InvalidRow] = []
 
     def skip(row: pa_csv.InvalidRow) -> str:

@@ -1,4 +1,4 @@
-"""What a stage tells a tracker. The adapters for MLflow and others are files of their own beside this one."""
+"""The protocol of trackers: where results are logged. Each adapter (MLflow, W&B, TensorBoard) is a file beside this."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOLDER = "downstream"  # of the files that a training's run is given
 
 @dataclass(frozen=True)
 class Data:
-    """A part of a task's data: its name, where it is from, a digest, how many sequences were kept and left out."""
+    """A part of a task's data: its name, its source, a digest, how many sequences are used and how many left out."""
 
     name: str
     part: str
@@ -28,31 +28,31 @@ class Data:
 
 
 class Tracker(Protocol):
-    """Somewhere that results go."""
+    """Where results are logged."""
 
     def step(self, name: str) -> AbstractContextManager[Tracker]:
-        """A stage: what the tracker it gives is told belongs to the stage. An exception ends the stage as failed."""
+        """Begins a stage, and gives the tracker for what belongs to it. An exception ends the stage as failed."""
         ...
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
-        """Numbers by name, none of them NaN, at a step; `data` is what they were measured on."""
+        """Logs numbers by name, none of them NaN, at a step; `data` is what they were measured on."""
         ...
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
-        """A file to keep, in a folder of the run's files; a picture may be shown at a step."""
+        """Stores a file in a folder of the run's files; a picture may be shown at a step."""
         ...
 
     def note(self, text: str) -> None:
-        """A line for whoever reads the run: a warning, or why a metric is left out."""
+        """Logs a line for whoever reads the run: a warning, or why a metric is left out."""
         ...
 
     def data(self, data: Data) -> None:
-        """A part of the data that was used."""
+        """Logs a part of the data that was used."""
         ...
 
 
 class NullTracker:
-    """Keeps nothing; others are made from it that keep something, but of stages nothing."""
+    """Discards everything; base of trackers that ignore stages."""
 
     @contextmanager
     def step(self, name: str) -> Iterator[Tracker]:  # noqa: ARG002
@@ -73,7 +73,7 @@ class NullTracker:
 
 
 class Several:
-    """Tells several trackers the same."""
+    """Passes everything on to several trackers."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         """In this order."""
@@ -107,10 +107,10 @@ class Several:
 
 
 class AtStep:
-    """A tracker at one step: that of the weights that are measured. Stages keep their own steps, such as epochs."""
+    """Logs results at the training step of the weights; stages keep their own steps, such as epochs."""
 
     def __init__(self, inner: Tracker, at: int) -> None:
-        """What `inner` is told of results is told at step `at`."""
+        """Results go to `inner` at step `at`."""
         self.inner = inner
         self.at = at
 
@@ -136,12 +136,12 @@ class AtStep:
 
 
 def attempt(what: str, act: Callable[[], T], fatal: tuple[type[Exception], ...] = ()) -> T | None:
-    """Does something that must not stop the work, such as a call of a tracker; what it raises becomes a warning.
+    """Calls `act`, which must not stop the work, such as a call of a tracker; an exception becomes a warning.
 
     Args:
-        what: names it in the warning.
-        act: does it.
-        fatal: what is raised all the same.
+        what: names the call in the warning.
+        act: the call.
+        fatal: exceptions that are raised all the same.
     """
     try:
         return act()
@@ -185,12 +185,12 @@ class Guarded:
 def guarded(
     what: str, open_tracker: Callable[[], AbstractContextManager[Tracker]], fatal: tuple[type[Exception], ...] = ()
 ) -> Iterator[Tracker]:
-    """A tracker that is opened and closed, whose failures become warnings; what the work within raises passes.
+    """Opens and closes a tracker whose failures become warnings; exceptions of the work within pass.
 
     Args:
-        what: names it in the warnings.
+        what: names the tracker in the warnings.
         open_tracker: opens it.
-        fatal: what is raised all the same when it is opened.
+        fatal: exceptions that are raised all the same when it is opened.
     """
     context = attempt(what, open_tracker, fatal)
     tracker = attempt(what, context.__enter__, fatal) if context else None

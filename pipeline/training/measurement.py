@@ -1,4 +1,4 @@
-"""What rank 0 does for the callback: prepares, and measures the weights of the moment."""
+"""The work of rank 0 for the callback: it prepares, and measures the current weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.classes import encoder_class
 from pipeline.config.schema import Config, Task
 from pipeline.embed import check_sequences, made_with
-from pipeline.encoders.description import DESCRIPTION
 from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.protocol import Encoder
@@ -32,6 +30,7 @@ from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import FOLDER, Guarded, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.tracking.mirrors import LoggerTracker
 from pipeline.train_head import make_head
+from pipeline.training.saving import save
 from pipeline.training.untouched import untouched
 from pipeline.validation import check, dry_run
 
@@ -50,9 +49,9 @@ class Measurement:
     def __init__(
         self, config: Config, trainer: Any, say: Callable[[str], None], earlier_run: str | None = None
     ) -> None:
-        """Keeps the trainer: its loggers, precision and folder are asked for when they are needed.
+        """Keeps the trainer: its loggers, precision and folder are read when they are needed.
 
-        `say` is told what a user wants to see.
+        `say` prints a line for the user.
         """
         self.say = say
         self.config = config
@@ -135,7 +134,7 @@ class Measurement:
 
     @property
     def _device(self) -> str:
-        """Where the trainer's device is, though the module may have left it at the end of training."""
+        """The trainer's root device: at the end of training the module may be back on the CPU."""
         return str(self.trainer.strategy.root_device) if self.config.device == "auto" else self.config.device
 
     @contextmanager
@@ -202,7 +201,7 @@ class Measurement:
                 make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
 
     def _measure(self, module: nn.Module, step: int) -> dict[str, float]:
-        source = str(self._save(module, step)) if self.config.save else "live weights"
+        source = str(save(module, self.trainer, step, self.description)) if self.config.save else "live weights"
         encoder = self._open(source) if self.config.save else self._encoder(module)
         if encoder.max_seq_length != self._limit:
             self._limit = encoder.max_seq_length
@@ -248,28 +247,6 @@ class Measurement:
         how = self.config.architecture, True, self.config.layer  # what was just written may be unpickled
         return open_encoder(source, target, self._device, precision, *how, self.config.model_factory)
 
-    def _save(self, module: Any, step: int) -> Path:
-        """Writes the weights of the moment as Lightning would, without its callbacks and its barrier."""
-        content = {
-            "epoch": self.trainer.current_epoch,
-            "global_step": self.trainer.global_step,
-            "pytorch-lightning_version": _lightning_version(self.trainer),
-            "state_dict": module.state_dict(),
-            "hyper_parameters": dict(module.hparams),
-        }
-        module.on_save_checkpoint(content)
-        if self.description is not None:
-            content[DESCRIPTION] = self.description
-        folder = Path(self.trainer.default_root_dir) / "downstream"
-        path = folder / f"step={step}.ckpt"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(content, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"save: '{path}' cannot be written ({error}); set default_root_dir") from error
-        return path
-
     def _store(self, root: Path) -> Store:
         config = self.config
         return Store(root, config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
@@ -311,9 +288,3 @@ class Measurement:
         if is_kind(logger, "JournalLogger"):
             return logger.experiment is run.run
         return is_kind(logger, "MLFlowLogger") and logger.run_id == run.run_id
-
-
-def _lightning_version(trainer: Any) -> str:
-    """Of the package that the trainer, or a class that it is made from, is of."""
-    homes = [one.__module__.split(".trainer")[0] for one in type(trainer).__mro__ if ".trainer" in one.__module__]
-    return str(import_module(homes[-1]).__version__)
