@@ -237,8 +237,8 @@ def test_any_numbers_can_be_drawn(
     losses = data.draw(st.lists(st.floats(0, 1e30), max_size=3))
     folder = tmp_path_factory.mktemp("numbers")
     limited = replace(scores.examples, limit=data.draw(st.one_of(st.none(), st.integers(1, 10**6))))
-    held_losses = [*losses[:-1], *[np.inf] * bool(losses)]
-    paths = draw(replace(scores, examples=limited, losses=losses, held_losses=held_losses), folder)
+    val_losses = [*losses[:-1], *[np.inf] * bool(losses)]
+    paths = draw(replace(scores, examples=limited, losses=losses, val_losses=val_losses), folder)
     assert ("learning_curve" in [path.stem for path in paths]) == bool(losses)
     check_pictures(paths, folder)
 

@@ -161,7 +161,7 @@ def test_key_patience(tmp_path: Path) -> None:
     task = make_task(tmp_path, noise, **options, num_epochs=100, patience=3, optim={"lr": 0.05})
     (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path))
     fitted = train_head(embeddings, Store(tmp_path), torch.device("cpu"))
-    best = fitted.held_losses.index(min(fitted.held_losses))
+    best = fitted.val_losses.index(min(fitted.val_losses))
     assert len(fitted.losses) == best + 1 + 3
     shorter = replace(task, num_epochs=best + 1)
     (embeddings,) = embed([load(shorter)], FakeEncoder(), Store(tmp_path))
@@ -180,10 +180,10 @@ def test_key_val(task: Task, tmp_path: Path) -> None:
     own = replace(task, patience=2, dataset=Files(val="x000"))
     assert load(own).val is not None
     (embeddings,) = embed([load(own)], FakeEncoder(), Store(tmp_path))
-    held = train_head(embeddings, Store(tmp_path), torch.device("cpu")).held_losses
+    held = train_head(embeddings, Store(tmp_path), torch.device("cpu")).val_losses
     assert len(held) == 3
     (other,) = embed([load(replace(task, patience=2))], FakeEncoder(), Store(tmp_path))
-    assert train_head(other, Store(tmp_path), torch.device("cpu")).held_losses != held
+    assert train_head(other, Store(tmp_path), torch.device("cpu")).val_losses != held
 
 
 def test_key_emb_batch_size(task: Task, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from pipeline.store.temporary import remove_abandoned
 from pipeline.store.writing import ShardWriter, writing
 
 # Part of every key: raise it when the same key would no longer give the same embeddings or heads, to the last bit.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
