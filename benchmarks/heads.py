@@ -27,6 +27,7 @@ from work import chosen, parser
 
 from pipeline import Store, Task
 from pipeline.embed import Embeddings, embed
+from pipeline.encoders.protocol import Encoder
 from pipeline.heads.architectures import Dropout, Head
 from pipeline.heads.fit import fit
 from pipeline.load import Examples, Part, Target
@@ -35,10 +36,9 @@ from pipeline.train_head import make_head
 CPU = torch.device("cpu")
 
 
-class Random:
+class Random(Encoder):
     """An encoder of random numbers."""
 
-    max_seq_length: int | None = None
     device = CPU
 
     def __init__(self, hidden_size: int) -> None:
@@ -48,10 +48,6 @@ class Random:
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """See `pipeline.Encoder`."""
         return [torch.randn(len(sequence), self.hidden_size) for sequence in sequences]
-
-    def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
-        """See `pipeline.Encoder`."""
-        return [(0, len(sequence)) for sequence in sequences]
 
 
 def values(rows: int, task: Task) -> Examples:
@@ -69,7 +65,7 @@ def tokens(options: argparse.Namespace) -> Examples:
 
 def heads_of(some: Sequence[Embeddings]) -> list[Head]:
     """Fresh heads."""
-    return [make_head(one.examples.task, one.shelf.hidden_size, one.examples.targets, CPU) for one in some]
+    return [make_head(one.examples.task, one.table.hidden_size, one.examples.targets, CPU) for one in some]
 
 
 def ours(some: Sequence[Embeddings]) -> float:
@@ -93,7 +89,7 @@ def data_of(embeddings: Embeddings) -> reference.TokenData | reference.ValueData
 
 def theirs(embeddings: Embeddings, data: reference.TokenData | reference.ValueData) -> float:
     """Seconds of an epoch of the reference's procedure."""
-    task, width = embeddings.examples.task, embeddings.shelf.hidden_size
+    task, width = embeddings.examples.task, embeddings.table.hidden_size
     head = reference.mlp(width, 1) if task.level == "sequence" else reference.ConvNet(width, 3)
     training = reference.epochs(head, data, 1e-3, persistent=task.level == "sequence")
     if task.level == "sequence":
@@ -124,7 +120,7 @@ def difference(embeddings: Embeddings, data: reference.TokenData | reference.Val
     task = replace(embeddings.examples.task, num_epochs=3, shuffle=False)
     same = replace(embeddings, examples=replace(embeddings.examples, task=task))
     (head,) = heads_of([same])
-    sizes = embeddings.shelf.hidden_size, embeddings.examples.targets[0].outputs
+    sizes = embeddings.table.hidden_size, embeddings.examples.targets[0].outputs
     other = reference.mlp(*sizes) if task.level == "sequence" else reference.ConvNet(*sizes)
     kinds = (nn.Linear, nn.Conv2d)
     layers = [[one for one in module.modules() if isinstance(one, kinds)] for module in (head, other)]

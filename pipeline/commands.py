@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.checkpoints.opening import name_of, names_of, open_encoder, step_of, with_step
@@ -18,7 +17,7 @@ from pipeline.report import comparison as compare
 from pipeline.report.publishing import facts_of, publish, publish_curves
 from pipeline.report.tables import markdown
 from pipeline.score import Scores, headlines
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.tracking import AtStep, Several, Tracker
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.validation import validate
@@ -73,7 +72,7 @@ def measure(
     run.rename(f"{label} {config.title}")
     if until == "score":
         run.checkpoint(label, encoder.digest, ckpt, step)
-    store = Store(Path(config.store), config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
+    store = Store.from_config(config)
     store.clear()
     here = AtStep(run, step or 0)
     scores = validate(encoder, config.tasks, store, here, until, _same(known, encoder))

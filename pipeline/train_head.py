@@ -25,7 +25,7 @@ from pipeline.errors import CacheError
 from pipeline.heads.architectures import MLP, ConvNet, Head
 from pipeline.heads.fit import Losses, fit, groups
 from pipeline.load import Target
-from pipeline.store.shelf import FORMAT, Store
+from pipeline.store.embedding_table import FORMAT, Store
 from pipeline.store.temporary import temporary_folder
 
 # The settings of a task that a fit depends on, beside the data.
@@ -92,7 +92,7 @@ def train_heads(embeddings: Sequence[Embeddings], store: Store, device: torch.de
 def _fresh(embeddings: Embeddings, device: torch.device) -> Head:
     examples = embeddings.examples
     torch.manual_seed(examples.task.random_seed)  # for layers of a user's own head
-    return make_head(examples.task, embeddings.shelf.hidden_size, examples.targets, device)
+    return make_head(examples.task, embeddings.table.hidden_size, examples.targets, device)
 
 
 def _train(

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.config.schema import Task, check_names, metric_name
-from pipeline.embed import Embeddings, differences, embed, made_with, precision_of
+from pipeline.embed import Embeddings, differences, embed, made_with
 from pipeline.encoders.protocol import Encoder
 from pipeline.heads import optimizers as optim
 from pipeline.load import Examples, load
 from pipeline.score import Scores, score
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import Data, NullTracker, Tracker
 from pipeline.train_head import FittedHead, make_head, train_heads
@@ -144,19 +144,18 @@ def _embed(examples: list[Examples], encoder: Encoder, store: Store, tracker: Tr
     with _stage(tracker, "embed") as step:
         began = time.perf_counter()
         embeddings = embed(examples, encoder, store)
-        seconds, first = time.perf_counter() - began, embeddings[0]
-        step.metrics({"embedded": first.embedded, "cached": first.cached, "tokens": first.tokens})
-        step.metrics({"cache_hits": first.cached / max(1, first.cached + first.embedded)})
-        if first.tokens:
-            step.metrics({"tokens_per_second": first.tokens / seconds})
-        logger.info("embed       %d sequences embedded, %d already stored", first.embedded, first.cached)
+        seconds, metrics = time.perf_counter() - began, embeddings[0].metrics
+        step.metrics(metrics)
+        if metrics["tokens"]:
+            step.metrics({"tokens_per_second": metrics["tokens"] / seconds})
+        logger.info("embed       %d sequences embedded, %d already stored", metrics["embedded"], metrics["cached"])
         for one in embeddings:
             for note in one.notes:
                 _note(step, one.examples.task.task_name, note)
-        for note in getattr(encoder, "notes", ()):
+        for note in encoder.notes:
             _note(step, "encoder", note)
-        here = made_with(encoder.device, precision_of(encoder), store, examples)
-        for note in differences(getattr(encoder, "made_with", {}), here):
+        here = made_with(encoder.device, encoder.precision, store, examples)
+        for note in differences(encoder.made_with, here):
             _note(step, "checkpoint", note)
     return embeddings
 

@@ -33,7 +33,7 @@ from pipeline.report.figures.classes import (
 )
 from pipeline.report.figures.examples import choose, row_of
 from pipeline.score import Scores, score
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.train_head import train_head
 from tests.conftest import FakeEncoder, make_task
 from tests.test_imports import loaded_after

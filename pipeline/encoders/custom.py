@@ -55,7 +55,7 @@ class CustomEncoder:
         self.inner = inner
         self.context = context
         self.made_with: Mapping[str, Any] = {}
-        self.precision = "its own"
+        self.precision, self.packs = "its own", False
         self.step: int | None = None  # of the training, where the checkpoint says it
         self.max_seq_length: int | None = getattr(inner, "max_seq_length", None)
         digest = _given_digest(inner) or digest
@@ -110,6 +110,10 @@ class CustomEncoder:
         if hasattr(self.inner, "count_unknown"):
             return list(self.inner.count_unknown(sequences))
         return [(0, len(sequence)) for sequence in sequences]
+
+    def why_unknown(self, sequence: str) -> str:
+        """See `Encoder.why_unknown`."""
+        return ""
 
     def _states(self, sequences: Sequence[str]) -> list[Tensor]:
         with torch.no_grad(), self.context():

@@ -119,6 +119,10 @@ class HuggingFaceEncoder:
         """See `Encoder`."""
         return self._packing is not None
 
+    def why_unknown(self, sequence: str) -> str:
+        """See `Encoder.why_unknown`."""
+        return self.tokens.why_unknown(sequence)
+
     @cached_property
     @torch.no_grad()
     def _packing(self) -> Packing | None:

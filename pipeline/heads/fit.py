@@ -253,7 +253,7 @@ def groups(heads: Sequence[Head], embeddings: Sequence[Embeddings]) -> list[list
         together = task.patience is None and _stackable(head, task, one.examples.targets)
         alone = () if together else (place,)
         steps = len(one.examples.train), task.batch_size, task.num_epochs
-        shape = one.shelf.hidden_size, target.outputs, target.classes is None
+        shape = one.table.hidden_size, target.outputs, target.classes is None
         found.setdefault((*alone, *steps, *shape), []).append(place)
     return list(found.values())
 

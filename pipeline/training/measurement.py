@@ -29,7 +29,7 @@ from pipeline.progress import no_progress
 from pipeline.report.publishing import describe, facts_of, publish, publish_curves
 from pipeline.report.tables import curve_markdown
 from pipeline.score import Scores, headlines
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import FOLDER, AtStep, Guarded, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.tracking.mirrors import LoggerTracker
@@ -188,7 +188,7 @@ class Measurement:
             return None
         device = find_device(self._device)
         precision = self._live.own_precision or find_precision(self.config.precision, device)
-        plan = made_with(device, precision, self._store(Path()), self._examples)
+        plan = made_with(device, precision, Store.from_config(self.config), self._examples)
         return {**self._live.description, "made_with": plan}
 
     def _check(self, module: nn.Module) -> None:
@@ -210,7 +210,7 @@ class Measurement:
             self._limit = encoder.max_seq_length
             self._examples = read(self._tasks, self._limit)
         with ExitStack() as stack:
-            store = self._store(stack.enter_context(self._folder()))
+            store = Store.from_config(self.config, stack.enter_context(self._folder()))
             run = self._training_run()
             tracker: Tracker = NullTracker()
             if run is not None:
@@ -267,10 +267,6 @@ class Measurement:
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"save: '{path}' cannot be written ({error}); set default_root_dir") from error
         return path
-
-    def _store(self, root: Path) -> Store:
-        config = self.config
-        return Store(root, config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
