@@ -25,9 +25,8 @@ from timing import in_turn, report, write
 from torch import Tensor, nn
 from work import chosen, parser
 
-from pipeline import Store, Task
+from pipeline import Encoder, Store, Task
 from pipeline.embed import Embeddings, embed
-from pipeline.encoders.protocol import Encoder
 from pipeline.heads.architectures import Dropout, Head
 from pipeline.heads.fit import fit
 from pipeline.load import Examples, Part, Target
@@ -39,6 +38,7 @@ CPU = torch.device("cpu")
 class Random(Encoder):
     """An encoder of random numbers."""
 
+    max_seq_length: int | None = None
     device = CPU
 
     def __init__(self, hidden_size: int) -> None:
@@ -48,6 +48,10 @@ class Random(Encoder):
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """See `pipeline.Encoder`."""
         return [torch.randn(len(sequence), self.hidden_size) for sequence in sequences]
+
+    def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
+        """See `pipeline.Encoder`."""
+        return [(0, len(sequence)) for sequence in sequences]
 
 
 def values(rows: int, task: Task) -> Examples:

@@ -28,10 +28,9 @@ from rich.table import Table
 from timing import write
 from torch import Tensor
 
-from pipeline import Store, Task
+from pipeline import Encoder, Store, Task
 from pipeline.config.schema import parse_bytes
 from pipeline.embed import embed
-from pipeline.encoders.protocol import Encoder
 from pipeline.load import load
 from pipeline.train_head import train_head
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.config.yaml_file import read_config as read_config
     from pipeline.encoders.huggingface import HuggingFaceEncoder as HuggingFaceEncoder
     from pipeline.encoders.live import LiveModel as LiveModel
+    from pipeline.encoders.options import EncoderOptions as EncoderOptions
     from pipeline.encoders.protocol import Encoder as Encoder
     from pipeline.errors import PipelineError as PipelineError
     from pipeline.score import Scores as Scores
@@ -54,6 +55,7 @@ _HOMES = {
     "DownstreamModelCheckpoint": "training.monitors",
     "DownstreamValidation": "training.lightning",
     "Encoder": "encoders.protocol",
+    "EncoderOptions": "encoders.options",
     "Files": "config.schema",
     "HuggingFaceEncoder": "encoders.huggingface",
     "JournalLogger": "training.loggers",

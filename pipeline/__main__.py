@@ -191,7 +191,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
     from pathlib import Path
 
     from pipeline import commands as measure
-    from pipeline.checkpoints.opening import expand, name_of
+    from pipeline.checkpoints.names import expand, name_of
     from pipeline.config.yaml_file import to_mapping
     from pipeline.report import comparison as compare
     from pipeline.report.publishing import describe

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipeline.checkpoints.opening import name_of, names_of, open_encoder, step_of, with_step
+from pipeline.checkpoints.names import name_of, names_of, step_of, with_step
+from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.schema import Config, metric_name
 from pipeline.config.yaml_file import to_yaml
+from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import PipelineError
 from pipeline.load import Examples
@@ -64,9 +66,7 @@ def measure(
     Raises:
         PipelineError: see `open_encoder` and `validate`.
     """
-    target = config.dataset[0].infer_target
-    how = config.architecture, config.trust_pickle, config.layer, config.model_factory
-    encoder = open_encoder(ckpt, target, config.device, config.precision, *how)
+    encoder = open_encoder(ckpt, EncoderOptions.from_config(config))
     step = step_of(ckpt, encoder)
     label = with_step(name or name_of(ckpt), step)
     run.rename(f"{label} {config.title}")

@@ -15,7 +15,8 @@ from mlflow.artifacts import load_text
 from transformers import AutoTokenizer, EsmForMaskedLM
 
 from pipeline.__main__ import main
-from pipeline.checkpoints.opening import expand, names_of, open_encoder, step_of, with_step
+from pipeline.checkpoints.names import expand, names_of, step_of, with_step
+from pipeline.checkpoints.opening import open_encoder
 from pipeline.encoders.description import DESCRIPTION, describe
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.report.comparison import Row, choose, comparable, markdown, rank

@@ -22,6 +22,7 @@ from pipeline.config.schema import Config, Files, Logging, MaxRows, Task
 from pipeline.config.yaml_file import config_from, read_config
 from pipeline.embed import embed
 from pipeline.encoders.live import LiveModel
+from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.source import code_digest
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.heads.architectures import Head
@@ -100,18 +101,18 @@ def test_key_layer(model_folder: Callable[..., Path], kind: str) -> None:
     inner = slice(len(last.tokens.before), ids.shape[1] - len(last.tokens.after))
     count = len(states) - 1
     for layer in range(-count - 1, count + 1):
-        encoder: Any = open_encoder(folder, layer=layer)
+        encoder: Any = open_encoder(folder, EncoderOptions(layer=layer))
         for state in encoder.hidden_states([text, "CC", text])[::2]:
             torch.testing.assert_close(state, states[layer][0, inner], atol=1e-5, rtol=0)
         assert (encoder.digest == last.digest) == (layer in (-1, count))
-    lowest: Any = open_encoder(folder, layer=0)
+    lowest: Any = open_encoder(folder, EncoderOptions(layer=0))
     sizes = [sum(one.numel() for one in encoder.model.parameters()) for encoder in (lowest, last)]
     assert sizes[0] < sizes[1]
-    assert len({open_encoder(folder, layer=layer).digest for layer in range(count + 1)}) == count + 1
+    assert len({open_encoder(folder, EncoderOptions(layer=layer)).digest for layer in range(count + 1)}) == count + 1
     with pytest.raises(ConfigError, match=rf"layer: expected {-count - 1} to {count} for a model of {count} layers"):
-        open_encoder(folder, layer=count + 1)
+        open_encoder(folder, EncoderOptions(layer=count + 1))
     with pytest.raises(ConfigError, match="gives the hidden states itself"):
-        open_encoder(folder, "tests.test_keys.FakeEncoder", layer=1)
+        open_encoder(folder, EncoderOptions("tests.test_keys.FakeEncoder", layer=1))
 
 
 FIT: dict[str, Any] = {
@@ -276,21 +277,21 @@ def test_key_class(task: Task, tmp_path: Path) -> None:
 
 def test_key_infer_target(model_folder: Callable[..., Path]) -> None:
     folder = str(model_folder("esm"))
-    assert open_encoder(folder, "esm").digest == open_encoder(folder, "auto").digest
+    assert open_encoder(folder, EncoderOptions("esm")).digest == open_encoder(folder, EncoderOptions("auto")).digest
     with pytest.raises(CheckpointError, match=r"infer_target 'prott5' is for t5 or mt5, but .* is esm"):
-        open_encoder(folder, "prott5")
+        open_encoder(folder, EncoderOptions("prott5"))
 
 
 def test_key_device(model_folder: Callable[..., Path]) -> None:
-    assert open_encoder(str(model_folder("esm")), device="cpu").device == torch.device("cpu")
+    assert open_encoder(str(model_folder("esm")), EncoderOptions(device="cpu")).device == torch.device("cpu")
     with pytest.raises(ConfigError, match="'cuda:99' is not on this machine"):
-        open_encoder(str(model_folder("esm")), device="cuda:99")
+        open_encoder(str(model_folder("esm")), EncoderOptions(device="cuda:99"))
 
 
 def test_key_precision(model_folder: Callable[..., Path]) -> None:
     folder = str(model_folder("esm"))
-    exact = open_encoder(folder, precision="fp32", device="cpu").hidden_states(["MKV"])[0]
-    rounded = open_encoder(folder, precision="bf16", device="cpu").hidden_states(["MKV"])[0]
+    exact = open_encoder(folder, EncoderOptions(precision="fp32", device="cpu")).hidden_states(["MKV"])[0]
+    rounded = open_encoder(folder, EncoderOptions(precision="bf16", device="cpu")).hidden_states(["MKV"])[0]
     assert 0 < (exact - rounded).abs().max() < 0.2
     assert rounded.dtype == torch.float32
 
@@ -312,8 +313,8 @@ def test_key_trust_pickle(tmp_path: Path, model_folder: Callable[..., Path]) -> 
     with pytest.raises(
         CheckpointError, match=r"expected a tensor, found a torch.nn.init.ones_, which is not read; set"
     ):
-        open_encoder(str(tmp_path / "a.ckpt"), **settings)
-    assert open_encoder(str(tmp_path / "a.ckpt"), trust_pickle=True, **settings).hidden_size == 32
+        open_encoder(str(tmp_path / "a.ckpt"), EncoderOptions(**settings))
+    assert open_encoder(str(tmp_path / "a.ckpt"), EncoderOptions(trust_pickle=True, **settings)).hidden_size == 32
 
 
 def test_shipped_configurations_have_no_surprises() -> None:
@@ -469,7 +470,7 @@ def test_edited_code_is_measured_anew(package: OwnPackage, task: Task, tmp_path:
     for factor in ("2.0", "3.0", "3.0"):
         package.write("../beside.py", f"FACTOR = {factor}\n")
         package.forget()
-        encoder = open_encoder(str(tmp_path / "weights.ckpt"), "own_package.encoder.Own")
+        encoder = open_encoder(str(tmp_path / "weights.ckpt"), EncoderOptions("own_package.encoder.Own"))
         (embeddings,) = embed([load(task)], encoder, Store(tmp_path / "store"))
         rows = embeddings.rows("test").on(torch.device("cpu"))
         seen.append((float(rows.max()), embeddings.metrics["embedded"] > 0))
@@ -530,7 +531,7 @@ def test_a_digest_of_the_class_stands_for_its_code_alone(tmp_path: Path) -> None
     keys = set()
     for content in (b"one", b"two"):
         (tmp_path / "weights.ckpt").write_bytes(content)
-        keys.add(open_encoder(str(tmp_path / "weights.ckpt"), "tests.test_keys.WithDigest").digest)
+        keys.add(open_encoder(str(tmp_path / "weights.ckpt"), EncoderOptions("tests.test_keys.WithDigest")).digest)
     assert len(keys) == 2
     assert all("version 1" in key for key in keys)
 
@@ -553,6 +554,7 @@ from pipeline import Store, validate
 from pipeline.config.schema import Task
 from pipeline.heads.architectures import Head
 from pipeline.encoders.live import LiveModel
+from pipeline.encoders.options import EncoderOptions
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 

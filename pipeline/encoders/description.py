@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from pipeline.config.classes import ARCHITECTURES
-from pipeline.encoders.companions import check_implementation, check_size, malformed
+from pipeline.encoders.checks import check_size, malformed
+from pipeline.encoders.internals import ATTENTION, attention_of
 from pipeline.encoders.tokens import SMILES_TOKEN, Tokens
+from pipeline.encoders.weights import is_encoder_alone
 from pipeline.errors import CheckpointError
 from pipeline.store.temporary import temporary_folder
 
@@ -32,10 +34,10 @@ def describe(model: nn.Module, tokenizer: Any, prefix: str) -> dict[str, Any]:
     """
     config: Any = model.config
     # transformers 4 writes that it has chosen an implementation of attention, and not which
-    options = {key: value for key, value in config.to_dict().items() if not key.startswith("_attn_implementation")}
+    options = {key: value for key, value in config.to_dict().items() if not key.startswith(ATTENTION)}
     return {
         "config": json.dumps(options),
-        "attention": getattr(config, "_attn_implementation", None),  # a configuration written out does not hold it
+        "attention": attention_of(config),  # a configuration written out does not hold it
         "tokenizer": _tokenizer_files(tokenizer),
         "prefix": prefix,
     }
@@ -96,11 +98,10 @@ def class_for(config: Any) -> tuple[Any, dict[str, Any]]:
     """The class to load, and its options: no decoder where there is such a class, no pooling layer."""
     import transformers
 
-    check_implementation(getattr(config, "_attn_implementation", None), "ckpt: the configuration: attn_implementation")
     encoders = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
     if config.model_type in encoders:
         return getattr(transformers, encoders[config.model_type]), {}
-    skeleton: Any = transformers.AutoModel._model_mapping[type(config)]
+    skeleton: Any = transformers.MODEL_MAPPING[type(config)]
     skeleton = skeleton[0] if isinstance(skeleton, (tuple, list)) else skeleton
     pooling = "add_pooling_layer" in inspect.signature(skeleton).parameters
     return skeleton, {"add_pooling_layer": False} if pooling else {}
@@ -108,7 +109,7 @@ def class_for(config: Any) -> tuple[Any, dict[str, Any]]:
 
 def encoder_of(model: Any) -> tuple[nn.Module, str]:
     """The encoder half of an encoder-decoder and its name within; any other model is its own encoder."""
-    if not model.config.is_encoder_decoder or type(model).__name__.endswith("EncoderModel"):
+    if not model.config.is_encoder_decoder or is_encoder_alone(model):
         return model, ""
     encoder = model.get_encoder()
     return encoder, next(f"{name}." for name, module in model.named_modules() if module is encoder)

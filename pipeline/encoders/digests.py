@@ -12,6 +12,7 @@ from types import FunctionType
 import torch
 from torch import Tensor, nn
 
+from pipeline.encoders.internals import hooks_of
 from pipeline.encoders.source import LIBRARIES, code_digest
 from pipeline.encoders.tokens import Tokens
 
@@ -42,7 +43,7 @@ def code_of(model: nn.Module) -> str | None:
     that a constructor was given and that no weight or configuration holds.
     """
     own = [kind for kind in map(type, model.modules()) if kind.__module__.partition(".")[0] not in LIBRARIES]
-    changed = any("forward" in vars(one) or one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+    changed = hooks_of(model) > 0 or any("forward" in vars(module) for module in model.modules())
     code = code_digest(own[0], *own[1:]) if own else ""
     return None if changed or code is None else f"{code} {settings_digest(model)}"
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.encoders.internals import attention_of, attention_set
+
 NAME = "within_sequences"  # of the attention, among those that transformers knows
 # Of what transformers hands to an attention function: that which does not change the result here.
 HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
@@ -58,8 +60,7 @@ class Packing:
             ids: some tokens to try it on, no special ones among them.
             padding: the padding token; positions may be numbered from behind it.
         """
-        config: Any = model.config
-        if getattr(config, "_attn_implementation", None) != "sdpa" or len(ids) < 2:
+        if attention_of(model.config) != "sdpa" or len(ids) < 2:
             _give_up(model, "its attention is not torch's, sdpa" if len(ids) >= 2 else "it has no tokens to try")
             return None
         rows = [[*ids], [*ids[: len(ids) // 2]], [*reversed(ids)]]  # the last has the length of the first
@@ -168,20 +169,24 @@ def attention(
 
 def fused_forwards(model: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
     """By module, its forward pass with torch's own GELU: as ESM writes that out, it is a sixth of all of its time."""
-    found: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
-    for one in model.modules():
-        if "forward" in vars(one):  # somebody's own
-            continue
-        if type(one).__name__ == "EsmIntermediate":
-            found[one] = partial(_intermediate, one)
-        elif type(one).__name__ == "NewGELUActivation":  # of T5's with gates
-            found[one] = partial(functional.gelu, approximate="tanh")
-    return found
+    return {
+        module: partial(FUSED[type(module).__name__], module)
+        for module in model.modules()
+        if type(module).__name__ in FUSED and "forward" not in vars(module)  # that would be somebody's own
+    }
 
 
 def _intermediate(module: Any, states: Tensor) -> Tensor:
     """Shape (..., hidden_size) to (..., intermediate_size)."""
     return functional.gelu(module.dense(states))
+
+
+def _gelu(_: Any, states: Tensor) -> Tensor:
+    return functional.gelu(states, approximate="tanh")
+
+
+# By the name of a class of transformers, what its forward pass computes; the second is of T5's with gates.
+FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {"EsmIntermediate": _intermediate, "NewGELUActivation": _gelu}
 
 
 def _give_up(model: nn.Module, reason: str) -> None:
@@ -207,11 +212,9 @@ def _within(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)
-    config: Any = model.config
-    before, token = config._attn_implementation, _lengths.set(lengths)
-    config._attn_implementation = NAME
+    token = _lengths.set(lengths)
     try:
-        yield
+        with attention_set(model.config, NAME):
+            yield
     finally:
-        config._attn_implementation = before
         _lengths.reset(token)

@@ -42,7 +42,7 @@ class Encoder(Protocol):
         ...
 
     def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
-        """For each sequence, how many of its tokens are unknown, and how many it has; by default a token a character."""
+        """For each sequence, how many of its tokens are unknown, and how many it has; by default one per character."""
         return [(0, len(sequence)) for sequence in sequences]
 
     def why_unknown(self, sequence: str) -> str:  # noqa: ARG002

@@ -45,6 +45,14 @@ def code_digest(owner: Any, *others: Any) -> str | None:
     return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
 
+def class_name(owner: Any) -> str:
+    """Module and name of a class or function, for digests and messages: of the program's own, its file's name."""
+    module = owner.__module__
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    home = Path(script).stem if module == "__main__" and script else module
+    return f"{home}.{getattr(owner, '__qualname__', owner)}"
+
+
 def no_reuse(owner: Any, what: str) -> str:
     """What to tell the user where `code_digest` is None; `what` is made anew each time."""
     name = getattr(owner, "__qualname__", owner)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.encoders.companions import panics_as_errors
+from pipeline.encoders.internals import panics_as_errors
 from pipeline.errors import CheckpointError
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.embed import check_sequences, made_with
 from pipeline.encoders.description import DESCRIPTION
 from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.live import LiveModel
+from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError
 from pipeline.load import Examples
@@ -137,8 +139,12 @@ class Measurement:
 
     @property
     def _device(self) -> str:
-        """Where the trainer's device is, though the module may have left it at the end of training."""
+        """The trainer's device; at the end of training the module may be back on the CPU."""
         return str(self.trainer.strategy.root_device) if self.config.device == "auto" else self.config.device
+
+    @property
+    def _options(self) -> EncoderOptions:
+        return replace(EncoderOptions.from_config(self.config), device=self._device)
 
     @contextmanager
     def _around(self, module: nn.Module) -> Iterator[None]:
@@ -198,7 +204,7 @@ class Measurement:
             remedy = "set model_factory, name a class with from_checkpoint(path) in infer_target, or leave save out"
             raise CheckpointError(f"save: a checkpoint of {type(module).__name__} cannot be opened again; {remedy}")
         if live and not live.runs_module:
-            encoder = live.encoder(module, "cpu", "fp32", layer=config.layer)
+            encoder = live.encoder(module, replace(self._options, device="cpu", precision="fp32"))
             check_sequences(self._examples, encoder)
             for one in self._examples:
                 make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
@@ -239,12 +245,10 @@ class Measurement:
     def _encoder(self, module: nn.Module) -> Encoder:
         assert self._live is not None
         probe = min(self._examples[0].train.sequences, key=len)
-        return self._live.encoder(module, self._device, self.config.precision, probe, self.config.layer)
+        return self._live.encoder(module, self._options, probe)
 
     def _open(self, source: str) -> Encoder:
-        target, precision = self._tasks[0].infer_target, self.config.precision
-        how = self.config.architecture, True, self.config.layer  # what was just written may be unpickled
-        return open_encoder(source, target, self._device, precision, *how, self.config.model_factory)
+        return open_encoder(source, replace(self._options, trust_pickle=True))  # it was just written here
 
     def _save(self, module: Any, step: int) -> Path:
         """Writes the weights of the moment as Lightning would, without its callbacks and its barrier."""
