@@ -54,8 +54,8 @@ class Embeddings:
     entries: dict[str, list[Entry]]
     memory_bytes: int
     metrics: Mapping[str, float]
-    notes: tuple[str, ...] = ()
-    reusable: bool = True
+    notes: tuple[str, ...]
+    reusable: bool
 
     @property
     def table(self) -> EmbeddingTable:
@@ -86,10 +86,10 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
     with ExitStack() as locks:
         for level in levels.values():
             locks.enter_context(level.table.lock())
-            level.find_missing()
+            level.look_up()
         tokens = _embed_missing(list(levels.values()), encoder, plan, examples)
         for level in levels.values():
-            level.read()
+            level.read_embedded()
     total = len(_texts(examples))
     embedded = len({key for level in levels.values() for key in level.missing})
     cached = total - embedded
@@ -104,46 +104,39 @@ class _Level:
         pooling: `mean` or `none`.
         table: where the embeddings are stored.
         texts: the distinct sequences, by key.
-        missing: those that are not stored.
+        missing: those that were not stored.
+        entries: where the rows of each stored sequence are.
+        vectors: those rows.
     """
 
     def __init__(self, level: str, examples: Sequence[Examples], encoder: Encoder, store: Store) -> None:
         self.pooling = POOLING[level]
         self.table = store.table(encoder.digest, self.pooling, encoder.hidden_size, encoder.reusable)
         self.texts = _texts([one for one in examples if one.task.level == level])
-        self.missing: dict[bytes, str] = {}
-        self._memory_bytes, self._reusable = store.memory_bytes, encoder.reusable
-        self._index: dict[bytes, Entry] = {}
-        self._vectors: Vectors | None = None
+        self.memory_bytes, self.reusable = store.memory_bytes, encoder.reusable
 
-    def find_missing(self) -> None:
+    def look_up(self) -> None:
         """Reads what is stored, and finds what is missing: the sequences of damaged shards too, which are dropped."""
-        self._index = self.table.index()
-        self.missing = {key: text for key, text in self.texts.items() if key not in self._index}
-        try:
-            if self.missing:  # the rows are read again once the table is complete
-                Vectors(self.table, self._stored(), memory_bytes=0)
-            else:
-                self.read()
+        index = self.table.index()
+        self.missing = {key: text for key, text in self.texts.items() if key not in index}
+        try:  # to verify it; where some are missing, the rows are read for use once they are embedded
+            self._read(index, 0 if self.missing else self.memory_bytes)
         except DamagedShardsError as error:
             logger.warning("%s", error)
             self.table.drop(shard for shard, _ in error.damaged)
-            self.find_missing()
+            self.look_up()
 
-    def read(self) -> None:
-        """Reads the rows of all sequences, once. Raises DamagedShardsError where they are not what was written."""
-        if self._vectors is None:
-            if self.missing:
-                self._index = self.table.index()
-            self._vectors = Vectors(self.table, self._stored(), self._memory_bytes)
+    def read_embedded(self) -> None:
+        """Reads all rows where some were missing. Raises DamagedShardsError where they are not what was written."""
+        if self.missing:
+            self._read(self.table.index(), self.memory_bytes)
+
+    def _read(self, index: dict[bytes, Entry], memory_bytes: int) -> None:
+        self.entries = {key: index[key] for key in self.texts if key in index}
+        self.vectors = Vectors(self.table, self.entries.values(), memory_bytes)
 
     def pooled(self, batch: Sequence[bytes], states: Sequence[Tensor]) -> _Pooled | None:
-        """The rows of a batch that are missing; pooled ones are averaged where the encoder is.
-
-        Args:
-            batch: keys of sequences.
-            states: hidden states of each, shape (tokens, hidden_size).
-        """
+        """What is missing of a batch's hidden states, each (tokens, hidden_size); averaged where the encoder is."""
         found = {key: rows for key, rows in zip(batch, states, strict=True) if key in self.missing}
         if not found:
             return None
@@ -157,19 +150,12 @@ class _Level:
 
     def embeddings(self, examples: Examples, metrics: Mapping[str, float]) -> Embeddings:
         """The embeddings of a task of this level."""
-        assert self._vectors is not None
-        entries = {
-            name: [self._index[sequence_key(text)] for text in part.sequences] for name, part in examples.parts.items()
-        }
-        unknown = [self._index[key].unknown for key in _texts([examples])]
-        notes = []
-        if any(unknown):
-            some = f"{sum(unknown)} tokens in {len(unknown) - unknown.count(0)} of {len(unknown)} sequences"
-            notes.append(f"{some} are unknown to the tokenizer")
-        return Embeddings(examples, self._vectors, entries, self._memory_bytes, metrics, tuple(notes), self._reusable)
-
-    def _stored(self) -> list[Entry]:
-        return [self._index[key] for key in self.texts if key in self._index]
+        parts = examples.parts.items()
+        entries = {name: [self.entries[sequence_key(text)] for text in part.sequences] for name, part in parts}
+        unknown = [self.entries[key].unknown for key in _texts([examples])]
+        some = f"{sum(unknown)} tokens in {len(unknown) - unknown.count(0)} of {len(unknown)} sequences"
+        notes = (f"{some} are unknown to the tokenizer",) if any(unknown) else ()
+        return Embeddings(examples, self.vectors, entries, self.memory_bytes, metrics, notes, self.reusable)
 
 
 @dataclass(frozen=True)
@@ -206,9 +192,8 @@ def made_with(device: torch.device, precision: str, store: Store, examples: Sequ
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """A line on how a checkpoint was measured in training, where it was measured otherwise; none if the same."""
     found = [f"{key} {there[key]} there and {here[key]} here" for key in there if there[key] != here.get(key)]
-    if not found:
-        return []
-    return [f"in training it was measured with {', '.join(found)}: scores may differ from the callback's"]
+    note = f"in training it was measured with {', '.join(found)}: scores may differ from the callback's"
+    return [note] if found else []
 
 
 def check_sequences(examples: Sequence[Examples], encoder: Encoder) -> None:

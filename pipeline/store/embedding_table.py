@@ -59,14 +59,10 @@ class Store:
         return cls(root or Path(config.store), config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
 
     def table(self, encoder_digest: str, pooling: str, hidden_size: int, keep: bool = True) -> EmbeddingTable:
-        """The table of an encoder's embeddings.
+        """The table of an encoder's embeddings; `pooling` is `mean` (a row per sequence) or `none` (a row per token).
 
-        Args:
-            encoder_digest: changes when a hidden state may change.
-            pooling: `mean` (one row per sequence) or `none` (one row per token).
-            hidden_size: width of a row.
-            keep: false for a table that nobody will look up again: its files are removed with the last object that
-                reads them, or, after a kill, by the next program.
+        Where `keep` is false, because the digest will not be found again, the files are removed with the last object
+        that reads them, or, after a kill, by the next program.
         """
         settings = {
             "format": FORMAT,
@@ -182,14 +178,8 @@ def _listed(folder: Path) -> list[Shard]:
         listed = [Shard(**shard) for shard in manifest["shards"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []  # no manifest, or an unreadable one: nothing is stored
-    return [shard for shard in listed if _size(folder / shard.file) == shard.bytes]
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+    paths = [folder / shard.file for shard in listed]
+    return [s for s, path in zip(listed, paths, strict=True) if path.is_file() and path.stat().st_size == s.bytes]
 
 
 def _remove_unlisted(folder: Path) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2**26
 SHARD_TOKENS = 2**17  # tokens embedded: a kill loses a bounded amount of work, with pooled rows too
 
-Rows = tuple[Sequence[bytes], Sequence[int], Sequence[int], Array]  # see `ShardWriter.add`
+Added = tuple[Sequence[bytes], Sequence[int], Sequence[int], Array]  # what `ShardWriter.add` takes
 
 
 class ShardWriter:
@@ -39,7 +39,7 @@ class ShardWriter:
         self.in_thread = in_thread
         self._next = 1 + max((int(shard.file[6:11]) for shard in table.shards()), default=-1)
         self._file: ShardFile | None = None
-        self._buffer: list[Rows] = []  # too few yet for a row group
+        self._buffer: list[Added] = []  # too few yet for a row group
         self._buffer_bytes = self._bytes = self._tokens = 0  # the latter two of the whole shard
         self._thread = ThreadPoolExecutor(1, "shards")
         self._tasks: list[Future[None]] = []
@@ -61,12 +61,6 @@ class ShardWriter:
 
     def add(self, keys: Sequence[bytes], unknown: Sequence[int], counts: Sequence[int], rows: Array) -> None:
         """Takes the rows of some sequences one after another, shape (sum of counts, hidden_size).
-
-        Args:
-            keys: of the sequences.
-            unknown: unknown tokens of each.
-            counts: rows of each.
-            rows: the embeddings.
 
         Raises:
             CacheError: a value is not a finite number, or is none in the table's dtype; or the disk is full.
@@ -133,7 +127,7 @@ class ShardWriter:
             raise
 
 
-def _write(file: ShardFile, buffer: Sequence[Rows]) -> None:
+def _write(file: ShardFile, buffer: Sequence[Added]) -> None:
     keys, unknown, counts, rows = zip(*buffer, strict=True)
     whole = rows[0] if len(rows) == 1 else np.concatenate(rows)
     file.add(list(chain(*keys)), list(chain(*unknown)), list(chain(*counts)), whole)
