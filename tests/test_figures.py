@@ -29,7 +29,7 @@ from pipeline.report.figures.classes import MOST, class_figure, confusion, confu
 from pipeline.report.figures.examples import choose, letters_of
 from pipeline.score import Scores, score
 from pipeline.statistics.metrics import LOSS, Metric
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.train_head import train_head
 from tests.conftest import FakeEncoder, make_task
 from tests.test_imports import loaded_after

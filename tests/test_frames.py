@@ -13,7 +13,7 @@ import pytest
 from pipeline.config.schema import Task
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.load import load
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.validation import validate
 from tests.conftest import FakeEncoder, make_task
 
