@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.data.tables import line_of
+from pipeline.data.tables import place
 from pipeline.encoders.forward import Transfer, batches, misaligned, one_behind
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError, DataError
@@ -278,7 +278,9 @@ def _all_unknown(text: str, examples: Sequence[Examples], why: str) -> DataError
     rows = ((one.task, name, part) for one in examples for name, part in one.parts.items() if text in part.sequences)
     task, name, part = next(rows)
     file, _, row = part.rows[part.sequences.index(text)].rpartition(":")
-    path = Path(task.dataset_path) / name / file
-    where = f"{path}:{line_of(path, int(row))}: column '{task.sequence_column}'"
+    in_memory = not task.dataset_path
+    path = Path(f"frames['{name}']") if in_memory else Path(task.dataset_path) / name / file
+    where = place(path, int(row), in_memory)
     shown = text if len(text) <= 60 else text[:57] + "..."
-    return DataError(f"{where}: expected a sequence with characters the encoder knows, found {shown!r}{why}")
+    column = f"column '{task.sequence_column}'"
+    return DataError(f"{where}: {column}: expected a sequence with characters the encoder knows, found {shown!r}{why}")

@@ -98,6 +98,13 @@ def test_what_is_wrong_names_frame_row_and_column(frames: Any, kind: type[Pipeli
         load(Task(target_column=["y"]), frames=frames)
 
 
+def test_a_sequence_that_the_encoder_does_not_know(tmp_path: Path) -> None:
+    known, unknown = (pd.DataFrame({"sequence": ["MK", text], "y": [1.0, 2.0]}) for text in ("AC", "???"))
+    examples = [load(Task(target_column=["y"]), frames={"train": known, "test": unknown})]
+    with pytest.raises(DataError, match=r"frames\['test'\], row 1: column 'sequence': .* found '\?\?\?'"):
+        validate(FakeEncoder(), examples[0].task, Store(tmp_path), examples=examples)
+
+
 def test_files_still_need_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dataset_path is missing"):
         validate(FakeEncoder(), Task(target_column=["y"]), Store(tmp_path))
