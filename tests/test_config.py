@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -179,7 +180,8 @@ def test_a_resolver_outside_the_section_does_not_run(tmp_path: Path) -> None:
     try:
         read_config(written(tmp_path, REFERENCE.replace("name: esm1nv", "name: '${elsewhere:x}'")))
         for text in ("model: '${elsewhere:x}'", "model: {dwnstr_task_validation: '${elsewhere:x}'}", "model: null"):
-            for source in (written(tmp_path, text), OmegaConf.create(text)):
+            sources: list[Any] = [written(tmp_path, text), OmegaConf.create(text)]
+            for source in sources:
                 with pytest.raises(ConfigError, match="expected a mapping model"):
                     read_config(source)
     finally:
