@@ -23,7 +23,7 @@ from pipeline.config.schema import Task
 from pipeline.embed import embed
 from pipeline.load import Examples, Part, Target, load
 from pipeline.report import figures
-from pipeline.report.figures import curves, draw, file_stems, numbers
+from pipeline.report.figures import canvas, curves, draw, file_stems, numbers
 from pipeline.report.figures.canvas import shorten
 from pipeline.report.figures.classes import MOST, class_figure, confusion, confusion_figure, precision_recall
 from pipeline.report.figures.examples import choose, letters_of
@@ -302,7 +302,7 @@ def test_the_letters_of_an_example_by_hand() -> None:
 
 def test_lengths_hold_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subtitles: list[str] = []
-    make = numbers.new_figure
+    make = canvas.new_figure
 
     def new_figure(width: float, height: float, title: str, subtitle: str) -> Any:
         subtitles.append(subtitle)
