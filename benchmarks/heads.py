@@ -124,7 +124,8 @@ class PlainMLPs(nn.Module):
         *layers, last = zip(self.weights, self.biases, strict=True)
         for weight, bias in layers:
             rows = functional.dropout(torch.relu(torch.baddbmm(bias, rows, weight)), 0.1, self.training)
-        return torch.baddbmm(last[1], rows, last[0])[..., 0]
+        output: Tensor = torch.baddbmm(last[1], rows, last[0])[..., 0]
+        return output
 
 
 def train_plainly(head: nn.Module, embeddings: Embeddings, loss: Callable[[Batch], Tensor], seeds: int = 1) -> float:

@@ -145,9 +145,10 @@ class _FitState:
 
     def shuffled(self, sequences: Indices) -> Indices:
         """The sequences in the order of the next epoch."""
-        count = len(sequences)
-        order = torch.randperm(count, generator=self.order) if self.task.shuffle else torch.arange(count)
-        return sequences[order.numpy()]
+        if not self.task.shuffle:
+            return sequences
+        order: Indices = torch.randperm(len(sequences), generator=self.order).numpy()
+        return sequences[order]
 
     def end_epoch(self, loss: float, split: _Split) -> None:
         """Records the mean training loss and the validation loss. Raises DataError where the former is not finite."""

@@ -30,6 +30,7 @@ UNUSED_SCHED = """
 monitor reduce_on_plateau iters_per_batch t_max_epochs t_num_workers t_accumulate_grad_batches t_limit_train_batches
 """.split()
 NEEDS_FUNCTIONS = ("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "LRScheduler")
+SCHEDULERS = (LRScheduler, ReduceLROnPlateau)
 PER_EPOCH = (ExponentialLR, ReduceLROnPlateau)
 
 
@@ -199,8 +200,7 @@ def _scheduler(optimizer: Optimizer, name: str, options: dict[str, Any]) -> LRSc
         if name in POLICIES:
             return PolicyLR(optimizer, name, **options)
         kind: Any = vars(lr_scheduler).get(name)
-        schedule = inspect.isclass(kind) and issubclass(kind, (LRScheduler, ReduceLROnPlateau))
-        if not schedule or name in NEEDS_FUNCTIONS:
+        if not inspect.isclass(kind) or not issubclass(kind, SCHEDULERS) or name in NEEDS_FUNCTIONS:
             remedy = nearest(name, [*POLICIES, *USUAL_SCHEDULES])
             raise ConfigError(f"optim.sched.name: unknown schedule '{name}'{remedy}")
         built: LRScheduler | ReduceLROnPlateau = kind(optimizer, **_torch_options(kind, name, options, optimizer))
