@@ -29,12 +29,13 @@ from torch.nn import functional
 from work import chosen, parser
 
 from pipeline import Store, Task
+from pipeline.data.parts import Part, Target
 from pipeline.embed import Embeddings, embed
 from pipeline.encoders.protocol import Encoder
 from pipeline.heads.architectures import Dropout, Head
 from pipeline.heads.batches import Batch, Data
 from pipeline.heads.fit import fit, loss_of
-from pipeline.load import Examples, Part, Target
+from pipeline.load import Examples
 from pipeline.train_head import make_head
 
 CPU = torch.device("cpu")

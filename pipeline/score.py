@@ -10,10 +10,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from pipeline.data.parts import Part, Target
 from pipeline.embed import Embeddings
 from pipeline.heads.batches import Data
 from pipeline.heads.fit import loss_of, predict
-from pipeline.load import Examples, Part, Target
+from pipeline.load import Examples
 from pipeline.statistics.classification import classification
 from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, Measured, Metric
 from pipeline.statistics.regression import regression

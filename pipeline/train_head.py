@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 
 from pipeline.config.classes import import_class
 from pipeline.config.schema import LEVELS, Task
+from pipeline.data.parts import Target
 from pipeline.embed import Embeddings
 from pipeline.encoders.source import code_digest, no_reuse
 from pipeline.errors import CacheError
 from pipeline.heads.architectures import MLP, ConvNet, Head
 from pipeline.heads.fit import Losses, fit
-from pipeline.load import Target
 from pipeline.store.embedding_table import FORMAT, Store
 from pipeline.store.temporary import temporary_folder
 

@@ -20,8 +20,9 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from pipeline.config.schema import Task
+from pipeline.data.parts import Part, Target
 from pipeline.embed import embed
-from pipeline.load import Examples, Part, Target, load
+from pipeline.load import Examples, load
 from pipeline.report import figures
 from pipeline.report.figures import canvas, curves, draw, file_stems, numbers
 from pipeline.report.figures.canvas import shorten

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config.schema import Task
+from pipeline.data.parts import Target
 from pipeline.embed import embed
 from pipeline.heads import optimizers as optim
 from pipeline.heads.architectures import MLP, ConvNet, Dropout, Head
 from pipeline.heads.batches import Batch
 from pipeline.heads.fit import fit, loss_of
 from pipeline.heads.stack import Stack
-from pipeline.load import Target, load
+from pipeline.load import load
 from pipeline.store.embedding_table import Store
 from pipeline.train_head import make_head
 from tests.conftest import FakeEncoder, make_task

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.load import Part, unit_index
+from pipeline.data.parts import Part, unit_index
 from pipeline.store.reading import Rows
 
 Indices = npt.NDArray[np.int64]

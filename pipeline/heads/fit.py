@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config.schema import Task
+from pipeline.data.parts import Target
 from pipeline.embed import Embeddings
 from pipeline.errors import DataError
 from pipeline.heads.architectures import MLP, Head
 from pipeline.heads.batches import Batch, Data, Indices
 from pipeline.heads.optimizers import ScheduledOptimizer, is_plain, needs_metric
 from pipeline.heads.stack import Stack
-from pipeline.load import Target
 from pipeline.progress import progress
 
 IGNORED = -100  # the class of a unit that does not count

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
 from pipeline.report.tables import score_table
-from pipeline.score import Scores
+
+if TYPE_CHECKING:
+    from pipeline.score import Scores
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">

@@ -7,17 +7,20 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.config.yaml_file import to_mapping, to_yaml
 from pipeline.encoders.protocol import Encoder
 from pipeline.report.figures import curves, draw
 from pipeline.report.page import page
-from pipeline.score import Scores
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import Tracker
 from pipeline.tracking.journal_run import JournalRun
+
+if TYPE_CHECKING:
+    from pipeline.score import Scores
 
 PACKAGES = ("downstream-validation", "torch", "transformers", "mlflow")
 

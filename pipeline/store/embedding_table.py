@@ -20,18 +20,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from pipeline.config.schema import Config
 from pipeline.errors import CacheError
 from pipeline.store import shards
 from pipeline.store.shards import KEY_BYTES, Entry, Shard, is_damage
 from pipeline.store.temporary import remove_abandoned, temporary_folder
 from pipeline.store.writing import ShardWriter, disk_errors
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
 
 # Part of every key: raise it when the same key would no longer give the same embeddings or heads, to the last bit.
 FORMAT = 3

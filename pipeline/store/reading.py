@@ -15,8 +15,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline.data.parts import unit_index
 from pipeline.errors import CacheError
-from pipeline.load import unit_index
 from pipeline.store import shards
 from pipeline.store.embedding_table import EmbeddingTable
 from pipeline.store.shards import DamagedShardsError, Entry, RowGroup, Shard, is_damage

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.load import Examples
 from pipeline.report.figures.canvas import GREY, Numbers, drawable, new_figure, save, shorten
-from pipeline.score import Scores
+
+if TYPE_CHECKING:
+    from pipeline.load import Examples
+    from pipeline.score import Scores
 
 POINTS = 20_000  # of a scatter plot at most; a random sample with a fixed seed where there are more
 DENSE = 1500  # number of points from which their density is drawn instead
