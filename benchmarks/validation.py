@@ -23,7 +23,8 @@ from timing import in_turn, report, write
 from work import chosen, parser
 
 from pipeline import HuggingFaceEncoder, Store, Task, validate
-from pipeline.load import Examples, Part, load
+from pipeline.data.parts import Part
+from pipeline.load import Examples, load
 
 
 def theirs(encoder: HuggingFaceEncoder, task: Task) -> float:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pipeline.encoders.protocol import Encoder as Encoder
     from pipeline.errors import PipelineError as PipelineError
     from pipeline.score import Scores as Scores
-    from pipeline.store.shelf import Store as Store
+    from pipeline.store.embedding_table import Store as Store
     from pipeline.tracking import NullTracker as NullTracker
     from pipeline.tracking import Tracker as Tracker
     from pipeline.training.lightning import DownstreamValidation as DownstreamValidation
@@ -63,7 +63,7 @@ _HOMES = {
     "NullTracker": "tracking",
     "PipelineError": "errors",
     "Scores": "score",
-    "Store": "store.shelf",
+    "Store": "store.embedding_table",
     "Task": "config.schema",
     "Tracker": "tracking",
     "open_encoder": "checkpoints.opening",

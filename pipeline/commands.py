@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import validation
@@ -21,7 +20,7 @@ from pipeline.report.publishing import facts_of, publish_curves
 from pipeline.report.tables import summary
 from pipeline.score import Scores
 from pipeline.statistics.metrics import metric_name
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.tracking import Several, Tracker
 from pipeline.tracking.journal_run import JournalRun
 
@@ -75,7 +74,7 @@ def measure(
     run.rename(f"{label} {config.title}")
     if until == "score":
         run.checkpoint(label, encoder.digest, ckpt, step)
-    store = Store(Path(config.store), config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
+    store = Store.from_config(config)
     store.clear()
     examples = _same(known, encoder)
     scores = validation.measure(encoder, config, store, run, Several(mirrors), ckpt, step, label, until, examples)

@@ -7,10 +7,8 @@ a token in a token-level one; `Part.counts` says how many units each sequence ha
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,74 +18,13 @@ import numpy.typing as npt
 
 from pipeline.config.schema import Task
 from pipeline.data.labels import READERS, Labels
+from pipeline.data.parts import UNKNOWN, Part, Target
 from pipeline.data.tables import Table, of_frame, read
 from pipeline.errors import ConfigError, DataError
 from pipeline.statistics.metrics import metric_name
 
 if TYPE_CHECKING:
     import pandas as pd
-
-UNKNOWN = -1  # the class of a masked label: no label is -1 where the mask is True
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a head predicts.
-
-    Attributes:
-        name: the column.
-        classes: the labels in order; None for regression.
-        outputs: the head's width: 1, or the number of classes.
-        weights: of the outputs in the training loss; None for equal ones.
-    """
-
-    name: str
-    classes: tuple[str, ...] | None
-    outputs: int
-    weights: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Part:
-    """The examples of one part (train, test or val) that are short enough: n sequences with u units.
-
-    Attributes:
-        sequences: the n sequences.
-        rows: for each, `FILE:ROW`, the first data row of a file being 0.
-        counts: units of each sequence, shape (n,): 1, or its length.
-        values: per target, class indices (int32) or numbers (float64), shape (u,).
-        masks: per target, which units have a label, shape (u,), bool.
-        left_out: sequences longer than the limit.
-        lengths: characters of every sequence of the files, those that are not used too, shape (all,).
-    """
-
-    sequences: list[str]
-    rows: list[str]
-    counts: npt.NDArray[np.int64]
-    values: list[npt.NDArray[np.int32] | npt.NDArray[np.float64]]
-    masks: list[npt.NDArray[np.bool_]]
-    left_out: int
-    lengths: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def shortest(self) -> Part:
-        """The shortest sequence alone."""
-        first = min(range(len(self)), key=lambda row: len(self.sequences[row]))
-        units = unit_index(self.counts, np.array([first]))
-        values, masks = [array[units] for array in self.values], [array[units] for array in self.masks]
-        sequence, length = self.sequences[first], np.array([len(self.sequences[first])])
-        return Part([sequence], [self.rows[first]], self.counts[[first]], values, masks, 0, length)
-
-    @cached_property
-    def digest(self) -> str:
-        """A digest of the content: sequences, labels and masks, in order."""
-        digest = hashlib.sha256(json.dumps(self.sequences).encode())
-        for values, mask in zip(self.values, self.masks, strict=True):
-            digest.update(np.where(mask, values, 0).tobytes())
-            digest.update(mask.tobytes())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -303,14 +240,3 @@ def _values(target: Target, label: Labels) -> npt.NDArray[np.int32] | npt.NDArra
     position = np.searchsorted(names[order], label.texts).clip(max=len(names) - 1)
     found = order[position]
     return np.where(label.mask, found, UNKNOWN).astype(np.int32)
-
-
-def unit_index(counts: npt.NDArray[np.int64], sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where the units of some sequences stand in flat arrays, one sequence after another.
-
-    >>> unit_index(np.array([2, 1, 3]), np.array([2, 0]))
-    array([3, 4, 5, 0, 1])
-    """
-    starts, some = (np.cumsum(counts) - counts)[sequences], counts[sequences]
-    index: npt.NDArray[np.int64] = np.arange(int(some.sum())) + np.repeat(starts - (np.cumsum(some) - some), some)
-    return index

@@ -10,10 +10,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from pipeline.data.parts import Part, Target
 from pipeline.embed import Embeddings
 from pipeline.heads.batches import Data
 from pipeline.heads.fit import loss_of, predict
-from pipeline.load import Examples, Part, Target
+from pipeline.load import Examples
 from pipeline.statistics.classification import classification
 from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, Measured, Metric
 from pipeline.statistics.regression import regression
@@ -34,7 +35,7 @@ class Scores:
         table: the predictions, a row per unit of the test set: `row` (FILE:ROW), `position` in token-level tasks, and
             for each target `<target>_target`, `_mask`, `_prediction` and, for classes, `_probabilities`.
         losses: the head's mean training loss at each epoch.
-        held_losses: with `patience`, the loss on the held-out part after each epoch.
+        val_losses: with `patience`, the loss on the validation examples after each epoch.
         notes: warnings about the scores.
         earlier_notes: warnings from the stages before.
     """
@@ -44,7 +45,7 @@ class Scores:
     omitted: dict[str, str]
     table: pa.Table
     losses: list[float]
-    held_losses: list[float]
+    val_losses: list[float]
     notes: tuple[str, ...] = ()
     earlier_notes: tuple[str, ...] = ()
 
@@ -110,7 +111,7 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
         omitted,
         _table(part, targets, outputs),
         fitted.losses,
-        fitted.held_losses,
+        fitted.val_losses,
         tuple(notes),
         examples.notes + embeddings.notes + fitted.notes,
     )

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 
 from pipeline.config.classes import import_class
 from pipeline.config.schema import LEVELS, Task
+from pipeline.data.parts import Target
 from pipeline.embed import Embeddings
 from pipeline.encoders.source import code_digest, no_reuse
 from pipeline.errors import CacheError
 from pipeline.heads.architectures import MLP, ConvNet, Head
-from pipeline.heads.fit import Losses, fit, groups
-from pipeline.load import Target
-from pipeline.store.shelf import FORMAT, Store
+from pipeline.heads.fit import Losses, fit
+from pipeline.store.embedding_table import FORMAT, Store
 from pipeline.store.temporary import temporary_folder
 
 # The settings of a task that a fit depends on, beside the data.
@@ -49,14 +49,14 @@ class FittedHead:
     Attributes:
         head: the module.
         losses: mean training loss of each epoch.
-        held_losses: with `patience`, the loss on the held-out part after each epoch.
+        val_losses: with `patience`, the loss on the validation examples after each epoch.
         reused: whether it was read from the store: same embeddings, labels, settings, device, threads and torch.
         notes: warnings for whoever reads the result.
     """
 
     head: Head
     losses: list[float]
-    held_losses: list[float]
+    val_losses: list[float]
     reused: bool
     notes: tuple[str, ...] = ()
 
@@ -68,7 +68,7 @@ class FittedHead:
     @property
     def curves(self) -> dict[str, list[float]]:
         """Losses by name, one for each epoch."""
-        curves = {"train_loss": self.losses, "val_loss": self.held_losses}
+        curves = {"train_loss": self.losses, "val_loss": self.val_losses}
         return {name: losses for name, losses in curves.items() if losses}
 
 
@@ -80,64 +80,21 @@ def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> Fi
         DataError: the loss is no longer a finite number.
         CacheError: the head cannot be stored.
     """
-    return next(train_heads([embeddings], store, device))
-
-
-def train_heads(embeddings: Sequence[Embeddings], store: Store, device: torch.device) -> Iterator[FittedHead]:
-    """As `train_head` for each task, in order; MLPs that take the same steps are trained at once.
-
-    Those are heads of one shape for as many rows: other seeds, learning rates or targets of the same data, say.
-    """
+    task, targets = embeddings.examples.task, embeddings.examples.targets
+    code = _code(task)
+    reusable = code is not None and embeddings.reusable
+    path = store.root.expanduser() / "heads" / f"{_key(embeddings, code, device)}.safetensors"
     with _isolated(device):
-        heads = [_fresh(one, device) for one in embeddings]
-    waiting, fitted = iter(groups(heads, embeddings)), dict[int, FittedHead]()
-    for place in range(len(embeddings)):
-        if place not in fitted:  # then it is the first of the next group
-            group = next(waiting)
-            with _isolated(device):
-                found = _train([heads[one] for one in group], [embeddings[one] for one in group], store, device)
-            fitted.update(zip(group, found, strict=True))
-        yield fitted.pop(place)
-
-
-def _fresh(embeddings: Embeddings, device: torch.device) -> Head:
-    examples = embeddings.examples
-    torch.manual_seed(examples.task.random_seed)  # for layers of a user's own head
-    return make_head(examples.task, embeddings.shelf.hidden_size, examples.targets, device)
-
-
-def _train(
-    heads: Sequence[Head], embeddings: Sequence[Embeddings], store: Store, device: torch.device
-) -> list[FittedHead]:
-    codes = [_code(one.examples.task) for one in embeddings]
-    kept = None not in codes and all(one.reusable for one in embeddings)
-    paths = _paths(embeddings, codes, store, device) if kept else []
-    known = [_restore(head, path) for head, path in zip(heads, paths, strict=kept)]
-    if kept and all(losses is not None for losses in known):
-        return [FittedHead(h.eval(), *losses, reused=True) for h, losses in zip(heads, known, strict=True) if losses]
-    seed = embeddings[0].examples.task.random_seed
-    if len(heads) > 1:  # some may have been restored
-        for head, one in zip(heads, embeddings, strict=True):
-            head.reset(one.examples.task.random_seed)
-    torch.manual_seed(seed)  # for what a user's own head draws
-    found = fit(heads, embeddings, device)
-    for head, losses, path in zip(heads, found, paths, strict=kept):
-        _keep(head, losses, path)
-    fitted = [FittedHead(head.eval(), *losses, reused=False) for head, losses in zip(heads, found, strict=True)]
-    return [
-        one if code is not None else replace(one, notes=(no_reuse(type(one.head), "heads are trained"),))
-        for one, code in zip(fitted, codes, strict=True)
-    ]
-
-
-def _paths(
-    embeddings: Sequence[Embeddings], codes: Sequence[str | None], store: Store, device: torch.device
-) -> list[Path]:
-    """Where heads that are trained at once are kept."""
-    keys = [_key(one, code, device) for one, code in zip(embeddings, codes, strict=True)]
-    if len(keys) > 1:  # what is trained at once agrees to rounding alone with what is trained by itself
-        keys = [hashlib.sha256(f"{key} of {sorted(keys)}".encode()).hexdigest()[:32] for key in keys]
-    return [store.root.expanduser() / "heads" / f"{key}.safetensors" for key in keys]
+        torch.manual_seed(task.random_seed)  # for layers of a user's own head
+        head = make_head(task, embeddings.table.hidden_size, targets, device)
+        losses = _restore(head, path) if reusable else None
+        reused = losses is not None
+        if losses is None:
+            (losses,) = fit([head], [task.random_seed], embeddings, device)
+            if reusable:
+                _keep(head, losses, path)
+    notes = (no_reuse(type(head), "heads are trained"),) if code is None else ()
+    return FittedHead(head.eval(), *losses, reused, notes)
 
 
 def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...], device: torch.device) -> Head:
@@ -155,7 +112,7 @@ def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...], device:
 
 @contextmanager
 def _isolated(device: torch.device) -> Iterator[None]:
-    """Gradients on and autocast off, whatever the caller's modes; they and the random states are back afterwards."""
+    """Turns gradients on and autocast off; restores the caller's modes and random states afterwards."""
     gpus = [device] if device.type == "cuda" else []
     with (
         torch.inference_mode(False),
@@ -167,14 +124,14 @@ def _isolated(device: torch.device) -> Iterator[None]:
 
 
 def _code(task: Task) -> str | None:
-    """The digest of a user's own head's code; empty where the head is none, None where the code cannot be known."""
+    """The digest of the code of a user's own head; empty for the built-in heads, None where it cannot be read."""
     return code_digest(import_class(task.head, "class", LEVELS)) if task.head else ""
 
 
 def _key(embeddings: Embeddings, code: str | None, device: torch.device) -> str:
-    """Changes with anything that a fit depends on."""
+    """A digest of everything that a fit depends on."""
     task, examples = embeddings.examples.task, embeddings.examples
-    what: dict[str, Any] = {
+    parts: dict[str, Any] = {
         "format": FORMAT,
         "embeddings": embeddings.key,
         "train": examples.train.digest,
@@ -184,7 +141,7 @@ def _key(embeddings: Embeddings, code: str | None, device: torch.device) -> str:
         "head": task.head and [task.head, code],
         "machine": [device.type, torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.__version__],
     }
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _restore(head: Head, path: Path) -> Losses | None:
@@ -192,14 +149,14 @@ def _restore(head: Head, path: Path) -> Losses | None:
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            losses, held_losses = json.loads(file.metadata()["losses"])
+            losses, val_losses = json.loads(file.metadata()["losses"])
         shapes = {name: value.shape for name, value in head.state_dict().items()}
         if {name: value.shape for name, value in state.items()} != shapes:
             return None
         head.load_state_dict(state)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
         return None
-    return losses, held_losses
+    return losses, val_losses
 
 
 def _keep(head: Head, losses: Losses, path: Path) -> None:

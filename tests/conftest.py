@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.config.schema import Files, Task
 from pipeline.encoders.protocol import Encoder
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from tests import models
 
 # In CI the same examples each time: what a new example finds is for whoever runs the tests by hand.

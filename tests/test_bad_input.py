@@ -248,7 +248,7 @@ SETTINGS: list[tuple[str, Any, str, str]] = [
     ("task", {"random_seed": 10**30}, "config", "random_seed"),
     ("task", {**PLACE, "num_classes": 1}, "config", "task 'downstream': a target of 1 classes, expected at least 2\n"),
     ("task", {**MASKED, "mask_column": ["seen", None]}, "config", "mask_column has 2 entries for 1 target columns"),
-    ("task", {"optim": {"name": "adom"}}, "config", "optim.name: unknown optimiser 'adom'"),
+    ("task", {"optim": {"name": "adom"}}, "ckpt", "optim.name: unknown optimiser 'adom'"),
     ("task", {"optim": {"momentum": 1}}, "ckpt", "'momentum'"),
     ("task", TWO_TARGETS, "config", "target_column: a/b and a_b both become 'a_b' in metric names; rename one\n"),
     ("section", {"dataset": TWINS}, "config", "a/b"),

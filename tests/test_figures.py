@@ -20,16 +20,17 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from pipeline.config.schema import Task
+from pipeline.data.parts import Part, Target
 from pipeline.embed import embed
-from pipeline.load import Examples, Part, Target, load
+from pipeline.load import Examples, load
 from pipeline.report import figures
-from pipeline.report.figures import curves, draw, file_stems, numbers
+from pipeline.report.figures import canvas, curves, draw, file_stems, numbers
 from pipeline.report.figures.canvas import shorten
 from pipeline.report.figures.classes import MOST, class_figure, confusion, confusion_figure, precision_recall
 from pipeline.report.figures.examples import choose, letters_of
 from pipeline.score import Scores, score
 from pipeline.statistics.metrics import LOSS, Metric
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.train_head import train_head
 from tests.conftest import FakeEncoder, make_task
 from tests.test_imports import loaded_after
@@ -237,8 +238,8 @@ def test_any_numbers_can_be_drawn(
     losses = data.draw(st.lists(st.floats(0, 1e30), max_size=3))
     folder = tmp_path_factory.mktemp("numbers")
     limited = replace(scores.examples, limit=data.draw(st.one_of(st.none(), st.integers(1, 10**6))))
-    held_losses = [*losses[:-1], *[np.inf] * bool(losses)]
-    paths = draw(replace(scores, examples=limited, losses=losses, held_losses=held_losses), folder)
+    val_losses = [*losses[:-1], *[np.inf] * bool(losses)]
+    paths = draw(replace(scores, examples=limited, losses=losses, val_losses=val_losses), folder)
     assert ("learning_curve" in [path.stem for path in paths]) == bool(losses)
     check_pictures(paths, folder)
 
@@ -302,7 +303,7 @@ def test_the_letters_of_an_example_by_hand() -> None:
 
 def test_lengths_hold_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subtitles: list[str] = []
-    make = numbers.new_figure
+    make = canvas.new_figure
 
     def new_figure(width: float, height: float, title: str, subtitle: str) -> Any:
         subtitles.append(subtitle)

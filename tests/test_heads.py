@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config.schema import Task
+from pipeline.data.parts import Target
+from pipeline.embed import embed
 from pipeline.heads import optimizers as optim
-from pipeline.heads.architectures import MLP, ConvNet, Dropout
+from pipeline.heads.architectures import MLP, ConvNet, Dropout, Head
 from pipeline.heads.batches import Batch
-from pipeline.heads.fit import loss_of
+from pipeline.heads.fit import fit, loss_of
 from pipeline.heads.stack import Stack
-from pipeline.load import Target
+from pipeline.load import load
+from pipeline.store.embedding_table import Store
 from pipeline.train_head import make_head
+from tests.conftest import FakeEncoder, make_task
+from tests.test_path import proteins
 
 
 def rows_of(counts: list[int], width: int = 5, seed: int = 0) -> Tensor:
@@ -142,57 +150,103 @@ def test_dropout_masks_of_two_layers_differ() -> None:
     assert not torch.equal(masks[0][0] > 0, weights[0] > 0)
 
 
-def stackable(seeds: Sequence[int], outputs: int) -> list[MLP]:
+def fresh_mlps(seeds: Sequence[int], outputs: int) -> list[MLP]:
     heads = [MLP(6, outputs).double() for _ in seeds]
     for head, seed in zip(heads, seeds, strict=True):
         head.reset(seed)
     return heads
 
 
+def units(rows: Tensor, values: Tensor) -> Batch:
+    return Batch(rows, torch.ones(len(rows), dtype=torch.long), [values], [None])
+
+
 @pytest.mark.parametrize("classes", [("x", "y", "z"), None])
-def test_heads_at_once_have_the_gradients_that_each_has_alone(classes: tuple[str, ...] | None) -> None:
-    target = Target("y", classes, 3 if classes else 1)
-    source = torch.Generator().manual_seed(0)
-    batches = []
-    for _ in range(4):
-        rows = torch.randn(9, 6, generator=source, dtype=torch.float64)
-        values = torch.randint(3, (9,), generator=source) if classes else torch.randn(9, generator=source)
-        batches.append(Batch(rows, torch.ones(9, dtype=torch.long), [values], [None]))
-    together, alone = stackable([1, 2, 3, 4], target.outputs), stackable([1, 2, 3, 4], target.outputs)
-    stack = Stack(together, classes is not None)
-    losses = stack.backward(batches)
-    for place, (head, batch) in enumerate(zip(alone, batches, strict=True)):
+def test_stacked_heads_have_the_gradients_of_torchs_layers(classes: tuple[str, ...] | None) -> None:
+    target, source = Target("y", classes, 3 if classes else 1), torch.Generator().manual_seed(0)
+    rows = torch.randn(4 * 9, 6, generator=source, dtype=torch.float64)
+    values = torch.randint(3, (4 * 9,), generator=source) if classes else torch.randn(4 * 9, generator=source)
+    stacked, alone = fresh_mlps([1, 2, 3, 4], target.outputs), fresh_mlps([1, 2, 3, 4], target.outputs)
+    stack = Stack(stacked, classes is not None)
+    losses = stack.backward(units(rows, values))
+    for place, head in enumerate(alone):
+        batch = units(rows[9 * place : 9 * place + 9], values[9 * place : 9 * place + 9])
         loss = loss_of(head(batch.rows, batch.counts), batch.values, batch.masks, (target,))
         loss.backward()
         torch.testing.assert_close(losses[place], loss.detach(), atol=1e-10, rtol=0)
-        for one, other in zip(together[place].parameters(), head.parameters(), strict=True):
+        for one, other in zip(stacked[place].parameters(), head.parameters(), strict=True):
             assert one.grad is not None
             torch.testing.assert_close(one.grad, other.grad, atol=1e-10, rtol=0)
             assert torch.equal(one, other)
     stack.release()
-    assert len({parameter.untyped_storage().data_ptr() for head in together for parameter in head.parameters()}) == 32
+    assert len({parameter.untyped_storage().data_ptr() for head in stacked for parameter in head.parameters()}) == 32
 
 
 @pytest.mark.parametrize("name", optim.PLAIN)
 def test_one_optimiser_for_all_weights_does_what_one_for_each_head_does(name: str) -> None:
     source = torch.Generator().manual_seed(0)
-    together, alone = stackable([1, 2], 1), stackable([1, 2], 1)
+    together, alone = fresh_mlps([1, 2], 1), fresh_mlps([1, 2], 1)
     stacks = Stack(together, classes=False), Stack(alone, classes=False)
     config = {"name": name, "lr": 0.01, "weight_decay": 0.1} if name != "rprop" else {"name": name, "lr": 0.01}
-    one = optim.Descent([stacks[0].weights], config, 5)
-    each = [optim.Descent(head.parameters(), config, 5) for head in alone]
+    shared = optim.ScheduledOptimizer(stacks[0].parameters(), config, 5)
+    each = [optim.ScheduledOptimizer(head.parameters(), config, 5) for head in alone]
     before = stacks[0].weights.detach().clone()
     for _ in range(5):
-        rows = torch.randn(2, 9, 6, generator=source, dtype=torch.float64)
-        batches = [Batch(some, torch.ones(9, dtype=torch.long), [some[:, 0]], [None]) for some in rows]
+        rows = torch.randn(2 * 9, 6, generator=source, dtype=torch.float64)
         for stack in stacks:
-            stack.backward(batches)
-        for descent in (one, *each):
-            descent.step()
+            stack.backward(units(rows, rows[:, 0]))
+        for optimizer in (shared, *each):
+            optimizer.step()
     assert not torch.allclose(stacks[0].weights, before)
     for head, other in zip(together, alone, strict=True):
         for its, expected in zip(head.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(its, expected, atol=1e-12, rtol=0)
+
+
+SEEDS = [5, 6, 7]
+LION = {"name": "lion", "lr": 1e-3}
+PLATEAU = {"name": "adam", "lr": 0.01, "sched": {"name": "ReduceLROnPlateau", "patience": 0, "factor": 0.3}}
+
+
+@pytest.mark.parametrize("memory_bytes", [10**9, 0])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"patience": 1, "num_epochs": 30, "optim": {"name": "adam", "lr": 0.03}},
+        {"gradient_clip_val": 0.05},
+        {"shuffle": False},
+        {"optim": LION},
+        {"optim": PLATEAU},
+        {"class_weights": "balanced"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_several_seeds_at_once_are_each_trained_as_alone(
+    tmp_path: Path, level: str, options: dict[str, Any], memory_bytes: int
+) -> None:
+    """Batches, dropout and early stopping of each head are its own."""
+    rows = [{"sequence": text, "label": text if level == "token" else text[0]} for text in proteins(45, 3)]
+    options = {"num_epochs": 3, "optim": {"name": "adam", "lr": 0.01}, **options, "level": level}
+    task = make_task(tmp_path, rows, task_type="classification", target_column=["label"], batch_size=8, **options)
+    (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path / "store", memory_bytes=memory_bytes))
+    targets, cpu = embeddings.examples.targets, torch.device("cpu")
+
+    def fresh(seed: int) -> Head:
+        return make_head(replace(task, random_seed=seed), embeddings.table.hidden_size, targets, cpu)
+
+    together = [fresh(seed) for seed in SEEDS]
+    found = fit(together, SEEDS, embeddings, cpu)
+    assert len({tuple(losses) for losses, _ in found}) == len(SEEDS)
+    for seed, head, losses in zip(SEEDS, together, found, strict=True):
+        alone = fresh(seed)
+        (expected,) = fit([alone], [seed], embeddings, cpu)
+        assert [len(one) for one in losses] == [len(one) for one in expected]
+        assert losses[0] == pytest.approx(expected[0], rel=1e-4)
+        assert losses[1] == pytest.approx(expected[1], rel=1e-4)
+        for one, other in zip(head.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(one, other, atol=2e-3, rtol=1e-3)
 
 
 def test_dropout_meets_its_share() -> None:

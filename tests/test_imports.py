@@ -17,7 +17,7 @@ ORDER = """
 errors progress statistics config data load store encoders tracking checkpoints embed heads train_head score report
 validation commands training program __main__
 """.split()
-DEEPEST = 17  # floors of module-level imports
+DEEPEST = 14  # floors of module-level imports
 ADAPTERS = {
     "mlflow": {f"tracking.{name}" for name in ("client", "mlflow", "runs", "earlier", "training")},
     "wandb": {"tracking.wandb"},

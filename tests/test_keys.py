@@ -29,7 +29,7 @@ from pipeline.heads.architectures import Head
 from pipeline.heads.fit import loss_of
 from pipeline.load import load
 from pipeline.score import Scores
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.train_head import train_head
 from pipeline.validation import validate
 from tests.conftest import ROOT, FakeEncoder, make_task, write_csv
@@ -161,7 +161,7 @@ def test_key_patience(tmp_path: Path) -> None:
     task = make_task(tmp_path, noise, **options, num_epochs=100, patience=3, optim={"lr": 0.05})
     (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path))
     fitted = train_head(embeddings, Store(tmp_path), torch.device("cpu"))
-    best = fitted.held_losses.index(min(fitted.held_losses))
+    best = fitted.val_losses.index(min(fitted.val_losses))
     assert len(fitted.losses) == best + 1 + 3
     shorter = replace(task, num_epochs=best + 1)
     (embeddings,) = embed([load(shorter)], FakeEncoder(), Store(tmp_path))
@@ -180,10 +180,10 @@ def test_key_val(task: Task, tmp_path: Path) -> None:
     own = replace(task, patience=2, dataset=Files(val="x000"))
     assert load(own).val is not None
     (embeddings,) = embed([load(own)], FakeEncoder(), Store(tmp_path))
-    held = train_head(embeddings, Store(tmp_path), torch.device("cpu")).held_losses
+    held = train_head(embeddings, Store(tmp_path), torch.device("cpu")).val_losses
     assert len(held) == 3
     (other,) = embed([load(replace(task, patience=2))], FakeEncoder(), Store(tmp_path))
-    assert train_head(other, Store(tmp_path), torch.device("cpu")).held_losses != held
+    assert train_head(other, Store(tmp_path), torch.device("cpu")).val_losses != held
 
 
 def test_key_emb_batch_size(task: Task, tmp_path: Path) -> None:
@@ -199,27 +199,35 @@ def test_key_emb_batch_size(task: Task, tmp_path: Path) -> None:
     assert encoder.largest == 3
 
 
+def store_of(folder: Path, **keys: Any) -> Store:
+    """The store of a configuration with these keys."""
+    section = {"store": str(folder), "dataset": {"dataset_path": "d", "target_column": "y"}, **keys}
+    return Store.from_config(config_from(section))
+
+
 def test_key_max_batch_tokens(task: Task, tmp_path: Path) -> None:
-    (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path, max_batch_tokens=77))
-    assert embeddings.shelf.shards()[0].made_with["max_batch_tokens"] == 77
+    (embeddings,) = embed([load(task)], FakeEncoder(), store_of(tmp_path, max_batch_tokens=77))
+    assert embeddings.table.shards()[0].made_with["max_batch_tokens"] == 77
 
 
 def test_key_memory_budget(task: Task, tmp_path: Path) -> None:
     for text, in_memory in (("1GB", True), ("1KB", False)):
-        config = config_from({"memory_budget": text, "dataset": {"dataset_path": "d", "target_column": "y"}})
-        (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path, memory_bytes=config.memory_bytes))
-        rows = embeddings.rows("train")
-        assert rows.in_memory == in_memory
+        (embeddings,) = embed([load(task)], FakeEncoder(), store_of(tmp_path, memory_budget=text))
+        assert embeddings.rows("train").in_memory == in_memory
 
 
 def test_key_embedding_dtype(task: Task, tmp_path: Path) -> None:
-    (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path, dtype="float16"))
-    assert embeddings.shelf.dtype.itemsize == 2
+    (embeddings,) = embed([load(task)], FakeEncoder(), store_of(tmp_path, embedding_dtype="float16"))
+    assert embeddings.table.dtype.itemsize == 2
 
 
-def test_key_store(task: Task, tmp_path: Path) -> None:
-    measured(task, tmp_path / "elsewhere")
-    assert {path.name for path in (tmp_path / "elsewhere" / "store").iterdir()} == {"embeddings", "heads"}
+def test_key_store(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    validate(FakeEncoder(), task, store_of(tmp_path / "elsewhere"))
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"embeddings", "heads"}
+    assert store_of(tmp_path / "elsewhere", embedding_dtype="float16").root == tmp_path / "elsewhere"
+    config = config_from({"store": "elsewhere", "dataset": {"dataset_path": "d", "target_column": "y"}})
+    assert Store.from_config(config, tmp_path / "other").root == tmp_path / "other"
 
 
 def test_key_sequence_column(tmp_path: Path) -> None:
@@ -465,7 +473,7 @@ def test_edited_code_is_measured_anew(package: OwnPackage, task: Task, tmp_path:
         encoder = open_encoder(str(tmp_path / "weights.ckpt"), EncoderOptions("own_package.encoder.Own"))
         (embeddings,) = embed([load(task)], encoder, Store(tmp_path / "store"))
         rows = embeddings.rows("test").on(torch.device("cpu"))
-        seen.append((float(rows.max()), embeddings.embedded > 0))
+        seen.append((float(rows.max()), embeddings.metrics["embedded"] > 0))
     assert seen == [(2.0, True), (3.0, True), (3.0, False)]
 
 

@@ -31,7 +31,7 @@ from pipeline.encoders.packing import Packing
 from pipeline.errors import CacheError, TrackingError
 from pipeline.load import load
 from pipeline.store import shards
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import host_mark, temporary_folder
 from pipeline.tracking import delivery, earlier
 from pipeline.tracking import sender as sending
@@ -232,7 +232,7 @@ def test_no_other_temporary_folders_are_made() -> None:
 
 
 def test_unfinished_files_of_the_store_go_with_the_next_program(tmp_path: Path, fake: FakeEncoder) -> None:
-    """On other shelves too, and only where nobody is writing."""
+    """In other tables too, and only where nobody is writing."""
     some = Store(tmp_path / "store")
     embed([load(token_task(tmp_path))], fake, some)
     (shelf,) = (tmp_path / "store" / "embeddings").iterdir()
@@ -255,7 +255,7 @@ from pathlib import Path
 import numpy as np
 from pipeline.embed import embed
 from pipeline.load import load
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from tests.conftest import FakeEncoder
 from tests.test_store import token_task
 encoder = FakeEncoder()

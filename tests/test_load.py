@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.schema import Files
+from pipeline.data.parts import UNKNOWN, unit_index
 from pipeline.errors import DataError
-from pipeline.load import UNKNOWN, Examples, load, unit_index
+from pipeline.load import Examples, load
 from tests.conftest import make_task, write_csv
 
 

@@ -20,7 +20,7 @@ from tests.test_path import planted_task
 from tests.training import Busy, Recorder, WithMethod, loader, section, trainer
 
 HARD = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 2}
-STAGES = {"load": "_tell", "embed": "embed", "train_head": "train_heads", "score": "score"}
+STAGES = {"load": "_tell", "embed": "embed", "train_head": "train_head", "score": "score"}
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_on_error_raise_ends_the_training(
         raise DataError("injected")
 
     callbacks = setup_dwnstr_task_validation_callbacks(section(tmp_path, task, on_error="raise"))
-    monkeypatch.setattr(validation, "train_heads", fail)
+    monkeypatch.setattr(validation, "train_head", fail)
     with pytest.raises(DataError, match="injected"):
         train(Busy(model_folder("esm")), tmp_path, callbacks)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.report.figures import draw
 from pipeline.report.page import page
 from pipeline.score import Scores
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.validation import validate
 from tests.conftest import FakeEncoder
 from tests.test_path import planted_task

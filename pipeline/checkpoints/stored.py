@@ -66,7 +66,7 @@ class Weights:
     Attributes:
         source: names the checkpoint in messages.
         state: the weights by name, without what `torch.compile` adds to the names.
-        description: what the checkpoint says of the model, see `describe`; empty where it says nothing.
+        description: what `describe` gave when the checkpoint was written; empty where it has none.
         step: of the training.
     """
 
@@ -137,7 +137,7 @@ def _made_by(weights: Weights, architecture: str | None, factory: Any) -> tuple[
 
 
 def _arguments(weights: Weights, architecture: str | None, factory: Any) -> list[Any]:
-    """What the user's code is called with: the configuration of `architecture`, else the stored one, if there is one.
+    """What the user's code is called with: the configuration of `architecture`, else the one that is stored, if any.
 
     It is an object of the class's `config_class`, if it has that, else a dictionary.
     """

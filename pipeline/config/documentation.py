@@ -8,9 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config.lines import SECTION
-from pipeline.config.optimizer_names import POLICIES
 from pipeline.config.schema import Config, Files, Logging, MaxRows, Task
 from pipeline.config.yaml_file import CLASSES, ENCODERS, RENAMED, UNUSED
+
+# The policies of `heads.schedules`, which is not imported here because it imports torch.
+POLICIES = """
+WarmupPolicy WarmupHoldPolicy SquareAnnealing CosineAnnealing NoamAnnealing NoamHoldAnnealing WarmupAnnealing
+InverseSquareRootAnnealing T5InverseSquareRootAnnealing SquareRootAnnealing PolynomialDecayAnnealing
+PolynomialHoldDecayAnnealing
+""".split()
 
 
 def markdown() -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 from pipeline.config.classes import ENCODERS, refuse_reference
 from pipeline.config.fields import check_choice, check_values, key, require
-from pipeline.config.optimizer_names import check_names as check_optim_names
 from pipeline.errors import ConfigError
 from pipeline.statistics.metrics import LOSS, OF_KIND, Metric, metric_name
 
@@ -113,7 +112,6 @@ class Task:
         found = bool(self.dataset_path) or not with_files
         require(found, f"{where}: dataset_path is missing; give the folder of train/ and test/")
         self._check_targets(where)
-        check_optim_names(self.optim)
 
     def _check_targets(self, where: str) -> None:
         """Checks the columns of labels, and what is declared of each."""

@@ -85,7 +85,7 @@ def check_configuration(config: Any, where: str, tensors: int | None) -> None:
 
     Raises:
         CheckpointError: it counts more layers than there are tensors, or more of something than any model has, or names
-            an implementation, of attention say, that is code on a hub: a file does not get that loaded.
+            an implementation, such as of attention, that is code on a hub, which is never loaded.
     """
     for key, value in config.items() if isinstance(config, Mapping) else ():
         if str(key).endswith("_implementation"):

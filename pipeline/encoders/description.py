@@ -1,4 +1,4 @@
-"""Hugging Face models: which class is the encoder, and what a `.ckpt` says of itself to be opened without its code."""
+"""Hugging Face models: which class is the encoder, and the description with which a `.ckpt` opens without its code."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def portable(tokenizer: Any) -> Any:
             "smiles": pre_tokenizers.Split(Regex(SMILES_TOKEN.pattern), "isolated"),
         }.get(tokens.splitting, pre_tokenizers.WhitespaceSplit())
         special = {number: word for word, number in vocabulary.items()}
-        around = [*(special[one] for one in tokens.before), "$A", *(special[one] for one in tokens.after)]
+        around = [*(special[number] for number in tokens.before), "$A", *(special[number] for number in tokens.after)]
         inner.post_processor = processors.TemplateProcessing(
             single=" ".join(around), special_tokens=[(word, vocabulary[word]) for word in around if word != "$A"]
         )
@@ -166,14 +166,14 @@ def is_version_5() -> bool:
     return int(transformers.__version__.partition(".")[0]) >= 5
 
 
-def is_of_transformers(one: type) -> bool:
-    """Whether a class is one of the transformers library, so that its name is enough to make it again."""
-    return one.__module__.startswith("transformers.")
+def is_of_transformers(kind: type) -> bool:
+    """Whether a class is in the transformers library, so that its name is enough to make it again."""
+    return kind.__module__.startswith("transformers.")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers from drawing bars and load reports: what they would say is an error here, or harmless."""
+    """Keeps transformers from drawing bars and load reports: what they report is an error here, or harmless."""
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

@@ -54,8 +54,8 @@ def settings_digest(module: nn.Module) -> str:
     The outermost's private ones are left out: a trainer keeps its notes there.
     """
     found = []
-    for path, one in module.named_modules():
-        for name, value in sorted(vars(one).items()):
+    for path, part in module.named_modules():
+        for name, value in sorted(vars(part).items()):
             if name not in NO_SETTINGS and (path or not name.startswith("_")) and _is_plain(value):
                 shown = f"{value.__module__}.{value.__qualname__}" if callable(value) else repr(value)
                 found.append(f"{path} {name} {shown}")
@@ -64,7 +64,7 @@ def settings_digest(module: nn.Module) -> str:
 
 def _is_plain(value: object) -> bool:
     if isinstance(value, (tuple, list)):
-        return all(_is_plain(one) for one in value) and not any(callable(one) for one in value)
+        return all(_is_plain(item) for item in value) and not any(callable(item) for item in value)
     return value is None or isinstance(value, (bool, int, float, str, FunctionType, type))
 
 

@@ -180,10 +180,10 @@ class HuggingFaceEncoder(Encoder):
 def _layers(config: Any) -> int:
     """How many layers the encoder has."""
     names = ("encoder_layers", "num_hidden_layers", "num_layers", "n_layers")
-    said = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
-    if said is None:
+    count = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+    if count is None:
         raise ConfigError(f"layer: expected one of {', '.join(names)} in the model's configuration; set layer=null")
-    return int(said)
+    return int(count)
 
 
 def _find_layer(layer: int | None, config: Any) -> int | None:
@@ -200,7 +200,7 @@ def _find_layer(layer: int | None, config: Any) -> int | None:
 def _shorten(model: nn.Module, layer: int, config: Any) -> None:
     """Takes the layers above `layer` out; one of them stays, since its input is that layer's output."""
     count = _layers(config)
-    stacks = (one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) == count)
+    stacks = (part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
     stack = next(stacks, None)
     if stack is not None:
         del stack[layer + 1 :]
@@ -208,10 +208,9 @@ def _shorten(model: nn.Module, layer: int, config: Any) -> None:
 
 def _float_copies(model: nn.Module) -> dict[str, Tensor]:
     """Float32 copies of the weights and buffers that are floating-point numbers of another dtype."""
-    values = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        name: one.detach().float() for name, one in values if one.is_floating_point() and one.dtype != torch.float32
-    }
+    named = [*model.named_parameters(), *model.named_buffers()]
+    others = [(name, value) for name, value in named if value.is_floating_point() and value.dtype != torch.float32]
+    return {name: value.detach().float() for name, value in others}
 
 
 def limit_of(config: Any, tokens: Tokens) -> int | None:

@@ -33,7 +33,7 @@ def attention_set(config: Any, name: str) -> Iterator[None]:
 
 def hooks_of(module: nn.Module) -> int:
     """How many hooks run before or after the forward passes of a module and of those within it."""
-    return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in module.modules())
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -42,8 +42,8 @@ class LiveModel:
     Attributes:
         runs_module: whether measuring runs the module itself; see `training.untouched`. A `.ckpt` then takes its code.
         max_seq_length: as an `Encoder`'s.
-        description: what a `.ckpt` says of the module, so that it can be opened without the module's code, or so that
-            the user knows what code it takes; None where `infer_target` names a class.
+        description: what a `.ckpt` holds to describe the module, so that it can be opened without the module's code, or
+            so that the user knows what code it takes; None where `infer_target` names a class.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class LiveModel:
             module: the same as at first.
             options: device, precision and layer are looked at. The device `auto` is the module's own; a module that is
                 run as it is stays where it is. A user's own code decides for itself on precision and layer.
-            probe: a sequence to find out the hidden size with, where a module does not say it.
+            probe: a sequence to find out the hidden size with, where the module does not have it.
 
         Raises:
             CheckpointError: the module's own model gives no hidden states.
@@ -146,7 +146,7 @@ class LiveModel:
             self._skeleton.load_state_dict(empty, assign=True)
 
     def _rebuild(self, module: nn.Module, model: Any, prefix: str) -> None:
-        """Makes the second model, where the configuration gives exactly what is in the module; else says why not."""
+        """Makes the second model, where the configuration gives exactly what is in the module; else logs why not."""
         assert self.description is not None
         own = class_name(type(model))
         try:
@@ -213,13 +213,13 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def _only_model(module: nn.Module) -> tuple[str, Any]:
-    """The one Hugging Face model in a module that stands in no other, and what its weights' names begin with."""
+    """The only outermost Hugging Face model in a module, and what the names of its weights begin with."""
     from transformers import PreTrainedModel
 
     found: list[tuple[str, Any]] = []
-    for name, one in module.named_modules():
-        if isinstance(one, PreTrainedModel) and not any(_within(name, outer) for outer, _ in found):
-            found.append((name, one))
+    for name, part in module.named_modules():
+        if isinstance(part, PreTrainedModel) and not any(_within(name, outer) for outer, _ in found):
+            found.append((name, part))
     if len(found) != 1:
         names = ", ".join(name or "the module itself" for name, _ in found) or "none"
         raise CheckpointError(f"{type(module).__name__}: expected one Hugging Face model, found {names}; {REMEDY}")
@@ -232,7 +232,7 @@ def _within(name: str, outer: str) -> bool:
 
 
 def _only_tokenizer(holders: Sequence[object], others: Sequence[object]) -> Any:
-    """The one tokenizer among the attributes of `holders`, or else of `others`."""
+    """The only tokenizer among the attributes of `holders`, or else of `others`."""
     from transformers import PreTrainedTokenizerBase
 
     found: list[Any] = []
@@ -241,7 +241,7 @@ def _only_tokenizer(holders: Sequence[object], others: Sequence[object]) -> Any:
         unique = {id(value): value for value in values if isinstance(value, PreTrainedTokenizerBase)}
         found = found or list(unique.values())
     if len(found) != 1:
-        count = "none" if not found else f"{len(found)}: {', '.join(type(one).__name__ for one in found)}"
+        count = "none" if not found else f"{len(found)}: {', '.join(type(tokenizer).__name__ for tokenizer in found)}"
         remedy = "keep it as an attribute of the LightningModule, such as self.tokenizer, or " + REMEDY
         raise CheckpointError(f"expected one Hugging Face tokenizer in the module, found {count}; {remedy}")
     return found[0]

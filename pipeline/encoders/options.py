@@ -1,8 +1,8 @@
-"""How an encoder is opened: what the configuration says of it."""
+"""The options with which a checkpoint or a module is opened as an encoder."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,12 +36,5 @@ class EncoderOptions:
     @classmethod
     def from_config(cls, config: Config) -> EncoderOptions:
         """The options that a configuration has for all of its tasks."""
-        return cls(
-            config.dataset[0].infer_target,
-            config.device,
-            config.precision,
-            config.architecture,
-            config.trust_pickle,
-            config.layer,
-            config.model_factory,
-        )
+        target, *others = (field.name for field in fields(cls))
+        return cls(getattr(config.dataset[0], target), **{name: getattr(config, name) for name in others})

@@ -1,7 +1,7 @@
 """The heads: an MLP for sequences, a ConvNet for tokens.
 
-Both take rows packed one sequence after another, so there is no padding that could add to anything. Weights and dropout
-come from the head's own generator: the global random state is neither read nor changed.
+Both take the rows of one sequence after another, without padding. Weights and dropout are drawn from the head's own
+generator: the global random state is neither read nor changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KERNEL = 7
 GAP = KERNEL // 2
 CHANNELS = 32
 ALL = 2**62
-CHUNK = {"cpu": 4_096}  # tokens of the ConvNet's work at a time; elsewhere all at once
+CHUNK = {"cpu": 4_096}  # tokens that the ConvNet convolves at a time; on other devices all
 
 
 class Head(nn.Module):
@@ -50,19 +50,19 @@ class Head(nn.Module):
                 module.generator = dropout
 
     def dropout_state(self) -> Tensor | None:
-        """The state of the generator that dropout draws from; None where there is none."""
-        generator = next((one.generator for one in self.modules() if isinstance(one, Dropout)), None)
+        """The state of the generator that dropout draws from; None for a head without dropout."""
+        generator = next((layer.generator for layer in self.modules() if isinstance(layer, Dropout)), None)
         return None if generator is None else generator.get_state()
 
     def set_dropout_state(self, state: Tensor) -> None:
-        """Has dropout draw again what it drew from `state` on; the layers of a head share one generator."""
-        for one in self.modules():
-            if isinstance(one, Dropout) and one.generator is not None:
-                one.generator.set_state(state)
+        """Rewinds dropout's generator, which all layers share, to `state`."""
+        for layer in self.modules():
+            if isinstance(layer, Dropout) and layer.generator is not None:
+                layer.generator.set_state(state)
 
 
 class Dropout(nn.Module):
-    """Dropout that draws from a generator of its own (`torch.nn.Dropout` draws from the global one)."""
+    """Dropout that draws from the head's generator (`torch.nn.Dropout` draws from the global one)."""
 
     def __init__(self, p: float) -> None:
         """Drops a value with probability `p`."""
@@ -76,20 +76,24 @@ class Dropout(nn.Module):
 
     @property
     def share(self) -> int:
-        """How many of 65,536 values are dropped: `p` is met to 1e-5."""
+        """How many of 65,536 values are dropped: `p` to a precision of 1e-5."""
         return round(self.p * 2**16)
 
     @property
     def scale(self) -> float:
-        """What is kept is multiplied with this, so that the mean stays."""
+        """The factor of the values that are kept, so that the mean stays the same."""
         return 2**16 / (2**16 - self.share)
 
     @staticmethod
     def kept(layers: Sequence[Dropout], values: Tensor) -> Tensor:
-        """1 for each of the values, shape (layers, ...), that a layer keeps, else 0; `p` is one for all of them.
+        """The masks of layers of equal `p`: 1 where a layer keeps a value, else 0.
 
-        From 16 random bits each, which takes a fifth of the time of `bernoulli_`; a product with numbers is faster than
-        one with booleans.
+        16 random bits decide on a value, which takes a fifth of the time of `bernoulli_`. The masks are floats because
+        a product with booleans is slower.
+
+        Args:
+            layers: each draws its mask from its own generator.
+            values: shape (layers, ...), which is that of the result.
         """
         count = values[0].numel()
         words = torch.empty(len(layers), -(-count // 4), dtype=torch.int64, device=values.device)
@@ -148,11 +152,11 @@ class ConvNet(Head):
 
 @dataclass(frozen=True)
 class _Pack:
-    """Where packed tokens lie among places: three stay free before, between and behind the sequences.
+    """Packed sequences with padding: three places before, between and behind them.
 
     Attributes:
-        places: of each token, shape (tokens,).
-        chunks: of whole sequences: first token, last, first place.
+        places: the place of each token, shape (tokens,).
+        chunks: first token, last token and first place of groups of whole sequences.
     """
 
     places: Tensor
@@ -177,13 +181,13 @@ class _Pack:
 def convolve(rows: Tensor, layer: nn.Module, pack: _Pack) -> Tensor:
     """The convolution of `layer`, a Conv2d with kernel (7, 1), over packed sequences.
 
-    What a sequence gets does not depend on its neighbours: between two of them lie three places that stay zero, as the
-    padding of a sequence alone would.
+    The output of a sequence does not depend on its neighbours: three zeros stand between two sequences, as much as the
+    padding of a sequence by itself.
 
     Args:
         rows: shape (tokens, in channels).
         layer: the layer.
-        pack: where the tokens lie.
+        pack: the places of the tokens.
 
     Returns:
         Shape (tokens, out channels).
@@ -195,9 +199,9 @@ def convolve(rows: Tensor, layer: nn.Module, pack: _Pack) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """One matrix product gives each token's part in the seven outputs around it; shifted sums put them together.
+    """One matrix product gives the seven terms that each token adds to the outputs around it; shifted sums add them.
 
-    Chunk by chunk, so that what is between the two stays in a CPU's caches.
+    This is done chunk by chunk, so that the terms stay in a CPU's caches.
     """
 
     @staticmethod
@@ -221,7 +225,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
-        """A token's seven parts have the gradients of the seven places around it, which lie together."""
+        """The gradients of a token's seven terms are those of the outputs around it, which are adjacent in memory."""
         rows, weight = ctx.saved_tensors
         out, into = weight.shape[:2]
         taps = weight.flip(2).permute(2, 0, 1).reshape(-1, into)  # (7 * out, in), in the order of the places

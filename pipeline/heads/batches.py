@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.load import Part, unit_index
+from pipeline.data.parts import Part, unit_index
 from pipeline.store.reading import Rows
 
 Indices = npt.NDArray[np.int64]
@@ -21,7 +21,7 @@ class Batch:
     """Some sequences with u units.
 
     Attributes:
-        rows: shape (u, hidden_size). Good until the next batch is made.
+        rows: shape (u, hidden_size). The next batch overwrites them.
         counts: units of each sequence, shape (sequences,).
         values: int32 or float32 labels per target, shape (u,).
         masks: per target, shape (u,); None where no label of the part is masked.
@@ -34,7 +34,7 @@ class Batch:
 
 
 class Data:
-    """A part on a device: moved there once, if it is held in memory at all."""
+    """A part on a device; the embeddings move there once if they are in memory, else batch by batch."""
 
     def __init__(self, rows: Rows, part: Part, device: torch.device) -> None:
         """`rows` are the part's embeddings."""
@@ -59,7 +59,7 @@ class Data:
             for begin in range(0, len(sequences), batch_size):
                 yield self.batch(sequences[begin : begin + batch_size])
             return
-        # One row and one unit each: what does not need much memory is looked up for all of them at once.
+        # One unit each: indices and labels need little memory, so they are gathered once for all batches.
         units = self._index(sequences)
         values = [value.index_select(0, units).split(batch_size) for value in self._values]
         masks = [None if mask is None else mask.index_select(0, units).split(batch_size) for mask in self._masks]
@@ -79,9 +79,9 @@ class Data:
         return self._take(self._index(self.rows.index(sequences)))
 
     def _take(self, index: Tensor) -> Tensor:
-        """Rows of what is held in memory."""
+        """Rows by index, of embeddings in memory."""
         assert self._memory is not None
-        if len(self._buffer) < len(index):  # memory that was used before is faster than what the system has to clear
+        if len(self._buffer) < len(index):  # used again: fresh memory costs the time to clear it
             self._buffer = self._memory.new_empty(len(index), self._memory.shape[1])
         return torch.index_select(self._memory, 0, index, out=self._buffer[: len(index)])
 

@@ -1,10 +1,10 @@
-"""The loss, and the training of a head, or of several at once."""
+"""The loss, and the training of the heads of one task."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config.schema import Task
+from pipeline.data.parts import Target
 from pipeline.embed import Embeddings
 from pipeline.errors import DataError
-from pipeline.heads import optimizers as optim
 from pipeline.heads.architectures import MLP, Head
 from pipeline.heads.batches import Batch, Data, Indices
-from pipeline.heads.optimizers import Descent
+from pipeline.heads.optimizers import ScheduledOptimizer, is_plain, needs_metric
 from pipeline.heads.stack import Stack
-from pipeline.load import Examples, Target
 from pipeline.progress import progress
 
 IGNORED = -100  # the class of a unit that does not count
@@ -59,7 +58,7 @@ def loss_of(
 
 
 def _mass(wanted: Tensor, weight: Tensor | None) -> Tensor | int:
-    """What a sum of cross-entropies is divided by: the weights of all that counts, or their number; 1 for nothing."""
+    """The divisor of a sum of cross-entropies: the unmasked units' number, or sum of weights; 1 where that is 0."""
     counted = wanted != IGNORED
     if weight is None:
         return counted.sum().clamp(min=1)
@@ -80,22 +79,17 @@ def predict(head: Head, data: Data, sequences: Indices, batch_size: int) -> list
     return [torch.cat(target) for target in zip(*outputs, strict=True)]
 
 
-class _Held:
-    """The examples kept back for early stopping, and the best head so far on them."""
+class _EarlyStopping:
+    """Keeps the head with the least loss on the validation examples."""
 
-    def __init__(self, data: Data, sequences: Indices, patience: int) -> None:
-        self.data, self.sequences, self.patience = data, sequences, patience
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
         self.best = np.inf
         self.state: dict[str, Tensor] | None = None
         self.bad_epochs = 0
 
-    def loss(self, head: Head, task: Task, targets: tuple[Target, ...]) -> float:
-        """The loss over all of them."""
-        outputs = predict(head, self.data, self.sequences, task.batch_size)
-        return float(loss_of(outputs, *self.data.labels(self.sequences), targets))
-
-    def enough(self, head: Head, loss: float) -> bool:
-        """Remembers the best head; True once `patience` epochs in a row were no better."""
+    def update(self, head: Head, loss: float) -> bool:
+        """Keeps a copy of the head if it is the best so far; True after `patience` epochs in a row that were not."""
         if loss < self.best:
             self.best, self.state, self.bad_epochs = loss, copy.deepcopy(head.state_dict()), 0
         else:
@@ -103,183 +97,196 @@ class _Held:
         return self.bad_epochs >= self.patience
 
 
-class _Course:
-    """A head's way through its epochs: its batches and losses.
+class _Model(Protocol):
+    """What is trained: one head, or a `Stack` of several."""
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """What the optimiser changes."""
+        ...
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Sets the gradients; the loss of each head, shape (heads,)."""
+        ...
+
+
+class _Single:
+    """A head of any architecture."""
+
+    def __init__(self, head: Head, targets: tuple[Target, ...]) -> None:
+        self.head, self.targets = head, targets
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.head.parameters())
+
+    def backward(self, batch: Batch) -> Tensor:
+        self.head.zero_grad()
+        outputs = self.head(batch.rows, batch.counts)
+        loss = loss_of(outputs, batch.values, batch.masks, self.targets, weighted=True)
+        loss.backward()
+        return loss.detach()[None]
+
+
+class _FitState:
+    """How far the training of a head has come.
 
     Attributes:
         losses: mean training loss of each epoch.
-        held_losses: with `patience`, the loss on the held-out part after each.
-        enough: no further epoch is needed.
+        val_losses: with `patience`, the loss on the validation examples after each epoch.
+        done: early stopping has ended the training.
     """
 
-    def __init__(self, head: Head, examples: Examples, data: Data, held: tuple[Indices, _Held | None]) -> None:
-        self.head, self.data, self.task, self.targets = head, data, examples.task, examples.targets
-        self.sequences, self.held = held
-        self.order = torch.Generator().manual_seed(self.task.random_seed)
+    def __init__(self, head: Head, seed: int, task: Task) -> None:
+        self.head, self.task = head.train(), task
+        self.order = torch.Generator().manual_seed(seed)
+        self.early_stopping = None if task.patience is None else _EarlyStopping(task.patience)
         self.losses: list[float] = []
-        self.held_losses: list[float] = []
-        self.enough = False
+        self.val_losses: list[float] = []
+        self.done = False
 
-    def descend(self, parameters: Iterable[nn.Parameter]) -> Descent:
-        """An optimiser as the task says."""
-        steps = self.task.num_epochs * -(-len(self.sequences) // self.task.batch_size)
-        return Descent(parameters, self.task.optim, steps)
+    def shuffled(self, sequences: Indices) -> Indices:
+        """The sequences in the order of the next epoch."""
+        if not self.task.shuffle:
+            return sequences
+        order: Indices = torch.randperm(len(sequences), generator=self.order).numpy()
+        return sequences[order]
 
-    def batches(self) -> Iterator[Batch]:
-        """Those of an epoch."""
-        count = len(self.sequences)
-        shuffled = torch.randperm(count, generator=self.order) if self.task.shuffle else torch.arange(count)
-        return self.data.batches(self.sequences[shuffled.numpy()], self.task.batch_size)
+    def end_epoch(self, loss: float, split: _Split) -> None:
+        """Records the mean training loss and the validation loss. Raises DataError where the former is not finite."""
+        if self.done:  # other heads of a stack go on
+            return
+        if not np.isfinite(loss):
+            found = f"the training loss is {loss} after epoch {len(self.losses) + 1}"
+            remedy = "lower optim.lr or check the range of the labels"
+            raise DataError(f"task '{self.task.task_name}': {found}; {remedy}")
+        self.losses.append(loss)
+        if self.early_stopping is not None:
+            self.val_losses.append(split.val_loss(self.head))
+            self.done = self.early_stopping.update(self.head, self.val_losses[-1])
 
-    def step(self, batch: Batch, descent: Descent) -> Tensor:
-        """One optimiser step; the batch's loss. A closure, for optimisers that evaluate the loss more than once.
-
-        Those see the same dropout each time: what they descend on is one function.
-        """
-        values: list[Tensor] = []
-        dropout = None if optim.is_plain(self.task.optim) else self.head.dropout_state()
-
-        def closure() -> Tensor:
-            if values and dropout is not None:
-                self.head.set_dropout_state(dropout)
-            descent.optimizer.zero_grad()
-            outputs = self.head(batch.rows, batch.counts)
-            loss = loss_of(outputs, batch.values, batch.masks, self.targets, weighted=True)
-            loss.backward()
-            self.clip()
-            values.append(loss.detach())
-            return loss
-
-        descent.step(closure)
-        return values[0]
-
-    def clip(self) -> None:
-        """Clips the gradients, where the task says so."""
-        if self.task.gradient_clip_val is not None:
-            nn.utils.clip_grad_norm_(self.head.parameters(), self.task.gradient_clip_val)
-
-    def end_epoch(self, total: float) -> None:
-        """Takes down the losses of an epoch, summed over its sequences. Raises DataError where they are not finite."""
-        self.losses.append(_finite(total / len(self.sequences), len(self.losses), self.task))
-        if self.held is not None:
-            self.held_losses.append(self.held.loss(self.head, self.task, self.targets))
-            self.enough = self.held.enough(self.head, self.held_losses[-1])
-
-    @property
-    def loss(self) -> float:
-        """The last, which a schedule may go by."""
-        return (self.held_losses or self.losses)[-1]
+    def finish(self) -> Losses:
+        """Restores the best head of early stopping; the losses."""
+        if self.early_stopping is not None and self.early_stopping.state is not None:
+            self.head.load_state_dict(self.early_stopping.state)
+        return self.losses, self.val_losses
 
 
-def fit(heads: Sequence[Head], embeddings: Sequence[Embeddings], device: torch.device) -> list[Losses]:
-    """Trains heads in place, as the task of each says; several at once are a group of `groups`.
+class _Split:
+    """The sequences to train on; for early stopping the val part, else a part of train that the task's seed draws.
+
+    Attributes:
+        data: the train part.
+        train: the sequences of it to train on.
+    """
+
+    def __init__(self, embeddings: Embeddings, device: torch.device) -> None:
+        self.examples = examples = embeddings.examples
+        self.data = Data(embeddings.rows("train"), examples.train, device)
+        self.train = np.arange(len(examples.train))
+        self._val_data, self._val = self.data, self.train[:0]
+        if examples.task.patience is None:
+            return
+        if examples.val is not None:
+            self._val_data = Data(embeddings.rows("val"), examples.val, device)
+            self._val = np.arange(len(examples.val))
+        else:
+            self.train, self._val = self._hold_out()
+
+    def val_loss(self, head: Head) -> float:
+        """The loss over all validation examples."""
+        outputs = predict(head, self._val_data, self._val, self.examples.task.batch_size)
+        return float(loss_of(outputs, *self._val_data.labels(self._val), self.examples.targets))
+
+    def _hold_out(self) -> tuple[Indices, Indices]:
+        task, count = self.examples.task, len(self.train)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(task.random_seed)).numpy()
+        held_out = max(1, round(task.val_fraction * count))
+        if held_out >= count:
+            raise DataError(f"task '{task.task_name}': {count} train sequences are too few to hold some out")
+        val = np.sort(order[:held_out])
+        if not any(mask.any() for mask in self.data.labels(val)[1]):
+            raise DataError(f"task '{task.task_name}': no label is left in the held-out part; raise val_fraction")
+        return np.sort(order[held_out:]), val
+
+
+def fit(heads: Sequence[Head], seeds: Sequence[int], embeddings: Embeddings, device: torch.device) -> list[Losses]:
+    """Trains fresh heads of one task in place, each as it would be trained alone; may seed torch's random state.
+
+    Args:
+        heads: of one architecture.
+        seeds: of each head's batches.
+        embeddings: of the task.
+        device: where the heads are.
 
     Returns:
-        For each, the mean training loss of each epoch, and, with `patience`, the loss on the held-out part after each;
-        the head is then the best of them.
+        For each head the mean training loss of each epoch, and, with `patience`, the loss on the validation examples
+        after each; the head is then that of the epoch with the least.
 
     Raises:
         ConfigError: the optimiser's or the schedule's name or options are not valid.
         DataError: the loss is no longer a finite number.
     """
-    courses = list[_Course]()
-    for head, one in zip(heads, embeddings, strict=True):
-        data = Data(one.rows("train"), one.examples.train, device)
-        courses.append(_Course(head.train(), one.examples, data, _hold_out(one, data)))
-    names = ", ".join(course.task.task_name for course in courses)
-    together = _stack(courses)
-    descents = _descend(courses, together)
-    with progress(f"train_head {names}", courses[0].task.num_epochs, "epochs") as advance:
-        for _ in range(courses[0].task.num_epochs):
-            for course, total in zip(courses, _epoch(courses, descents, together).tolist(), strict=True):
-                course.end_epoch(total)
-            for course, descent in zip(courses, descents, strict=False):  # one may be that of all
-                descent.end_epoch(course.loss)
+    examples, split = embeddings.examples, _Split(embeddings, device)
+    task, targets = examples.task, examples.targets
+    states = [_FitState(head, seed, task) for head, seed in zip(heads, seeds, strict=True)]
+    if _stackable(heads, task, targets):
+        stack = Stack(heads, targets[0].classes is not None)
+        _train(stack, states, split)
+        stack.release()
+    else:
+        for state, seed in zip(states, seeds, strict=True):
+            torch.manual_seed(seed)  # for what a user's own head draws
+            _train(_Single(state.head, targets), [state], split)
+    return [state.finish() for state in states]
+
+
+def _stackable(heads: Sequence[Head], task: Task, targets: Sequence[Target]) -> TypeGuard[Sequence[MLP]]:
+    """Whether one optimiser can train all heads at once."""
+    plain = is_plain(task.optim) and (len(heads) == 1 or not needs_metric(task.optim))
+    return plain and targets[0].weights is None and all(type(head) is MLP for head in heads)
+
+
+def _train(model: _Model, states: Sequence[_FitState], split: _Split) -> None:
+    """The epochs of one model, which is that of all `states`."""
+    task = states[0].task
+    steps = task.num_epochs * -(-len(split.train) // task.batch_size)
+    optimizer = ScheduledOptimizer(model.parameters(), task.optim, steps)
+    with progress(f"train_head {task.task_name}", task.num_epochs, "epochs") as advance:
+        for _ in range(task.num_epochs):
+            totals = torch.zeros(len(states), device=split.data.device)
+            for batch in _batches(states, split):
+                totals += _step(model, states, batch, optimizer) * (len(batch.counts) // len(states))
+            for state, total in zip(states, totals.tolist(), strict=True):
+                state.end_epoch(total / len(split.train), split)
+            optimizer.end_epoch((states[0].val_losses or states[0].losses)[-1])
             advance(1)
-            if all(course.enough for course in courses):
+            if all(state.done for state in states):
                 break
-    if together is not None:
-        together.release()
-    for course in courses:
-        if course.held is not None and course.held.state is not None:
-            course.head.load_state_dict(course.held.state)
-    return [(course.losses, course.held_losses) for course in courses]
 
 
-def _epoch(courses: Sequence[_Course], descents: Sequence[Descent], together: Stack | None) -> Tensor:
-    """An epoch of each head; their losses, summed over the sequences, shape (heads,)."""
-    totals = torch.zeros(len(courses), device=courses[0].data.device)
-    for batches in zip(*(course.batches() for course in courses), strict=True):
-        if together is None:
-            steps = zip(courses, batches, descents, strict=True)
-            losses = torch.stack([course.step(batch, descent) for course, batch, descent in steps])
-        else:
-            losses = together.backward(batches)
-            for course in courses:
-                course.clip()
-            for descent in descents:
-                descent.step()
-        totals += losses * len(batches[0].counts)
-    return totals
+def _batches(states: Sequence[_FitState], split: _Split) -> Iterator[Batch]:
+    """Those of an epoch: for each head in turn, as many sequences in an order of its own."""
+    orders, size = np.stack([state.shuffled(split.train) for state in states]), states[0].task.batch_size
+    chunks = [orders[:, begin : begin + size].ravel() for begin in range(0, orders.shape[1], size)]
+    return split.data.batches(np.concatenate(chunks), size * len(states))
 
 
-def _descend(courses: Sequence[_Course], together: Stack | None) -> list[Descent]:
-    """An optimiser for each head; one for all, over all weights at once, where each would do the same.
+def _step(model: _Model, states: Sequence[_FitState], batch: Batch, optimizer: ScheduledOptimizer) -> Tensor:
+    """One optimiser step; the loss of each head before it, shape (heads,).
 
-    Those that heads at once are trained with change each weight by itself.
+    An optimiser that evaluates the loss several times sees the same dropout each time.
     """
-    first = courses[0].task.optim
-    same = all(course.task.optim == first for course in courses) and not optim.minds_loss(first)
-    if together is not None and (same or len(courses) == 1):
-        return [courses[0].descend([together.weights])]
-    return [course.descend(course.head.parameters()) for course in courses]
+    task, head = states[0].task, states[0].head
+    losses: list[Tensor] = []
+    dropout = None if is_plain(task.optim) else head.dropout_state()
 
+    def closure() -> Tensor:
+        if losses and dropout is not None:
+            head.set_dropout_state(dropout)
+        losses.append(model.backward(batch))
+        if task.gradient_clip_val is not None:
+            for state in states:
+                nn.utils.clip_grad_norm_(state.head.parameters(), task.gradient_clip_val)
+        return losses[-1].sum()
 
-def _stack(courses: Sequence[_Course]) -> Stack | None:
-    """None for a head, always alone, that has another architecture, weighted classes or an optimiser like L-BFGS."""
-    heads = [course.head for course in courses if _stackable(course.head, course.task, course.targets)]
-    return Stack(heads, courses[0].targets[0].classes is not None) if heads else None
-
-
-def _stackable(head: Head, task: Task, targets: Sequence[Target]) -> TypeGuard[MLP]:
-    return type(head) is MLP and targets[0].weights is None and optim.is_plain(task.optim)
-
-
-def groups(heads: Sequence[Head], embeddings: Sequence[Embeddings]) -> list[list[int]]:
-    """Which heads are trained at once: MLPs of one shape that take the same steps. By their places, in order."""
-    found: dict[tuple[Any, ...], list[int]] = {}
-    for place, (head, one) in enumerate(zip(heads, embeddings, strict=True)):
-        task, target = one.examples.task, one.examples.targets[0]
-        together = task.patience is None and _stackable(head, task, one.examples.targets)
-        alone = () if together else (place,)
-        steps = len(one.examples.train), task.batch_size, task.num_epochs
-        shape = one.shelf.hidden_size, target.outputs, target.classes is None
-        found.setdefault((*alone, *steps, *shape), []).append(place)
-    return list(found.values())
-
-
-def _hold_out(embeddings: Embeddings, data: Data) -> tuple[Indices, _Held | None]:
-    """The train sequences to fit on, and what early stopping looks at: the val part, else a seeded part of train."""
-    examples = embeddings.examples
-    task, everything = examples.task, np.arange(len(examples.train))
-    if task.patience is None:
-        return everything, None
-    if examples.val is not None:
-        own = Data(embeddings.rows("val"), examples.val, data.device)
-        return everything, _Held(own, np.arange(len(examples.val)), task.patience)
-    generator = torch.Generator().manual_seed(task.random_seed)
-    order = torch.randperm(len(everything), generator=generator).numpy()
-    count = max(1, round(task.val_fraction * len(order)))
-    if count >= len(order):
-        raise DataError(f"task '{task.task_name}': {len(order)} train sequences are too few to hold some out")
-    held = np.sort(order[:count])
-    if not any(mask.any() for mask in data.labels(held)[1]):
-        raise DataError(f"task '{task.task_name}': no label is left in the held-out part; raise val_fraction")
-    return np.sort(order[count:]), _Held(data, held, task.patience)
-
-
-def _finite(loss: float, epoch: int, task: Task) -> float:
-    if not np.isfinite(loss):
-        found = f"the training loss is {loss} after epoch {epoch + 1}"
-        raise DataError(f"task '{task.task_name}': {found}; lower optim.lr or check the range of the labels")
-    return loss
+    optimizer.step(closure)
+    return losses[0]

@@ -12,20 +12,25 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, ReduceLROnPlateau
 
-from pipeline.config.optimizer_names import FUSED, USUAL, unknown_optimizer, unknown_schedule
 from pipeline.errors import ConfigError, nearest
 from pipeline.heads.schedules import POLICIES, PolicyLR
 
 logger = logging.getLogger(__name__)
 
-# What NeMo's section holds for Lightning, or for its own arithmetic of steps.
-# Of torch's, those that need no more than gradients: several heads may be trained at once with them.
+# NeMo's names of Adam as a fused kernel, with weight decay apart from the gradient: AdamW is the same arithmetic.
+FUSED = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
+# Shown where nothing that is known resembles a name.
+USUAL_OPTIMIZERS = "sgd adam adamw adadelta adamax adagrad rmsprop rprop novograd adafactor adan lamb".split()
+USUAL_SCHEDULES = ("StepLR", "ExponentialLR", "ReduceLROnPlateau", "CyclicLR", "OneCycleLR")
+# Of torch's, those that need the gradients alone and change each weight by itself.
 PLAIN = ("sgd", "adam", "adamw", "adamax", "adagrad", "adadelta", "nadam", "radam", "rmsprop", "rprop", *FUSED)
-HAVE_KERNELS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one for all of a step's arithmetic
+HAVE_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one kernel for a whole step
+# What NeMo's section holds for Lightning, or for its own arithmetic of steps.
 UNUSED_SCHED = """
 monitor reduce_on_plateau iters_per_batch t_max_epochs t_num_workers t_accumulate_grad_batches t_limit_train_batches
 """.split()
 NEEDS_FUNCTIONS = ("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "LRScheduler")
+SCHEDULERS = (LRScheduler, ReduceLROnPlateau)
 PER_EPOCH = (ExponentialLR, ReduceLROnPlateau)
 
 
@@ -55,26 +60,26 @@ def build(
     return optimizer, _scheduler(optimizer, str(sched["name"]), {k: v for k, v in sched.items() if k != "name"})
 
 
-class Descent:
-    """An optimiser and its schedule.
+class ScheduledOptimizer:
+    """An optimiser and the schedule of its learning rate.
 
     Attributes:
         optimizer: torch's.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], optim_config: Mapping[str, Any], steps: int) -> None:
-        """See `build`; `steps` is how many optimiser steps there will be."""
+        """See `build`; `steps` is the number of optimiser steps to come."""
         self.optimizer, self._scheduler = build(parameters, with_max_steps(optim_config, steps))
         self._per_epoch = isinstance(self._scheduler, PER_EPOCH)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """Changes the parameters, and goes on in the schedule. With `closure`, see `Optimizer.step`."""
+        """An optimiser step, and one of a schedule that counts those; `closure` is that of `Optimizer.step`."""
         self.optimizer.step(closure)
         if self._scheduler is not None and not self._per_epoch:
             self._scheduler.step()
 
     def end_epoch(self, loss: float) -> None:
-        """Two of torch's schedules go by epochs, as NeMo has them, one of them by the loss."""
+        """A step of a schedule that counts epochs, as NeMo steps two of torch's; `ReduceLROnPlateau` needs the loss."""
         if isinstance(self._scheduler, ReduceLROnPlateau):
             self._scheduler.step(loss)
         elif self._scheduler is not None and self._per_epoch:
@@ -82,7 +87,7 @@ class Descent:
 
 
 def with_max_steps(optim_config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The same configuration, in which a schedule without `max_steps` lasts `steps` optimiser steps."""
+    """The same configuration; a schedule without `max_steps` gets `steps`."""
     sched = optim_config.get("sched")
     if not isinstance(sched, Mapping) or sched.get("max_steps") is not None:
         return dict(optim_config)
@@ -90,12 +95,12 @@ def with_max_steps(optim_config: Mapping[str, Any], steps: int) -> dict[str, Any
 
 
 def is_plain(optim_config: Mapping[str, Any]) -> bool:
-    """Whether the optimiser needs no more than gradients: it does not evaluate the loss again."""
+    """Whether the optimiser needs the gradients alone: it does not evaluate the loss again."""
     return str(optim_config.get("name", "adam")).lower() in PLAIN
 
 
-def minds_loss(optim_config: Mapping[str, Any]) -> bool:
-    """Whether the schedule goes by the loss."""
+def needs_metric(optim_config: Mapping[str, Any]) -> bool:
+    """Whether the schedule depends on the loss."""
     sched = optim_config.get("sched")
     return isinstance(sched, Mapping) and sched.get("name") == ReduceLROnPlateau.__name__
 
@@ -104,7 +109,7 @@ def minds_loss(optim_config: Mapping[str, Any]) -> bool:
 @torch.enable_grad()
 @torch.random.fork_rng(devices=[])
 def check(optim_config: Mapping[str, Any]) -> None:
-    """Takes a step of a parameter that nobody needs. Raises ConfigError as `build` does, or if that fails."""
+    """Tries an optimiser step. Raises ConfigError as `build` does, or where the step fails."""
     parameter = nn.Parameter(torch.ones(2, 2))
     optimizer, _ = build([parameter], with_max_steps(optim_config, 100))
 
@@ -122,19 +127,19 @@ def check(optim_config: Mapping[str, Any]) -> None:
 
 def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any]) -> Optimizer:
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    candidates = _torch_classes(name.lower())
+    candidates = _torch_classes(name)
     if name.lower() in FUSED:
         options.setdefault("weight_decay", 0.0)  # as theirs; AdamW's own default is 0.01
         options = _only_known(candidates[0], name, options)
-    accepting = [one for one in candidates if not set(options) - set(_accepted(one))]
+    accepting = [kind for kind in candidates if not set(options) - set(_accepted(kind))]
     if not accepting:
-        candidates += _other_classes(name.lower())
-        accepting = [one for one in candidates if not set(options) - set(_accepted(one))]
+        candidates += _other_classes(name)
+        accepting = [kind for kind in candidates if not set(options) - set(_accepted(kind))]
     if not accepting:
         known = _accepted(candidates[0])
         wrong = next(option for option in options if option not in known)
         raise ConfigError(f"optim: {name} has no option '{wrong}'{nearest(wrong, known)}")
-    if accepting[0] in HAVE_KERNELS and parameters[0].device.type in ("cpu", "cuda") and "foreach" not in options:
+    if accepting[0] in HAVE_FUSED and parameters[0].device.type in ("cpu", "cuda") and "foreach" not in options:
         options.setdefault("fused", True)
     try:
         return accepting[0](parameters, **options)
@@ -143,42 +148,46 @@ def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any
 
 
 def _torch_classes(name: str) -> list[type[Optimizer]]:
-    """Torch's class of that name, if there is one."""
-    if name in FUSED:
+    """The class of that name in torch, if there is one."""
+    if name.lower() in FUSED:
         return [torch.optim.AdamW]
-    return [one for key, one in vars(torch.optim).items() if key.lower() == name and _is_optimizer(one)]
+    return [value for key, value in vars(torch.optim).items() if key.lower() == name.lower() and _is_optimizer(value)]
 
 
 def _other_classes(name: str) -> list[type[Optimizer]]:
-    """That of pytorch_optimizer, if there is one: it takes a second to import, where torch's will not do."""
-    if name in FUSED:
+    """The class of that name in pytorch_optimizer, which takes a second to import, if there is one."""
+    if name.lower() in FUSED:
         return []
     try:
         import pytorch_optimizer
     except ImportError as error:
         remedy = "install pytorch_optimizer, or take one of torch's"
-        raise ConfigError(f"optim.name: '{name}' as it is set is none of torch's optimisers; {remedy}") from error
+        raise ConfigError(f"optim.name: torch has no optimiser '{name}' with these options; {remedy}") from error
     # Schedule-free optimisers keep the weights to be scored apart from those that they train.
-    if name in pytorch_optimizer.get_supported_optimizers() and not name.startswith("schedulefree"):
-        return [pytorch_optimizer.load_optimizer(name)]
+    names = [known for known in pytorch_optimizer.get_supported_optimizers() if not known.startswith("schedulefree")]
+    if name.lower() in names:
+        return [pytorch_optimizer.load_optimizer(name.lower())]
     if not _torch_classes(name):
-        raise ConfigError(unknown_optimizer(name, [*USUAL, *FUSED, *pytorch_optimizer.get_supported_optimizers()]))
+        torch_names = [key.lower() for key, value in vars(torch.optim).items() if _is_optimizer(value)]
+        close = nearest(name.lower(), [*torch_names, *FUSED, *names])
+        remedy = close if "?" in close else nearest(name.lower(), [*USUAL_OPTIMIZERS, *FUSED])
+        raise ConfigError(f"optim.name: unknown optimiser '{name}'{remedy}")
     return []
 
 
-def _is_optimizer(one: Any) -> bool:
-    return inspect.isclass(one) and issubclass(one, Optimizer) and one is not Optimizer
+def _is_optimizer(value: Any) -> bool:
+    return inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
 
 
-def _accepted(one: type[Any]) -> list[str]:
-    """The options of an optimiser or scheduler that have a name."""
-    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    named = [key for key, parameter in inspect.signature(one).parameters.items() if parameter.kind not in kinds]
+def _accepted(kind: type[Any]) -> list[str]:
+    """The named options of an optimiser or scheduler."""
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = [key for key, parameter in inspect.signature(kind).parameters.items() if parameter.kind not in variadic]
     return named[1:]  # the first are the parameters, or the optimiser
 
 
-def _only_known(one: type[Optimizer], name: str, options: dict[str, Any]) -> dict[str, Any]:
-    known = _accepted(one)
+def _only_known(kind: type[Optimizer], name: str, options: dict[str, Any]) -> dict[str, Any]:
+    known = _accepted(kind)
     dropped = sorted(set(options) - set(known))
     text = f", without {', '.join(dropped)}" if dropped else ""
     logger.info("optim: %s is a fused kernel of Adam with decoupled weight decay; torch's AdamW is used%s", name, text)
@@ -190,16 +199,18 @@ def _scheduler(optimizer: Optimizer, name: str, options: dict[str, Any]) -> LRSc
     try:
         if name in POLICIES:
             return PolicyLR(optimizer, name, **options)
-        one = vars(lr_scheduler).get(name)
-        if not inspect.isclass(one) or not issubclass(one, (LRScheduler, ReduceLROnPlateau)) or name in NEEDS_FUNCTIONS:
-            raise ConfigError(unknown_schedule(name))
-        return one(optimizer, **_torch_options(one, name, options, optimizer))
+        kind: Any = vars(lr_scheduler).get(name)
+        if not inspect.isclass(kind) or not issubclass(kind, SCHEDULERS) or name in NEEDS_FUNCTIONS:
+            remedy = nearest(name, [*POLICIES, *USUAL_SCHEDULES])
+            raise ConfigError(f"optim.sched.name: unknown schedule '{name}'{remedy}")
+        built: LRScheduler | ReduceLROnPlateau = kind(optimizer, **_torch_options(kind, name, options, optimizer))
+        return built
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise ConfigError(f"optim.sched: {name} cannot be built from {options}: {error}") from error
 
 
-def _torch_options(one: type[Any], name: str, options: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """`max_steps` under the name that a scheduler of torch's has for it."""
+def _torch_options(kind: type[Any], name: str, options: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """The options under torch's names, in which `max_steps` has another one."""
     steps = options.pop("max_steps")
     learning_rate = optimizer.param_groups[0]["lr"]
     own = {
@@ -209,7 +220,7 @@ def _torch_options(one: type[Any], name: str, options: dict[str, Any], optimizer
         "CyclicLR": {"base_lr": learning_rate / 10, "max_lr": learning_rate},
         "CosineAnnealingWarmRestarts": {"T_0": steps},
     }.get(name, {})
-    known = _accepted(one)
+    known = _accepted(kind)
     for option in options:
         if option not in known:
             raise ConfigError(f"optim.sched: {name} has no option '{option}'{nearest(option, known)}")

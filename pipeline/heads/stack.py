@@ -1,7 +1,7 @@
-"""MLPs of one shape, trained at once: batched matrix products for all of them.
+"""MLPs of one shape, trained at once with batched matrix products.
 
-Each head has the batches, the dropout and the schedule that it would have alone. A single one is trained this way too:
-the gradients are worked out layer by layer, into memory that stays.
+Each head has the batches and the dropout that it would have alone. A single one is trained this way too: the gradients
+are written out layer by layer, into memory that is used again at each step.
 """
 
 from __future__ import annotations
@@ -20,39 +20,50 @@ class Stack:
     """Heads whose parameters are slices of one tensor, until `release`.
 
     Attributes:
-        weights: all parameters of all heads, shape (count,), for an optimiser of all of them; each head's parameters
-            will do as well. The gradients that `backward` sets belong to both.
+        weights: all parameters of all heads, shape (count,). `backward` sets its gradient, of which those of each
+            head's own parameters are slices.
     """
 
     def __init__(self, heads: Sequence[MLP], classes: bool) -> None:
         """`classes`: cross-entropy rather than squared error."""
         self.heads, self.classes = heads, classes
-        linears = [[one for one in head.modules() if isinstance(one, nn.Linear)] for head in heads]
-        dropouts = [[one for one in head.modules() if isinstance(one, Dropout)] for head in heads]
+        linears = [[layer for layer in head.modules() if isinstance(layer, nn.Linear)] for head in heads]
+        dropouts = [[layer for layer in head.modules() if isinstance(layer, Dropout)] for head in heads]
         self._dropouts = list(zip(*dropouts, strict=True))
-        by_layer = [group for layer in zip(*linears, strict=True) for group in _groups(layer)]
-        values = torch.cat([parameter.detach().flatten() for group in by_layer for parameter in group])
+        # Of each layer the weights of all heads, then their biases.
+        groups = [
+            [getattr(one, name) for one in layer] for layer in zip(*linears, strict=True) for name in ("weight", "bias")
+        ]
+        values = torch.cat([parameter.detach().flatten() for group in groups for parameter in group])
         self.weights = nn.Parameter(values)
         self.weights.grad = torch.zeros_like(values)
-        shapes = [(len(heads), *group[0].shape) for group in by_layer]
-        self._values, self._gradients = (_views(one, shapes) for one in (values, self.weights.grad))
-        for place, group in enumerate(by_layer):
-            for parameter, value, gradient in zip(group, self._values[place], self._gradients[place], strict=True):
+        shapes = [(len(heads), *group[0].shape) for group in groups]
+        self._values, self._gradients = (_views(flat, shapes) for flat in (values, self.weights.grad))
+        for group, slices, gradients in zip(groups, self._values, self._gradients, strict=True):
+            for parameter, value, gradient in zip(group, slices, gradients, strict=True):
                 parameter.data, parameter.grad = value, gradient
 
-    @torch.no_grad()
-    def backward(self, batches: Sequence[Batch]) -> Tensor:
-        """Sets the gradients of every head's parameters, each from a batch of its own; their losses, shape (heads,).
+    def parameters(self) -> list[nn.Parameter]:
+        """One for all heads."""
+        return [self.weights]
 
-        All batches have one size.
+    @torch.no_grad()
+    def backward(self, batch: Batch) -> Tensor:
+        """Sets the gradients of every head.
+
+        Args:
+            batch: for each head in turn, as many sequences.
+
+        Returns:
+            The loss of each head, shape (heads,).
         """
-        hidden = self._forward(_together([batch.rows for batch in batches]))
-        losses, gradient = _loss(hidden.pop(), _together([batch.values[0] for batch in batches]), self.classes)
+        hidden = self._forward(batch.rows.view(len(self.heads), -1, batch.rows.shape[1]))
+        losses, gradient = _loss(hidden.pop(), batch.values[0].view(len(self.heads), -1), self.classes)
         for layer, rows in reversed(list(enumerate(hidden))):  # `gradient` is that of the layer's output
             weight, of_weight, of_bias = self._values[2 * layer], *self._gradients[2 * layer : 2 * layer + 2]
             torch.bmm(gradient.transpose(1, 2), rows, out=of_weight)
             torch.sum(gradient, 1, out=of_bias)
-            if layer:  # what was cut off or dropped is 0 in the rows, and has no gradient
+            if layer:  # rows that ReLU or dropout set to 0 have no gradient
                 gradient = torch.ops.aten.threshold_backward(torch.bmm(gradient, weight), rows, 0)
                 gradient.mul_(self._dropouts[layer - 1][0].scale)
         return losses
@@ -64,12 +75,12 @@ class Stack:
                 parameter.data, parameter.grad = parameter.data.clone(), None
 
     def _forward(self, rows: Tensor) -> list[Tensor]:
-        """Rows (heads, n, hidden_size) to the input of each layer, and the output (heads, n, outputs) behind them."""
+        """Rows (heads, n, hidden_size) to the input of each layer, and last the output (heads, n, outputs)."""
         hidden = [rows]
         for layer in range(len(self._values) // 2):
             weight, bias = self._values[2 * layer : 2 * layer + 2]
             dropouts = self._dropouts[layer] if layer < len(self._dropouts) else ()
-            scale = dropouts[0].scale if dropouts else 1  # of dropout, here already: a ReLU lets it through
+            scale = dropouts[0].scale if dropouts else 1  # of dropout, before the ReLU: the product can do it
             out = torch.baddbmm(bias[:, None], hidden[-1], weight.transpose(1, 2), beta=scale, alpha=scale)
             if dropouts:
                 out.relu_().mul_(Dropout.kept(dropouts, out))
@@ -77,26 +88,16 @@ class Stack:
         return hidden
 
 
-def _groups(layer: Sequence[nn.Linear]) -> list[list[Tensor]]:
-    """The weights of a layer of each head, and the biases."""
-    return [[one.weight for one in layer], [one.bias for one in layer]]
-
-
 def _views(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Tensors of these shapes that lie in `flat` one after another."""
+    """Tensors of these shapes that share the memory of `flat`, one behind the other."""
     counts = [torch.Size(shape).numel() for shape in shapes]
-    return [one.view(shape) for one, shape in zip(flat.split(counts), shapes, strict=True)]
-
-
-def _together(some: Sequence[Tensor]) -> Tensor:
-    """With the heads in front."""
-    return some[0][None] if len(some) == 1 else torch.stack(list(some))
+    return [part.view(shape) for part, shape in zip(flat.split(counts), shapes, strict=True)]
 
 
 def _loss(outputs: Tensor, values: Tensor, classes: bool) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy or squared error of each head, shape (heads,), and the gradient of their sum.
 
-    Outputs of shape (heads, n, outputs), which that of the gradient is, too; values of shape (heads, n).
+    Outputs and gradient have the shape (heads, n, outputs), values (heads, n).
     """
     count = values.shape[1]
     if not classes:

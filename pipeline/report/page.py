@@ -1,4 +1,4 @@
-"""A measurement as one HTML page that needs nothing else: for whoever was not there."""
+"""A measurement as a single HTML file, figures included."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
 from pipeline.report.tables import score_table
-from pipeline.score import Scores
+
+if TYPE_CHECKING:
+    from pipeline.score import Scores
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -77,13 +80,13 @@ def page(
     facts: Mapping[str, str],
     yaml: str,
 ) -> str:
-    """Writes the page, its pictures within.
+    """Returns the HTML of the page.
 
     Args:
         title: the heading.
-        scores: of each task, in the order to show them.
-        pictures: the PNG files of each task, by its name.
-        facts: what to know of the measurement: checkpoint, digest, date.
+        scores: the scores of each task, in the order to show them.
+        pictures: by the task's name, its PNG files.
+        facts: by name, what else to say of the measurement: checkpoint, digest, date.
         yaml: the configuration.
 
     Raises:
@@ -96,9 +99,8 @@ def page(
 
 
 def _task(scores: Scores, pictures: Sequence[Path]) -> str:
-    """A task's section: its metrics, what there is to say of them, and its pictures."""
-    notes = [*scores.earlier_notes, *scores.notes]
-    items = [f"<li>{escape(note)}</li>" for note in notes]
+    """A task's section: its metrics, the warnings, and its figures."""
+    items = [f"<li>{escape(note)}</li>" for note in (*scores.earlier_notes, *scores.notes)]
     listed = "<ul>\n" + "\n".join(items) + "\n</ul>" if items else ""
     images = "\n".join(_image(scores.task_name, path) for path in pictures)
     return TASK.substitute(
@@ -107,6 +109,6 @@ def _task(scores: Scores, pictures: Sequence[Path]) -> str:
 
 
 def _image(task_name: str, path: Path) -> str:
-    """The picture within the page; its file name says what it shows."""
+    """A figure, within the page; its alternative text is taken from the file's name."""
     alt = escape(f"{task_name}: {path.stem.replace('_', ' ')}")
     return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'

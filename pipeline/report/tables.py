@@ -6,8 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING
 
-from pipeline.score import Scores
+if TYPE_CHECKING:
+    from pipeline.score import Scores
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from pipeline.load import Examples, load
 from pipeline.progress import no_progress
 from pipeline.report.publishing import describe, publish_curves
 from pipeline.report.tables import step_table
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import FOLDER, Guarded, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.tracking.mirrors import LoggerTracker
@@ -191,7 +191,7 @@ class Measurement:
             return None
         device = find_device(self._device)
         precision = self._live.own_precision or find_precision(self.config.precision, device)
-        plan = made_with(device, precision, self._store(Path()), self._examples)
+        plan = made_with(device, precision, Store.from_config(self.config), self._examples)
         return {**self._live.description, "made_with": plan}
 
     def _check(self, module: nn.Module) -> None:
@@ -213,7 +213,7 @@ class Measurement:
             self._limit = encoder.max_seq_length
             self._read()
         with ExitStack() as stack:
-            store = self._store(stack.enter_context(self._folder()))
+            store = Store.from_config(self.config, stack.enter_context(self._folder()))
             run = self._training_run()
             tracker: Tracker = NullTracker()
             if run is not None:
@@ -250,10 +250,6 @@ class Measurement:
 
     def _open(self, source: str) -> Encoder:
         return open_encoder(source, replace(self._options, trust_pickle=True))  # it was just written here
-
-    def _store(self, root: Path) -> Store:
-        config = self.config
-        return Store(root, config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.load import Target
+from pipeline.data.parts import Target
 from pipeline.report.figures.canvas import drawable, figure_style
 from pipeline.report.figures.classes import class_figure, confusion, confusion_figure
 from pipeline.report.figures.examples import curve_figure, text_figure
 from pipeline.report.figures.numbers import length_figure, loss_figure, scatter_figure, training_figure
-from pipeline.score import Scores
 from pipeline.statistics.metrics import Metric, metric_name
+
+if TYPE_CHECKING:
+    from pipeline.score import Scores
 
 SHOWN = ("accuracy", "macro_f1", "spearman", "r2")  # metrics in a heading, where they are defined
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.load import Part, Target
+from pipeline.data.parts import Part, Target
 from pipeline.report.figures.canvas import GREY, INK, drawable, new_figure, save, shorten
 
 SEQUENCES = 4  # at most

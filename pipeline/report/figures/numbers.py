@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.load import Examples
 from pipeline.report.figures.canvas import GREY, Numbers, drawable, new_figure, save, shorten
-from pipeline.score import Scores
+
+if TYPE_CHECKING:
+    from pipeline.load import Examples
+    from pipeline.score import Scores
 
 POINTS = 20_000  # of a scatter plot at most; a random sample with a fixed seed where there are more
 DENSE = 1500  # number of points from which their density is drawn instead
@@ -51,14 +54,14 @@ def sample(true: Numbers, predicted: Numbers) -> tuple[Numbers, Numbers, str]:
 def loss_figure(scores: Scores, path: Path) -> Path:
     """The head's losses by epoch; with a held-out part, the epoch whose head was kept."""
     subtitle = f"{len(scores.losses)} epochs; train loss {scores.losses[-1]:.4g} in the last"
-    best = int(np.argmin(np.nan_to_num(scores.held_losses, nan=np.inf))) if scores.held_losses else None
+    best = int(np.argmin(np.nan_to_num(scores.val_losses, nan=np.inf))) if scores.val_losses else None
     if best is not None:
-        subtitle += f"; held-out loss {scores.held_losses[best]:.4g} at its least, after epoch {best + 1}"
+        subtitle += f"; held-out loss {scores.val_losses[best]:.4g} at its least, after epoch {best + 1}"
     figure = new_figure(7.2, 4.0, f"{scores.task_name}: training of the head", subtitle)
     axes = figure.subplots()
     axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="epoch", ylabel="mean loss", xlim=(0.5, len(scores.losses) + 0.5))
-    for name, losses in (("train", scores.losses), ("held out", scores.held_losses)):
+    for name, losses in (("train", scores.losses), ("held out", scores.val_losses)):
         if losses:
             axes.plot(np.arange(len(losses)) + 1, drawable(losses), label=name, marker="o" if len(losses) <= 30 else "")
     if best is not None:
