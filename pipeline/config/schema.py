@@ -125,8 +125,8 @@ class Task:
             name = metric_name(second)
             remedy = f"both become '{name}' in metric names; rename one"
             require(metric_name(first) != name, f"{where}: target_column: {first} and {second} {remedy}")
-        allowed = self.level == "token" or targets == 1
-        require(allowed, f"{where}: a sequence-level task has one target_column, found {targets}; make it several tasks")
+        fits = self.level == "token" or targets == 1
+        require(fits, f"{where}: a sequence-level task has one target_column, found {targets}; make it several tasks")
         agree = self.num_classes is None or (self.target_sizes or [self.num_classes]) == [self.num_classes] * targets
         require(agree, f"{where}: num_classes {self.num_classes} contradicts target_sizes {self.target_sizes}")
         unmasked = self.level == "token" or self.mask_column is None
