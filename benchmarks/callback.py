@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -20,8 +21,10 @@ from pathlib import Path
 from rich.console import Console
 from timing import in_turn, report, write
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from examples.pretrain import Settings, pretrain, read_sequences
 from pipeline import Config, read_config
-from pipeline.pretrain import Settings, pretrain, read_sequences
 
 
 def train(config: Config, settings: Settings, sequences: list[str]) -> None:

@@ -25,7 +25,7 @@ from work import chosen, parser, sequences_of
 from pipeline import HuggingFaceEncoder, Store
 from pipeline.embed import BATCH_TOKENS, embed
 from pipeline.encoders.forward import batches
-from pipeline.store.shelf import sequence_key
+from pipeline.store.embedding_table import sequence_key
 
 
 @torch.inference_mode()

@@ -76,7 +76,7 @@ def tokens(options: argparse.Namespace) -> Examples:
 
 def heads_of(embeddings: Embeddings, seeds: Sequence[int]) -> list[Head]:
     """Fresh heads of a task."""
-    examples, width = embeddings.examples, embeddings.shelf.hidden_size
+    examples, width = embeddings.examples, embeddings.table.hidden_size
     return [make_head(replace(examples.task, random_seed=seed), width, examples.targets, CPU) for seed in seeds]
 
 
@@ -149,7 +149,7 @@ def train_plainly(head: nn.Module, embeddings: Embeddings, loss: Callable[[Batch
 
 def plain(embeddings: Embeddings) -> float:
     """Seconds of an epoch of a head of torch's layers."""
-    targets, width = embeddings.examples.targets, embeddings.shelf.hidden_size
+    targets, width = embeddings.examples.targets, embeddings.table.hidden_size
     if embeddings.examples.task.level == "token":
         net = PlainConvNet(width, targets[0].outputs)
         return train_plainly(
@@ -161,7 +161,7 @@ def plain(embeddings: Embeddings) -> float:
 
 def plain_at_once(embeddings: Embeddings, seeds: int) -> float:
     """Seconds of an epoch of MLPs of several seeds."""
-    mlps = PlainMLPs(embeddings.shelf.hidden_size, seeds)
+    mlps = PlainMLPs(embeddings.table.hidden_size, seeds)
 
     def loss(batch: Batch) -> Tensor:
         off = mlps(batch.rows.view(seeds, -1, batch.rows.shape[1])) - batch.values[0].view(seeds, -1)
@@ -184,7 +184,7 @@ def data_of(embeddings: Embeddings) -> reference.TokenData | reference.ValueData
 
 def theirs(embeddings: Embeddings, data: reference.TokenData | reference.ValueData) -> float:
     """Seconds of an epoch of the reference's procedure."""
-    task, width = embeddings.examples.task, embeddings.shelf.hidden_size
+    task, width = embeddings.examples.task, embeddings.table.hidden_size
     head = reference.mlp(width, 1) if task.level == "sequence" else reference.ConvNet(width, 3)
     training = reference.epochs(head, data, 1e-3, persistent=task.level == "sequence")
     if task.level == "sequence":
@@ -215,7 +215,7 @@ def difference(embeddings: Embeddings, data: reference.TokenData | reference.Val
     task = replace(embeddings.examples.task, num_epochs=3, shuffle=False)
     same = replace(embeddings, examples=replace(embeddings.examples, task=task))
     (head,) = heads_of(same, [0])
-    sizes = embeddings.shelf.hidden_size, embeddings.examples.targets[0].outputs
+    sizes = embeddings.table.hidden_size, embeddings.examples.targets[0].outputs
     other = reference.mlp(*sizes) if task.level == "sequence" else reference.ConvNet(*sizes)
     kinds = (nn.Linear, nn.Conv2d)
     layers = [[one for one in module.modules() if isinstance(one, kinds)] for module in (head, other)]

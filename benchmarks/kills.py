@@ -94,8 +94,8 @@ def wait(pid: int, folder: Path) -> None:
     """Until the process that was started in a folder has ended well."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code:
-        said = (folder / "log.txt").read_text()[-2000:]
-        raise SystemExit(f"a program that nobody disturbed ended with {code}:\n{said}")
+        log = (folder / "log.txt").read_text()[-2000:]
+        raise SystemExit(f"a program that nobody disturbed ended with {code}:\n{log}")
 
 
 def prepare(folder: Path, models: int) -> list[str]:
@@ -244,13 +244,13 @@ def main() -> int:
     os.environ.update(ENVIRONMENT, TMPDIR=str(folder / "tmp"))
     tempfile.tempdir = None  # so that TMPDIR holds here too
     try:
-        said = _run(folder, options)
+        result = _run(folder, options)
     finally:
         shutil.rmtree(folder)
-    print(json.dumps(said, indent=1))
+    print(json.dumps(result, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(said))
-    return int(bool(said["left"] or said["differ"] or said["killed"] < options.kills))
+        options.json.write_text(json.dumps(result))
+    return int(bool(result["left"] or result["differ"] or result["killed"] < options.kills))
 
 
 def _run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -44,17 +44,12 @@ class FakeEncoder(Encoder):
     """Random hidden states of width 256."""
 
     hidden_size = WIDTH
-    max_seq_length: int | None = None
     digest = "benchmark"
     device = torch.device("cpu")
 
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """See `pipeline.Encoder`."""
         return [torch.randn(len(sequence), WIDTH) for sequence in sequences]
-
-    def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
-        """See `pipeline.Encoder`."""
-        return [(0, len(sequence)) for sequence in sequences]
 
 
 def write_task(folder: Path, rows: int) -> Task:

@@ -13,16 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from examples.pretrain import Settings, pretrain, read_sequences
 from pipeline import Config, Files, Task
 from pipeline.config.schema import MaxRows
-from pipeline.pretrain import Settings, pretrain, read_sequences
-from pipeline.report.tables import curve
+from pipeline.report.tables import step_table
 
 # The floors in the data sets' README: logistic regression on a one-hot window of 15, and on amino-acid and dipeptide
 # content; and the share of the most frequent class.
@@ -71,7 +72,7 @@ def main() -> None:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         config = Config(dataset=tasks(data), is_list=True, store=f"{folder}/store", on_start=True, on_error="raise")
         points = pretrain(sequences, Path(folder) / "out", settings, config)
-    Console().print(curve(points, config.headlines))
+    print(step_table(points, config.headlines).text())
     for name, (majority, baseline) in FLOORS.items():
         print(f"{name}: most frequent class {majority}, simple baseline {baseline}")
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes")

@@ -19,23 +19,23 @@ from embed import without_store
 from timing import in_turn, report, write
 from work import chosen, parser, sequences_of
 
+from pipeline.store.embedding_table import EmbeddingTable, Store, sequence_key
 from pipeline.store.reading import Vectors
-from pipeline.store.shelf import Shelf, Store, sequence_key
 
 WIDTH = 320
 
 
-def write_shelf(root: Path, counts: list[int], rows: np.ndarray) -> Shelf:
-    """A shelf with sequences of `counts` rows, batch by batch as `embed` does."""
-    shelf, begin = Store(root).shelf("benchmark", "none", WIDTH), 0
-    with shelf.lock(), shelf.writer({}) as writer:
+def write_table(root: Path, counts: list[int], rows: np.ndarray) -> EmbeddingTable:
+    """A table with sequences of `counts` rows, batch by batch as `embed` does."""
+    table, begin = Store(root).table("benchmark", "none", WIDTH), 0
+    with table.lock(), table.writer({}) as writer:
         for number, count in enumerate(counts):
             writer.add([sequence_key(str(number))], [0], [count], rows[begin : begin + count])
             writer.count(count)
             begin += count
             if writer.is_full:
                 writer.flush()
-    return shelf
+    return table
 
 
 def main() -> None:
@@ -46,15 +46,15 @@ def main() -> None:
     rows = np.random.default_rng(0).standard_normal((sum(counts), WIDTH), dtype=np.float32)
     with tempfile.TemporaryDirectory() as name:
         root, plain = Path(name), Path(name) / "plain"
-        shelf = write_shelf(root / "read", counts, rows)
+        table = write_table(root / "read", counts, rows)
         rows.tofile(plain)
 
         def ours_write() -> None:
             with tempfile.TemporaryDirectory(dir=root) as folder:
-                write_shelf(Path(folder), counts, rows)
+                write_table(Path(folder), counts, rows)
 
         def ours_read() -> None:
-            Vectors(shelf, shelf.index().values(), 2**62).memory.numpy().sum()
+            Vectors(table, table.index().values(), 2**62).memory.numpy().sum()
 
         writing = {"ours": ours_write, "numpy.tofile": lambda: rows.tofile(root / "other")}
         reading = {"ours": ours_read, "numpy.fromfile": lambda: np.fromfile(plain, np.float32).sum()}

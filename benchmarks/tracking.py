@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from examples.pretrain import Settings, pretrain, read_sequences  # noqa: E402
 from pipeline import read_config  # noqa: E402
-from pipeline.pretrain import Settings, pretrain, read_sequences  # noqa: E402
 from pipeline.tracking.journal_run import JournalRun  # noqa: E402
 from pipeline.training.lightning_package import pl  # noqa: E402
 from pipeline.training.loggers import JournalLogger  # noqa: E402
@@ -107,9 +107,9 @@ def main() -> None:
                 at_half = server.kill if kind == "killed" else lambda: None
                 spent, seconds, written, sent = train(folder, options.steps, uri, at_half)
             server.kill()
-        for one, methods in usual.items():
+        for kind_of_call, methods in usual.items():
             for name, method in methods.items():
-                setattr(one, name, method)
+                setattr(kind_of_call, name, method)
         seconds.sort()
         found.append(
             {

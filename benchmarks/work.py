@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BartConfig, EsmConfig, EsmModel, PreTrainedTokenizerFast
 from transformers.models.bart.modeling_bart import BartEncoder
 
-from pipeline import Files, HuggingFaceEncoder, Task
+from pipeline import EncoderOptions, Files, HuggingFaceEncoder, Task
 from pipeline.encoders.esm import VOCABULARY, make_tokenizer
 from pipeline.load import Examples, load
 
+OPTIONS = EncoderOptions(device="cpu", precision="fp32")
 ATOMS = [*"CNOSPFIbcnops()[]=#-+\\/123456789.@H", "Cl", "Br"]
 
 
@@ -31,7 +32,7 @@ def make_esm(layers: int = 6, width: int = 320, heads: int = 20) -> HuggingFaceE
         max_position_embeddings=1026,
         position_embedding_type="rotary",
     )
-    return HuggingFaceEncoder(EsmModel(config, add_pooling_layer=False), make_tokenizer(), "cpu", "fp32")
+    return HuggingFaceEncoder(EsmModel(config, add_pooling_layer=False), make_tokenizer(), OPTIONS)
 
 
 def make_bart(layers: int = 6, width: int = 320, heads: int = 20) -> HuggingFaceEncoder:
@@ -53,7 +54,7 @@ def make_bart(layers: int = 6, width: int = 320, heads: int = 20) -> HuggingFace
         max_position_embeddings=512,
     )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    return HuggingFaceEncoder(BartEncoder(config), wrapped, "cpu", "fp32")
+    return HuggingFaceEncoder(BartEncoder(config), wrapped, OPTIONS)
 
 
 def proteins(folder: Path, limit: int = 0, epochs: int = 10) -> Task:

@@ -14,7 +14,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling, EsmForMaskedLM, EsmTokenizer
 
 from pipeline import LiveModel, Store, read_config, validate
-from pipeline.pretrain import read_sequences
+from pipeline.data import tables
 from pipeline.tracking.training import TrainingRun
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     config = read_config(options.config, options.overrides)
     tokenizer = EsmTokenizer.from_pretrained("sample/checkpoint")
     model = EsmForMaskedLM.from_pretrained("sample/checkpoint")
-    sequences = read_sequences(Path("sample/data/unlabelled/train"), "x000")
+    sequences = tables.read(Path("sample/data/unlabelled/train"), "x000", ["sequence"]).columns["sequence"]
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     live = LiveModel(model, tokenizer=tokenizer)  # finds its way to the hidden states once

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from pipeline import Config, LiveModel, Store, read_config, untouched, validate
-from pipeline.pretrain import read_sequences
+from pipeline.data import tables
 
 
 class DownstreamValidationCallback(TrainerCallback):
@@ -61,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = EsmTokenizer.from_pretrained("sample/checkpoint")
     model = EsmForMaskedLM.from_pretrained("sample/checkpoint")
-    sequences = read_sequences(Path("sample/data/unlabelled/train"), "x000")
+    sequences = tables.read(Path("sample/data/unlabelled/train"), "x000", ["sequence"]).columns["sequence"]
     data: Any = [tokenizer(sequence) for sequence in sequences]
     callback = DownstreamValidationCallback(read_config(options.config, options.overrides), tokenizer)
     trainer = Trainer(

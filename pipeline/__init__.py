@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from pipeline.config.yaml_file import read_config as read_config
     from pipeline.encoders.huggingface import HuggingFaceEncoder as HuggingFaceEncoder
     from pipeline.encoders.live import LiveModel as LiveModel
+    from pipeline.encoders.options import EncoderOptions as EncoderOptions
     from pipeline.encoders.protocol import Encoder as Encoder
     from pipeline.errors import PipelineError as PipelineError
     from pipeline.score import Scores as Scores
-    from pipeline.store.shelf import Store as Store
+    from pipeline.store.embedding_table import Store as Store
     from pipeline.tracking import NullTracker as NullTracker
     from pipeline.tracking import Tracker as Tracker
     from pipeline.training.lightning import DownstreamValidation as DownstreamValidation
@@ -54,6 +55,7 @@ _HOMES = {
     "DownstreamModelCheckpoint": "training.monitors",
     "DownstreamValidation": "training.lightning",
     "Encoder": "encoders.protocol",
+    "EncoderOptions": "encoders.options",
     "Files": "config.schema",
     "HuggingFaceEncoder": "encoders.huggingface",
     "JournalLogger": "training.loggers",
@@ -61,7 +63,7 @@ _HOMES = {
     "NullTracker": "tracking",
     "PipelineError": "errors",
     "Scores": "score",
-    "Store": "store.shelf",
+    "Store": "store.embedding_table",
     "Task": "config.schema",
     "Tracker": "tracking",
     "open_encoder": "checkpoints.opening",

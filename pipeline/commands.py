@@ -5,25 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import validation
-from pipeline.checkpoints.opening import name_of, names_of, open_encoder, step_of, with_step
+from pipeline.checkpoints.names import name_of, names_of, step_of, with_step
+from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.schema import Config
+from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import PipelineError
 from pipeline.load import Examples
 from pipeline.report import comparison as compare
 from pipeline.report.publishing import facts_of, publish_curves
-from pipeline.report.tables import markdown
+from pipeline.report.tables import summary
 from pipeline.score import Scores
 from pipeline.statistics.metrics import metric_name
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.tracking import Several, Tracker
 from pipeline.tracking.journal_run import JournalRun
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pipeline.tracking.earlier import Earlier
 
 logger = logging.getLogger(__name__)
@@ -65,20 +68,18 @@ def measure(
     Raises:
         PipelineError: see `open_encoder` and `validate`.
     """
-    target = config.dataset[0].infer_target
-    how = config.architecture, config.trust_pickle, config.layer, config.model_factory
-    encoder = open_encoder(ckpt, target, config.device, config.precision, *how)
+    encoder = open_encoder(ckpt, EncoderOptions.from_config(config))
     step = step_of(ckpt, encoder)
     label = with_step(name or name_of(ckpt), step)
     run.rename(f"{label} {config.title}")
     if until == "score":
         run.checkpoint(label, encoder.digest, ckpt, step)
-    store = Store(Path(config.store), config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
+    store = Store.from_config(config)
     store.clear()
     examples = _same(known, encoder)
     scores = validation.measure(encoder, config, store, run, Several(mirrors), ckpt, step, label, until, examples)
     if scores:
-        run.describe(markdown(facts_of(ckpt, step, encoder, scores), scores))
+        run.describe(summary(facts_of(ckpt, step, encoder, scores), scores))
     data = frozenset(one.examples.test.digest for one in scores)
     return Measured(compare.Row(label, step, validation.metrics_of(scores), "", data), scores)
 
@@ -121,7 +122,7 @@ def _compare(rows: Sequence[compare.Row], config: Config, run: JournalRun, mirro
     for step, metrics in points:
         several.metrics(metrics, step)
     names = shown(rows, config)
-    compare.publish(compare.rank(rows, names[0]), names, several, run)
+    compare.publish(rows, names, several, run)
     if config.logging.figures and have_steps:
         publish_curves(sorted(points, key=lambda point: point[0]), several)
 
@@ -132,10 +133,9 @@ def shown(rows: Sequence[compare.Row], config: Config) -> list[str]:
     return [name for name in names if any(name in row.metrics for row in rows)] or compare.choose(rows) or names
 
 
-def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun) -> list[compare.Row]:
+def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun) -> pd.DataFrame:
     """Ranks measurements that were made before, and logs the leaderboard, and the curve of each training, in `run`."""
-    board = compare.rank([row for one in runs for row in rows_of_run(one)], names[0])
-    compare.publish(board, names, run, run)
+    board = compare.publish([row for one in runs for row in rows_of_run(one)], names, run, run)
     for one in runs:
         publish_curves(one.points, run, f"curves/{metric_name(one.name)} {one.run_id[:8]}")
     return board

@@ -1,32 +1,32 @@
 """Stage 2: `Examples` and an `Encoder` to `Embeddings`.
 
-All tasks meet here: each distinct sequence that is not yet stored goes through the encoder once, whatever tasks and
-parts it stands in.
+All tasks meet here: each distinct sequence whose embedding is not stored goes through the encoder once, whatever tasks
+and parts it is in.
 """
 
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from pipeline.data.tables import line_of
-from pipeline.encoders.forward import batches, forward, misaligned, one_behind
+from pipeline.data.tables import place
+from pipeline.encoders.forward import Transfer, batches, misaligned, one_behind
 from pipeline.encoders.protocol import Encoder
-from pipeline.encoders.tokens import Tokens
-from pipeline.errors import CacheError, CheckpointError, DataError
+from pipeline.errors import CheckpointError, DataError
 from pipeline.load import Examples
 from pipeline.progress import progress
+from pipeline.store.embedding_table import EmbeddingTable, Store, sequence_key
 from pipeline.store.reading import Rows, Vectors
 from pipeline.store.shards import DamagedShardsError, Entry
-from pipeline.store.shelf import Shelf, Store, sequence_key
-from pipeline.store.temporary import temporary_folder
+from pipeline.store.writing import ShardWriter
 
 logger = logging.getLogger(__name__)
 
@@ -41,43 +41,37 @@ class Embeddings:
 
     Attributes:
         examples: what was embedded.
-        key: of the shelf they are stored on: changes with the encoder, pooling and dtype.
-        vectors: what is stored of the sequences of all tasks.
-        entries: for each part, where each example's rows are: one row, or one per token.
+        vectors: the rows of the sequences of all tasks with this pooling.
+        entries: for each part, where each example's rows are stored: one row, or one per token.
         memory_bytes: the budget of `rows`.
-        embedded: how many distinct sequences went through the encoder, over all tasks.
-        cached: how many were there already.
-        tokens: how many tokens the embedded ones have, special ones out.
+        metrics: of the pass over all tasks: how many distinct sequences were `embedded`, how many were stored before
+            (`cached`) and their share (`cache_hits`), and how many `tokens` the embedded ones have, special ones out.
         notes: warnings for whoever reads the result.
-        reusable: whether the key will be found again; else what is stored goes with the last object that reads it.
+        reusable: whether `key` will be found again; else the files are removed with the last object that reads them.
     """
 
     examples: Examples
-    key: str
     vectors: Vectors
     entries: dict[str, list[Entry]]
     memory_bytes: int
-    embedded: int
-    cached: int
-    tokens: int
-    notes: tuple[str, ...] = ()
-    reusable: bool = True
+    metrics: Mapping[str, float]
+    notes: tuple[str, ...]
+    reusable: bool
 
     @property
-    def metrics(self) -> dict[str, float]:
-        """What the pass over all tasks took."""
-        hits = self.cached / max(1, self.cached + self.embedded)
-        return {"embedded": self.embedded, "cached": self.cached, "tokens": self.tokens, "cache_hits": hits}
-
-    @property
-    def shelf(self) -> Shelf:
+    def table(self) -> EmbeddingTable:
         """Where they are stored."""
-        return self.vectors.shelf
+        return self.vectors.table
+
+    @property
+    def key(self) -> str:
+        """The key of the table: it changes with the encoder, pooling and dtype."""
+        return self.table.folder.name
 
     def rows(self, part: str) -> Rows:
         """The embedding rows of a part, in memory if those of all tasks or those of the part fit the budget."""
         entries, vectors = self.entries[part], self.vectors
-        return Rows(vectors if vectors.in_memory else Vectors(self.shelf, entries, self.memory_bytes), entries)
+        return Rows(vectors if vectors.in_memory else Vectors(self.table, entries, self.memory_bytes), entries)
 
 
 def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[Embeddings]:
@@ -86,49 +80,105 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
     Raises:
         DataError: a sequence has no token that the encoder knows.
         CheckpointError: a token-level task, and the tokenizer does not give one token per character.
-        CacheError: the store cannot be written.
+        CacheError: the store cannot be written, or reads back damaged what was just written.
     """
-    reusable = bool(getattr(encoder, "reusable", True))
-    shelf_of = _shelf if reusable else _passing_shelf
-    shelves = {
-        pooling: shelf_of(store, encoder, pooling) for pooling in sorted({POOLING[one.task.level] for one in examples})
-    }
-    wanted: dict[str, dict[bytes, str]] = {pooling: {} for pooling in shelves}
-    for one in examples:
-        for part in one.parts.values():
-            wanted[POOLING[one.task.level]].update((sequence_key(text), text) for text in part.sequences)
-    plan = made_with(encoder.device, precision_of(encoder), store, examples)
-    done, tokens = set[bytes](), 0
+    levels = {level: _Level(level, examples, encoder, store) for level in sorted({e.task.level for e in examples})}
+    plan = made_with(encoder.device, encoder.precision, store, examples)
     with ExitStack() as locks:
-        for shelf in shelves.values():
-            locks.enter_context(shelf.lock())
-        for _ in range(100):  # once, unless a shard turns out to be damaged
-            indices = {pooling: shelf.index() for pooling, shelf in shelves.items()}
-            missing = {p: {k: s for k, s in wanted[p].items() if k not in indices[p]} for p in shelves}
-            tokens += _embed_missing(missing, shelves, encoder, plan, examples)
-            indices = {p: shelf.index() if missing[p] else indices[p] for p, shelf in shelves.items()}
-            done.update(key for texts in missing.values() for key in texts)
-            vectors = _vectors(shelves, wanted, indices, store.memory_bytes)
-            if len(vectors) == len(shelves):
-                break
+        for level in levels.values():
+            locks.enter_context(level.table.lock())
+            level.look_up()
+        began = time.perf_counter()
+        tokens = _embed_missing(list(levels.values()), encoder, plan, examples)
+        seconds = time.perf_counter() - began
+        for level in levels.values():
+            level.read_embedded()
+    total = len(_texts(examples))
+    embedded = len({key for level in levels.values() for key in level.missing})
+    cached = total - embedded
+    metrics = {"embedded": embedded, "cached": cached, "tokens": tokens, "cache_hits": cached / max(1, total)}
+    if tokens:
+        metrics["tokens_per_second"] = tokens / seconds
+    return [levels[one.task.level].embeddings(one, metrics) for one in examples]
+
+
+class _Level:
+    """The sequences of all tasks of a level, which have the same pooling, and the table of their embeddings.
+
+    Attributes:
+        pooling: `mean` or `none`.
+        table: where the embeddings are stored.
+        texts: the distinct sequences, by key.
+        missing: those that were not stored.
+        entries: where the rows of each stored sequence are.
+        vectors: those rows.
+    """
+
+    def __init__(self, level: str, examples: Sequence[Examples], encoder: Encoder, store: Store) -> None:
+        self.pooling = POOLING[level]
+        self.table = store.table(encoder.digest, self.pooling, encoder.hidden_size, encoder.reusable)
+        self.texts = _texts([one for one in examples if one.task.level == level])
+        self.memory_bytes, self.reusable = store.memory_bytes, encoder.reusable
+
+    def look_up(self) -> None:
+        """Reads what is stored, and finds what is missing: the sequences of damaged shards too, which are dropped."""
+        index = self.table.index()
+        self.missing = {key: text for key, text in self.texts.items() if key not in index}
+        try:  # to verify it; where some are missing, the rows are read for use once they are embedded
+            self._read(index, 0 if self.missing else self.memory_bytes)
+        except DamagedShardsError as error:
+            logger.warning("%s", error)
+            self.table.drop(shard for shard, _ in error.damaged)
+            self.look_up()
+
+    def read_embedded(self) -> None:
+        """Reads all rows where some were missing. Raises DamagedShardsError where they are not what was written."""
+        if self.missing:
+            self._read(self.table.index(), self.memory_bytes)
+
+    def _read(self, index: dict[bytes, Entry], memory_bytes: int) -> None:
+        self.entries = {key: index[key] for key in self.texts if key in index}
+        self.vectors = Vectors(self.table, self.entries.values(), memory_bytes)
+
+    def pooled(self, batch: Sequence[bytes], states: Sequence[Tensor]) -> _Pooled | None:
+        """What is missing of a batch's hidden states, each (tokens, hidden_size); averaged where the encoder is."""
+        found = {key: rows for key, rows in zip(batch, states, strict=True) if key in self.missing}
+        if not found:
+            return None
+        if self.pooling == "mean":
+            found = {key: rows.mean(0, keepdim=True) for key, rows in found.items()}
         else:
-            raise CacheError(f"store: '{store.root}' reads back damaged what was just written; check the disk")
-    union = {key: text for texts in wanted.values() for key, text in texts.items()}
-    counts = (len(done), len(union) - len(done), tokens)
-    return [replace(_embeddings(one, vectors, indices, store, counts), reusable=reusable) for one in examples]
+            for key, rows in found.items():
+                if len(rows) != len(self.texts[key]):
+                    raise CheckpointError(misaligned(self.texts[key], len(rows)))
+        return _Pooled(list(found), [len(rows) for rows in found.values()], Transfer(torch.cat(list(found.values()))))
+
+    def embeddings(self, examples: Examples, metrics: Mapping[str, float]) -> Embeddings:
+        """The embeddings of a task of this level."""
+        parts = examples.parts.items()
+        entries = {name: [self.entries[sequence_key(text)] for text in part.sequences] for name, part in parts}
+        unknown = [self.entries[key].unknown for key in _texts([examples])]
+        some = f"{sum(unknown)} tokens in {len(unknown) - unknown.count(0)} of {len(unknown)} sequences"
+        notes = (f"{some} are unknown to the tokenizer",) if any(unknown) else ()
+        return Embeddings(examples, self.vectors, entries, self.memory_bytes, metrics, notes, self.reusable)
 
 
-def _shelf(store: Store, encoder: Encoder, pooling: str) -> Shelf:
-    return store.shelf(encoder.digest, pooling, encoder.hidden_size)
+@dataclass(frozen=True)
+class _Pooled:
+    """Rows of a batch on their way to the CPU: keys of the sequences, rows of each, and the rows."""
+
+    keys: list[bytes]
+    counts: list[int]
+    rows: Transfer
 
 
-def _passing_shelf(store: Store, encoder: Encoder, pooling: str) -> Shelf:
-    """A shelf whose key cannot come again: its files go with the object, or after a kill with the next program."""
-    kept = ExitStack()
-    folder = kept.enter_context(temporary_folder(store.root.expanduser() / "live"))
-    shelf = _shelf(replace(store, root=folder), encoder, pooling)
-    weakref.finalize(shelf, kept.close)
-    return shelf
+@dataclass(frozen=True)
+class _Batch:
+    """The result of a forward pass: for each level what it lacks; and how many tokens and residues went through."""
+
+    pooled: list[_Pooled | None]
+    tokens: int
+    residues: int
 
 
 def made_with(device: torch.device, precision: str, store: Store, examples: Sequence[Examples]) -> dict[str, Any]:
@@ -144,127 +194,93 @@ def made_with(device: torch.device, precision: str, store: Store, examples: Sequ
     }
 
 
-def precision_of(encoder: Encoder) -> str:
-    """The precision of an encoder that says it."""
-    return str(getattr(encoder, "precision", "its own"))
-
-
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """A line on how a checkpoint was measured in training, where it was measured otherwise; none if the same."""
     found = [f"{key} {there[key]} there and {here[key]} here" for key in there if there[key] != here.get(key)]
-    if not found:
-        return []
-    return [f"in training it was measured with {', '.join(found)}: scores may differ from the callback's"]
-
-
-def _embed_missing(
-    missing: dict[str, dict[bytes, str]],
-    shelves: dict[str, Shelf],
-    encoder: Encoder,
-    plan: Mapping[str, Any],
-    examples: Sequence[Examples],
-) -> int:
-    """One pass of the encoder over the union of what the shelves lack; how many tokens that has."""
-    union = {key: text for texts in missing.values() for key, text in texts.items()}
-    if not union:
-        return 0
-    tokens = 0
-    unknown = _check(union, missing.get("none", {}), encoder, examples)
-    with ExitStack() as stack:
-        beside, packed = encoder.device.type != "cpu", bool(getattr(encoder, "packs", False))
-        made = {**plan, "packed": packed}
-        writers = {pooling: stack.enter_context(shelves[pooling].writer(made, beside)) for pooling in missing}
-        advance = stack.enter_context(progress("embed", sum(map(len, union.values())), "residues"))
-        plans = batches(union, plan["max_batch_tokens"], plan["emb_batch_size"], packed)
-        passes = (forward(batch, union, missing, encoder) for batch in plans)
-        for arriving in one_behind(passes) if beside else passes:
-            for pooling, (keys, counts, rows) in arriving.rows.items():
-                writers[pooling].add(keys, [unknown[key] for key in keys], counts, rows.array())
-            for writer in writers.values():
-                writer.count(arriving.tokens)
-            if any(writer.is_full for writer in writers.values()):
-                for writer in writers.values():
-                    writer.flush()
-            tokens += arriving.tokens
-            advance(arriving.residues)
-    return tokens
+    note = f"in training it was measured with {', '.join(found)}: scores may differ from the callback's"
+    return [note] if found else []
 
 
 def check_sequences(examples: Sequence[Examples], encoder: Encoder) -> None:
     """Raises what `embed` would for a sequence that the encoder cannot take, without embedding any."""
-    texts = [(one.task.level, text) for one in examples for part in one.parts.values() for text in part.sequences]
-    union = {sequence_key(text): text for _, text in texts}
-    aligned = {sequence_key(text): text for level, text in texts if level == "token"}
-    _check(union, aligned, encoder, examples)
+    aligned = _texts([one for one in examples if one.task.level == "token"])
+    _count_unknown(_texts(examples), aligned, encoder, examples)
 
 
-def _check(
-    union: dict[bytes, str], aligned: dict[bytes, str], encoder: Encoder, examples: Sequence[Examples]
+def _embed_missing(
+    levels: Sequence[_Level], encoder: Encoder, plan: Mapping[str, Any], examples: Sequence[Examples]
+) -> int:
+    """One pass of the encoder over all that is missing; returns the number of tokens."""
+    levels = [level for level in levels if level.missing]
+    texts = {key: text for level in levels for key, text in level.missing.items()}
+    if not texts:
+        return 0
+    aligned = {key for level in levels if level.pooling == "none" for key in level.missing}
+    unknown = _count_unknown(texts, aligned, encoder, examples)
+    tokens, on_gpu = 0, encoder.device.type != "cpu"
+    with ExitStack() as stack:
+        made = {**plan, "packed": encoder.packs}
+        writers = [stack.enter_context(level.table.writer(made, in_thread=on_gpu)) for level in levels]
+        advance = stack.enter_context(progress("embed", sum(map(len, texts.values())), "residues"))
+        planned = batches(texts, plan["max_batch_tokens"], plan["emb_batch_size"], encoder.packs)
+        passes = (_forward(keys, texts, levels, encoder) for keys in planned)
+        for batch in one_behind(passes) if on_gpu else passes:
+            _write(batch, unknown, writers)
+            tokens += batch.tokens
+            advance(batch.residues)
+    return tokens
+
+
+def _forward(keys: list[bytes], texts: Mapping[bytes, str], levels: Sequence[_Level], encoder: Encoder) -> _Batch:
+    states = encoder.hidden_states([texts[key] for key in keys])
+    pooled = [level.pooled(keys, states) for level in levels]
+    return _Batch(pooled, sum(map(len, states)), sum(len(texts[key]) for key in keys))
+
+
+def _write(batch: _Batch, unknown: Mapping[bytes, int], writers: Sequence[ShardWriter]) -> None:
+    """Writes the rows of a batch. All tables end their shards together, so that a resumed run has the same batches."""
+    for writer, pooled in zip(writers, batch.pooled, strict=True):
+        if pooled is not None:
+            writer.add(pooled.keys, [unknown[key] for key in pooled.keys], pooled.counts, pooled.rows.array())
+        writer.count(batch.tokens)
+    if any(writer.is_full for writer in writers):
+        for writer in writers:
+            writer.flush()
+
+
+def _texts(examples: Sequence[Examples]) -> dict[bytes, str]:
+    """The distinct sequences of some tasks, by key."""
+    return {sequence_key(text): text for one in examples for part in one.parts.values() for text in part.sequences}
+
+
+def _count_unknown(
+    texts: Mapping[bytes, str], aligned: Collection[bytes], encoder: Encoder, examples: Sequence[Examples]
 ) -> dict[bytes, int]:
-    """Counts unknown tokens before anything is embedded; an encoder that cannot serve a task is found out here."""
+    """The number of unknown tokens of each sequence; those in `aligned` must have one token per character.
+
+    It is known before anything is embedded, so that an encoder that cannot serve a task fails at once.
+    """
     counts: dict[bytes, int] = {}
-    keys = list(union)
+    keys = list(texts)
     for begin in range(0, len(keys), 1024):
         chunk = keys[begin : begin + 1024]
-        for key, (unknown, tokens) in zip(chunk, encoder.count_unknown([union[key] for key in chunk]), strict=True):
+        for key, (unknown, tokens) in zip(chunk, encoder.count_unknown([texts[key] for key in chunk]), strict=True):
             if unknown == tokens:
-                tokens_of = getattr(encoder, "tokens", None)
-                why = tokens_of.why_unknown(union[key]) if isinstance(tokens_of, Tokens) else ""
-                raise _all_unknown(union[key], examples, why)
-            if key in aligned and tokens != len(union[key]):
-                raise CheckpointError(misaligned(union[key], tokens))
+                raise _all_unknown(texts[key], examples, encoder.why_unknown(texts[key]))
+            if key in aligned and tokens != len(texts[key]):
+                raise CheckpointError(misaligned(texts[key], tokens))
             counts[key] = unknown
     return counts
 
 
 def _all_unknown(text: str, examples: Sequence[Examples], why: str) -> DataError:
-    for one in examples:
-        for name, part in one.parts.items():
-            if text in part.sequences:
-                file, _, row = part.rows[part.sequences.index(text)].rpartition(":")
-                path = Path(one.task.dataset_path) / name / file
-                where = f"{path}:{line_of(path, int(row))}: column '{one.task.sequence_column}'"
-                shown = text if len(text) <= 60 else text[:57] + "..."
-                return DataError(
-                    f"{where}: expected a sequence with characters the encoder knows, found {shown!r}{why}"
-                )
-    raise AssertionError("a sequence that stands in no task was embedded")
-
-
-def _vectors(
-    shelves: dict[str, Shelf],
-    wanted: dict[str, dict[bytes, str]],
-    indices: dict[str, dict[bytes, Entry]],
-    memory_bytes: int,
-) -> dict[str, Vectors]:
-    """What is wanted of each shelf; nothing of one that turns out to have damaged shards, which are dropped."""
-    found = {}
-    for pooling, shelf in shelves.items():
-        try:
-            found[pooling] = Vectors(shelf, [indices[pooling][key] for key in wanted[pooling]], memory_bytes)
-        except DamagedShardsError as error:
-            logger.warning("%s", error)
-            for shard, _ in error.damaged:
-                shelf.drop(shard)
-    return found
-
-
-def _embeddings(
-    one: Examples,
-    vectors: dict[str, Vectors],
-    indices: dict[str, dict[bytes, Entry]],
-    store: Store,
-    counts: tuple[int, int, int],
-) -> Embeddings:
-    pooling = POOLING[one.task.level]
-    index = indices[pooling]
-    entries = {name: [index[sequence_key(text)] for text in part.sequences] for name, part in one.parts.items()}
-    distinct = {sequence_key(text): text for part in one.parts.values() for text in part.sequences}
-    unknown = sum(index[key].unknown for key in distinct)
-    notes = []
-    if unknown:
-        few = sum(bool(index[key].unknown) for key in distinct)
-        notes.append(f"{unknown} tokens in {few} of {len(distinct)} sequences are unknown to the tokenizer")
-    mine = vectors[pooling]
-    key, memory_bytes = mine.shelf.folder.name, store.memory_bytes
-    return Embeddings(one, key, mine, entries, memory_bytes, *counts, tuple(notes))
+    """The error for a sequence of unknown tokens alone, with the file and line of the first row that has it."""
+    rows = ((one.task, name, part) for one in examples for name, part in one.parts.items() if text in part.sequences)
+    task, name, part = next(rows)
+    file, _, row = part.rows[part.sequences.index(text)].rpartition(":")
+    in_memory = not task.dataset_path
+    path = Path(f"frames['{name}']") if in_memory else Path(task.dataset_path) / name / file
+    where = place(path, int(row), in_memory)
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    column = f"column '{task.sequence_column}'"
+    return DataError(f"{where}: {column}: expected a sequence with characters the encoder knows, found {shown!r}{why}")

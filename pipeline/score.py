@@ -34,7 +34,7 @@ class Scores:
         table: the predictions, a row per unit of the test set: `row` (FILE:ROW), `position` in token-level tasks, and
             for each target `<target>_target`, `_mask`, `_prediction` and, for classes, `_probabilities`.
         losses: the head's mean training loss at each epoch.
-        held_losses: with `patience`, the loss on the held-out part after each epoch.
+        val_losses: with `patience`, the loss on the validation examples after each epoch.
         notes: warnings about the scores.
         earlier_notes: warnings from the stages before.
     """
@@ -44,7 +44,7 @@ class Scores:
     omitted: dict[str, str]
     table: pa.Table
     losses: list[float]
-    held_losses: list[float]
+    val_losses: list[float]
     notes: tuple[str, ...] = ()
     earlier_notes: tuple[str, ...] = ()
 

@@ -25,7 +25,7 @@ from pipeline.errors import CacheError
 from pipeline.heads.architectures import MLP, ConvNet, Head
 from pipeline.heads.fit import Losses, fit
 from pipeline.load import Target
-from pipeline.store.shelf import FORMAT, Store
+from pipeline.store.embedding_table import FORMAT, Store
 from pipeline.store.temporary import temporary_folder
 
 # The settings of a task that a fit depends on, beside the data.
@@ -86,7 +86,7 @@ def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> Fi
     path = store.root.expanduser() / "heads" / f"{_key(embeddings, code, device)}.safetensors"
     with _isolated(device):
         torch.manual_seed(task.random_seed)  # for layers of a user's own head
-        head = make_head(task, embeddings.shelf.hidden_size, targets, device)
+        head = make_head(task, embeddings.table.hidden_size, targets, device)
         losses = _restore(head, path) if reusable else None
         reused = losses is not None
         if losses is None:

@@ -26,7 +26,7 @@ from pipeline.load import Examples, load
 from pipeline.report.publishing import facts_of, publish
 from pipeline.score import Scores, score
 from pipeline.statistics.metrics import metric_name
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import AtStep, Data, NullTracker, Several, Tracker, attempt
 from pipeline.train_head import FittedHead, make_head, train_head
@@ -224,8 +224,8 @@ def _log_load(examples: Sequence[Examples], run: Tracker, tracker: Tracker) -> N
 
 def _log_embed(embeddings: Sequence[Embeddings], encoder: Encoder, store: Store, run: Tracker) -> None:
     """One pass serves all tasks, so each has the same numbers."""
-    numbers = embeddings[0]
-    logger.info("embed       %d sequences embedded, %d already stored", numbers.embedded, numbers.cached)
+    numbers = embeddings[0].metrics
+    logger.info("embed       %d sequences embedded, %d already stored", numbers["embedded"], numbers["cached"])
     for task in embeddings:
         _log(task, task.examples.task.task_name, run)
     _warn(encoder.notes, "encoder", run)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.config.schema import Files, Task
 from pipeline.encoders.protocol import Encoder
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from tests import models
 
 # In CI the same examples each time: what a new example finds is for whoever runs the tests by hand.
@@ -122,7 +122,6 @@ def make_task(
 class FakeEncoder(Encoder):
     """Hidden states worked out by hand: one-hot residues, then noise that depends on the sequence alone."""
 
-    max_seq_length: int | None = None
     device = torch.device("cpu")
 
     def __init__(self, hidden_size: int = 24, name: str = "fake") -> None:

@@ -15,10 +15,11 @@ from mlflow.artifacts import load_text
 from transformers import AutoTokenizer, EsmForMaskedLM
 
 from pipeline.__main__ import main
-from pipeline.checkpoints.opening import expand, names_of, open_encoder, step_of, with_step
+from pipeline.checkpoints.names import expand, names_of, step_of, with_step
+from pipeline.checkpoints.opening import open_encoder
 from pipeline.encoders.description import DESCRIPTION, describe
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.report.comparison import Row, choose, comparable, markdown, rank
+from pipeline.report.comparison import Row, board_table, choose, comparable, leaderboard, summary
 from tests.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
 from tests.test_mlflow import STAGES, VALUE, Lab, furnished, own_signals
 
@@ -221,13 +222,34 @@ def test_steps(tmp_path: Path, model_folder: Callable[..., Path], lab: Lab) -> N
 
 
 def test_ranks() -> None:
-    rows = [Row("a", 1, {"x_mse": 2.0, "y_accuracy": 0.5}), Row("b", 2, {"x_mse": 1.0}), Row("c", 3, {}, "broken")]
-    assert [row.label for row in rank(rows, "x_mse")] == ["b", "a", "c"]
-    assert [row.label for row in rank(rows, "y_accuracy")] == ["a", "b", "c"]
-    assert choose(rows[:2]) == ["y_accuracy"]
-    assert choose(rows[:2], "x_mse") == ["x_mse", "y_accuracy"]
-    with pytest.raises(ConfigError, match="did you mean 'x_mse'"):
-        choose(rows, "x_mes")
+    mse, accuracy = "test_x_mse", "test_y_accuracy"
+    rows = [Row("a", 1, {mse: 2.0, accuracy: 0.5}), Row("b", 2, {mse: 1.0}), Row("c", 3, {}, "broken")]
+    board = leaderboard(rows, [mse])
+    assert list(board.columns) == ["rank", "checkpoint", "step", mse, accuracy, "error"]
+    assert list(board["checkpoint"]) == ["b", "a", "c"]
+    assert list(board["rank"]) == [1, 2, 3]
+    assert list(board["step"]) == [2, 1, 3]
+    assert list(leaderboard(rows, [accuracy])["checkpoint"]) == ["a", "b", "c"]
+    assert choose(rows[:2]) == [accuracy]
+    assert choose(rows[:2], mse) == [mse, accuracy]
+    with pytest.raises(ConfigError, match=f"did you mean '{mse}'"):
+        choose(rows, "test_x_mes")
+
+
+def test_a_leaderboard_as_a_table() -> None:
+    rows = [Row("a|b", None, {"test_x_mse": 2.0}), Row("<b>[bold]", 2, {}, "broken")]
+    table = board_table(leaderboard(rows, ["test_x_mse", "test_x_r2"]), ["test_x_mse", "test_x_r2"])
+    assert table.rows == [["1", "a|b", "2.0000", ""], ["2", "<b>[bold]", "failed", ""]]
+    assert table.markdown().splitlines() == [
+        "| # | checkpoint | test_x_mse | test_x_r2 |",
+        "| ---: | --- | ---: | ---: |",
+        "| 1 | a/b | 2.0000 |  |",
+        "| 2 | <b>[bold] | failed |  |",
+    ]
+    lines = table.text().splitlines()
+    assert lines[0].strip() == "Checkpoints by test_x_mse"
+    assert [cell.strip() for cell in lines[-2].split("│")[1:-1]] == table.rows[1]
+    assert '<th scope="row">2</th><td>&lt;b&gt;[bold]</td><td>failed</td><td></td>' in table.html()
 
 
 def test_rows_of_other_test_sets_are_told_apart() -> None:
@@ -235,7 +257,7 @@ def test_rows_of_other_test_sets_are_told_apart() -> None:
     rows = [Row("a", 1, {"m": 1.0}, data=one), Row("b", 2, {"m": 1.0}, data=other), Row("c", 3, {}, "broken")]
     assert not comparable(rows)
     assert comparable([rows[0], rows[2]])
-    assert "The test sets differ between rows" in markdown(rows, ["m"])
+    assert "The test sets differ between rows" in summary(rows, ["m"])
 
 
 def test_search_finds_checkpoints_by_step(lab: Lab) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from pipeline.__main__ import main
 from pipeline.config.schema import Config, parse_bytes
@@ -126,7 +128,7 @@ def test_an_override_sets_a_key_of_every_task_or_of_one() -> None:
         ("dwnstr_task_validation:", "dwnstr_task:", "expected a mapping model.dwnstr_task_validation"),
         ("enabled: True", "device: tpu", "device: expected one of auto, cpu, cuda, mps, found 'tpu'"),
         ("enabled: True", "memory_budget: 3 cups", "memory_budget: expected a size such as 500MB"),
-        ("num_workers: 8", "sequence_column: other", "say different things"),
+        ("num_workers: 8", "sequence_column: other", "are one key with different values"),
     ],
 )
 def test_errors_say_where_what_and_the_remedy(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -135,6 +137,56 @@ def test_errors_say_where_what_and_the_remedy(tmp_path: Path, old: str, new: str
         read_config(written(tmp_path, REFERENCE.replace(old, new, 1)))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("dataset.num_epochs=many", "overrides: num_epochs: Value 'many'"),
+        ("model.dwnstr_task_validation.dataset.num_epochs=many", "overrides: num_epochs: Value 'many'"),
+        ("enabled=perhaps", "overrides: enabled: Value 'perhaps'"),
+        ("dataset.max_rows.train=many", "overrides: max_rows.train: Value 'many'"),
+        ("dataset.max_rows.tran=3", "overrides: unknown key 'tran'"),
+        ("dataset.dataset={train: [1]}", "overrides: dataset"),
+        ("dataset.nonsense.x=3", "overrides: unknown key 'nonsense'"),
+        ("logging.tags=[[1]]", "overrides: tags"),
+    ],
+)
+def test_a_wrong_override_is_not_blamed_on_a_line_of_the_file(tmp_path: Path, overrides: str, message: str) -> None:
+    more = REFERENCE.replace("num_workers: 8", "max_rows: {test: 3}")
+    with pytest.raises(ConfigError) as caught:
+        read_config(written(tmp_path, more), f"'{overrides}'")
+    assert str(caught.value).startswith(message)
+
+
+def test_a_wrong_override_of_one_task_of_a_list(tmp_path: Path) -> None:
+    """What the file itself has wrong is still blamed on its line."""
+    tasks = (
+        "dataset:\n    - {dataset_path: d, target_column: y}\n    - {dataset_path: d, target_column: y, num_epochs: 1}"
+    )
+    path = written(tmp_path, f"model:\n  dwnstr_task_validation:\n    {tasks}\n")
+    for key in ("dataset.1.num_epochs", "dataset[1].num_epochs", "dataset.num_epochs"):
+        with pytest.raises(ConfigError, match=r"^overrides: num_epochs: Value 'many'"):
+            read_config(path, f"{key}=many")
+    path.write_text(path.read_text().replace("num_epochs: 1", "num_epochs: many"))
+    with pytest.raises(ConfigError, match=r"config\.yaml:5: num_epochs: Value 'many'"):
+        read_config(path, "dataset.0.num_epochs=3")
+
+
+def test_a_resolver_outside_the_section_does_not_run(tmp_path: Path) -> None:
+    """Nor one in place of the section, or of a mapping around it."""
+    called: list[str] = []
+    OmegaConf.register_new_resolver("elsewhere", called.append)
+    try:
+        read_config(written(tmp_path, REFERENCE.replace("name: esm1nv", "name: '${elsewhere:x}'")))
+        for text in ("model: '${elsewhere:x}'", "model: {dwnstr_task_validation: '${elsewhere:x}'}", "model: null"):
+            sources: list[Any] = [written(tmp_path, text), OmegaConf.create(text)]
+            for source in sources:
+                with pytest.raises(ConfigError, match="expected a mapping model"):
+                    read_config(source)
+    finally:
+        OmegaConf.clear_resolver("elsewhere")
+    assert not called
 
 
 def test_a_file_that_inherits_needs_hydra_core_and_says_so(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,9 @@ from transformers import AutoTokenizer, BartModel, BertModel, EsmForMaskedLM, Es
 from pipeline.checkpoints.opening import open_encoder
 from pipeline.encoders.description import DESCRIPTION, describe
 from pipeline.encoders.huggingface import HuggingFaceEncoder
+from pipeline.encoders.options import EncoderOptions
 from pipeline.errors import CheckpointError
+from tests.conftest import ROOT
 from tests.models import RESIDUES
 
 Make = Callable[..., Path]
@@ -49,7 +55,7 @@ def test_prott5_equals_transformers_on_spaced_residues(model_folder: Make, slow:
     folder = model_folder("prott5", slow=slow)
     model = T5EncoderModel.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoder = open_encoder(str(folder), "prott5")
+    encoder = open_encoder(str(folder), EncoderOptions("prott5"))
     for text, state in zip(PROTEINS, encoder.hidden_states(PROTEINS), strict=True):
         spaced = " ".join(text).translate(str.maketrans("UZOB", "XXXX"))
         torch.testing.assert_close(state, alone(model, tokenizer, spaced, 0, 1), atol=1e-5, rtol=0)
@@ -61,7 +67,7 @@ def test_bart_equals_transformers_on_smiles(model_folder: Make, split: bool) -> 
     folder = model_folder("smiles_bart", split=split)
     model = BartModel.from_pretrained(folder).get_encoder()
     tokenizer = AutoTokenizer.from_pretrained(model_folder("smiles_bart", split=True))
-    encoder = open_encoder(str(folder), "megamolbart")
+    encoder = open_encoder(str(folder), EncoderOptions("megamolbart"))
     for text, state in zip(MOLECULES, encoder.hidden_states(MOLECULES), strict=True):
         torch.testing.assert_close(state, alone(model, tokenizer, text, 1, 1), atol=1e-5, rtol=0)
     assert encoder.max_seq_length == 254
@@ -96,7 +102,7 @@ def test_layout_and_head_do_not_change_the_digest_and_weights_do(model_folder: M
     plain = open_encoder(str(model_folder("esm"))).digest
     assert open_encoder(str(model_folder("esm", max_shard_size="20KB"))).digest == plain
     assert open_encoder(str(model_folder("esm", seed=1))).digest != plain
-    assert open_encoder(str(model_folder("esm")), precision="bf16").digest != plain
+    assert open_encoder(str(model_folder("esm")), EncoderOptions(precision="bf16")).digest != plain
     live = EsmForMaskedLM.from_pretrained(model_folder("esm")).esm
     assert HuggingFaceEncoder(live, AutoTokenizer.from_pretrained(model_folder("esm"))).digest == plain
 
@@ -124,11 +130,45 @@ def test_a_lightning_checkpoint_that_describes_itself(
     texts = MOLECULES if kind == "smiles_bart" else PROTEINS
     for encoder in (
         open_encoder(str(tmp_path / "a.ckpt")),
-        open_encoder(str(tmp_path / "b.ckpt"), architecture=str(folder)),
+        open_encoder(str(tmp_path / "b.ckpt"), EncoderOptions(architecture=str(folder))),
     ):
         assert encoder.digest == expected.digest
         for one, other in zip(encoder.hidden_states(texts), expected.hidden_states(texts), strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_lightning_checkpoint_is_found_by_what_it_holds(model_folder: Make, tmp_path: Path) -> None:
+    folder = model_folder("esm")
+    state = EsmForMaskedLM.from_pretrained(folder).state_dict()
+    options = EncoderOptions(architecture=str(folder))
+    torch.save({"state_dict": state}, tmp_path / "last.pt")
+    assert open_encoder(str(tmp_path / "last.pt"), options).digest == open_encoder(str(folder)).digest
+    torch.save({**state, "_state_dict_hooks": {}}, tmp_path / "weights.pt")
+    (tmp_path / "notes.txt").write_text("state_dict")
+    for name in ("weights.pt", "notes.txt"):
+        with pytest.raises(CheckpointError, match=rf"expected a model folder or a Lightning .ckpt.*{name}"):
+            open_encoder(str(tmp_path / name), options)
+    assert open_encoder(str(tmp_path), options).step is None  # the one checkpoint in the folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("num_hidden_layers", 10**9, "expected 0 to 100000, found 1000000000"), ("attn_implementation", "a/b", "'a/b'")],
+)
+def test_the_configuration_of_a_hub_id_is_checked_before_it_is_used(
+    model_folder: Make, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    cached = tmp_path / "hub" / "models--someone--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(model_folder("esm"), cached / "snapshots" / ("0" * 40))
+    path = cached / "snapshots" / ("0" * 40) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    code = "from pipeline import open_encoder; open_encoder('someone/model')"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert f"{key}: " in run.stderr.splitlines()[-1]
+    assert message in run.stderr.splitlines()[-1]
 
 
 def test_two_copies_of_the_weights_need_a_word_on_which(model_folder: Make, tmp_path: Path) -> None:
@@ -137,7 +177,7 @@ def test_two_copies_of_the_weights_need_a_word_on_which(model_folder: Make, tmp_
     twice = {f"{prefix}.{name}": value for prefix in ("net", "ema") for name, value in state.items()}
     torch.save({"state_dict": twice}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="expected one set of weights"):
-        open_encoder(str(tmp_path / "a.ckpt"), architecture=str(folder))
+        open_encoder(str(tmp_path / "a.ckpt"), EncoderOptions(architecture=str(folder)))
 
 
 def test_a_folder_as_mlflow_lays_it_out(model_folder: Make, tmp_path: Path) -> None:
@@ -174,6 +214,18 @@ class OwnEncoder:
         return [torch.full((len(text), 4), float(len(text)), dtype=torch.float64) for text in sequences]
 
 
+class FullEncoder(OwnEncoder):
+    """Has more of the protocol."""
+
+    max_seq_length = 9
+    packs = True
+    step = 3
+    notes = ("a note",)
+
+    def why_unknown(self, sequence: str) -> str:
+        return f"; spell {sequence}"
+
+
 class WrongEncoder(OwnEncoder):
     """Says 4 and gives 3."""
 
@@ -184,13 +236,27 @@ class WrongEncoder(OwnEncoder):
 def test_a_class_of_the_users_own(tmp_path: Path) -> None:
     path = tmp_path / "weights.ckpt"
     path.write_bytes(b"one")
-    encoder = open_encoder(str(path), "tests.test_encoders.OwnEncoder")
+    encoder = open_encoder(str(path), EncoderOptions("tests.test_encoders.OwnEncoder"))
     assert encoder.hidden_states(["MK"])[0].tolist() == [[2.0] * 4] * 2
     assert encoder.hidden_states(["MK"])[0].dtype == torch.float32
     path.write_bytes(b"two")
-    assert open_encoder(str(path), "tests.test_encoders.OwnEncoder").digest != encoder.digest
+    assert open_encoder(str(path), EncoderOptions("tests.test_encoders.OwnEncoder")).digest != encoder.digest
     with pytest.raises(CheckpointError, match=r"expected 1 tensors of shape \(tokens, 4\), found shapes \[\(2, 3\)\]"):
-        open_encoder(str(path), "tests.test_encoders.WrongEncoder").hidden_states(["MK"])
+        open_encoder(str(path), EncoderOptions("tests.test_encoders.WrongEncoder")).hidden_states(["MK"])
+
+
+def test_a_class_of_the_users_own_has_what_it_lacks_by_default(tmp_path: Path) -> None:
+    (tmp_path / "weights.ckpt").write_bytes(b"one")
+    own, full = (
+        open_encoder(str(tmp_path / "weights.ckpt"), EncoderOptions(f"tests.test_encoders.{name}"))
+        for name in ("OwnEncoder", "FullEncoder")
+    )
+    assert (own.max_seq_length, own.packs, own.step, own.notes, own.why_unknown("MK")) == (None, False, None, (), "")
+    assert (full.max_seq_length, full.packs, full.step) == (9, True, 3)
+    assert (*full.notes, full.why_unknown("MK")) == ("a note", "; spell MK")
+    assert own.count_unknown(["MK"]) == full.count_unknown(["MK"]) == [(0, 2)]
+    assert own.reusable
+    assert full.reusable
 
 
 def test_opening_a_checkpoint_leaves_the_random_state_alone(model_folder: Make, tmp_path: Path) -> None:

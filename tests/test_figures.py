@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +23,13 @@ from pipeline.config.schema import Task
 from pipeline.embed import embed
 from pipeline.load import Examples, Part, Target, load
 from pipeline.report import figures
-from pipeline.report.figures import canvas, curves, draw
-from pipeline.report.figures.canvas import LARGEST, cell, clean, drawable, extent, fitting, span
-from pipeline.report.figures.classes import (
-    MOST,
-    class_picture,
-    confusion,
-    confusion_picture,
-    precision_recall,
-    row_shares,
-)
-from pipeline.report.figures.examples import choose, row_of
+from pipeline.report.figures import canvas, curves, draw, file_stems, numbers
+from pipeline.report.figures.canvas import shorten
+from pipeline.report.figures.classes import MOST, class_figure, confusion, confusion_figure, precision_recall
+from pipeline.report.figures.examples import choose, letters_of
 from pipeline.score import Scores, score
 from pipeline.statistics.metrics import LOSS, Metric
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.train_head import train_head
 from tests.conftest import FakeEncoder, make_task
 from tests.test_imports import loaded_after
@@ -85,13 +80,13 @@ STYLE: Any = {
 }
 
 
-def measured(task: Task, store: Store) -> tuple[Scores, Examples]:
+def measured(task: Task, store: Store) -> Scores:
     (embeddings,) = embed([load(task)], FakeEncoder(), store)
-    return score(embeddings, train_head(embeddings, store, CPU)), embeddings.examples
+    return score(embeddings, train_head(embeddings, store, CPU))
 
 
 @pytest.fixture(scope="module")
-def token(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scores, Examples]:
+def token(tmp_path_factory: pytest.TempPathFactory) -> Scores:
     folder = tmp_path_factory.mktemp("token")
     targets = {"target_column": ["label", "seen"], "mask_column": ["seen", None], "num_epochs": 2, "max_seq_length": 25}
     return measured(planted_task(folder, **targets, patience=5), Store(folder / "store"))
@@ -114,10 +109,8 @@ def check_pictures(paths: list[Path], folder: Path) -> None:
         assert path.stat().st_size < 150_000
 
 
-def by_hand(
-    kind: str, level: str, names: list[str], lengths: list[int], said: Any, **options: Any
-) -> tuple[Scores, Examples]:
-    """Scores and examples of sequences of some lengths, one target, class or number 0 at every unit unless given."""
+def by_hand(kind: str, level: str, names: list[str], lengths: list[int], said: Any, **options: Any) -> Scores:
+    """Scores of sequences of some lengths, one target, class or number 0 at every unit unless given."""
     classes = tuple(names) if kind == "classification" else None
     target = Target("y", classes, len(names) if classes else 1)
     counts = np.array(lengths if level == "token" else [1] * len(lengths))
@@ -129,26 +122,23 @@ def by_hand(
     column = pa.DictionaryArray.from_arrays(pa.array(said.astype(np.int32)), names) if classes else pa.array(said)
     examples = Examples(Task(level=level, task_type=kind, target_column=["y"]), (target,), part, part)
     table = pa.table({"y_prediction": column})
-    return Scores(examples, (Metric("", "", LOSS, 1.0),), {}, table, [], []), examples
+    return Scores(examples, (Metric("", "", LOSS, 1.0),), {}, table, [], [])
 
 
-def test_every_picture_of_a_token_task_in_order(tmp_path: Path, token: tuple[Scores, Examples]) -> None:
-    paths = draw(*token, tmp_path / "new" / "folder")
+def test_every_picture_of_a_token_task_in_order(tmp_path: Path, token: Scores) -> None:
+    paths = draw(token, tmp_path / "new" / "folder")
     own = ["label_confusion", "label_per_class", "seen_confusion", "seen_per_class"]
     assert [path.stem for path in paths] == [*own, "examples", "learning_curve", "lengths"]
     check_pictures(paths, tmp_path / "new" / "folder")
 
 
 def test_the_numbers_drawn_are_those_of_scikit_learn_at_unmasked_positions(
-    tmp_path: Path, token: tuple[Scores, Examples], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, token: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(
-        figures, "confusion_picture", lambda heading, names, counts, path: drawn.append((names, counts))
-    )
-    scores, examples = token
-    draw(scores, examples, tmp_path)
-    table = scores.table
+    monkeypatch.setattr(figures, "confusion_figure", lambda heading, names, counts, path: drawn.append((names, counts)))
+    draw(token, tmp_path)
+    table = token.table
     for (names, counts), target in zip(drawn, ("label", "seen"), strict=True):
         mask = np.array(column(table, f"{target}_mask"))
         true, said = (np.array(column(table, f"{target}_{what}"))[mask] for what in ("target", "prediction"))
@@ -167,30 +157,25 @@ def test_confusion_precision_and_recall_are_those_of_scikit_learn(classes: int, 
     expected = precision_recall_fscore_support(true, said, labels=labels, zero_division=0)
     for mine, theirs in zip((*precision_recall(counts), counts.sum(1)), (*expected[:2], expected[3]), strict=True):
         np.testing.assert_allclose(mine, theirs)
-    sums = row_shares(counts).sum(1)
-    np.testing.assert_allclose(sums, counts.sum(1) > 0)
 
 
 def test_a_class_that_was_declared_and_never_seen_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(
-        figures, "confusion_picture", lambda heading, names, counts, path: drawn.append((names, counts))
-    )
-    scores, examples = by_hand("classification", "sequence", ["a"], [3, 3], np.array([0, 0]))
-    examples = replace(examples, targets=(replace(examples.targets[0], outputs=4),))
+    monkeypatch.setattr(figures, "confusion_figure", lambda heading, names, counts, path: drawn.append((names, counts)))
+    scores = by_hand("classification", "sequence", ["a"], [3, 3], np.array([0, 0]))
+    examples = replace(scores.examples, targets=(replace(scores.examples.targets[0], outputs=4),))
     column = pa.DictionaryArray.from_arrays(pa.array([0, 2], pa.int32()), ["a", "class 1", "class 2", "class 3"])
-    draw(replace(scores, table=pa.table({"y_prediction": column})), examples, tmp_path)
+    draw(replace(scores, examples=examples, table=pa.table({"y_prediction": column})), tmp_path)
     assert drawn[0][0] == ["a", "class 2"]
     assert drawn[0][1].tolist() == [[1, 1], [0, 0]]
 
 
-def test_nothing_of_matplotlib_is_changed(
-    tmp_path: Path, token: tuple[Scores, Examples], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_of_matplotlib_is_changed(tmp_path: Path, token: Scores, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 1.75)  # a user's own
-    before = matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False)
-    draw(*token, tmp_path)
-    assert (matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False)) == before
+    before = matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False), warnings.filters[:]
+    draw(token, tmp_path)
+    assert (matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False), warnings.filters) == before
+    assert sys.modules["matplotlib.pyplot"].get_fignums() == []  # scikit-learn imports it, and no figure is in it
 
 
 def test_matplotlib_is_loaded_when_it_draws_and_pyplot_never() -> None:
@@ -198,7 +183,7 @@ def test_matplotlib_is_loaded_when_it_draws_and_pyplot_never() -> None:
     code = """
 import sys, tempfile, pathlib
 from pipeline.report.figures import curves
-assert curves([(0, {"a": 1.0})], pathlib.Path(tempfile.mkdtemp()))
+assert curves([(0, {"test_y_mse": 1.0})], pathlib.Path(tempfile.mkdtemp()))
 assert "matplotlib.pyplot" not in sys.modules
 import matplotlib
 assert matplotlib.get_backend(auto_select=False) is None
@@ -206,14 +191,14 @@ assert matplotlib.get_backend(auto_select=False) is None
     assert "matplotlib" in loaded_after(code)
 
 
-def test_a_user_s_own_style_changes_no_pixel(tmp_path: Path, token: tuple[Scores, Examples]) -> None:
+def test_a_user_s_own_style_changes_no_pixel(tmp_path: Path, token: Scores) -> None:
     true = np.random.default_rng(0).normal(size=2000)
-    numbers = by_hand("regression", "token", [], [40] * 50, true + 1, true=true)
-    points = [(step, {"loss": 1e-5 * step, "b": 1.0}) for step in range(3)]
+    regression = by_hand("regression", "token", [], [40] * 50, true + 1, true=true)
+    points = [(step, {"test_y_mse": 1e-5 * step, "test_y_r2": 1.0}) for step in range(3)]
     for name, style in zip(("plain", "own"), ({}, STYLE), strict=True):
         with matplotlib.rc_context(style):
-            draw(*token, tmp_path / name / "classes")
-            draw(*numbers, tmp_path / name / "numbers")
+            draw(token, tmp_path / name / "classes")
+            draw(regression, tmp_path / name / "numbers")
             curves(points, tmp_path / name)
     plain = sorted((tmp_path / "plain").rglob("*.png"))
     assert len(plain) == 11
@@ -228,7 +213,7 @@ def test_pictures_of_numbers(tmp_path: Path, store: Store, level: str) -> None:
     numbers = [[float(letter == "W") for letter in text] for text in texts]
     labels = [json.dumps(row) if level == "token" else sum(row) for row in numbers]
     rows = [{"sequence": text, "y (%/$)": label} for text, label in zip(texts, labels, strict=True)]
-    paths = draw(*measured(make_task(tmp_path, rows, level=level, num_epochs=3), store), tmp_path / "out")
+    paths = draw(measured(make_task(tmp_path, rows, level=level, num_epochs=3), store), tmp_path / "out")
     assert [path.name for path in paths if path.stem != "examples"] == [
         "y_______predicted.png",
         "learning_curve.png",
@@ -248,11 +233,12 @@ def test_any_numbers_can_be_drawn(
     draws = data.draw(st.lists(some, min_size=1, max_size=9)), data.draw(st.lists(st.floats(-1e38, 1e38), min_size=1))
     said, true = (np.resize(np.array(values), units) for values in draws)
     mask = np.resize(np.array([True, *data.draw(st.lists(st.booleans(), max_size=5))]), units)
-    scores, examples = by_hand("regression", level, [], lengths, said, true=true, mask=mask)
+    scores = by_hand("regression", level, [], lengths, said, true=true, mask=mask)
     losses = data.draw(st.lists(st.floats(0, 1e30), max_size=3))
     folder = tmp_path_factory.mktemp("numbers")
-    limited = replace(examples, limit=data.draw(st.one_of(st.none(), st.integers(1, 10**6))))
-    paths = draw(replace(scores, losses=losses, held_losses=[*losses[:-1], *[np.inf] * bool(losses)]), limited, folder)
+    limited = replace(scores.examples, limit=data.draw(st.one_of(st.none(), st.integers(1, 10**6))))
+    val_losses = [*losses[:-1], *[np.inf] * bool(losses)]
+    paths = draw(replace(scores, examples=limited, losses=losses, val_losses=val_losses), folder)
     assert ("learning_curve" in [path.stem for path in paths]) == bool(losses)
     check_pictures(paths, folder)
 
@@ -272,35 +258,30 @@ def test_any_class_names_can_be_drawn(
     shape = st.lists(st.integers(0, len(names) - 1), min_size=1, max_size=7)
     true, said = (np.resize(np.array(data.draw(shape)), units) for _ in range(2))
     folder = tmp_path_factory.mktemp("classes")
-    scores, examples = by_hand("classification", level, names, lengths, said, true=true)
-    examples = replace(examples, task=replace(examples.task, task_name=names[0]))
-    check_pictures(draw(replace(scores, examples=examples), examples, folder), folder)
+    scores = by_hand("classification", level, names, lengths, said, true=true)
+    examples = replace(scores.examples, task=replace(scores.examples.task, task_name=names[0]))
+    check_pictures(draw(replace(scores, examples=examples), folder), folder)
 
 
 @pytest.mark.parametrize("classes", [1, 13, 40, MOST, MOST + 1, 300])
 def test_many_classes_fit(tmp_path: Path, classes: int) -> None:
     counts = np.arange(classes * classes).reshape(classes, classes) * 1000
     names = [f"a rather long name of class {index}" for index in range(classes)]
-    paths = [confusion_picture(HEADING, names, counts, tmp_path / "a.png")]
-    paths.append(class_picture(HEADING, names, counts, "positions", tmp_path / "b.png"))
+    paths = [confusion_figure(HEADING, names, counts, tmp_path / "a.png")]
+    paths.append(class_figure(HEADING, names, counts, "positions", tmp_path / "b.png"))
     check_pictures(paths, tmp_path)
     assert max(pixels(path).shape[1] for path in paths) < 2000
 
 
-def test_points_beyond_what_is_drawn_are_a_fixed_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr(figures, "_points", lambda axes, x, y, limits: drawn.append((x, y)))
+def test_points_beyond_what_is_drawn_are_a_fixed_sample() -> None:
     true = np.arange(30_000.0)
-    task = by_hand("regression", "sequence", [], [5] * 30_000, np.where(true == 3, np.nan, true + 1), true=true)
-    draw(*task, tmp_path)
-    draw(*task, tmp_path)
-    (x, y), (said, residuals) = drawn[:2]
-    assert len(np.unique(x)) == figures.POINTS
+    predicted = np.where(true == 3, np.nan, true + 1)
+    x, y, notes = numbers.sample(true, predicted)
+    assert len(np.unique(x)) == numbers.POINTS
     assert (y == x + 1).all()
-    assert (said == y).all()
-    assert (residuals == 1).all()
     assert 3 not in x
-    np.testing.assert_array_equal(drawn[2][0], x)
+    assert notes.startswith("; a sample of 20,000; 1 that are not finite are left out")
+    np.testing.assert_array_equal(numbers.sample(true, predicted)[0], x)
 
 
 def test_the_examples_are_the_shortest_with_enough_labels() -> None:
@@ -312,29 +293,33 @@ def test_the_examples_are_the_shortest_with_enough_labels() -> None:
     assert choose(part, 6) == [3, 0, 4, 1, 2, 5]
 
 
-def test_a_row_of_an_example_by_hand() -> None:
+def test_the_letters_of_an_example_by_hand() -> None:
     target = Target("ss", ("H", "E"), 3)
     true, mask = np.array([0, 1, 1, -1, 0]), np.array([True, True, True, False, True])
     part = Part(["MKVAC"], ["x000.csv:0"], np.array([5]), [true], [mask], 0, np.array([5]))
-    row = row_of(target, part, 0, np.array([0, 0, 1, 1, 2]), slice(0, 5))
-    assert (row.name, row.true, row.predicted) == ("ss", "HEE·H", "HHE·?")
-    assert row.wrong.tolist() == [False, True, False, False, True]
+    assert letters_of(target, part, 0, np.array([0, 0, 1, 1, 2]), slice(0, 5)) == ("HEE·H", "HHE·?", " █  █")
 
 
 def test_lengths_hold_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    fit = canvas.fitting
-    monkeypatch.setattr(canvas, "fitting", lambda text, *given: told.append(text) or fit(text, *given))  # type: ignore[func-returns-value]
+    subtitles: list[str] = []
+    make = canvas.new_figure
+
+    def new_figure(width: float, height: float, title: str, subtitle: str) -> Any:
+        subtitles.append(subtitle)
+        return make(width, height, title, subtitle)
+
+    monkeypatch.setattr(numbers, "new_figure", new_figure)
     rows = [{"sequence": "M" * length, "y": length} for length in (3, 9, 4, 2000)]
     examples = load(make_task(tmp_path, rows, max_seq_length=5))
     scores = Scores(examples, (), {}, pa.table({"y_prediction": [0.5, 0.5]}), [], [])
-    check_pictures(draw(scores, examples, tmp_path / "out"), tmp_path / "out")
-    assert "train: 4 sequences, 2 of them too long; test: 4 sequences, 2 of them too long" in told
+    check_pictures(draw(scores, tmp_path / "out"), tmp_path / "out")
+    assert "train: 4 sequences, 2 of them too long; test: 4 sequences, 2 of them too long" in subtitles
 
 
 def test_a_curve_for_each_task(tmp_path: Path) -> None:
-    points = [(step, {"a b/loss": 1 / (step + 1), "A_B/loss": float(step), "x": np.nan}) for step in (5, 0, 10)]
-    points.append((7, {"plain": 0.5, "deep/task/accuracy": 1.0}))
+    loss, mse = "dwnstr_task_val_loss", "test_y_mse"
+    points = [(step, {f"a b/{loss}": 1 / (step + 1), f"A_B/{mse}": float(step), mse: np.nan}) for step in (5, 0, 10)]
+    points.append((7, {mse: 0.5, f"deep/task/{loss}": 1.0, "seconds": 2.0}))
     paths = curves(points, tmp_path)
     assert [path.name for path in paths] == ["curve_a_b.png", "curve_A_B_2.png", "curve.png", "curve_deep_task.png"]
     check_pictures(paths, tmp_path)
@@ -343,24 +328,12 @@ def test_a_curve_for_each_task(tmp_path: Path) -> None:
 
 @given(st.lists(st.text(), max_size=6))
 def test_file_names_are_safe_and_all_different(names: list[str]) -> None:
-    stems = figures._stems([*names, *names])
+    stems = file_stems([*names, *names])
     assert len({stem.casefold() for stem in stems}) == 2 * len(names)
     assert all(stem and stem == Path(stem).name and not set(stem) & set(' /\\:*?"<>|') for stem in stems)
 
 
-@given(st.lists(st.floats(), min_size=1))
-def test_limits_hold_every_number_that_can_be_drawn(values: list[float]) -> None:
-    numbers = np.array(values)[drawable(np.array(values))]
-    if len(numbers):
-        low, high = span(numbers)
-        assert low < numbers.min() <= numbers.max() < high
-        assert 1 / LARGEST < high - low < 3 * LARGEST
-
-
-@given(st.text())
-def test_texts_are_one_line_and_fit(text: str) -> None:
-    assert len(clean(text)) == len(text)
-    assert not set(clean(text)) & set("\n\r\t\v\f")
-    assert extent(fitting(text, 9, 2.0), 9) <= 2.0
-    widths = {extent("A" + cell(letter) + "A", 9, canvas.MONO) for letter in text}
-    assert widths <= {extent("AAA", 9, canvas.MONO)}
+@given(st.text(), st.integers(1, 30))
+def test_texts_are_one_line_and_short(text: str, most: int) -> None:
+    assert not set(shorten(text, most)) & set("\n\r\t\v\f")
+    assert len(shorten(text, most)) <= min(len(text), most)

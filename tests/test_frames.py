@@ -13,7 +13,7 @@ import pytest
 from pipeline.config.schema import Task
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.load import load
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.validation import validate
 from tests.conftest import FakeEncoder, make_task
 
@@ -96,6 +96,13 @@ def test_what_is_wrong_names_frame_row_and_column(frames: Any, kind: type[Pipeli
         frames = dict.fromkeys(("train", "test"), pd.DataFrame(frames))
     with pytest.raises(kind, match=message):
         load(Task(target_column=["y"]), frames=frames)
+
+
+def test_a_sequence_that_the_encoder_does_not_know(tmp_path: Path) -> None:
+    known, unknown = (pd.DataFrame({"sequence": ["MK", text], "y": [1.0, 2.0]}) for text in ("AC", "???"))
+    examples = [load(Task(target_column=["y"]), frames={"train": known, "test": unknown})]
+    with pytest.raises(DataError, match=r"frames\['test'\], row 1: column 'sequence': .* found '\?\?\?'"):
+        validate(FakeEncoder(), examples[0].task, Store(tmp_path), examples=examples)
 
 
 def test_files_still_need_a_folder(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline.heads.batches import Batch
 from pipeline.heads.fit import fit, loss_of
 from pipeline.heads.stack import Stack
 from pipeline.load import Target, load
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.train_head import make_head
 from tests.conftest import FakeEncoder, make_task
 from tests.test_path import proteins
@@ -233,7 +233,7 @@ def test_several_seeds_at_once_are_each_trained_as_alone(
     targets, cpu = embeddings.examples.targets, torch.device("cpu")
 
     def fresh(seed: int) -> Head:
-        return make_head(replace(task, random_seed=seed), embeddings.shelf.hidden_size, targets, cpu)
+        return make_head(replace(task, random_seed=seed), embeddings.table.hidden_size, targets, cpu)
 
     together = [fresh(seed) for seed in SEEDS]
     found = fit(together, SEEDS, embeddings, cpu)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,26 @@ from pipeline.errors import ConfigError
 from tests.conftest import ROOT, make_task
 
 hydra = pytest.importorskip("hydra", reason="needs hydra-core")
+
+# What `pipeline/config/hydra_file.py` uses of Hydra that is not public. No public function composes a file without
+# changing the state of Hydra.
+PRIVATE = [
+    "_internal.config_loader_impl:ConfigLoaderImpl._compose_config_from_defaults_list",
+    "_internal.config_repository:ConfigRepository.load_config",
+    "_internal.config_search_path_impl:ConfigSearchPathImpl",
+    "_internal.core_plugins.file_config_source:FileConfigSource._normalize_file_name",
+    "_internal.core_plugins.structured_config_source:StructuredConfigSource",
+    "_internal.defaults_list:create_defaults_list",
+    "plugins.config_source:ConfigSource._get_header_dict",
+    "version:VersionBase.instance",
+]
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_hydra_core_still_has(name: str) -> None:
+    module, _, path = name.partition(":")
+    attrgetter(path)(importlib.import_module(f"hydra.{module}"))
+
 
 # The reference's own shape: a base with everything, its downstream task off, and a file that changes some of it.
 BASE = """

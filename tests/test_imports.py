@@ -15,7 +15,7 @@ from tests.conftest import ROOT, make_task
 # The rooms, folders and files at the top: each may import those before it.
 ORDER = """
 errors progress statistics config data load store encoders tracking checkpoints embed heads train_head score report
-validation commands training pretrain __main__
+validation commands training program __main__
 """.split()
 DEEPEST = 17  # floors of module-level imports
 ADAPTERS = {

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import pytorch_lightning as pl
 from filelock import FileLock
@@ -24,7 +25,7 @@ from mlflow import MlflowClient, environment_variables
 from pipeline import DownstreamValidation, JournalLogger
 from pipeline.__main__ import main
 from pipeline.tracking import sender as sending
-from pipeline.tracking.client import be_brief
+from pipeline.tracking.client import fail_fast
 from pipeline.tracking.delivery import RefusedError, Sink
 from pipeline.tracking.journal import Journal, Record
 from pipeline.tracking.journal_run import JournalRun
@@ -402,7 +403,7 @@ def test_a_second_logger_goes_on_in_the_same_journal(tmp_path: Path, tracking: s
 
 
 def test_a_logger_may_be_used_after_a_training(tmp_path: Path, tracking: str) -> None:
-    """Its thread has ended then; the run's status stays, or becomes that of the last training."""
+    """Its thread may have ended then; the run's status stays, or becomes that of the last training."""
     logger = JournalLogger("twice", journal=tmp_path / "a.jsonl")
     for step, status in enumerate(("failed", "success")):
         logger.log_metrics({"x": 1.0}, step)
@@ -505,7 +506,7 @@ def test_the_users_own_client_keeps_its_manners() -> None:
         found[name] = (variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES.get(), variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get())
 
     def brief() -> None:
-        be_brief()
+        fail_fast()
         ask("sender")
 
     for name, work in (("before", lambda: ask("before")), ("sender", brief), ("after", lambda: ask("after"))):
@@ -513,6 +514,64 @@ def test_the_users_own_client_keeps_its_manners() -> None:
         thread.start()
         thread.join()
     assert found == {"before": (7, 120), "sender": (0, 10), "after": (7, 120)}
+
+
+def test_every_thread_of_a_sender_fails_fast(tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread ends when there is nothing to send; the next thread uses the connection that there is."""
+    found = []
+    log_batch = MlflowClient.log_batch
+
+    def ask(*args: Any, **options: Any) -> None:
+        variable: Any = environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES
+        found.append((threading.current_thread(), variable.get()))
+        log_batch(*args, **options)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", ask)
+    logger = JournalLogger("bursts", journal=tmp_path / "a.jsonl")
+    for step in range(2):
+        logger.log_metrics({"x": 1.0}, step)
+        assert sending.flush()
+        logger.finalize("success")
+        assert sending.flush()
+        found[-1][0].join(60)
+        assert not found[-1][0].is_alive()
+    assert [retries for _, retries in found] == [0, 0]
+
+
+def test_the_end_of_a_program_needs_no_new_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Python 3.12 starts none then."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    finished = {name: Sender(Journal(tmp_path / f"{name}.jsonl"), FakeSink, remove=True) for name in "ab"}
+    for sender in finished.values():
+        wait(sender)
+        while (thread := sender._thread) is not None:
+            thread.join()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert finished["a"].close()
+    assert not list(tmp_path.glob("a.*"))
+    finished["b"].journal.append({"op": "x"})
+    assert not finished["b"].close()
+    assert "send it later with" in caplog.text
+
+
+def test_the_experiment_that_a_script_has_set(tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mlflow.set_experiment` sets MLFLOW_EXPERIMENT_ID, which takes precedence over a name in the environment."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the environment")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    for name in ("of the environment", "of the script"):
+        opened = OpenRun(tmp_path / f"{name}.jsonl", name="run")
+        assert opened.sender.close()
+        (experiment,) = [one for one in MlflowClient().search_experiments() if one.name == name]
+        assert opened.ids is not None
+        assert opened.ids[0] == experiment.experiment_id
+        monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None, raising=False)
+        mlflow.set_experiment("of the script")
 
 
 def test_the_command_line_goes_on_without_a_server(

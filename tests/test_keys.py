@@ -22,13 +22,14 @@ from pipeline.config.schema import Config, Files, Logging, MaxRows, Task
 from pipeline.config.yaml_file import config_from, read_config
 from pipeline.embed import embed
 from pipeline.encoders.live import LiveModel
+from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.source import code_digest
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.heads.architectures import Head
 from pipeline.heads.fit import loss_of
 from pipeline.load import load
 from pipeline.score import Scores
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.train_head import train_head
 from pipeline.validation import validate
 from tests.conftest import ROOT, FakeEncoder, make_task, write_csv
@@ -100,18 +101,18 @@ def test_key_layer(model_folder: Callable[..., Path], kind: str) -> None:
     inner = slice(len(last.tokens.before), ids.shape[1] - len(last.tokens.after))
     count = len(states) - 1
     for layer in range(-count - 1, count + 1):
-        encoder: Any = open_encoder(folder, layer=layer)
+        encoder: Any = open_encoder(folder, EncoderOptions(layer=layer))
         for state in encoder.hidden_states([text, "CC", text])[::2]:
             torch.testing.assert_close(state, states[layer][0, inner], atol=1e-5, rtol=0)
         assert (encoder.digest == last.digest) == (layer in (-1, count))
-    lowest: Any = open_encoder(folder, layer=0)
+    lowest: Any = open_encoder(folder, EncoderOptions(layer=0))
     sizes = [sum(one.numel() for one in encoder.model.parameters()) for encoder in (lowest, last)]
     assert sizes[0] < sizes[1]
-    assert len({open_encoder(folder, layer=layer).digest for layer in range(count + 1)}) == count + 1
+    assert len({open_encoder(folder, EncoderOptions(layer=layer)).digest for layer in range(count + 1)}) == count + 1
     with pytest.raises(ConfigError, match=rf"layer: expected {-count - 1} to {count} for a model of {count} layers"):
-        open_encoder(folder, layer=count + 1)
+        open_encoder(folder, EncoderOptions(layer=count + 1))
     with pytest.raises(ConfigError, match="gives the hidden states itself"):
-        open_encoder(folder, "tests.test_keys.FakeEncoder", layer=1)
+        open_encoder(folder, EncoderOptions("tests.test_keys.FakeEncoder", layer=1))
 
 
 FIT: dict[str, Any] = {
@@ -198,27 +199,35 @@ def test_key_emb_batch_size(task: Task, tmp_path: Path) -> None:
     assert encoder.largest == 3
 
 
+def store_of(folder: Path, **keys: Any) -> Store:
+    """The store of a configuration with these keys."""
+    section = {"store": str(folder), "dataset": {"dataset_path": "d", "target_column": "y"}, **keys}
+    return Store.from_config(config_from(section))
+
+
 def test_key_max_batch_tokens(task: Task, tmp_path: Path) -> None:
-    (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path, max_batch_tokens=77))
-    assert embeddings.shelf.shards()[0].made_with["max_batch_tokens"] == 77
+    (embeddings,) = embed([load(task)], FakeEncoder(), store_of(tmp_path, max_batch_tokens=77))
+    assert embeddings.table.shards()[0].made_with["max_batch_tokens"] == 77
 
 
 def test_key_memory_budget(task: Task, tmp_path: Path) -> None:
     for text, in_memory in (("1GB", True), ("1KB", False)):
-        config = config_from({"memory_budget": text, "dataset": {"dataset_path": "d", "target_column": "y"}})
-        (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path, memory_bytes=config.memory_bytes))
-        rows = embeddings.rows("train")
-        assert rows.in_memory == in_memory
+        (embeddings,) = embed([load(task)], FakeEncoder(), store_of(tmp_path, memory_budget=text))
+        assert embeddings.rows("train").in_memory == in_memory
 
 
 def test_key_embedding_dtype(task: Task, tmp_path: Path) -> None:
-    (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path, dtype="float16"))
-    assert embeddings.shelf.dtype.itemsize == 2
+    (embeddings,) = embed([load(task)], FakeEncoder(), store_of(tmp_path, embedding_dtype="float16"))
+    assert embeddings.table.dtype.itemsize == 2
 
 
-def test_key_store(task: Task, tmp_path: Path) -> None:
-    measured(task, tmp_path / "elsewhere")
-    assert {path.name for path in (tmp_path / "elsewhere" / "store").iterdir()} == {"embeddings", "heads"}
+def test_key_store(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    validate(FakeEncoder(), task, store_of(tmp_path / "elsewhere"))
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"embeddings", "heads"}
+    assert store_of(tmp_path / "elsewhere", embedding_dtype="float16").root == tmp_path / "elsewhere"
+    config = config_from({"store": "elsewhere", "dataset": {"dataset_path": "d", "target_column": "y"}})
+    assert Store.from_config(config, tmp_path / "other").root == tmp_path / "other"
 
 
 def test_key_sequence_column(tmp_path: Path) -> None:
@@ -268,21 +277,21 @@ def test_key_class(task: Task, tmp_path: Path) -> None:
 
 def test_key_infer_target(model_folder: Callable[..., Path]) -> None:
     folder = str(model_folder("esm"))
-    assert open_encoder(folder, "esm").digest == open_encoder(folder, "auto").digest
+    assert open_encoder(folder, EncoderOptions("esm")).digest == open_encoder(folder, EncoderOptions("auto")).digest
     with pytest.raises(CheckpointError, match=r"infer_target 'prott5' is for t5 or mt5, but .* is esm"):
-        open_encoder(folder, "prott5")
+        open_encoder(folder, EncoderOptions("prott5"))
 
 
 def test_key_device(model_folder: Callable[..., Path]) -> None:
-    assert open_encoder(str(model_folder("esm")), device="cpu").device == torch.device("cpu")
+    assert open_encoder(str(model_folder("esm")), EncoderOptions(device="cpu")).device == torch.device("cpu")
     with pytest.raises(ConfigError, match="'cuda:99' is not on this machine"):
-        open_encoder(str(model_folder("esm")), device="cuda:99")
+        open_encoder(str(model_folder("esm")), EncoderOptions(device="cuda:99"))
 
 
 def test_key_precision(model_folder: Callable[..., Path]) -> None:
     folder = str(model_folder("esm"))
-    exact = open_encoder(folder, precision="fp32", device="cpu").hidden_states(["MKV"])[0]
-    rounded = open_encoder(folder, precision="bf16", device="cpu").hidden_states(["MKV"])[0]
+    exact = open_encoder(folder, EncoderOptions(precision="fp32", device="cpu")).hidden_states(["MKV"])[0]
+    rounded = open_encoder(folder, EncoderOptions(precision="bf16", device="cpu")).hidden_states(["MKV"])[0]
     assert 0 < (exact - rounded).abs().max() < 0.2
     assert rounded.dtype == torch.float32
 
@@ -304,8 +313,8 @@ def test_key_trust_pickle(tmp_path: Path, model_folder: Callable[..., Path]) -> 
     with pytest.raises(
         CheckpointError, match=r"expected a tensor, found a torch.nn.init.ones_, which is not read; set"
     ):
-        open_encoder(str(tmp_path / "a.ckpt"), **settings)
-    assert open_encoder(str(tmp_path / "a.ckpt"), trust_pickle=True, **settings).hidden_size == 32
+        open_encoder(str(tmp_path / "a.ckpt"), EncoderOptions(**settings))
+    assert open_encoder(str(tmp_path / "a.ckpt"), EncoderOptions(trust_pickle=True, **settings)).hidden_size == 32
 
 
 def test_shipped_configurations_have_no_surprises() -> None:
@@ -461,10 +470,10 @@ def test_edited_code_is_measured_anew(package: OwnPackage, task: Task, tmp_path:
     for factor in ("2.0", "3.0", "3.0"):
         package.write("../beside.py", f"FACTOR = {factor}\n")
         package.forget()
-        encoder = open_encoder(str(tmp_path / "weights.ckpt"), "own_package.encoder.Own")
+        encoder = open_encoder(str(tmp_path / "weights.ckpt"), EncoderOptions("own_package.encoder.Own"))
         (embeddings,) = embed([load(task)], encoder, Store(tmp_path / "store"))
         rows = embeddings.rows("test").on(torch.device("cpu"))
-        seen.append((float(rows.max()), embeddings.embedded > 0))
+        seen.append((float(rows.max()), embeddings.metrics["embedded"] > 0))
     assert seen == [(2.0, True), (3.0, True), (3.0, False)]
 
 
@@ -522,7 +531,7 @@ def test_a_digest_of_the_class_stands_for_its_code_alone(tmp_path: Path) -> None
     keys = set()
     for content in (b"one", b"two"):
         (tmp_path / "weights.ckpt").write_bytes(content)
-        keys.add(open_encoder(str(tmp_path / "weights.ckpt"), "tests.test_keys.WithDigest").digest)
+        keys.add(open_encoder(str(tmp_path / "weights.ckpt"), EncoderOptions("tests.test_keys.WithDigest")).digest)
     assert len(keys) == 2
     assert all("version 1" in key for key in keys)
 
@@ -545,6 +554,7 @@ from pipeline import Store, validate
 from pipeline.config.schema import Task
 from pipeline.heads.architectures import Head
 from pipeline.encoders.live import LiveModel
+from pipeline.encoders.options import EncoderOptions
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 

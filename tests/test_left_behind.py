@@ -31,7 +31,7 @@ from pipeline.encoders.packing import Packing
 from pipeline.errors import CacheError, TrackingError
 from pipeline.load import load
 from pipeline.store import shards
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import host_mark, temporary_folder
 from pipeline.tracking import delivery, earlier
 from pipeline.tracking import sender as sending
@@ -232,7 +232,7 @@ def test_no_other_temporary_folders_are_made() -> None:
 
 
 def test_unfinished_files_of_the_store_go_with_the_next_program(tmp_path: Path, fake: FakeEncoder) -> None:
-    """On other shelves too, and only where nobody is writing."""
+    """In other tables too, and only where nobody is writing."""
     some = Store(tmp_path / "store")
     embed([load(token_task(tmp_path))], fake, some)
     (shelf,) = (tmp_path / "store" / "embeddings").iterdir()
@@ -255,7 +255,7 @@ from pathlib import Path
 import numpy as np
 from pipeline.embed import embed
 from pipeline.load import load
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from tests.conftest import FakeEncoder
 from tests.test_store import token_task
 encoder = FakeEncoder()
@@ -285,7 +285,7 @@ def test_embeddings_that_cannot_be_found_again_go_with_the_next_program(tmp_path
 def test_embeddings_that_cannot_be_found_again_go_with_what_reads_them(tmp_path: Path, fake: FakeEncoder) -> None:
     """In a training there are some at each measurement."""
     some = Store(tmp_path / "store", memory_bytes=0)
-    fake.reusable = False  # type: ignore[attr-defined]
+    fake.reusable = False
     (embeddings,) = embed([load(token_task(tmp_path))], fake, some)
     rows = embeddings.rows("train")
     del embeddings
@@ -559,7 +559,7 @@ def test_a_line_that_is_no_record_does_not_stop_the_journal(line: bytes, tmp_pat
 
 
 @pytest.mark.parametrize("given", [[], ["--traceback"]])
-@pytest.mark.parametrize("entry", [["main", "--config"], ["pretrain", "--config"], ["config"]])
+@pytest.mark.parametrize("entry", [["main", "--config"], ["config"]])
 def test_the_command_line_prints_where_an_error_is_from(entry: list[str], given: list[str], capsys: Any) -> None:
     level = logging.getLogger("pipeline").level
     try:
@@ -572,7 +572,7 @@ def test_the_command_line_prints_where_an_error_is_from(entry: list[str], given:
 
 
 def test_every_entry_point_takes_traceback(capsys: Any) -> None:
-    for entry in ("main", "load", "embed", "train_head", "score", "pretrain", "compare", "replay", "config"):
+    for entry in ("main", "load", "embed", "train_head", "score", "compare", "replay", "config"):
         with pytest.raises(SystemExit):
             main([entry, "--help"])
         assert "--traceback" in capsys.readouterr().out

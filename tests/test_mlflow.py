@@ -27,7 +27,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run, ViewType
 from transformers import AutoTokenizer, EsmForMaskedLM
 
-from pipeline import Store, open_encoder, read_config, validate
+from pipeline import EncoderOptions, Store, open_encoder, read_config, validate
 from pipeline.__main__ import main
 from pipeline.config.yaml_file import to_mapping
 from pipeline.encoders.description import DESCRIPTION, describe
@@ -122,7 +122,9 @@ def test_one_task(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     (parent,) = lab.parents()
     config = read_config(lab.folder / "config.yaml")
-    scores = validate(open_encoder(str(lab.ckpt), device="cpu"), config.tasks, Store(lab.folder / "another store"))
+    scores = validate(
+        open_encoder(str(lab.ckpt), EncoderOptions(device="cpu")), config.tasks, Store(lab.folder / "another store")
+    )
     assert lab.statuses(parent) == dict.fromkeys(["main", *STAGES], "FINISHED")
     assert "test_value_mse" in scores[0].metrics
     assert dict(parent.data.metrics) == scores[0].metrics

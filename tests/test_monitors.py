@@ -138,13 +138,18 @@ def test_a_metric_of_a_list_of_tasks_in_the_file_name_makes_no_folders(
     assert all(Path(path).is_file() for path in monitors[0].best_k_models)
 
 
-def test_a_file_name_keeps_the_folders_and_the_formats_that_it_is_given(tmp_path: Path) -> None:
-    metrics = {"step": 3, "epoch": 1, "a.b/loss": 0.25, "c": 2.0}
-    keep = DownstreamModelCheckpoint(tmp_path, "sub/{step:04d}_{a.b/loss:.1e}_{c}_{no/where:d}")
-    assert keep.format_checkpoint_name(metrics) == str(
-        tmp_path / "sub/step=0003_a.b_loss=2.5e-01_c=2.0_no_where=0.ckpt"
-    )
+def test_a_file_name_keeps_the_folders_and_the_formats_that_it_is_given(task: Task, tmp_path: Path) -> None:
+    """Only in the names of downstream metrics does `/` become `_`."""
+    task.task_name = "a.b"
+    name = f"a.b/{LOSS}"
+    metrics = {"step": 3, "epoch": 1, name: 0.25, "c": 2.0, "val/loss": 0.5}
+    keep = DownstreamModelCheckpoint(tmp_path, f"sub/{{step:04d}}_{{{name}:.1e}}_{{c}}_{{a.b/test_label_mcc:d}}")
+    callbacks = [*setup_dwnstr_task_validation_callbacks(section(tmp_path, [task])), keep]
+    keep.setup(trainer(tmp_path, callbacks), pl.LightningModule(), "validate")
+    expected = f"sub/step=0003_a.b_{LOSS}=2.5e-01_c=2.0_a.b_test_label_mcc=0.ckpt"
+    assert keep.format_checkpoint_name(metrics) == str(tmp_path / expected)
     assert keep.format_checkpoint_name(metrics, "{epoch}", ver=2) == str(tmp_path / "epoch=1-v2.ckpt")
+    assert keep.format_checkpoint_name(metrics, "{val/loss:.1f}") == str(tmp_path / "val/loss=0.5.ckpt")
     assert DownstreamModelCheckpoint().format_checkpoint_name(metrics) == "epoch=1-step=3.ckpt"
 
 

@@ -18,7 +18,7 @@ from pipeline.config.schema import Task
 from pipeline.errors import ConfigError
 from pipeline.heads import optimizers as optim
 from pipeline.heads.schedules import POLICIES
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.validation import validate
 from tests.conftest import ROOT, FakeEncoder
 from tests.test_path import planted_task

@@ -16,7 +16,15 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, EsmForMaskedLM, T5ForConditionalGeneration, T5Model
 
-from pipeline import LiveModel, Store, open_encoder, setup_dwnstr_task_validation_callbacks, untouched, validate
+from pipeline import (
+    EncoderOptions,
+    LiveModel,
+    Store,
+    open_encoder,
+    setup_dwnstr_task_validation_callbacks,
+    untouched,
+    validate,
+)
 from pipeline.config.schema import Task
 from pipeline.config.yaml_file import to_yaml
 from pipeline.encoders.description import DESCRIPTION, portable
@@ -68,7 +76,7 @@ def test_a_training_of_somebodys_own_model(
     for step, metrics in callback.curve:  # type: ignore[attr-defined]
         ckpt = str(tmp_path / "kept" / f"step={step}.ckpt")
         for factory in (FACTORY, "tests.own_model.make_function"):
-            encoder = open_encoder(ckpt, model_factory=factory)
+            encoder = open_encoder(ckpt, EncoderOptions(model_factory=factory))
             assert metrics_of(encoder, task, tmp_path / f"{factory} {step}") == metrics
         command = [sys.executable, "-m", "pipeline", "main", f"--ckpt={ckpt}", f"--config={tmp_path / 'task.yaml'}"]
         refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -119,7 +127,7 @@ def test_weights_of_another_dtype_are_run_as_float32(module: Any) -> None:
     module.to(torch.float64)
     before = copy.deepcopy(module.state_dict())
     with untouched(module):
-        states = LiveModel(module).encoder(module, precision="fp32").hidden_states(["MKVA"])[0]
+        states = LiveModel(module).encoder(module, EncoderOptions(precision="fp32")).hidden_states(["MKVA"])[0]
     assert module.state_dict().keys() == before.keys()
     assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
     torch.testing.assert_close(states, expected_states(module.model.float(), "MKVA"), rtol=1e-5, atol=1e-5)
@@ -170,14 +178,14 @@ def test_a_checkpoint_with_weights_that_its_class_does_not_have(model_folder: An
     torch.save({"state_dict": state}, tmp_path / "a.ckpt")
     for ckpt, architecture in ((tmp_path / "folder", None), (tmp_path / "a.ckpt", str(folder))):
         with pytest.raises(CheckpointError, match=r"does not have: encoder.layer.1.adapter.bias, .*model_factory="):
-            open_encoder(str(ckpt), architecture=architecture)
+            open_encoder(str(ckpt), EncoderOptions(architecture=architecture))
 
 
 def test_a_folder_of_somebodys_own_class(module: Any, tmp_path: Path) -> None:
     """Written with `save_pretrained`, and a tokenizer of transformers beside it."""
     module.eval().model.save_pretrained(tmp_path / "own")
     portable(module.tokenizer).save_pretrained(tmp_path / "own")
-    encoder = open_encoder(str(tmp_path / "own"), model_factory=FACTORY)
+    encoder = open_encoder(str(tmp_path / "own"), EncoderOptions(model_factory=FACTORY))
     (states,) = encoder.hidden_states(["MKVA"])
     torch.testing.assert_close(states, expected_states(module.model, "MKVA"), rtol=1e-5, atol=1e-5)
     with pytest.raises(CheckpointError, match="own_esm"):
@@ -198,10 +206,10 @@ def test_a_factory_that_does_not_fit(task: Task, module: Any, tmp_path: Path) ->
     ]
     for options, kind, message in cases:
         with pytest.raises(kind, match=message):
-            open_encoder(path, **options)
+            open_encoder(path, EncoderOptions(**options))
     with pytest.raises(CheckpointError, match="called with no configuration: the checkpoint holds none"):
-        open_encoder(str(tmp_path / "silent.ckpt"), model_factory=FACTORY)
-    first = open_encoder(path, model_factory=FACTORY, layer=1).hidden_states(["MKVA"])[0]
+        open_encoder(str(tmp_path / "silent.ckpt"), EncoderOptions(model_factory=FACTORY))
+    first = open_encoder(path, EncoderOptions(model_factory=FACTORY, layer=1)).hidden_states(["MKVA"])[0]
     with torch.no_grad():
         tokens = OwnTokenizer()("MKVA", return_tensors="pt")
         expected = module.eval().model(**tokens).hidden_states[1][0, 1:-1]
@@ -216,11 +224,11 @@ def test_weights_of_another_shape_or_missing(module: Any, tmp_path: Path) -> Non
     with pytest.raises(
         CheckpointError, match=r"'model.esm.gate.up.weight': expected the shape \(32, 8\), found \(3, 3\)"
     ):
-        open_encoder(str(tmp_path / "cut.ckpt"), model_factory=FACTORY)
+        open_encoder(str(tmp_path / "cut.ckpt"), EncoderOptions(model_factory=FACTORY))
     less = {name: value for name, value in state.items() if "gate.up" not in name}
     torch.save({"state_dict": less, DESCRIPTION: description}, tmp_path / "less.ckpt")
     with pytest.raises(CheckpointError, match=r"found one that lacks esm\.gate.up.bias, esm.gate.up.weight"):
-        open_encoder(str(tmp_path / "less.ckpt"), model_factory=FACTORY)
+        open_encoder(str(tmp_path / "less.ckpt"), EncoderOptions(model_factory=FACTORY))
 
 
 def test_a_tokenizer_of_ones_own_is_written_as_one_of_transformers() -> None:
@@ -247,7 +255,7 @@ def test_what_a_factory_makes_is_in_the_key(task: Task, tmp_path: Path) -> None:
     """Two factories with the same weights: nothing of the one is reused for the other."""
     torch.save({"state_dict": own_model.make_scaled_by_one().state_dict()}, tmp_path / "a.ckpt")
     encoders: list[Any] = [
-        open_encoder(str(tmp_path / "a.ckpt"), model_factory=f"tests.own_model.make_scaled_by_{name}")
+        open_encoder(str(tmp_path / "a.ckpt"), EncoderOptions(model_factory=f"tests.own_model.make_scaled_by_{name}"))
         for name in ("one", "two", "one")
     ]
     assert encoders[0].digest == encoders[2].digest != encoders[1].digest

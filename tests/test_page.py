@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.report.figures import draw
 from pipeline.report.page import page
 from pipeline.score import Scores
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.validation import validate
 from tests.conftest import FakeEncoder
 from tests.test_path import planted_task
@@ -64,13 +64,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Scores], di
     numbers = {"target_column": ["number"], "task_type": "regression"}
     second = planted_task(folder / "b", task_name="second", num_epochs=0, max_seq_length=20, **numbers)
     scores = validate(FakeEncoder(), [first, second], Store(folder / "store"))
-    pictures = {one.task_name: draw(one, one.examples, folder / str(i)) for i, one in enumerate(scores)}
+    pictures = {one.task_name: draw(one, folder / str(i)) for i, one in enumerate(scores)}
     return scores, pictures
 
 
 def test_every_number_note_and_picture_is_there(measured: tuple[list[Scores], dict[str, list[Path]]]) -> None:
     scores, pictures = measured
-    scores = [replace(one, omitted={"mcc": "all of <one> class"}) for one in scores]
+    scores = [replace(one, notes=(*one.notes, "mcc is left out: all of <one> class")) for one in scores]
     reader = Reader(page("Title & more", scores, pictures, FACTS, YAML))
     assert reader.texts["title"] == reader.texts["h1"] == ["Title & more"]
     assert dict(zip(reader.texts["dt"], reader.texts["dd"], strict=True)) == FACTS
@@ -84,7 +84,7 @@ def test_every_number_note_and_picture_is_there(measured: tuple[list[Scores], di
     assert reader.texts["td"] == cells
     names = [name for one in scores for name in one.metrics]
     assert [text for text in reader.texts["th"] if "/" in text] == names
-    notes = [note for one in scores for note in (*one.notes, "mcc is left out: all of <one> class")]
+    notes = [note for one in scores for note in (*one.earlier_notes, *one.notes)]
     assert reader.texts["li"] == notes
     assert len(notes) > 2
     paths = [path for one in scores for path in pictures[one.task_name]]
@@ -104,7 +104,7 @@ def test_it_needs_nothing_else(measured: tuple[list[Scores], dict[str, list[Path
 
 
 def test_a_task_without_pictures_or_notes(measured: tuple[list[Scores], dict[str, list[Path]]]) -> None:
-    bare = replace(measured[0][0], notes=(), omitted={})
+    bare = replace(measured[0][0], notes=(), earlier_notes=())
     reader = Reader(page("Title", [bare], {}, {}, ""))
     assert not reader.images
     assert not reader.tags["li"]

@@ -20,7 +20,7 @@ from pipeline.heads.batches import Data
 from pipeline.load import load
 from pipeline.score import Scores, score
 from pipeline.statistics.metrics import metric_name
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from pipeline.train_head import train_head
 from pipeline.validation import validate
 from tests.conftest import FakeEncoder, make_task, write_csv

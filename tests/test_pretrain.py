@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from examples.pretrain import main
 from pipeline import Store, open_encoder, read_config, validate
-from pipeline.__main__ import main
 from tests.conftest import ROOT
 from tests.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
 
@@ -34,7 +34,7 @@ def demonstration(tmp_path_factory: pytest.TempPathFactory, empty_database: Path
     tracking = f"sqlite:///{folder}/mlflow.db"
     (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
     overrides = f"dataset.num_epochs=1 store={folder}/store"
-    command = ["-m", "pipeline", "pretrain", "--steps=20", "--validations=2", f"--out={folder}/out"]
+    command = ["examples/pretrain.py", "--steps=20", "--validations=2", f"--out={folder}/out"]
     return folder, tracking, python(*command, f"--overrides={overrides}", tracking=tracking)
 
 
@@ -104,7 +104,7 @@ def test_a_mistake_is_one_line_before_the_first_step(
 ) -> None:
     monkeypatch.chdir(ROOT)
     given = [one.replace("{tmp}", str(tmp_path)) for one in arguments]
-    assert main(["pretrain", "--out=" + str(tmp_path / "out"), *given]) == 2
+    assert main(["--out=" + str(tmp_path / "out"), *given]) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]

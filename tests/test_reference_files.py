@@ -227,7 +227,9 @@ def test_an_older_file_of_the_reference_is_read_as_a_newer_one(
 @pytest.mark.parametrize("path", ["model.dwnstr_task_validation.dataset.target_column", "dataset.target_sizes"])
 def test_an_older_key_and_the_one_that_it_stands_for_must_agree(tmp_path: Path, path: str) -> None:
     text = OLDER.replace("LABELS", "[3state]").replace("SIZES", "[3]").replace("MASKS", "[null]")
-    with pytest.raises(ConfigError, match=r"'(labels_col|target_column|target_sizes)' and .* say different things"):
+    with pytest.raises(
+        ConfigError, match=r"'(labels_col|target_column|target_sizes)' and .* are one key with different values"
+    ):
         read_config(written(tmp_path, text, tmp_path), f"{path}=[8]")
 
 

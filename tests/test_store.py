@@ -26,9 +26,9 @@ from pipeline.errors import CacheError
 from pipeline.load import load
 from pipeline.store import shards as shards_module
 from pipeline.store import writing as writing_module
+from pipeline.store.embedding_table import EmbeddingTable, Store, sequence_key
 from pipeline.store.reading import Rows, Vectors
 from pipeline.store.shards import DamagedShardsError
-from pipeline.store.shelf import Store, sequence_key
 from tests.conftest import ROOT, FakeEncoder, make_task
 
 TEXTS = ["MKV", "ACDEFGHIKL", "GG", "MKVLAAGIVG" * 3, "WWW", "A"]
@@ -46,6 +46,11 @@ def sequence_task(folder: Path, texts: list[str] = TEXTS) -> Task:
 
 def embedded(task: Task, encoder: FakeEncoder, store: Store) -> Embeddings:
     return embed([load(task)], encoder, store)[0]
+
+
+def counts(embeddings: Embeddings) -> tuple[float, float]:
+    """How many sequences were embedded, and how many were stored before."""
+    return embeddings.metrics["embedded"], embeddings.metrics["cached"]
 
 
 def all_rows(embeddings: Embeddings, part: str = "train") -> torch.Tensor:
@@ -69,21 +74,23 @@ def test_each_distinct_sequence_goes_through_once(tmp_path: Path, fake: FakeEnco
     tasks = [token_task(tmp_path, TEXTS + TEXTS), sequence_task(tmp_path, [*TEXTS, "KKK"])]
     both = embed([load(task) for task in tasks], fake, store)
     assert sorted(fake.seen) == sorted([*TEXTS, "KKK"])
-    assert (both[0].embedded, both[0].cached) == (7, 0)
+    assert both[0].metrics == both[1].metrics
+    assert both[0].metrics == {"embedded": 7, "cached": 0, "tokens": sum(map(len, fake.seen)), "cache_hits": 0.0}
 
 
 def test_what_is_stored_is_not_embedded_again(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
     first = all_rows(embedded(token_task(tmp_path), fake, store))
     fake.seen.clear()
     again = embedded(token_task(tmp_path), fake, store)
-    assert (fake.seen, again.embedded, again.cached) == ([], 0, 6)
+    assert fake.seen == []
+    assert again.metrics == {"embedded": 0, "cached": 6, "tokens": 0, "cache_hits": 1.0}
     assert torch.equal(all_rows(again), first)
     more = embedded(token_task(tmp_path, [*TEXTS, "YYYY", "CC"]), fake, store)
     assert sorted(fake.seen) == ["CC", "YYYY"]
-    assert (more.embedded, more.cached) == (2, 6)
+    assert more.metrics == {"embedded": 2, "cached": 6, "tokens": 6, "cache_hits": 0.75}
 
 
-def test_another_encoder_pooling_or_dtype_has_a_shelf_of_its_own(tmp_path: Path, fake: FakeEncoder) -> None:
+def test_another_encoder_pooling_or_dtype_has_its_own_table(tmp_path: Path, fake: FakeEncoder) -> None:
     store, half = Store(tmp_path), Store(tmp_path, dtype="float16")
     keys = {
         embedded(token_task(tmp_path), fake, store).key,
@@ -98,15 +105,30 @@ def test_another_encoder_pooling_or_dtype_has_a_shelf_of_its_own(tmp_path: Path,
 
 
 def test_anyone_can_read_a_shard(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
-    shelf = embedded(token_task(tmp_path, ["MKV"]), fake, store).shelf
-    (path,) = shelf.folder.glob("*.parquet")
-    table = pq.read_table(path)
-    assert table["key"].to_pylist() == [sequence_key("MKV")] * 3
-    vectors = np.array([np.frombuffer(cell, "<f4") for cell in table["hidden"].to_pylist()])
+    table = embedded(token_task(tmp_path, ["MKV"]), fake, store).table
+    (path,) = table.folder.glob("*.parquet")
+    columns = pq.read_table(path)
+    assert columns["key"].to_pylist() == [sequence_key("MKV")] * 3
+    vectors = np.array([np.frombuffer(cell, "<f4") for cell in columns["hidden"].to_pylist()])
     assert np.array_equal(vectors, fake.state("MKV").numpy())
-    made_with = json.loads((shelf.folder / "manifest.json").read_text())["shards"][0]["made_with"]
+    made_with = json.loads((table.folder / "manifest.json").read_text())["shards"][0]["made_with"]
     assert made_with["max_batch_tokens"] == 2048
     assert {"device", "threads", "emb_batch_size"} <= set(made_with)
+
+
+def flip(embeddings: Embeddings, fake: FakeEncoder, text: str) -> Path:
+    """Changes a bit of a sequence's stored rows; returns the shard's path."""
+    (path,) = embeddings.table.folder.glob("*.parquet")
+    content = bytearray(path.read_bytes())
+    state = fake.state(text) if embeddings.examples.task.level == "token" else fake.state(text).mean(0)
+    content[content.index(state.numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def groups_of(table: EmbeddingTable, shard: shards_module.Shard) -> list[int]:
+    """The first row of each row group."""
+    return [group.first for group in shards_module.row_groups(table.path(shard), shard, table.row_bytes)]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
@@ -115,47 +137,94 @@ def test_a_damaged_shard_is_embedded_again_and_never_read(
 ) -> None:
     before = embedded(token_task(tmp_path), fake, store)
     expected = all_rows(before)
-    (path,) = before.shelf.folder.glob("*.parquet")
-    content = bytearray(path.read_bytes())
+    (path,) = before.table.folder.glob("*.parquet")
     if damage == "truncate":
-        path.write_bytes(content[: len(content) // 2])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif damage == "remove":
         path.unlink()
     else:
-        place = content.find(fake.state("MKV").numpy().tobytes())
-        content[place + 5] ^= 1
-        path.write_bytes(content)
+        flip(before, fake, "MKV")
         with pytest.raises(DamagedShardsError, match=path.name):
-            Vectors(before.shelf, before.entries["train"], 0)
+            Vectors(before.table, before.entries["train"], 0)
     fake.seen.clear()
     after = embedded(token_task(tmp_path), fake, store)
     assert sorted(fake.seen) == sorted(TEXTS)
     assert torch.equal(all_rows(after), expected)
 
 
-def test_damage_on_one_shelf_leaves_the_other(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
+def test_damage_to_one_table_leaves_the_other(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
     tasks = [token_task(tmp_path), sequence_task(tmp_path)]
     first, pooled = embed([load(task) for task in tasks], fake, store)
-    (path,) = pooled.shelf.folder.glob("*.parquet")
-    content = bytearray(path.read_bytes())
-    content[content.find(fake.state("MKV").mean(0).numpy().tobytes())] ^= 1
-    path.write_bytes(content)
-    assert first.shelf.folder != pooled.shelf.folder  # their shards have the same names
+    flip(pooled, fake, "MKV")
+    assert first.table.folder != pooled.table.folder  # their shards have the same names
     again = embed([load(task) for task in tasks], fake, store)
     assert torch.equal(all_rows(again[0]), all_rows(first))
     assert torch.equal(all_rows(again[1]), all_rows(pooled))
-    assert (again[0].embedded, again[0].cached) == (6, 0)
+    assert counts(again[0]) == (6, 0)
+
+
+def test_damage_beside_new_sequences_takes_one_pass(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
+    before = embedded(token_task(tmp_path), fake, store)
+    flip(before, fake, "MKV")
+    fake.seen.clear()
+    after = embedded(token_task(tmp_path, [*TEXTS, "YYYY"]), fake, store)
+    assert sorted(fake.seen) == sorted([*TEXTS, "YYYY"])
+    assert counts(after) == (7, 0)
+    assert torch.equal(all_rows(after)[: -len("YYYY")], all_rows(before))
+
+
+def test_a_shard_that_reads_back_damaged_is_an_error(
+    tmp_path: Path, fake: FakeEncoder, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is at fault, and embedding again and again would not help; another run begins anew."""
+    finish = shards_module.ShardFile.finish
+
+    def damaged(file: shards_module.ShardFile) -> shards_module.Shard:
+        shard = finish(file)
+        content = file.path.read_bytes()
+        file.path.write_bytes(content.replace(fake.state("MKV").numpy().tobytes(), bytes(3 * 4 * 24)))
+        return shard
+
+    monkeypatch.setattr(shards_module.ShardFile, "finish", damaged)
+    with pytest.raises(CacheError, match=r"damaged shards: shard-00000\.parquet .*; run again"):
+        embedded(token_task(tmp_path), fake, store)
+    assert sorted(fake.seen) == sorted(TEXTS)
+    monkeypatch.undo()
+    assert counts(embedded(token_task(tmp_path), fake, store)) == (6, 0)
+
+
+@pytest.mark.parametrize("memory", [10**9, 0])
+def test_stored_rows_are_read_and_verified_once(
+    tmp_path: Path, fake: FakeEncoder, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "ROW_GROUP", 7)
+    store = Store(tmp_path, memory_bytes=memory)
+    tasks = [load(token_task(tmp_path)), load(sequence_task(tmp_path))]
+    embed(tasks, fake, store)
+    read, seen = shards_module.read_group, list[tuple[int, int]]()
+
+    def counting(file: Any, shard: shards_module.Shard, group: shards_module.RowGroup, out: Any) -> bool:
+        seen.append((shard.rows, group.first))
+        return read(file, shard, group, out)
+
+    monkeypatch.setattr(shards_module, "read_group", counting)
+    tables = [one.table for one in embed(tasks, fake, store)]
+    expected = [
+        (shard.rows, group) for table in tables for shard in table.shards() for group in groups_of(table, shard)
+    ]
+    assert len(expected) > 3
+    assert sorted(seen) == sorted(expected)
 
 
 @pytest.mark.parametrize("digit", [b"0", b"z", b"\xff"])
 def test_a_damaged_index_is_damage(tmp_path: Path, fake: FakeEncoder, store: Store, digit: bytes) -> None:
-    shelf = embedded(token_task(tmp_path), fake, store).shelf
-    (path,) = shelf.folder.glob("*.parquet")
+    table = embedded(token_task(tmp_path), fake, store).table
+    (path,) = table.folder.glob("*.parquet")
     content = bytearray(path.read_bytes())
     place = content.find(sequence_key("MKV").hex().encode())
     content[place] = digit[0] if content[place] != digit[0] else ord("1")
     path.write_bytes(content)
-    assert embedded(token_task(tmp_path), fake, store).embedded == 6
+    assert counts(embedded(token_task(tmp_path), fake, store)) == (6, 0)
 
 
 def test_shards_without_xxhash(
@@ -167,10 +236,10 @@ def test_shards_without_xxhash(
     monkeypatch.setattr(shards_module, "CHECKSUMS", {"crc32": shards_module.CHECKSUMS["crc32"]})
     with pytest.raises(CacheError, match="pip install xxhash"):
         embedded(token_task(tmp_path), fake, store)
-    assert embedded(token_task(tmp_path), fake, other).shelf.shards()[0].checksum == "crc32"
+    assert embedded(token_task(tmp_path), fake, other).table.shards()[0].checksum == "crc32"
     monkeypatch.undo()
     again = embedded(token_task(tmp_path), fake, other)
-    assert again.embedded == 0
+    assert counts(again) == (0, 6)
     assert torch.equal(all_rows(again), expected)
 
 
@@ -180,11 +249,11 @@ def test_shards_without_xxhash(
     group=st.integers(1, 40),
     shard=st.integers(1, 2_000),
     dtype=st.sampled_from(["float32", "float16"]),
-    beside=st.booleans(),
+    in_thread=st.booleans(),
     data=st.data(),
 )
 def test_any_rows_of_any_shards_are_read_back(
-    counts: list[int], group: int, shard: int, dtype: str, beside: bool, data: st.DataObject
+    counts: list[int], group: int, shard: int, dtype: str, in_thread: bool, data: st.DataObject
 ) -> None:
     """Whichever sequences are wanted, in whatever order, from however many shards and row groups."""
     rows = np.random.default_rng(0).standard_normal((sum(counts), 3)).astype(dtype)
@@ -193,26 +262,26 @@ def test_any_rows_of_any_shards_are_read_back(
         patch.setattr(shards_module, "ROW_GROUP", group)
         patch.setattr(shards_module, "GROUP_BYTES", data.draw(st.integers(1, 400)))
         patch.setattr(writing_module, "SHARD_BYTES", shard)
-        shelf = Store(Path(folder), dtype).shelf("any", "none", 3)
-        with shelf.lock(), shelf.writer({}, beside) as writer:
+        table = Store(Path(folder), dtype).table("any", "none", 3)
+        with table.lock(), table.writer({}, in_thread) as writer:
             for number, piece in enumerate(pieces):
                 writer.add([sequence_key(str(number))], [0], [len(piece)], piece)
                 if writer.is_full:
                     writer.flush()
         wanted = data.draw(st.lists(st.integers(0, len(counts) - 1), min_size=1))
-        index = shelf.index()
+        index = table.index()
         entries = [index[sequence_key(str(number))] for number in wanted]
         expected = torch.from_numpy(np.concatenate([pieces[number] for number in wanted])).float()
         for memory in (10**9, 0):
-            found = Rows(Vectors(shelf, entries, memory), entries)
+            found = Rows(Vectors(table, entries, memory), entries)
             assert torch.equal(found.gather(np.arange(len(wanted))), expected)
-        assert [path.suffix for path in shelf.folder.glob("shard-*")] == [".parquet"] * len(shelf.shards())
+        assert [path.suffix for path in table.folder.glob("shard-*")] == [".parquet"] * len(table.shards())
 
 
 def test_an_unreadable_manifest_is_no_manifest(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
-    shelf = embedded(token_task(tmp_path), fake, store).shelf
-    (shelf.folder / "manifest.json").write_text('{"shards": [')
-    assert embedded(token_task(tmp_path), fake, store).embedded == 6
+    table = embedded(token_task(tmp_path), fake, store).table
+    (table.folder / "manifest.json").write_text('{"shards": [')
+    assert counts(embedded(token_task(tmp_path), fake, store)) == (6, 0)
 
 
 KILLED = """
@@ -221,7 +290,7 @@ from pathlib import Path
 import pipeline.store.writing
 from pipeline.embed import embed
 from pipeline.load import load
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from tests.conftest import FakeEncoder
 from tests.test_store import token_task
 pipeline.store.writing.SHARD_TOKENS = 8
@@ -249,7 +318,7 @@ def test_a_killed_run_goes_on_from_its_finished_shards(tmp_path: Path, fake: Fak
     longest_first = sorted(TEXTS, key=len, reverse=True)
     assert finished in (1, 2)
     assert set(fake.seen) == set(longest_first[finished:])
-    assert rest.cached == finished
+    assert counts(rest) == (6 - finished, finished)
     assert torch.equal(all_rows(rest), torch.cat([fake.state(text) for text in TEXTS]))
 
 
@@ -263,7 +332,7 @@ def test_many_shards_and_row_groups_read_back_alike(
         store = Store(tmp_path, memory_bytes=memory, max_batch_tokens=20)
         embeddings = embedded(token_task(tmp_path, texts), fake, store)
         assert torch.equal(all_rows(embeddings), torch.cat([fake.state(text) for text in texts]))
-    assert len(embeddings.shelf.shards()) > 10
+    assert len(embeddings.table.shards()) > 10
 
 
 @given(
@@ -295,47 +364,75 @@ def test_the_batch_plan(
     assert list(batches(rest, *limits)) == plan[done:]
 
 
-def test_two_processes_at_once_embed_each_sequence_once(tmp_path: Path) -> None:
-    script = """
-import sys
-import tempfile
-from itertools import pairwise
+TWO_AT_ONCE = """
+import sys, time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from filelock import FileLock, Timeout
 from pipeline.embed import embed
 from pipeline.load import load
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import EmbeddingTable, Store
 from tests.conftest import FakeEncoder
 from tests.test_store import token_task
-folder = Path(sys.argv[1])
-one = embed([load(token_task(folder / sys.argv[2]))], FakeEncoder(), Store(folder / "store"))[0]
-print(one.embedded, one.cached)
+folder, name, other = Path(sys.argv[1]), *sys.argv[2:4]
+
+def wait_for(*events):
+    for _ in range(6000):
+        if any((folder / event).exists() for event in events):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"none of {events} after a minute")
+
+class Waiting(FakeEncoder):
+    def hidden_states(self, sequences):
+        (folder / f"{name} embeds").touch()
+        wait_for(f"{other} embeds", f"{other} is locked out")
+        return super().hidden_states(sequences)
+
+lock = EmbeddingTable.lock
+
+def lock_of(table):
+    try:
+        FileLock(table.folder / "lock", timeout=0).acquire().lock.release()
+    except Timeout:
+        (folder / f"{name} is locked out").touch()
+    return lock(table)
+
+task = token_task(folder / name)
+if name == "second":
+    EmbeddingTable.lock = lock_of
+    wait_for("first embeds")
+metrics = embed([load(task)], Waiting(), Store(folder / "store"))[0].metrics
+print(metrics["embedded"], metrics["cached"])
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_two_processes_at_once_embed_each_sequence_once(tmp_path: Path) -> None:
+    """The second begins while the first is embedding, and the first goes on once the second has met its lock."""
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path), name],
+            [sys.executable, "-c", TWO_AT_ONCE, str(tmp_path), *names],
             cwd=ROOT,
-            env=environment,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for name in "ab"
+        for names in (("first", "second"), ("second", "first"))
     ]
-    outputs = sorted(run.communicate()[0].strip() for run in runs)
-    assert outputs == ["0 6", "6 0"]
+    assert [run.communicate()[0].strip() for run in runs] == ["6 0", "0 6"]
+    assert (tmp_path / "second is locked out").exists()
 
 
 def test_a_shard_ends_with_a_batch(tmp_path: Path, fake: FakeEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a run which was killed goes on with the batches of one that was not."""
     monkeypatch.setattr(writing_module, "SHARD_TOKENS", 1)  # a shard for each batch
     texts = ["MKVL"[: 1 + index % 4] + "ACDEFGHIKL"[: index % 7] for index in range(30)]
-    shelf = embedded(token_task(tmp_path, texts), fake, Store(tmp_path, max_batch_tokens=30)).shelf
+    table = embedded(token_task(tmp_path, texts), fake, Store(tmp_path, max_batch_tokens=30)).table
     plan = list(batches({sequence_key(text): text for text in texts}, 30, 128))
-    index = shelf.index()
+    index = table.index()
     for batch in plan:
         assert len({index[key].shard.file for key in batch}) == 1
-    assert len(shelf.shards()) == len(plan)
+    assert len(table.shards()) == len(plan)
 
 
 def test_hidden_states_that_are_no_numbers_are_not_stored(tmp_path: Path, store: Store) -> None:
@@ -360,7 +457,7 @@ from pathlib import Path
 from pipeline.embed import embed
 from pipeline.errors import CacheError
 from pipeline.load import load
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from tests.conftest import FakeEncoder
 from tests.test_store import token_task
 task = token_task(Path(sys.argv[1]), ["A" * n + "C" * 100 for n in range(1, 400)])
@@ -391,7 +488,7 @@ from pathlib import Path
 import pipeline.store.writing
 from pipeline.embed import embed
 from pipeline.load import load
-from pipeline.store.shelf import Store
+from pipeline.store.embedding_table import Store
 from tests.conftest import FakeEncoder
 from tests.test_store import token_task
 pipeline.store.writing.SHARD_TOKENS = 1
@@ -402,7 +499,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 one = embed([load(task)], FakeEncoder(), store)[0]
 again = embed([load(task)], FakeEncoder(), store)[0]
 again.rows("train").gather(np.arange(len(texts)))
-print(len(again.shelf.shards()), again.embedded)
+print(len(again.table.shards()), again.metrics["embedded"])
 """
 
 

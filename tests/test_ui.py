@@ -80,18 +80,20 @@ def lab(browser: Browser, tmp_path_factory: pytest.TempPathFactory, empty_databa
     folder = tmp_path_factory.mktemp("ui")
     lab = Lab(f"sqlite:///{shutil.copy(empty_database, folder / 'mlflow.db')}")
     short = "--overrides=dataset.num_epochs=1 store="
-    single = begin(lab, "main", f"{short}{folder}/single")
-    training = begin(lab, "pretrain", "--steps=20", "--validations=2", f"--out={folder}/out", f"{short}{folder}/store")
+    single = begin(lab, "pipeline", "main", f"{short}{folder}/single")
+    training = begin(
+        lab, "examples.pretrain", "--steps=20", "--validations=2", f"--out={folder}/out", f"{short}{folder}/store"
+    )
     finish(training)
     ckpt = f"--ckpt={folder}/out/checkpoints/*"
-    finish(begin(lab, "main", ckpt, "--config=configs/pretrain.yaml", f"{short}{folder}/store"))
+    finish(begin(lab, "pipeline", "main", ckpt, "--config=configs/pretrain.yaml", f"{short}{folder}/store"))
     finish(single)
     return lab
 
 
 def begin(lab: Lab, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "MLFLOW_TRACKING_URI": lab.uri, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pipeline", *arguments]
+    command = [sys.executable, "-m", *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )

@@ -20,7 +20,7 @@ from pipeline.errors import CheckpointError
 ALLOWED = {
     "builtins": {"bool", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"},
     "collections": {"OrderedDict", "defaultdict"},
-    "torch": {"Size", "device", *(name for name, one in vars(torch).items() if isinstance(one, torch.dtype))},
+    "torch": {"Size", "device", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
     "torch._utils": {
         "_rebuild_parameter",
         "_rebuild_parameter_with_state",
@@ -46,20 +46,10 @@ class StandIn:
         """Calls nothing."""
         return self
 
-    def __setstate__(self, state: Any) -> None:
-        """Keeps no state."""
+    def _ignore(self, *_: Any) -> None:
+        """Keeps no state and no item."""
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """Keeps no item."""
-
-    def append(self, item: Any) -> None:
-        """Keeps no item."""
-
-    def extend(self, items: Any) -> None:
-        """Keeps no items."""
-
-    def add(self, item: Any) -> None:
-        """Keeps no item."""
+    __setstate__ = __setitem__ = append = extend = add = _ignore
 
 
 def class_of(stand_in: StandIn) -> str:
@@ -91,7 +81,7 @@ def read_tensors(path: str | Path, trust: bool = False) -> Any:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what the file seems to be: it is said below
+            warnings.simplefilter("ignore")  # about what the file seems to be; the error below names it
             return _load_file(path, trust)
     except Exception as error:  # damaged bytes may raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

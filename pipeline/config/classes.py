@@ -1,4 +1,4 @@
-"""Classes of the user's own that a configuration names."""
+"""Classes of the user's own code that a configuration names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError, nearest
 
-# The short names of `infer_target`, and the model types that each is for.
+# The short names of `infer_target`, and the model types of transformers that each stands for.
 ARCHITECTURES = {"esm": ("esm",), "prott5": ("t5", "mt5"), "megamolbart": ("bart", "mbart")}
 ENCODERS = ("auto", *ARCHITECTURES)
 

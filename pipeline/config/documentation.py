@@ -1,4 +1,4 @@
-"""The reference of the configuration, made from the typed classes: what `python -m pipeline config --schema` prints."""
+"""The page that `python -m pipeline config --schema` prints: every key, made from the typed classes."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ def _lines() -> Iterator[str]:
 
 def _table(title: str, schema: type) -> Iterator[str]:
     yield from (f"## {title}", "", "| key | type | default | meaning |", "| --- | --- | --- | --- |")
-    for one in dataclasses.fields(schema):
-        if not one.metadata.get("hidden"):
-            key = one.metadata.get("key", one.name)
-            kind = str(one.type).replace("|", "or")
-            yield f"| `{key}` | {kind} | {_default(one)} | {one.metadata['help']} |"
+    for field in dataclasses.fields(schema):
+        if not field.metadata.get("hidden"):
+            key = field.metadata.get("key", field.name)
+            kind = str(field.type).replace("|", "or")
+            yield f"| `{key}` | {kind} | {_default(field)} | {field.metadata['help']} |"
     yield ""
 
 
-def _default(one: dataclasses.Field[Any]) -> str:
-    assert one.default_factory is not dataclasses.MISSING
-    value = one.default_factory()
+def _default(field: dataclasses.Field[Any]) -> str:
+    assert field.default_factory is not dataclasses.MISSING
+    value = field.default_factory()
     if value is None:
         return ""
     return "see below" if dataclasses.is_dataclass(value) else f"`{json.dumps(value)}`"

@@ -1,9 +1,10 @@
 """A YAML file that inherits, composed as Hydra does it: `defaults`, groups, packages and `hydra.searchpath`.
 
-Hydra's own `compose` is not called. It replaces what a program under `@hydra.main` has set up, needs the plugins that
-the training is launched with, and runs resolvers in values that another file overrides. Here no state of Hydra's
-changes, and nothing that a file names is imported; of resolvers, those in the `defaults` list, the search path and the
-section are run.
+Hydra's own `compose` is not called. It replaces the state of a program under `@hydra.main`, needs the plugins that the
+training is launched with, and runs resolvers in values that another file overrides. Here Hydra's state stays as it is,
+and nothing that a file names is imported; resolvers are run in the `defaults` list, the search path and the section.
+
+This needs parts of Hydra that are not public; all are used here, and listed in `tests/test_hydra_file.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.errors import ConfigError
 
-# Groups of Hydra's own: how to launch, log and sweep a training. Its plugins need not be here.
+# Hydra's own groups: how to launch, log and sweep a training. Its plugins need not be installed.
 OF_HYDRA = re.compile(r"((optional|override)\s+)*/?hydra/")
 
 
@@ -46,10 +47,10 @@ def compose(path: Path, root: DictConfig) -> tuple[DictConfig, list[tuple[str, s
         root: its content.
 
     Returns:
-        The composed configuration; and the name, package and text of each file in it, the one with the last word first.
+        The composed configuration; and the name, package and text of each file in it: the first overrides the others.
 
     Raises:
-        ConfigError: a file of the list cannot be found or read, or the list is not one of Hydra's.
+        ConfigError: a file of the list cannot be found or read, or Hydra refuses the list.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{path}: expected a name that ends in .yaml, as Hydra composes no other; rename the file")
@@ -67,11 +68,11 @@ def compose(path: Path, root: DictConfig) -> tuple[DictConfig, list[tuple[str, s
         looked = ", ".join(f"'{folder}'{'' if folder.is_dir() else ' (no such folder)'}" for folder in folders)
         remedy = "add the file, or name its folder in hydra.searchpath"
         raise ConfigError(f"{path}: {what} Looked in {looked}; {remedy}") from error
-    except Exception as error:  # a list that Hydra does not expect gives errors of many kinds
+    except Exception as error:  # Hydra raises errors of many kinds for a malformed list
         remedy = "put the defaults list right; overrides are applied after it"
         raise ConfigError(f"{path}: cannot be composed: {error}; {remedy}") from error
     plain = _mapped(OmegaConf.to_container(composed, resolve=False), lambda text: repository.kept.get(text, text))
-    parts = [(str(one.config_path), one.package or "") for one in reversed(defaults)]
+    parts = [(str(default.config_path), default.package or "") for default in reversed(defaults)]
     texts = repository.texts
     return OmegaConf.create(plain), [
         (texts[name][0], package, texts[name][1]) for name, package in parts if name in texts
@@ -80,7 +81,7 @@ def compose(path: Path, root: DictConfig) -> tuple[DictConfig, list[tuple[str, s
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Without Hydra's warnings, which are for whoever wrote the files, and without a version that nobody chose."""
+    """Hides Hydra's warnings, which are for the author of the files, and puts Hydra's `version_base` back."""
     base = VersionBase.instance()
     before = base.version_base
     with warnings.catch_warnings():
@@ -92,7 +93,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _search_path(path: Path, root: DictConfig) -> list[Path]:
-    """The folders of `hydra.searchpath`, there or not: Hydra passes over those that are not."""
+    """The folders of `hydra.searchpath`; Hydra passes over those that do not exist."""
     try:
         found = OmegaConf.select(root, "hydra.searchpath")
         found = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
@@ -122,7 +123,7 @@ class _Repository(ConfigRepository):
 
     Attributes:
         texts: file name and text of each configuration that was read.
-        kept: the strings that may hold a resolver, by the interpolation that stands for each until all is merged.
+        kept: the strings that may hold a resolver, by the interpolation that replaces each until all is merged.
     """
 
     def __init__(self, folders: list[Path]) -> None:
@@ -140,7 +141,7 @@ class _Repository(ConfigRepository):
         return self._loaded[config_path]
 
     def keep(self, text: str) -> str:
-        """Merging resolves what is overridden, and would run resolvers: what stands for them leads nowhere."""
+        """An interpolation to merge in place of a text with a resolver, which merging would run."""
         if "${" not in text or ":" not in text:
             return text
         name = f"${{_kept_.{len(self.kept)}}}"
@@ -174,7 +175,7 @@ class _Folder(FileConfigSource):
 
 
 def _without_hydra(defaults: Any) -> Any:
-    """A defaults list without the groups of Hydra's own."""
+    """A defaults list without Hydra's own groups."""
     if not isinstance(defaults, list):
         return defaults
     names = [next(iter(entry), "") if isinstance(entry, dict) else entry for entry in defaults]
@@ -182,7 +183,7 @@ def _without_hydra(defaults: Any) -> Any:
 
 
 def _mapped(node: Any, change: Callable[[str], str]) -> Any:
-    """Plain content with each string in it changed; keys stay."""
+    """Plain content with `change` applied to each string in it, but not to keys."""
     if isinstance(node, dict):
         return {key: _mapped(value, change) for key, value in node.items()}
     if isinstance(node, list):

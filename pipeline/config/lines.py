@@ -1,4 +1,4 @@
-"""Where keys stand in YAML files, for error messages."""
+"""On which line of which file a key of the configuration is, for error messages."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ SECTION = "model.dwnstr_task_validation"
 
 
 class Lines:
-    """Where keys of the section stand in the files, for error messages; and notes on what they were taken for.
+    """Finds where the keys of the section were set; and collects notes on those that were renamed or ignored.
 
     Args:
-        name: of the configuration, for a key that stands nowhere.
-        texts: name, package and text of each file, the one with the last word first.
-        overrides: what is set beside them.
+        name: of the configuration, for a key that is in no file.
+        texts: name, package and text of each file; the first overrides the others.
+        overridden: the keys that overrides set, each as its parts.
     """
 
-    def __init__(self, name: str, texts: Sequence[tuple[str, str, str]] = (), overrides: str = "") -> None:
+    def __init__(
+        self, name: str, texts: Sequence[tuple[str, str, str]] = (), overridden: Sequence[tuple[str, ...]] = ()
+    ) -> None:
         self.name = name
-        self.overrides = overrides
+        self.overridden = overridden
         self.notes: list[str] = []
         self.files = [(file, package.split(".") if package else [], _tree(text)) for file, package, text in texts]
 
     def at(self, path: tuple[Any, ...] = ()) -> str:
-        """`FILE:LINE` of a key of the section, or of the nearest key around it."""
+        """`overrides` for a key that they set; else `FILE:LINE` of the key, or of the nearest key around it."""
         keys = [*SECTION.split("."), *path]
         place, depth = self.name, 0
         for file, package, node in self.files:
@@ -34,8 +36,12 @@ class Lines:
                 line, reached = _reach(node, keys[len(package) :])
                 if line and reached + len(package) > depth:
                     place, depth = f"{file}:{line}", reached + len(package)
-        missing = len(keys) - depth
-        return "overrides" if self.overrides and path and missing == 1 else place  # it came from there
+        parts, in_files = tuple(map(str, path)), depth == len(keys)
+        for key in self.overridden:
+            around = not in_files and key[: len(parts)] == parts  # the override made the mapping around its key
+            if parts and (parts[: len(key)] == key or around):
+                return "overrides"
+        return place
 
 
 def _tree(text: str) -> Any:
@@ -46,7 +52,7 @@ def _tree(text: str) -> Any:
 
 
 def _reach(node: Any, keys: Sequence[Any]) -> tuple[int, int]:
-    """The line of the last of `keys`, one within the other, that a YAML mapping has; and how many it has."""
+    """Follows nested keys into a YAML mapping: the line of the last that is there, and how many are there."""
     line = 0
     for reached, key in enumerate(keys):
         found = _child(node, key)

@@ -1,19 +1,20 @@
-"""A YAML file and overrides to a `Config`: finds the section, translates the reference's spellings, checks types.
+"""Makes a `Config` of a YAML file and overrides: finds the section, translates the reference's keys, checks types.
 
-Only the section is resolved. Interpolations in it may point anywhere in the file; resolvers elsewhere are never run.
+Only the section is resolved. Its interpolations may point anywhere in the file; resolvers elsewhere are never run.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config.classes import import_class
@@ -51,27 +52,18 @@ def read_config(source: str | Path | Mapping[Any, Any], overrides: str = "") -> 
         ConfigError: the file or an override cannot be read, a key is not known, or a value has the wrong type.
     """
     path = "cfg" if isinstance(source, Mapping) else str(source)
-    texts: list[tuple[str, str, str]] = []
-    try:
-        if isinstance(source, DictConfig):
-            root: Any = copy.deepcopy(source)
-        elif isinstance(source, Mapping):
-            root = OmegaConf.create(dict(source))
-        else:
-            root, texts = _read_file(Path(source))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    root, texts = _read(source, path)
     section = _section(root, path)
     OmegaConf.set_readonly(section, False)
     OmegaConf.set_struct(section, False)
-    _apply(section, overrides)
+    overridden = _apply(section, overrides)
     try:
         plain = OmegaConf.to_container(section, resolve=True)
     except OmegaConfBaseException as error:
         remedy = "register the resolver, set the key in the file, or override the value"
         raise ConfigError(f"{path}: {SECTION} cannot be resolved: {error}; {remedy}") from error
     assert isinstance(plain, dict)
-    config = config_from(plain, Lines(path, texts, overrides))
+    config = config_from(plain, Lines(path, texts, overridden))
     if "exp_manager" in root:
         config.notes.append("exp_manager is not read")
     config.check()
@@ -94,14 +86,13 @@ def config_from(section: dict[Any, Any], lines: Lines | None = None) -> Config:
         )
     _check_keys(raw, Config, (), lines)
     if isinstance(raw.get("logging"), dict):
-        raw["logging"] = _logging(raw["logging"], lines)
-    entries = tasks if isinstance(tasks, list) else [tasks]
-    paths: list[tuple[Any, ...]] = [
-        ("dataset", i) if isinstance(tasks, list) else ("dataset",) for i in range(len(entries))
-    ]
-    translated = [_task(entry, path, lines) for entry, path in zip(entries, paths, strict=True)]
-    merged = _typed(Config, raw, (), lines)
-    merged["dataset"] = [_typed(Task, task, path, lines) for task, path in zip(translated, paths, strict=True)]
+        _check_keys(raw["logging"], Logging, ("logging",), lines)
+        raw["logging"] = _typed(Logging, _with_lists(raw["logging"], "tags"), ("logging",), lines)
+    if isinstance(tasks, list):
+        typed = [_task(entry, ("dataset", index), lines) for index, entry in enumerate(tasks)]
+    else:
+        typed = [_task(tasks, ("dataset",), lines)]
+    merged = {**_typed(Config, raw, (), lines), "dataset": typed}
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
     except OmegaConfBaseException as error:
@@ -112,16 +103,8 @@ def config_from(section: dict[Any, Any], lines: Lines | None = None) -> Config:
     return config
 
 
-def _logging(entry: dict[Any, Any], lines: Lines) -> dict[str, Any]:
-    """The content of `logging` with its types; one tag becomes a list."""
-    _check_keys(entry, Logging, ("logging",), lines)
-    tags = entry.get("tags")
-    one = {"tags": [tags]} if isinstance(tags, (str, int)) else {}
-    return _typed(Logging, {**entry, **one}, ("logging",), lines)
-
-
 def _refuse_missing(node: Any, path: tuple[str, ...]) -> None:
-    """OmegaConf's `???` stands for a value that somebody has yet to give."""
+    """Raises ConfigError for `???`, which in OmegaConf is a value that is still to be given."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
         _refuse_missing(value, (*path, str(key)))
@@ -153,20 +136,22 @@ def _task_mapping(task: Task) -> dict[str, Any]:
     return {"class": own, **{key: value for key, value in values.items() if key != "level"}}
 
 
-def _read_text(path: Path) -> str:
+def _read(source: str | Path | Mapping[Any, Any], path: str) -> tuple[Any, list[tuple[str, str, str]]]:
+    """The root node, composed where a file inherits; and name, package and text of each file in it."""
     try:
-        return path.read_text(encoding="utf-8")
+        if isinstance(source, DictConfig):
+            return copy.deepcopy(source), []
+        if isinstance(source, Mapping):
+            return OmegaConf.create(dict(source)), []
+        text = Path(source).read_text(encoding="utf-8")
+        root: Any = OmegaConf.create(text)  # its own YAML loader reads `1e-4` as a number and refuses a repeated key
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"config: expected a YAML file, found '{path}' ({reason})") from error
-
-
-def _read_file(path: Path) -> tuple[Any, list[tuple[str, str, str]]]:
-    """The root node, composed where the file inherits; and name, package and text of each file in it."""
-    text = _read_text(path)
-    root: Any = OmegaConf.create(text)  # with its own loader: `1e-4` is a number, a key given twice an error
-    if not isinstance(root, DictConfig) or not OmegaConf.is_list(root._get_node("defaults")):
-        return root, [(str(path), "", text)]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not OmegaConf.is_list(_child(root, "defaults")):
+        return root, [(path, "", text)]
     try:
         from pipeline.config.hydra_file import compose
     except ImportError as error:
@@ -174,56 +159,58 @@ def _read_file(path: Path) -> tuple[Any, list[tuple[str, str, str]]]:
             f"{path}: expected hydra-core, which composes files with a defaults list, found: {error}; "
             "pip install 'hydra-core>=1.3,<1.4'"
         ) from error
-    return compose(path, root)
+    return compose(Path(source), root)
 
 
-def _section(root: Any, path: str | Path) -> DictConfig:
-    """The raw node of the section; its neighbours are not touched."""
+def _child(node: Any, key: str) -> Any:
+    """The value of a key, without running a resolver: None where there is no value, or an interpolation."""
+    if not isinstance(node, DictConfig) or key not in list(node) or OmegaConf.is_interpolation(node, key):
+        return None
+    return node.get(key)
+
+
+def _section(root: Any, path: str) -> DictConfig:
+    """The node of the section, with its interpolations not resolved; its neighbours are not touched."""
     node = root
     for key in SECTION.split("."):
-        node = node._get_node(key) if isinstance(node, DictConfig) and not node._is_none() else None
-    if not isinstance(node, DictConfig) or node._is_none() or node._is_interpolation():
+        node = _child(node, key)
+    if not isinstance(node, DictConfig):
         raise ConfigError(f"{path}: expected a mapping {SECTION}, found none; see configs/ for examples")
     return node
 
 
-def _apply(section: DictConfig, overrides: str) -> None:
-    """Sets each `key=value` of the dot-list in the section."""
+def _apply(section: DictConfig, overrides: str) -> list[tuple[str, ...]]:
+    """Sets each `key=value` of the dot-list in the section. Returns the keys, each as its parts."""
     try:
         items = shlex.split(overrides)
     except ValueError as error:
         raise ConfigError(f"overrides: {error} in {overrides!r}; quote values as in a shell") from error
+    overridden = []
     for item in items:
-        key, equals, _ = item.partition("=")
+        key, equals, text = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"overrides: expected key=value, found '{item}'")
-        relative = key.removeprefix(SECTION + ".")
         try:
-            value = OmegaConf.from_dotlist([f"value={item.partition('=')[2]}"])._get_node("value")
-            for target in _targets(section, relative):
-                OmegaConf.update(section, target, value, merge=True)
-        except (
-            OmegaConfBaseException,
-            yaml.YAMLError,
-            ValueError,
-            IndexError,
-            AssertionError,
-            TypeError,
-        ) as error:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+            for target in _targets(section, key.removeprefix(SECTION + ".")):
+                OmegaConf.update(section, target, value["value"], merge=True)  # type: ignore[call-overload,index]
+                overridden.append(tuple(re.findall(r"[^.\[\]]+", target)))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, IndexError, AssertionError, TypeError) as error:
             raise ConfigError(f"overrides: '{item}' cannot be set: {error}") from error
+    return overridden
 
 
 def _targets(section: DictConfig, key: str) -> list[str]:
     """`dataset.KEY` stands for that key of every task where `dataset` is a list."""
     head, _, rest = key.partition(".")
-    tasks = section._get_node("dataset")
-    if head != "dataset" or not rest or not OmegaConf.is_list(tasks) or rest.split(".")[0].isdigit():
+    tasks = _child(section, "dataset")
+    if head != "dataset" or not rest or not isinstance(tasks, ListConfig) or rest.split(".")[0].isdigit():
         return [key]
-    return [f"dataset.{index}.{rest}" for index in range(len(tasks))]  # type: ignore[arg-type]
+    return [f"dataset.{index}.{rest}" for index in range(len(tasks))]
 
 
 def _task(entry: Any, path: tuple[Any, ...], lines: Lines) -> dict[str, Any]:
-    """A task in the names and values of `Task`."""
+    """The names and values of `Task`, with their types, in an entry of `dataset`."""
     if not isinstance(entry, dict):
         raise ConfigError(f"{lines.at(path)}: expected a task (a mapping), found {entry!r}")
     _check_keys(entry, Task, path, lines)
@@ -240,24 +227,29 @@ def _task(entry: Any, path: tuple[Any, ...], lines: Lines) -> dict[str, Any]:
     for key, schema in (("dataset", Files), ("max_rows", MaxRows)):
         if isinstance(task.get(key), dict):
             _check_keys(task[key], schema, (*path, key), lines)
-    return task
+    return _typed(Task, task, path, lines)
 
 
 def _renamed(entry: dict[Any, Any], path: tuple[Any, ...], lines: Lines) -> dict[str, Any]:
-    """The keys under the names of `Task`, without the unused ones; one value where a list is wanted becomes a list."""
+    """The entry under the names of `Task`, without unused keys."""
     task: dict[str, Any] = {}
     for key, value in entry.items():
         name = str(RENAMED.get(key, key))
         if name in task and task[name] != value:
-            raise ConfigError(f"{lines.at((*path, key))}: '{key}' and '{name}' say different things; keep one")
+            raise ConfigError(
+                f"{lines.at((*path, key))}: '{key}' and '{name}' are one key with different values; keep one"
+            )
         if key not in UNUSED:
             task[name] = value
         if name not in (key, "level"):
             lines.notes.append(f"{key} is read as {name}")
-    for name in ("target_column", "target_sizes", "mask_column"):
-        if isinstance(task.get(name), (str, int)):
-            task[name] = [task[name]]
-    return task
+    return _with_lists(task, "target_column", "target_sizes", "mask_column")
+
+
+def _with_lists(values: dict[Any, Any], *names: str) -> dict[Any, Any]:
+    """The values, with a list of one in place of a text or number under these names."""
+    single = {name: [values[name]] for name in names if isinstance(values.get(name), (str, int))}
+    return {**values, **single}
 
 
 def _alias(key: str, value: Any, aliases: dict[str, str], lines: Lines) -> str:
@@ -281,7 +273,7 @@ def _check_keys(mapping: dict[Any, Any], schema: type, path: tuple[Any, ...], li
 
 
 def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: Lines) -> dict[str, Any]:
-    """`values` with the types of `schema`; errors name the key and its line."""
+    """The values with the types of `schema`. Errors name the key, and its line or the override."""
     base = OmegaConf.structured(schema)
     for key, value in values.items():
         if key in UNUSED:
@@ -289,13 +281,14 @@ def _typed(schema: type, values: dict[str, Any], path: tuple[Any, ...], lines: L
         try:
             base = OmegaConf.merge(base, {key: value})
         except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
+            inner = str(getattr(error, "full_key", None) or key)  # such as `max_rows.train`
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"{lines.at((*path, key))}: {key}: {reason}") from error
+            raise ConfigError(f"{lines.at((*path, *inner.split('.')))}: {inner}: {reason}") from error
     container = OmegaConf.to_container(base)
     assert isinstance(container, dict)
     for key, kinds in ELEMENTS.items():
         for element in container.get(key) or []:
-            if not isinstance(element, kinds):  # OmegaConf lets a list within a list pass
+            if not isinstance(element, kinds):  # OmegaConf accepts a list within a list
                 raise ConfigError(
                     f"{lines.at((*path, key))}: {key}: expected a list of {kinds[0].__name__}, found {element}"
                 )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.encoders.digests import weights_digest
-from pipeline.encoders.source import code_digest, no_reuse
+from pipeline.encoders.protocol import Encoder
+from pipeline.encoders.source import class_name, code_digest, no_reuse
 from pipeline.errors import CheckpointError, ConfigError
 
+# What is taken from a user's object where it has it, beside what `CustomEncoder` asks for by name.
+OPTIONAL = ("max_seq_length", "precision", "packs", "notes", "made_with", "step", "count_unknown", "why_unknown")
 Context = Callable[[], AbstractContextManager[Any]]
 
 
-class CustomEncoder:
+class CustomEncoder(Encoder):
     """An `Encoder` around an object that has `hidden_states(sequences)`, and may have the rest of the protocol.
 
-    Missing attributes are filled in: no limit of length, no unknown tokens, the hidden size found by embedding `probe`.
-    A `digest` that the object works out, as in `Encoder`, is taken as it is. One that is a string of the class cannot
-    know of weights: it stands for the code alone; see `code_digest`.
-
-    Attributes:
-        reusable: whether what is computed has a key; else nothing of it is used again.
-        notes: what to tell the user.
+    What the object lacks is as `Encoder` has it by default; the hidden size is found by embedding `probe`. A `digest`
+    that the object works out is taken as it is. One that is a string of the class cannot know of weights: it stands for
+    the code alone; see `code_digest`.
     """
 
     def __init__(
@@ -54,14 +52,14 @@ class CustomEncoder:
                 raise CheckpointError(f"infer_target: {type(inner).__name__} has no '{name}'; see pipeline.Encoder")
         self.inner = inner
         self.context = context
-        self.made_with: Mapping[str, Any] = {}
-        self.precision = "its own"
-        self.step: int | None = None  # of the training, where the checkpoint says it
-        self.max_seq_length: int | None = getattr(inner, "max_seq_length", None)
+        for name in OPTIONAL:
+            if hasattr(inner, name):
+                setattr(self, name, getattr(inner, name))
         digest = _given_digest(inner) or digest
-        self.reusable = digest is not None
+        self.reusable = digest is not None and bool(getattr(inner, "reusable", True))
         self.digest = digest or f"no digest {uuid4().hex}"
-        self.notes = () if self.reusable else (no_reuse(owner or type(inner), "embeddings are made"),)
+        if digest is None:
+            self.notes = (*self.notes, no_reuse(owner or type(inner), "embeddings are made"))
         self.device = torch.device(getattr(inner, "device", device))
         size = getattr(inner, "hidden_size", None)
         self.hidden_size = int(size) if size is not None else self._found_size(probe or "")
@@ -105,12 +103,6 @@ class CustomEncoder:
             raise CheckpointError(f"infer_target: hidden_states: expected {expected}, found shapes {shapes[:3]}")
         return [state.detach().float().clone() for state in states]  # their buffer may be used again
 
-    def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
-        """See `Encoder.count_unknown`."""
-        if hasattr(self.inner, "count_unknown"):
-            return list(self.inner.count_unknown(sequences))
-        return [(0, len(sequence)) for sequence in sequences]
-
     def _states(self, sequences: Sequence[str]) -> list[Tensor]:
         with torch.no_grad(), self.context():
             states = self.inner.hidden_states(list(sequences))
@@ -136,14 +128,6 @@ def own_digest(owner: Any, others: Sequence[Any], weights: Callable[[], str]) ->
     """The digest of a user's own encoder: its code and its weights. None where its code cannot be known."""
     code = code_digest(owner, *others)
     return None if code is None else f"{class_name(owner)} {code} {weights()}"
-
-
-def class_name(encoder_class: Any) -> str:
-    """Module and name of a class, for digests and messages: of the program's own, its file's name."""
-    module = encoder_class.__module__
-    script = getattr(sys.modules.get("__main__"), "__file__", None)
-    home = Path(script).stem if module == "__main__" and script else module
-    return f"{home}.{getattr(encoder_class, '__qualname__', encoder_class)}"
 
 
 def module_digest(module: nn.Module) -> str:

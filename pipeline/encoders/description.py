@@ -1,4 +1,4 @@
-"""Hugging Face models: which class is the encoder, and what a `.ckpt` says of itself to be opened without its code."""
+"""Hugging Face models: which class is the encoder, and the description with which a `.ckpt` opens without its code."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from pipeline.config.classes import ARCHITECTURES
-from pipeline.encoders.companions import check_implementation, check_size, malformed
+from pipeline.encoders.checks import check_size, malformed
+from pipeline.encoders.internals import ATTENTION, attention_of
 from pipeline.encoders.tokens import SMILES_TOKEN, Tokens
+from pipeline.encoders.weights import is_encoder_alone
 from pipeline.errors import CheckpointError
 from pipeline.store.temporary import temporary_folder
 
@@ -32,10 +34,10 @@ def describe(model: nn.Module, tokenizer: Any, prefix: str) -> dict[str, Any]:
     """
     config: Any = model.config
     # transformers 4 writes that it has chosen an implementation of attention, and not which
-    options = {key: value for key, value in config.to_dict().items() if not key.startswith("_attn_implementation")}
+    options = {key: value for key, value in config.to_dict().items() if not key.startswith(ATTENTION)}
     return {
         "config": json.dumps(options),
-        "attention": getattr(config, "_attn_implementation", None),  # a configuration written out does not hold it
+        "attention": attention_of(config),  # a configuration written out does not hold it
         "tokenizer": _tokenizer_files(tokenizer),
         "prefix": prefix,
     }
@@ -96,11 +98,10 @@ def class_for(config: Any) -> tuple[Any, dict[str, Any]]:
     """The class to load, and its options: no decoder where there is such a class, no pooling layer."""
     import transformers
 
-    check_implementation(getattr(config, "_attn_implementation", None), "ckpt: the configuration: attn_implementation")
     encoders = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
     if config.model_type in encoders:
         return getattr(transformers, encoders[config.model_type]), {}
-    skeleton: Any = transformers.AutoModel._model_mapping[type(config)]
+    skeleton: Any = transformers.MODEL_MAPPING[type(config)]
     skeleton = skeleton[0] if isinstance(skeleton, (tuple, list)) else skeleton
     pooling = "add_pooling_layer" in inspect.signature(skeleton).parameters
     return skeleton, {"add_pooling_layer": False} if pooling else {}
@@ -108,7 +109,7 @@ def class_for(config: Any) -> tuple[Any, dict[str, Any]]:
 
 def encoder_of(model: Any) -> tuple[nn.Module, str]:
     """The encoder half of an encoder-decoder and its name within; any other model is its own encoder."""
-    if not model.config.is_encoder_decoder or type(model).__name__.endswith("EncoderModel"):
+    if not model.config.is_encoder_decoder or is_encoder_alone(model):
         return model, ""
     encoder = model.get_encoder()
     return encoder, next(f"{name}." for name, module in model.named_modules() if module is encoder)
@@ -148,7 +149,7 @@ def portable(tokenizer: Any) -> Any:
             "smiles": pre_tokenizers.Split(Regex(SMILES_TOKEN.pattern), "isolated"),
         }.get(tokens.splitting, pre_tokenizers.WhitespaceSplit())
         special = {number: word for word, number in vocabulary.items()}
-        around = [*(special[one] for one in tokens.before), "$A", *(special[one] for one in tokens.after)]
+        around = [*(special[number] for number in tokens.before), "$A", *(special[number] for number in tokens.after)]
         inner.post_processor = processors.TemplateProcessing(
             single=" ".join(around), special_tokens=[(word, vocabulary[word]) for word in around if word != "$A"]
         )
@@ -165,14 +166,14 @@ def is_version_5() -> bool:
     return int(transformers.__version__.partition(".")[0]) >= 5
 
 
-def is_of_transformers(one: type) -> bool:
-    """Whether a class is one of the transformers library, so that its name is enough to make it again."""
-    return one.__module__.startswith("transformers.")
+def is_of_transformers(kind: type) -> bool:
+    """Whether a class is in the transformers library, so that its name is enough to make it again."""
+    return kind.__module__.startswith("transformers.")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers from drawing bars and load reports: what they would say is an error here, or harmless."""
+    """Keeps transformers from drawing bars and load reports: what they report is an error here, or harmless."""
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

@@ -12,6 +12,7 @@ from types import FunctionType
 import torch
 from torch import Tensor, nn
 
+from pipeline.encoders.internals import hooks_of
 from pipeline.encoders.source import LIBRARIES, code_digest
 from pipeline.encoders.tokens import Tokens
 
@@ -42,7 +43,7 @@ def code_of(model: nn.Module) -> str | None:
     that a constructor was given and that no weight or configuration holds.
     """
     own = [kind for kind in map(type, model.modules()) if kind.__module__.partition(".")[0] not in LIBRARIES]
-    changed = any("forward" in vars(one) or one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+    changed = hooks_of(model) > 0 or any("forward" in vars(module) for module in model.modules())
     code = code_digest(own[0], *own[1:]) if own else ""
     return None if changed or code is None else f"{code} {settings_digest(model)}"
 
@@ -53,8 +54,8 @@ def settings_digest(module: nn.Module) -> str:
     The outermost's private ones are left out: a trainer keeps its notes there.
     """
     found = []
-    for path, one in module.named_modules():
-        for name, value in sorted(vars(one).items()):
+    for path, part in module.named_modules():
+        for name, value in sorted(vars(part).items()):
             if name not in NO_SETTINGS and (path or not name.startswith("_")) and _is_plain(value):
                 shown = f"{value.__module__}.{value.__qualname__}" if callable(value) else repr(value)
                 found.append(f"{path} {name} {shown}")
@@ -63,7 +64,7 @@ def settings_digest(module: nn.Module) -> str:
 
 def _is_plain(value: object) -> bool:
     if isinstance(value, (tuple, list)):
-        return all(_is_plain(one) for one in value) and not any(callable(one) for one in value)
+        return all(_is_plain(item) for item in value) and not any(callable(item) for item in value)
     return value is None or isinstance(value, (bool, int, float, str, FunctionType, type))
 
 

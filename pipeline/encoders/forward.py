@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.encoders.protocol import Encoder
-from pipeline.errors import CheckpointError
-
+T = TypeVar("T")
 SHORTEST = 0.8  # of a batch, beside its longest sequence: padding is wasted work, many small batches are too
 
 
@@ -44,15 +42,6 @@ def batches(
         yield batch
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What a forward pass gave: by pooling, keys, rows of each sequence, and the rows themselves."""
-
-    rows: dict[str, tuple[list[bytes], list[int], Transfer]]
-    tokens: int
-    residues: int
-
-
 class Transfer:
     """Rows on their way from the device to the CPU, so that the next forward pass need not wait for them."""
 
@@ -72,24 +61,7 @@ class Transfer:
         return np.asarray(self._rows.numpy())
 
 
-def forward(
-    batch: list[bytes], union: dict[bytes, str], missing: dict[str, dict[bytes, str]], encoder: Encoder
-) -> Batch:
-    """The rows of a batch that the shelves lack; pooled ones are averaged where the encoder is."""
-    states = dict(zip(batch, encoder.hidden_states([union[key] for key in batch]), strict=True))
-    found = {}
-    for pooling, lacking in missing.items():
-        keys = [key for key in batch if key in lacking]
-        for key in keys if pooling == "none" else []:
-            if len(states[key]) != len(union[key]):
-                raise CheckpointError(misaligned(union[key], len(states[key])))
-        rows = [states[key].mean(0, keepdim=True) if pooling == "mean" else states[key] for key in keys]
-        if keys:
-            found[pooling] = (keys, [len(row) for row in rows], Transfer(torch.cat(rows)))
-    return Batch(found, sum(map(len, states.values())), sum(len(union[key]) for key in batch))
-
-
-def one_behind(batches: Iterable[Batch]) -> Iterator[Batch]:
+def one_behind(batches: Iterable[T]) -> Iterator[T]:
     """Each batch once the next is under way: a GPU computes that while this one is written."""
     before = None
     for batch in batches:

@@ -1,12 +1,8 @@
-"""An `Encoder` gives the hidden states of sequences; this is the protocol, and the one for Hugging Face models.
-
-A user's own encoder is any class with the protocol and the constructors `from_checkpoint(path)` (for the command line)
-and `from_module(module)` (for a live LightningModule); name it in `infer_target`.
-"""
+"""A Hugging Face model and its tokenizer as an `Encoder`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -18,7 +14,9 @@ from torch.func import functional_call
 
 from pipeline.encoders.devices import DTYPES, find_device, find_precision
 from pipeline.encoders.digests import code_of, model_digest
+from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.packing import Packing
+from pipeline.encoders.protocol import Encoder
 from pipeline.encoders.source import no_reuse
 from pipeline.encoders.tokens import Tokens
 from pipeline.encoders.weights import weights_of
@@ -27,7 +25,7 @@ from pipeline.errors import CheckpointError, ConfigError
 REMEDY = "give the module a method hidden_states(sequences), or name an encoder class in infer_target"
 
 
-class HuggingFaceEncoder:
+class HuggingFaceEncoder(Encoder):
     """A Hugging Face encoder and its tokenizer. See `Encoder` for the attributes.
 
     On a CPU, sequences are packed one after another where the model is right with that; else they are padded to the
@@ -38,22 +36,19 @@ class HuggingFaceEncoder:
         self,
         model: nn.Module,
         tokenizer: Any,
-        device: str = "auto",
-        precision: str = "auto",
-        layer: int | None = None,
+        options: EncoderOptions = EncoderOptions(),
         as_is: bool = False,
+        maker: str | None = "",
     ) -> None:
-        """Takes a model without heads, in its own mode; puts it on `device` and in evaluation mode.
+        """Puts the model on its device and in evaluation mode.
 
         Args:
-            model: the encoder.
+            model: the encoder, without heads; layers above the one that is asked for are taken out of it.
             tokenizer: its tokenizer.
-            device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
-            precision: `auto`, `fp32`, `bf16` or `fp16`.
-            layer: the hidden states to take: 0 are the token embeddings, 1 those behind the first layer; negative
-                numbers count from the last. None is the last. Layers that are not needed are taken out of `model`.
+            options: device, precision and layer are looked at.
             as_is: the model is of a class of the user's own, or in training: it stays where it is, keeps all layers and
                 heads, and runs as its class says. Weights that are not float32 are run as float32 copies.
+            maker: a digest of the user's code that made the model; None where it cannot be known.
 
         Raises:
             CheckpointError: the tokenizer's special tokens are not around the sequence, or the model gives no hidden
@@ -61,10 +56,10 @@ class HuggingFaceEncoder:
             ConfigError: the device or the layer is not there, or the device has no such precision.
         """
         config: Any = model.config
-        self.as_is = as_is
-        self.layer = _find_layer(layer, config)
-        self.device = next(model.parameters()).device if as_is else find_device(device)
-        self.precision = find_precision(precision, self.device)
+        self.as_is, self.maker = as_is, maker
+        self.layer = _find_layer(options.layer, config)
+        self.device = next(model.parameters()).device if as_is else find_device(options.device)
+        self.precision = find_precision(options.precision, self.device)
         self.tokens = Tokens(tokenizer)
         self._vocabulary: int | None = getattr(config, "vocab_size", None)
         self._check_ids(self.tokens.before + self.tokens.after)
@@ -76,12 +71,9 @@ class HuggingFaceEncoder:
         self._copies = _float_copies(model) if as_is else {}
         self.hidden_size: int = self._found_size() if as_is else getattr(config, "hidden_size", None) or config.d_model
         self.max_seq_length = limit_of(config, self.tokens)
-        self.made_with: Mapping[str, Any] = {}  # how a checkpoint says it was measured in training
-        self.maker: str | None = ""  # a digest of the user's code that made the model; None where it cannot be known
-        self.step: int | None = None  # of the training, where the checkpoint says it
 
     @cached_property
-    def digest(self) -> str:
+    def digest(self) -> str:  # type: ignore[override]  # mypy: read-only, though a cached property can be set
         """See `Encoder`. Worked out when it is first asked for: all weights are read."""
         how = self.precision if self.layer is None else f"{self.precision} layer {self.layer}"
         if self.as_is:
@@ -94,14 +86,14 @@ class HuggingFaceEncoder:
         code = code_of(self.model)
         return None if code is None or self.maker is None else f"{code} {self.maker}"
 
-    @property
-    def reusable(self) -> bool:
-        """Whether embeddings may be reused: the code that makes them is in the digest."""
+    @cached_property
+    def reusable(self) -> bool:  # type: ignore[override]
+        """See `Encoder`: the code of a model that runs as it is must be known."""
         return not self.as_is or self._code is not None
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Lines for whoever reads the result."""
+    @cached_property
+    def notes(self) -> Sequence[str]:  # type: ignore[override]
+        """See `Encoder`."""
         return () if self.reusable else (no_reuse(type(self.model), "embeddings are made"),)
 
     @torch.no_grad()  # no inference mode: what a module in training keeps of a forward pass must be of use to it
@@ -114,15 +106,15 @@ class HuggingFaceEncoder:
         first, behind = len(before), len(after)
         return [state[first : len(row) - behind].float() for state, row in zip(states, rows, strict=True)]
 
-    @property
-    def packs(self) -> bool:
+    @cached_property
+    def packs(self) -> bool:  # type: ignore[override]
         """See `Encoder`."""
         return self._packing is not None
 
     @cached_property
     @torch.no_grad()
     def _packing(self) -> Packing | None:
-        """On a CPU alone: a GPU would be given a small piece of work for each sequence."""
+        """None on a GPU: it would be given a small piece of work for each sequence."""
         if self.device.type != "cpu" or self.precision != "fp32" or self.as_is:
             return None
         return Packing.fit(self.model, self.tokens.ordinary(24), self.tokens.padding)
@@ -169,6 +161,10 @@ class HuggingFaceEncoder:
         self._check_ids([int(row.max()) for row in ids if len(row)])
         return [(int((row == self.tokens.unknown).sum()), len(row)) for row in ids]
 
+    def why_unknown(self, sequence: str) -> str:
+        """See `Encoder.why_unknown`."""
+        return self.tokens.why_unknown(sequence)
+
     def _check_ids(self, ids: Sequence[int]) -> None:
         if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
             expected = f"expected ids below {self._vocabulary}, as the model has"
@@ -184,10 +180,10 @@ class HuggingFaceEncoder:
 def _layers(config: Any) -> int:
     """How many layers the encoder has."""
     names = ("encoder_layers", "num_hidden_layers", "num_layers", "n_layers")
-    said = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
-    if said is None:
+    count = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+    if count is None:
         raise ConfigError(f"layer: expected one of {', '.join(names)} in the model's configuration; set layer=null")
-    return int(said)
+    return int(count)
 
 
 def _find_layer(layer: int | None, config: Any) -> int | None:
@@ -204,7 +200,7 @@ def _find_layer(layer: int | None, config: Any) -> int | None:
 def _shorten(model: nn.Module, layer: int, config: Any) -> None:
     """Takes the layers above `layer` out; one of them stays, since its input is that layer's output."""
     count = _layers(config)
-    stacks = (one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) == count)
+    stacks = (part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
     stack = next(stacks, None)
     if stack is not None:
         del stack[layer + 1 :]
@@ -212,10 +208,9 @@ def _shorten(model: nn.Module, layer: int, config: Any) -> None:
 
 def _float_copies(model: nn.Module) -> dict[str, Tensor]:
     """Float32 copies of the weights and buffers that are floating-point numbers of another dtype."""
-    values = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        name: one.detach().float() for name, one in values if one.is_floating_point() and one.dtype != torch.float32
-    }
+    named = [*model.named_parameters(), *model.named_buffers()]
+    others = [(name, value) for name, value in named if value.is_floating_point() and value.dtype != torch.float32]
+    return {name: value.detach().float() for name, value in others}
 
 
 def limit_of(config: Any, tokens: Tokens) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.classes import encoder_class
-from pipeline.encoders.custom import Context, CustomEncoder, class_name, module_digest, no_layer, own_digest
+from pipeline.encoders.custom import Context, CustomEncoder, module_digest, no_layer, own_digest
 from pipeline.encoders.description import check_architecture, describe, encoder_of, is_of_transformers, quiet, rebuild
 from pipeline.encoders.devices import find_device
 from pipeline.encoders.digests import settings_digest
 from pipeline.encoders.huggingface import REMEDY, HuggingFaceEncoder, limit_of
+from pipeline.encoders.internals import hooks_of, is_compiled, uncompiled, uncompiled_state
+from pipeline.encoders.options import EncoderOptions
+from pipeline.encoders.source import class_name
 from pipeline.encoders.tokens import Tokens
-from pipeline.encoders.weights import matching_prefix, unexpected
+from pipeline.encoders.weights import is_part, matching_prefix, unexpected
 from pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -38,8 +42,8 @@ class LiveModel:
     Attributes:
         runs_module: whether measuring runs the module itself; see `training.untouched`. A `.ckpt` then takes its code.
         max_seq_length: as an `Encoder`'s.
-        description: what a `.ckpt` says of the module, so that it can be opened without the module's code, or so that
-            the user knows what code it takes; None where `infer_target` names a class.
+        description: what a `.ckpt` holds to describe the module, so that it can be opened without the module's code, or
+            so that the user knows what code it takes; None where `infer_target` names a class.
     """
 
     def __init__(
@@ -99,27 +103,24 @@ class LiveModel:
     def encoder(
         self,
         module: nn.Module,
-        device: str = "auto",
-        precision: str = "auto",
+        options: EncoderOptions = EncoderOptions(),
         probe: str = "C",
-        layer: int | None = None,
     ) -> HuggingFaceEncoder | CustomEncoder:
         """An encoder of the weights that `module` has now; use it before they change.
 
         Args:
             module: the same as at first.
-            device: `auto` is the module's own. A module that is run as it is stays where it is.
-            precision: as `open_encoder`'s; the module's own code decides for itself.
-            probe: a sequence to find out the hidden size with, where a module does not say it.
-            layer: as `open_encoder`'s.
+            options: device, precision and layer are looked at. The device `auto` is the module's own; a module that is
+                run as it is stays where it is. A user's own code decides for itself on precision and layer.
+            probe: a sequence to find out the hidden size with, where the module does not have it.
 
         Raises:
             CheckpointError: the module's own model gives no hidden states.
             ConfigError: there is no such layer, or the module's own code gives the hidden states.
         """
         if self._class is not None or self._own_method:
-            no_layer(layer, type(module).__name__)
-        where = _device_of(module) if device == "auto" else find_device(device)
+            no_layer(options.layer, type(module).__name__)
+        where = _device_of(module) if options.device == "auto" else find_device(options.device)
         if self._class is not None:
             return CustomEncoder.from_module(self._class, module, where, self.context, self.mode)
         if self._own_method:
@@ -130,11 +131,9 @@ class LiveModel:
             return encoder
         if self._skeleton is None:
             model = encoder_of(_only_model(module)[1])[0]
-            found = HuggingFaceEncoder(model, self._tokenizer, precision=precision, layer=layer, as_is=True)
-            found.maker = self.maker
-            return found
+            return HuggingFaceEncoder(model, self._tokenizer, options, as_is=True, maker=self.maker)
         self._take_weights(module)
-        return HuggingFaceEncoder(self._skeleton, self._tokenizer, str(where), precision, layer=layer)
+        return HuggingFaceEncoder(self._skeleton, self._tokenizer, replace(options, device=str(where)))
 
     def _state_digest(self, module: nn.Module) -> str:
         """Of what a module's own method depends on beside its code."""
@@ -147,7 +146,7 @@ class LiveModel:
             self._skeleton.load_state_dict(empty, assign=True)
 
     def _rebuild(self, module: nn.Module, model: Any, prefix: str) -> None:
-        """Makes the second model, where the configuration gives exactly what is in the module; else says why not."""
+        """Makes the second model, where the configuration gives exactly what is in the module; else logs why not."""
         assert self.description is not None
         own = class_name(type(model))
         try:
@@ -155,14 +154,13 @@ class LiveModel:
                 raise CheckpointError(f"{own} is not a class of transformers")
             with quiet():
                 skeleton, name, self._tokenizer = rebuild(self.description)
-            self._prefix = _exact_prefix(module, skeleton, name, prefix.replace("_orig_mod.", ""))
+            self._prefix = _exact_prefix(module, skeleton, name, uncompiled(prefix))
         except Exception as error:  # whatever a library has against a configuration
             self.description["class"] = own
             logger.info("%s runs as it is: %s", type(model).__name__, error)
             return
-        hooks = sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
-        if hooks:
-            logger.info("%d forward hooks in %s do not run when it is measured", hooks, type(model).__name__)
+        if hooks_of(model):
+            logger.info("%d forward hooks in %s do not run when it is measured", hooks_of(model), type(model).__name__)
         self._skeleton = skeleton
         self._take_weights(module)
         self.release()
@@ -170,7 +168,7 @@ class LiveModel:
     def _take_weights(self, module: nn.Module) -> None:
         """Makes the second model's weights those of the module: the same memory where they are float32."""
         assert self._skeleton is not None
-        state = _state_of(module)
+        state = uncompiled_state(module.state_dict())
         weights = {key: state[self._prefix + key].detach() for key in self._skeleton.state_dict()}
         taken = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
         self._skeleton.load_state_dict(taken, assign=True)
@@ -188,28 +186,20 @@ class _Method:
 
 def _exact_prefix(module: nn.Module, skeleton: nn.Module, name: str, prefix: str) -> str:
     """What the encoder's names begin with in the module; a CheckpointError where the two are not the same model."""
-    state = _state_of(module)
+    state = uncompiled_state(module.state_dict())
     found = matching_prefix(skeleton, name, state, prefix, type(module).__name__)
     left = unexpected(skeleton, state, found)
     if left:
         raise CheckpointError(f"its configuration does not give the weights {', '.join(left[:3])}")
-    expected = {name: type(one) for name, one in skeleton.named_modules()}
-    beside = type(skeleton).__name__.endswith("EncoderModel")  # of T5: a decoder and a head stand beside its parts
-    parts = {name for name, _ in skeleton.named_children()}
-    for path, one in module.named_modules():
-        clean = f"{path}.".replace("_orig_mod.", "")
-        inside, part = clean.startswith(found), clean[len(found) :].rstrip(".")
-        inside = inside and (not beside or part.partition(".")[0] in parts)
-        wrapper = hasattr(one, "_orig_mod")  # of torch.compile
-        same = expected.get(part) is type(one) and "forward" not in vars(one)
-        if inside and not wrapper and not part.startswith("pooler") and not same:
+    expected = {name: type(part) for name, part in skeleton.named_modules()}
+    for path, part in module.named_modules():
+        full = uncompiled(f"{path}.")
+        within = full.removeprefix(found).rstrip(".")
+        if not full.startswith(found) or not is_part(within, skeleton) or is_compiled(part):
+            continue
+        if expected.get(within) is not type(part) or "forward" in vars(part):
             raise CheckpointError(f"{path} is not what its configuration says")
     return found
-
-
-def _state_of(module: nn.Module) -> dict[str, Tensor]:
-    """The weights by their names, without what `torch.compile` adds to them."""
-    return {key.replace("_orig_mod.", ""): value for key, value in module.state_dict().items()}
 
 
 def _own_limit(module: nn.Module) -> int | None:
@@ -223,13 +213,13 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def _only_model(module: nn.Module) -> tuple[str, Any]:
-    """The one Hugging Face model in a module that stands in no other, and what its weights' names begin with."""
+    """The only outermost Hugging Face model in a module, and what the names of its weights begin with."""
     from transformers import PreTrainedModel
 
     found: list[tuple[str, Any]] = []
-    for name, one in module.named_modules():
-        if isinstance(one, PreTrainedModel) and not any(_within(name, outer) for outer, _ in found):
-            found.append((name, one))
+    for name, part in module.named_modules():
+        if isinstance(part, PreTrainedModel) and not any(_within(name, outer) for outer, _ in found):
+            found.append((name, part))
     if len(found) != 1:
         names = ", ".join(name or "the module itself" for name, _ in found) or "none"
         raise CheckpointError(f"{type(module).__name__}: expected one Hugging Face model, found {names}; {REMEDY}")
@@ -242,7 +232,7 @@ def _within(name: str, outer: str) -> bool:
 
 
 def _only_tokenizer(holders: Sequence[object], others: Sequence[object]) -> Any:
-    """The one tokenizer among the attributes of `holders`, or else of `others`."""
+    """The only tokenizer among the attributes of `holders`, or else of `others`."""
     from transformers import PreTrainedTokenizerBase
 
     found: list[Any] = []
@@ -251,7 +241,7 @@ def _only_tokenizer(holders: Sequence[object], others: Sequence[object]) -> Any:
         unique = {id(value): value for value in values if isinstance(value, PreTrainedTokenizerBase)}
         found = found or list(unique.values())
     if len(found) != 1:
-        count = "none" if not found else f"{len(found)}: {', '.join(type(one).__name__ for one in found)}"
+        count = "none" if not found else f"{len(found)}: {', '.join(type(tokenizer).__name__ for tokenizer in found)}"
         remedy = "keep it as an attribute of the LightningModule, such as self.tokenizer, or " + REMEDY
         raise CheckpointError(f"expected one Hugging Face tokenizer in the module, found {count}; {remedy}")
     return found[0]

@@ -3,7 +3,7 @@
 Linear layers then see real tokens alone, and attention runs within each sequence, without a mask. A model takes part if
 its hidden states prove the same on a probe: its positions must be ones that can be given, absolute (ESM, BERT, BART) or
 relative (T5), and its attention plain. What it writes out in several operations, each a way through all of a layer's
-activations, is done in one, where that proves the same, too.
+activations, is done in one operation, where that proves the same, too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from pipeline.encoders.internals import attention_of, attention_set
 
 NAME = "within_sequences"  # of the attention, among those that transformers knows
 # Of what transformers hands to an attention function: that which does not change the result here.
@@ -46,20 +48,19 @@ class Packing:
         self.fused = fused
         inner = [module for module in model.modules() if module is not model]
         # BART's own embedding of positions takes them, but the encoder has no argument for them
-        self._embeddings = [one for one in inner if isinstance(one, nn.Embedding) and _takes(one, "position_ids")]
-        self._biases: list[Any] = [one for one in inner if hasattr(one, "compute_bias")]  # T5's, of relative positions
+        self._embeddings = [part for part in inner if isinstance(part, nn.Embedding) and _takes(part, "position_ids")]
+        self._biases: list[Any] = [part for part in inner if hasattr(part, "compute_bias")]  # T5's relative positions
 
     @classmethod
     def fit(cls, model: nn.Module, ids: Sequence[int], padding: int) -> Packing | None:
-        """The packing of a model in evaluation mode; None where it does not give what the model gives, which is said.
+        """The packing of a model in evaluation mode; None, and a log line, where it does not give the same.
 
         Args:
             model: a Hugging Face encoder.
             ids: some tokens to try it on, no special ones among them.
             padding: the padding token; positions may be numbered from behind it.
         """
-        config: Any = model.config
-        if getattr(config, "_attn_implementation", None) != "sdpa" or len(ids) < 2:
+        if attention_of(model.config) != "sdpa" or len(ids) < 2:
             _give_up(model, "its attention is not torch's, sdpa" if len(ids) >= 2 else "it has no tokens to try")
             return None
         rows = [[*ids], [*ids[: len(ids) // 2]], [*reversed(ids)]]  # the last has the length of the first
@@ -111,8 +112,8 @@ class Packing:
             return args, {**kwargs, "position_ids": positions}
 
         with ExitStack() as stack:
-            for one in self._embeddings:
-                stack.callback(one.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for embedding in self._embeddings:
+                stack.callback(embedding.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for bias in self._biases:
                 compute = bias.compute_bias
                 bias.compute_bias = lambda *_, compute=compute, **options: compute(longest, longest, **options)
@@ -150,15 +151,16 @@ def attention(
     Returns:
         Shape (1, tokens of all, heads, head size).
     """
-    strange = [name for name, one in others.items() if name not in HARMLESS and one is not None and one is not False]
+    given = {name for name, value in others.items() if value is not None and value is not False}
+    strange = sorted(given - HARMLESS)
     if strange or attention_mask is not None or dropout or getattr(module, "is_causal", False):
         raise _UnfitError(f"attention with {', '.join(strange) or 'a mask, dropout or a causal order'}")
-    query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))  # (tokens, heads, head size)
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, head size)
     parts, begin = [], 0
     for length, same in groupby(_lengths.get()):
         count = len(list(same))
         end = begin + count * length
-        q, k, v = (one[begin:end].unflatten(0, (count, length)).transpose(1, 2) for one in (query, key, value))
+        q, k, v = (rows[begin:end].unflatten(0, (count, length)).transpose(1, 2) for rows in (query, key, value))
         bias = None if position_bias is None else position_bias[..., :length, :length]
         part = functional.scaled_dot_product_attention(q, k, v, bias, scale=scaling)
         parts.append(part.transpose(1, 2).flatten(0, 1))
@@ -168,20 +170,24 @@ def attention(
 
 def fused_forwards(model: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
     """By module, its forward pass with torch's own GELU: as ESM writes that out, it is a sixth of all of its time."""
-    found: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
-    for one in model.modules():
-        if "forward" in vars(one):  # somebody's own
-            continue
-        if type(one).__name__ == "EsmIntermediate":
-            found[one] = partial(_intermediate, one)
-        elif type(one).__name__ == "NewGELUActivation":  # of T5's with gates
-            found[one] = partial(functional.gelu, approximate="tanh")
-    return found
+    return {
+        module: partial(FUSED[type(module).__name__], module)
+        for module in model.modules()
+        if type(module).__name__ in FUSED and "forward" not in vars(module)  # that would be somebody's own
+    }
 
 
 def _intermediate(module: Any, states: Tensor) -> Tensor:
     """Shape (..., hidden_size) to (..., intermediate_size)."""
     return functional.gelu(module.dense(states))
+
+
+def _gelu(_: Any, states: Tensor) -> Tensor:
+    return functional.gelu(states, approximate="tanh")
+
+
+# By the name of a class of transformers, what its forward pass computes; the second is of T5's with gates.
+FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {"EsmIntermediate": _intermediate, "NewGELUActivation": _gelu}
 
 
 def _give_up(model: nn.Module, reason: str) -> None:
@@ -207,11 +213,9 @@ def _within(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)
-    config: Any = model.config
-    before, token = config._attn_implementation, _lengths.set(lengths)
-    config._attn_implementation = NAME
+    token = _lengths.set(lengths)
     try:
-        yield
+        with attention_set(model.config, NAME):
+            yield
     finally:
-        config._attn_implementation = before
         _lengths.reset(token)

@@ -37,12 +37,20 @@ def code_digest(owner: Any, *others: Any) -> str | None:
     if isinstance(given, str):
         return given
     own = _homes(owner)[0]
-    homes = {own, *(name for one in (owner, *others) for name in _homes(one) if _is_users(name, _top(own)))}
+    homes = {own, *(name for kind in (owner, *others) for name in _homes(kind) if _is_users(name, _top(own)))}
     sources = _sources(homes)
     if sources is None:
         return None
     each = [f"{name} {hashlib.sha256(content).hexdigest()}" for name, content in sorted(sources.items())]
     return hashlib.sha256("\n".join(each).encode()).hexdigest()
+
+
+def class_name(owner: Any) -> str:
+    """Module and name of a class or function, for digests and messages: of the program's own, its file's name."""
+    module = owner.__module__
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    home = Path(script).stem if module == "__main__" and script else module
+    return f"{home}.{getattr(owner, '__qualname__', owner)}"
 
 
 def no_reuse(owner: Any, what: str) -> str:
@@ -69,7 +77,7 @@ def _sources(homes: set[str]) -> dict[str, bytes] | None:
         if file is not None:
             sources[name] = content
         found = _imports(name, file, content) if file is not None and has_source else set()
-        waiting += [one for one in found if _top(one) in tops or _root(_top(one)) in folders]
+        waiting += [other for other in found if _top(other) in tops or _root(_top(other)) in folders]
     return sources
 
 
@@ -78,7 +86,7 @@ def _homes(owner: Any) -> list[str]:
     if isinstance(owner, ModuleType):
         return [owner.__name__]
     line = owner.__mro__ if isinstance(owner, type) else (owner, *type(owner).__mro__)
-    names = [str(getattr(one, "__module__", None)) for one in line]
+    names = [str(getattr(kind, "__module__", None)) for kind in line]
     main = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "__main__")
     return [main if name == "__main__" else name for name in names]
 
@@ -124,7 +132,7 @@ def _locate(name: str) -> tuple[Path | None, list[str]]:
     if module is not None:
         file = getattr(module, "__file__", None)
         prompt = name == "__main__" and hasattr(sys, "ps1")  # what is typed there stands in no file
-        return Path(file) if file and not prompt else None, [str(one) for one in getattr(module, "__path__", [])]
+        return Path(file) if file and not prompt else None, [str(folder) for folder in getattr(module, "__path__", [])]
     if not parent:
         try:
             spec = find_spec(name)
@@ -168,7 +176,7 @@ def _imports(name: str, file: Path, content: bytes) -> set[str]:
             except ImportError:  # beyond the package: it fails where it is run, too
                 continue
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    parts = [one.split(".") for one in found]
+    parts = [name.split(".") for name in found]
     return {".".join(some[:end]) for some in parts for end in range(1, len(some) + 1)}
 
 

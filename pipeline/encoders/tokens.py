@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.encoders.companions import panics_as_errors
+from pipeline.encoders.internals import panics_as_errors
 from pipeline.errors import CheckpointError
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
@@ -69,7 +69,7 @@ class Tokens:
     def ordinary(self, most: int) -> list[int]:
         """Some ids of the vocabulary that are not special, at most so many."""
         special = set(self.tokenizer.all_special_ids)
-        return [one for one in sorted(self.tokenizer.get_vocab().values()) if one not in special][:most]
+        return [number for number in sorted(self.tokenizer.get_vocab().values()) if number not in special][:most]
 
     def why_unknown(self, text: str) -> str:
         """What to do about a text of unknown tokens alone, where its characters are in the vocabulary as they are."""

@@ -56,16 +56,30 @@ def unexpected(encoder: nn.Module, state: Mapping[str, Any], prefix: str) -> lis
     """Names of stored weights that stand within the encoder, and that its class does not have."""
     known = set(encoder.state_dict())
     inside = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
-    if type(encoder).__name__.endswith("EncoderModel"):  # the encoder of T5: its decoder stands beside its parts
-        parts = {key.partition(".")[0] for key in known}
-        inside = [key for key in inside if key.partition(".")[0] in parts]
-    left = [key for key in inside if key not in known and not is_derived(key, encoder)]
-    return [key for key in left if not key.startswith("pooler.")]  # behind the hidden states
+    return [key for key in inside if key not in known and is_part(key, encoder) and not is_derived(key, encoder)]
 
 
-def left_over(source: str, encoder: nn.Module, names: list[str], remedy: str) -> str:
-    """What to say of stored weights that an encoder does not have."""
-    return f"ckpt: '{source}' holds weights that a {type(encoder).__name__} does not have: {_some(names)}; {remedy}"
+def is_encoder_alone(model: nn.Module) -> bool:
+    """Whether a model is of a class for the encoder of an encoder-decoder alone, such as `T5EncoderModel`."""
+    return type(model).__name__.endswith("EncoderModel")
+
+
+def is_part(name: str, encoder: nn.Module) -> bool:
+    """Whether a weight or module is part of the encoder, by its name within the model that the encoder is in.
+
+    Beside the parts of a T5's encoder stand its decoder and head. A pooling layer is behind the hidden states.
+    """
+    part = name.partition(".")[0]
+    beside = is_encoder_alone(encoder) and part not in dict(encoder.named_children())
+    return part != "pooler" and not beside
+
+
+def check_unexpected(encoder: nn.Module, state: Mapping[str, Any], prefix: str, source: str, remedy: str) -> None:
+    """Raises CheckpointError where a checkpoint holds weights of an encoder that its class does not have."""
+    left = unexpected(encoder, state, prefix)
+    if left:
+        kind = type(encoder).__name__
+        raise CheckpointError(f"ckpt: '{source}' holds weights that a {kind} does not have: {_some(left)}; {remedy}")
 
 
 def is_derived(name: str, model: nn.Module) -> bool:

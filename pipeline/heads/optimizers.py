@@ -199,11 +199,12 @@ def _scheduler(optimizer: Optimizer, name: str, options: dict[str, Any]) -> LRSc
     try:
         if name in POLICIES:
             return PolicyLR(optimizer, name, **options)
-        kind = vars(lr_scheduler).get(name)
+        kind: Any = vars(lr_scheduler).get(name)
         if not inspect.isclass(kind) or not issubclass(kind, SCHEDULERS) or name in NEEDS_FUNCTIONS:
             remedy = nearest(name, [*POLICIES, *USUAL_SCHEDULES])
             raise ConfigError(f"optim.sched.name: unknown schedule '{name}'{remedy}")
-        return kind(optimizer, **_torch_options(kind, name, options, optimizer))
+        built: LRScheduler | ReduceLROnPlateau = kind(optimizer, **_torch_options(kind, name, options, optimizer))
+        return built
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise ConfigError(f"optim.sched: {name} cannot be built from {options}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""What a person is shown: tables, pictures, the page, comparisons.
+"""Results for people: tables, figures, the HTML page, comparisons.
 
-Here: how results are drawn and written. Not here: where they go, see `tracking`.
+Here: how results are drawn and written. Not here: where they are sent, see `tracking`.
 """

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, nearest
-from pipeline.report.tables import cells
+from pipeline.report.tables import Table, number, plain
 from pipeline.statistics.metrics import Metric, lower_is_better
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import Tracker
 from pipeline.tracking.journal_run import JournalRun
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    import pandas as pd
 
 FILE = "leaderboard.json"
 
@@ -27,7 +27,7 @@ class Row:
     Attributes:
         label: its name.
         step: of the training, if it is known.
-        metrics: by name; none where the measurement failed.
+        metrics: by name; empty where the measurement failed.
         error: why it failed.
         data: digests of the test sets.
     """
@@ -39,14 +39,8 @@ class Row:
     data: frozenset[str] = field(default_factory=frozenset)
 
 
-def rank(rows: Sequence[Row], by: str) -> list[Row]:
-    """The rows, the best in `by` first; those without it last. Equal ones stay in the order given."""
-    sign = 1 if lower_is_better(by) else -1
-    return sorted(rows, key=lambda row: (by not in row.metrics, sign * row.metrics.get(by, 0.0)))
-
-
 def choose(rows: Sequence[Row], by: str = "") -> list[str]:
-    """The metrics to show: the one to rank by first; by default, the first main one that all rows have.
+    """The metrics to show: the one to rank by first; by default, the first headline metric that all rows have.
 
     Raises:
         ConfigError: no row has the metric `by`.
@@ -60,30 +54,31 @@ def choose(rows: Sequence[Row], by: str = "") -> list[str]:
     return list(dict.fromkeys([*([by] if by else common), *main]))
 
 
-def table(rows: Sequence[Row], names: Sequence[str]) -> Table:
-    """The leaderboard for a terminal, by the first of `names`, best first."""
-    from rich.markup import escape
-    from rich.table import Table
+def leaderboard(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
+    """The checkpoints, best first in the first of `names`; those without it are last, ties in the order given.
 
-    view = Table(title=escape(f"Checkpoints by {names[0]}"), title_justify="left")
-    view.add_column("#", justify="right")
-    view.add_column("checkpoint", overflow="fold")
-    for name in names:
-        view.add_column(escape(name), justify="right", overflow="fold")
-    for place, row in enumerate(rows, 1):
-        view.add_row(str(place), escape(row.label), *_cells(row, names))
-    return view
+    Returns:
+        The columns `rank` (from 1), `checkpoint`, `step`, each metric, those of `names` first, and `error`.
+    """
+    import pandas as pd
+
+    metrics = list(dict.fromkeys([*names, *(name for row in rows for name in row.metrics)]))
+    records = [{"checkpoint": row.label, "step": row.step, **row.metrics, "error": row.error} for row in rows]
+    frame = pd.DataFrame(records, columns=["checkpoint", "step", *metrics, "error"])
+    frame = frame.astype({"step": "Int64", **dict.fromkeys(metrics, "float64")})
+    frame = frame.sort_values(names[0], ascending=lower_is_better(names[0]), kind="stable", ignore_index=True)
+    frame.insert(0, "rank", frame.index + 1)
+    return frame
 
 
-def markdown(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """The same in Markdown, with what went wrong, and whether the rows can be compared."""
-    lines = [f"| # | checkpoint | {' | '.join(names)} |", f"|---:|---|{'---:|' * len(names)}"]
-    for place, row in enumerate(rows, 1):
-        lines.append(f"| {place} | {_plain(row.label)} | {' | '.join(_cells(row, names))} |")
-    lines += ["", *(f"- {_plain(row.label)}: {row.error}" for row in rows if row.error)]
-    if not comparable(rows):
-        lines.append("- The test sets differ between rows: sequences that one encoder takes are too long for another.")
-    return "\n".join(lines)
+def board_table(board: pd.DataFrame, names: Sequence[str]) -> Table:
+    """A leaderboard with some of its metrics."""
+    rows = []
+    for row in board.to_dict("records"):
+        values = [number(row[name]) if row[name] == row[name] else "" for name in names]
+        cells = ["failed", *values[1:]] if row["error"] else values
+        rows.append([str(row["rank"]), row["checkpoint"], *cells])
+    return Table(("#", "checkpoint", *names), rows, frozenset({1}), f"Checkpoints by {names[0]}")
 
 
 def comparable(rows: Sequence[Row]) -> bool:
@@ -91,28 +86,23 @@ def comparable(rows: Sequence[Row]) -> bool:
     return len({row.data for row in rows if row.metrics}) <= 1
 
 
-def publish(rows: Sequence[Row], names: Sequence[str], tracker: Tracker, run: JournalRun) -> None:
-    """Logs the leaderboard: as a table that MLflow shows, and in the run's description."""
-    metrics = list(dict.fromkeys([*names, *(name for row in rows for name in row.metrics)]))
-    columns = ["rank", "checkpoint", "step", *metrics, "error"]
-    data = [
-        [place, row.label, row.step, *(row.metrics.get(name) for name in metrics), row.error]
-        for place, row in enumerate(rows, 1)
-    ]
+def summary(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """The leaderboard in Markdown, the errors, and whether the rows can be compared."""
+    lines = [board_table(leaderboard(rows, names), names).markdown(), ""]
+    lines += [f"- {plain(row.label)}: {row.error}" for row in rows if row.error]
+    if not comparable(rows):
+        lines.append("- The test sets differ between rows: sequences that one encoder takes are too long for another.")
+    return "\n".join(lines)
+
+
+def publish(rows: Sequence[Row], names: Sequence[str], tracker: Tracker, run: JournalRun) -> pd.DataFrame:
+    """Logs the leaderboard as a table that MLflow shows, and in the run's description; returns it."""
+    board = leaderboard(rows, names)
+    data = board.astype(object).where(board.notna(), None).to_dict("split", index=False)
     with temporary_folder() as folder:
         path = folder / FILE
-        path.write_text(json.dumps({"columns": columns, "data": data}), encoding="utf-8")
+        path.write_text(json.dumps(data), encoding="utf-8")
         tracker.artifact(path)
     run.tags({"mlflow.loggedArtifacts": json.dumps([{"path": FILE, "type": "table"}])})
-    run.describe(f"{len(rows)} checkpoints by `{names[0]}`\n\n{markdown(rows, names)}")
-
-
-def _plain(text: str) -> str:
-    """Text that does not break a table."""
-    return " ".join(text.replace("|", "/").split())
-
-
-def _cells(row: Row, names: Sequence[str]) -> list[str]:
-    if row.error:
-        return ["failed", *[""] * (len(names) - 1)]
-    return cells(row.metrics, names)
+    run.describe(f"{len(rows)} checkpoints by `{names[0]}`\n\n{summary(rows, names)}")
+    return board

@@ -1,4 +1,4 @@
-"""A measurement as one HTML page that needs nothing else: for whoever was not there."""
+"""A measurement as a single HTML file, figures included."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from pipeline.report import tables as report
+from pipeline.report.tables import score_table
 from pipeline.score import Scores
 
 PAGE = Template("""<!DOCTYPE html>
@@ -63,12 +63,7 @@ $tasks
 TASK = Template("""<section>
 <h2>$name</h2>
 <div class="wide" role="region" aria-label="Metrics" tabindex="0">
-<table>
-<thead><tr><th scope="col">metric</th><th scope="col">score</th><th scope="col">constant guess</th></tr></thead>
-<tbody>
-$rows
-</tbody>
-</table>
+$table
 </div>
 $notes
 $pictures
@@ -82,13 +77,13 @@ def page(
     facts: Mapping[str, str],
     yaml: str,
 ) -> str:
-    """Writes the page, its pictures within.
+    """Returns the HTML of the page.
 
     Args:
         title: the heading.
-        scores: of each task, in the order to show them.
-        pictures: the PNG files of each task, by its name.
-        facts: what to know of the measurement: checkpoint, digest, date.
+        scores: the scores of each task, in the order to show them.
+        pictures: by the task's name, its PNG files.
+        facts: by name, what else to say of the measurement: checkpoint, digest, date.
         yaml: the configuration.
 
     Raises:
@@ -101,19 +96,16 @@ def page(
 
 
 def _task(scores: Scores, pictures: Sequence[Path]) -> str:
-    """A task's section: its metrics, what there is to say of them, and its pictures."""
-    rows = [
-        f'<tr><th scope="row">{escape(name)}</th><td>{value}</td><td>{floor}</td></tr>'
-        for name, value, floor in report.rows(scores)
-    ]
-    notes = [*scores.earlier_notes, *scores.notes]
-    items = [f"<li>{escape(note)}</li>" for note in notes]
+    """A task's section: its metrics, the warnings, and its figures."""
+    items = [f"<li>{escape(note)}</li>" for note in (*scores.earlier_notes, *scores.notes)]
     listed = "<ul>\n" + "\n".join(items) + "\n</ul>" if items else ""
     images = "\n".join(_image(scores.task_name, path) for path in pictures)
-    return TASK.substitute(name=escape(scores.task_name), rows="\n".join(rows), notes=listed, pictures=images)
+    return TASK.substitute(
+        name=escape(scores.task_name), table=score_table([scores]).html(), notes=listed, pictures=images
+    )
 
 
 def _image(task_name: str, path: Path) -> str:
-    """The picture within the page; its file name says what it shows."""
+    """A figure, within the page; its alternative text is taken from the file's name."""
     alt = escape(f"{task_name}: {path.stem.replace('_', ' ')}")
     return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'

@@ -1,4 +1,4 @@
-"""What trackers are told of a measurement beside its numbers: the pictures, and the page that puts all together."""
+"""Publishes what goes to the trackers beside the numbers: configuration, figures, and the HTML page."""
 
 from __future__ import annotations
 
@@ -30,22 +30,20 @@ def describe(run: JournalRun, config: Config, folder: str = "") -> None:
 
 
 def publish(scores: Sequence[Scores], tracker: Tracker, title: str, facts: Mapping[str, str], yaml: str) -> None:
-    """Draws the pictures of a measurement, and writes `report.html`.
+    """Draws the figures of a measurement and writes `report.html`; the tracker gets the files.
 
     Args:
-        scores: what was measured.
-        tracker: gets the files: `figures/<task>/*.png`, and the page.
-        title: of the page.
-        facts: what else it says of the measurement.
+        scores: the scores of each task.
+        tracker: gets `figures/<task>/*.png` and the page.
+        title: the page's title.
+        facts: by name, what else the page says of the measurement.
         yaml: the configuration.
     """
     with temporary_folder() as temporary:
         pictures: dict[str, Sequence[Path]] = {}
         for one in scores:
             name = metric_name(one.task_name)
-            folder = temporary / name
-            folder.mkdir()
-            pictures[one.task_name] = draw(one, one.examples, folder)
+            pictures[one.task_name] = draw(one, temporary / name)
             for path in pictures[one.task_name]:
                 tracker.artifact(path, f"figures/{name}")
         report = temporary / "report.html"
@@ -54,7 +52,7 @@ def publish(scores: Sequence[Scores], tracker: Tracker, title: str, facts: Mappi
 
 
 def publish_curves(points: Sequence[tuple[int, Mapping[str, float]]], tracker: Tracker, folder: str = "curves") -> None:
-    """Draws every metric against the step, where there are two steps at least."""
+    """Draws every metric against the step, if there are two steps or more."""
     if len(points) < 2:
         return
     with temporary_folder() as temporary:
@@ -63,25 +61,24 @@ def publish_curves(points: Sequence[tuple[int, Mapping[str, float]]], tracker: T
 
 
 def facts_of(ckpt: str, step: int | None, encoder: Encoder, scores: Sequence[Scores]) -> dict[str, str]:
-    """What a reader asks of a measurement first."""
+    """What a reader of the report wants to know first: checkpoint, data, device, versions, date."""
     facts = {"checkpoint": ckpt}
     if step is not None:
         facts["step"] = str(step)
     data = {one.task_name: _data_of(one) for one in scores}
     same = len(set(data.values())) == 1
     facts |= {"data": data[scores[0].task_name]} if same else {f"data of {name}": what for name, what in data.items()}
-    precision = getattr(encoder, "precision", "")
     return {
         **facts,
         "digest": encoder.digest[:16],
-        "device": f"{encoder.device} {precision}".strip(),
+        "device": f"{encoder.device} {encoder.precision}".strip(),
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
         "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
 def _data_of(scores: Scores) -> str:
-    """Where a task's data are, and how many sequences were used and left out."""
+    """The folder of a task's data, and how many sequences were used and left out."""
     rows = []
     for name, part in scores.examples.parts.items():
         left_out = f" ({part.left_out} left out)" if part.left_out else ""
@@ -90,7 +87,7 @@ def _data_of(scores: Scores) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that a score may depend on."""
+    """The versions of Python and of the packages that a score may depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,70 +1,89 @@
-"""Scores as tables: for the terminal, and in Markdown for the run's description."""
+"""Results as tables: for the terminal, for Markdown and for HTML."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from html import escape
 
 from pipeline.score import Scores
 
-if TYPE_CHECKING:
-    from rich.table import Table
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        columns: the headings.
+        rows: the cells of each row.
+        left: the columns of text, aligned left; the others hold numbers, aligned right.
+        title: shown on the terminal alone.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: frozenset[int] = frozenset({0})
+    title: str = ""
+
+    def text(self) -> str:
+        """For the terminal, as wide as it is; 120 characters where the output is a file."""
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        view = RichTable(title=Text(self.title), title_justify="left")
+        for index, name in enumerate(self.columns):
+            view.add_column(Text(name), justify="left" if index in self.left else "right", overflow="fold")
+        for row in self.rows:
+            view.add_row(*map(Text, row))
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        with console.capture() as captured:
+            console.print(view)
+        return captured.get().rstrip("\n")
+
+    def markdown(self) -> str:
+        """For a run's description."""
+        rule = ["---" if index in self.left else "---:" for index in range(len(self.columns))]
+        rows = [self.columns, rule, *self.rows]
+        return "\n".join(f"| {' | '.join(map(plain, row))} |" for row in rows)
+
+    def html(self) -> str:
+        """A `<table>` in which the first cell of each row is its heading."""
+        heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in self.columns)
+        rows = [
+            f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in others)}</tr>'
+            for first, *others in self.rows
+        ]
+        body = "\n".join(rows)
+        return f"<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
-def table(scores: Sequence[Scores]) -> Table:
+def plain(text: str) -> str:
+    """Text that does not break a table in Markdown."""
+    return " ".join(text.replace("|", "/").split())
+
+
+def score_table(scores: Sequence[Scores]) -> Table:
     """A row per metric, beside what a constant guess would reach."""
-    from rich.table import Table
-
-    view = Table(title="Scores on the test set", title_justify="left")
-    view.add_column("metric")
-    view.add_column("score", justify="right")
-    view.add_column("constant guess", justify="right", style="dim")
-    for one in scores:
-        for name, value, floor in rows(one):
-            view.add_row(name, value, floor)
-        view.add_section()
-    return view
+    results = [metric for one in scores for metric in one.results]
+    rows = [(metric.key, number(metric.value), number(metric.constant)) for metric in results]
+    return Table(("metric", "score", "constant guess"), rows, title="Scores on the test set")
 
 
-def curve(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str]) -> Table:
+def step_table(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str]) -> Table:
     """A row per measurement of a training: the step, and some of its metrics."""
-    from rich.table import Table
-
-    view = Table(title="Scores on the test set, over the training", title_justify="left")
-    for name in ("step", *names):
-        view.add_column(name, justify="right", overflow="fold")
-    for step, metrics in points:
-        view.add_row(str(step), *cells(metrics, names))
-    return view
+    rows = [(str(step), *(number(metrics.get(name)) for name in names)) for step, metrics in points]
+    return Table(("step", *names), rows, frozenset(), "Scores on the test set, over the training")
 
 
-def curve_markdown(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str]) -> str:
-    """The same in Markdown."""
-    lines = [f"| step | {' | '.join(names)} |", f"|---:|{'---:|' * len(names)}"]
-    for step, metrics in points:
-        lines.append(f"| {step} | {' | '.join(cells(metrics, names))} |")
-    return "\n".join(lines)
+def number(value: float | None) -> str:
+    """Four digits behind the point; empty where there is no value."""
+    return "" if value is None else f"{value:.4f}"
 
 
-def cells(metrics: Mapping[str, float], names: Sequence[str]) -> list[str]:
-    """The values of some metrics as text; empty where there is none."""
-    return [f"{metrics[name]:.4f}" if name in metrics else "" for name in names]
-
-
-def markdown(facts: Mapping[str, str], scores: Sequence[Scores]) -> str:
-    """The result, which MLflow shows the first lines of; the warnings; what was measured, on what."""
-    lines = ["| metric | score | constant guess |", "|---|---:|---:|"]
-    for one in scores:
-        lines += [f"| {name} | {value} | {floor} |" for name, value, floor in rows(one)]
-    about = [f"- {name}: `{value}`" for name, value in facts.items()]
+def summary(facts: Mapping[str, str], scores: Sequence[Scores]) -> str:
+    """A run's description: the scores first, as MLflow shows the first lines alone; the warnings; the facts."""
     notes = [f"- {one.task_name}: {note}" for one in scores for note in (*one.earlier_notes, *one.notes)]
-    return "\n".join([*lines, "", *notes, *about])
-
-
-def rows(scores: Scores) -> list[tuple[str, str, str]]:
-    """Each metric's name, its value and, where it says something, that of a constant guess; as text."""
-    floors = scores.constant
-    return [
-        (name, f"{value:.4f}", f"{floors[name]:.4f}" if name in floors else "")
-        for name, value in scores.metrics.items()
-    ]
+    about = [f"- {name}: `{value}`" for name, value in facts.items()]
+    return "\n".join([score_table(scores).markdown(), "", *notes, *about])

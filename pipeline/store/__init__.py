@@ -1,4 +1,4 @@
 """The Parquet store of embeddings, and temporary folders.
 
-Here: what is kept under which key, shards, reading, what a kill leaves. Not here: what embeddings are made of.
+Here: tables and their keys, shards, reading, writing, cleaning up after a kill. Not here: how embeddings are made.
 """

@@ -1,9 +1,10 @@
 """A shard: one Parquet file with the embeddings of some sequences.
 
 It has the columns `key` (digest of the row's sequence), `unknown` (its unknown tokens) and `hidden` (the vector's
-bytes, little-endian); one row per token, or per sequence where pooled. A row group of fixed-width values without nulls
-or compression is one run of bytes, and where that begins follows from Parquet's own metadata: rows are read as plainly
-as with `numpy.fromfile`. Each run has a checksum, taken from memory as it is written, that it is held to when read.
+bytes, little-endian); one row per token, or per sequence where pooled. Values of fixed width, without nulls and
+compression, lie in a row group one after another, and where they begin follows from Parquet's own metadata: rows are
+read as plainly as with `numpy.fromfile`. Each row group has a checksum, computed from memory when it is written and
+compared when it is read.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ import pyarrow.parquet as pq
 from pipeline.errors import CacheError
 
 KEY_BYTES = 16
-# A row group is one data page (pyarrow breaks pages at 20,000 rows), so that its rows lie in one run of bytes. It is
-# small enough to be written, or read and held to its checksum, while it is in the processor's caches.
+# A row group is one data page (pyarrow breaks pages at 20,000 rows), so that its vectors lie one after another. It is
+# small enough to stay in the processor's caches while it is written, or read and verified.
 ROW_GROUP, GROUP_BYTES = 16_384, 2**22
-# By name. XXH3 keeps up with memory, and CRC-32 takes as long as the reading itself; it is for where xxhash is missing.
+# XXH3 keeps up with memory. CRC-32, for where xxhash is not installed, takes as long as the reading itself.
 CHECKSUMS: dict[str, Callable[[bytes | memoryview], int]] = {"crc32": zlib.crc32}
 with contextlib.suppress(ImportError):
     from xxhash import xxh3_64_intdigest
 
     CHECKSUMS["xxh3"] = xxh3_64_intdigest
 REMEDY = "install the version of pyarrow that constraints.txt names"
-INDEX = b"sequences"  # where the file's own metadata hold what `entries` gives
+INDEX = b"sequences"  # key of the index in the file's own metadata; see `entries`
 
 Array = npt.NDArray[np.floating]
 INDEX_ROW = np.dtype([("key", f"V{KEY_BYTES}"), ("count", "<i8"), ("unknown", "<i8")])
@@ -44,16 +45,16 @@ INDEX_ROW = np.dtype([("key", f"V{KEY_BYTES}"), ("count", "<i8"), ("unknown", "<
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard, as the manifest counts it.
+    """A finished shard, as the manifest lists it.
 
     Attributes:
         file: its name.
         bytes: its size.
-        checksum: which of `CHECKSUMS` it has.
+        checksum: name of the checksum, one of `CHECKSUMS`.
         of_index: checksum of the index.
-        of_groups: of the vectors of each row group.
-        rows: how many vectors.
-        sequences: of how many sequences.
+        of_groups: checksum of the vectors of each row group.
+        rows: number of vectors.
+        sequences: number of sequences.
         made_with: how they were embedded.
     """
 
@@ -78,8 +79,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Run:
-    """The bytes of consecutive rows of a shard: rows `first` to `last`, from byte `offset` of the file."""
+class RowGroup:
+    """Consecutive rows of a shard, `first` up to `last`, whose vectors begin at byte `offset` of the file."""
 
     first: int
     last: int
@@ -88,16 +89,16 @@ class Run:
 
 
 class DamagedShardsError(CacheError):
-    """Shards are not what the manifest says. They are dropped, and their sequences are embedded again."""
+    """Shards do not have the content that was written. They are dropped, and their sequences are embedded again."""
 
     def __init__(self, damaged: Sequence[tuple[Shard, str]]) -> None:
-        """Shards, and what is wrong with each."""
+        """Takes the shards, with what is wrong with each."""
         names = ", ".join(f"{shard.file} ({reason})" for shard, reason in damaged)
         super().__init__(f"store: damaged shards: {names}; run again, and their sequences are embedded afresh")
         self.damaged = damaged
 
 
-class Writing:
+class ShardFile:
     """A shard that is being written, row group by row group, under a name that ends in `.tmp`."""
 
     def __init__(self, path: Path, hidden_size: int, dtype: np.dtype[Any], made_with: Mapping[str, Any]) -> None:
@@ -106,15 +107,15 @@ class Writing:
         self.made_with = made_with
         self.rows = 0
         self._temporary = path.with_suffix(".tmp")
-        self._width = hidden_size * dtype.itemsize
+        self._row_bytes = hidden_size * dtype.itemsize
         self._index: list[npt.NDArray[np.void]] = []
         self._checksum = list(CHECKSUMS)[-1]
         self._checksums: list[int] = []
-        types = {"key": pa.binary(KEY_BYTES), "unknown": pa.int32(), "hidden": pa.binary(self._width)}
+        types = {"key": pa.binary(KEY_BYTES), "unknown": pa.int32(), "hidden": pa.binary(self._row_bytes)}
         fields = [pa.field(name, kind, nullable=False) for name, kind in types.items()]
         self._schema = pa.schema(fields, metadata={"dtype": dtype.str, "hidden_size": str(hidden_size)})
-        how: dict[str, Any] = {"compression": "NONE", "write_statistics": False, "data_page_size": 2**30}
-        self._writer = pq.ParquetWriter(self._temporary, self._schema, use_dictionary=["key", "unknown"], **how)
+        layout: dict[str, Any] = {"compression": "NONE", "write_statistics": False, "data_page_size": 2**30}
+        self._writer = pq.ParquetWriter(self._temporary, self._schema, use_dictionary=["key", "unknown"], **layout)
 
     def add(self, keys: Sequence[bytes], unknown: Sequence[int], counts: Sequence[int], rows: Array) -> None:
         """Writes the rows of some sequences one after another, shape (sum of counts, hidden_size)."""
@@ -123,7 +124,7 @@ class Writing:
         index["unknown"], index["count"] = unknown, counts
         self._index.append(index)
         each = np.repeat(index, index["count"])
-        most = max(1, min(ROW_GROUP, GROUP_BYTES // self._width))
+        most = max(1, min(ROW_GROUP, GROUP_BYTES // self._row_bytes))
         groups = -(-len(rows) // most)
         for begin, end in pairwise(len(rows) * group // groups for group in range(groups + 1)):
             self._add_group(each[begin:end], rows[begin:end])
@@ -134,13 +135,13 @@ class Writing:
         columns = [
             _fixed_width(np.ascontiguousarray(each["key"]).view(np.uint8), KEY_BYTES),
             pa.array(each["unknown"].astype(np.int32)),
-            _fixed_width(content, self._width),
+            _fixed_width(content, self._row_bytes),
         ]
         self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
         self._checksums.append(CHECKSUMS[self._checksum](content.data))
 
     def finish(self) -> Shard:
-        """Ends and syncs the file, gives it its name, and says what the manifest is to count."""
+        """Ends and syncs the file, gives it its name, and returns what the manifest is to list."""
         index = np.concatenate(self._index)
         self._writer.add_key_value_metadata({INDEX: index.tobytes().hex()})
         self._writer.close()
@@ -155,9 +156,9 @@ class Writing:
             self.made_with,
         )
         with self._temporary.open("rb+", buffering=0) as file:
-            run = runs(self._temporary, shard, self._width)[-1]
-            there = np.empty((run.last - run.first) * self._width, np.uint8)
-            if not read_run(file, shard, run, there):
+            group = row_groups(self._temporary, shard, self._row_bytes)[-1]
+            content = np.empty((group.last - group.first) * self._row_bytes, np.uint8)
+            if not read_group(file, shard, group, content):
                 found = f"another layout from pyarrow {pa.__version__}"
                 raise CacheError(
                     f"store: expected the rows of {self.path.name} in one run of bytes, found {found}; {REMEDY}"
@@ -168,13 +169,13 @@ class Writing:
 
     def discard(self) -> None:
         """Removes what was written so far."""
-        with contextlib.suppress(OSError, pa.ArrowException):  # on a full disk it cannot be ended either
+        with contextlib.suppress(OSError, pa.ArrowException):  # a full disk has no room for the end either
             self._writer.close()
         self._temporary.unlink(missing_ok=True)
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether an error in reading means that the file is not what was written; too many open files, say, do not.
+    """Whether an error in reading means that the file is damaged; an error such as too many open files does not.
 
     pyarrow reports a broken file as an OSError without a number.
     """
@@ -182,7 +183,7 @@ def is_damage(error: Exception) -> bool:
 
 
 def checksum_of(shard: Shard) -> Callable[[bytes | memoryview], int]:
-    """What a shard's checksums are made with. Raises CacheError if it is not there."""
+    """The function that a shard's checksums are computed with. Raises CacheError if it is not installed."""
     try:
         return CHECKSUMS[shard.checksum]
     except KeyError:
@@ -190,53 +191,53 @@ def checksum_of(shard: Shard) -> Callable[[bytes | memoryview], int]:
 
 
 def entries(path: Path, shard: Shard) -> Iterator[tuple[bytes, Entry]]:
-    """Where each sequence of a shard is, by key. Raises what pyarrow does where it cannot be read."""
+    """Where each sequence of a shard is, by key. Raises pyarrow's errors, OSError or ValueError if it is damaged."""
     content = bytes.fromhex((pq.read_metadata(path).metadata or {}).get(INDEX, b"").decode())
     if checksum_of(shard)(content) != shard.of_index:
         raise pa.ArrowInvalid("its index is not the one that was written")
     index = np.frombuffer(content, INDEX_ROW)
     keys, counts = index["key"].tobytes(), index["count"]
     starts = (np.cumsum(counts) - counts).tolist()
-    for place, where in enumerate(zip(starts, counts.tolist(), index["unknown"].tolist(), strict=True)):
-        yield keys[place * KEY_BYTES : (place + 1) * KEY_BYTES], Entry(shard, *where)
+    for number, values in enumerate(zip(starts, counts.tolist(), index["unknown"].tolist(), strict=True)):
+        yield keys[number * KEY_BYTES : (number + 1) * KEY_BYTES], Entry(shard, *values)
 
 
-def runs(path: Path, shard: Shard, width: int) -> list[Run]:
-    """Where the bytes of each row group lie in the file; a row has `width` bytes. Raises what pyarrow does."""
-    metadata, found, first = pq.read_metadata(path), list[Run](), 0
+def row_groups(path: Path, shard: Shard, row_bytes: int) -> list[RowGroup]:
+    """Where the vectors of each row group are in the file. Raises pyarrow's errors if it is damaged."""
+    metadata, found, first = pq.read_metadata(path), list[RowGroup](), 0
     for group, checksum in zip(range(metadata.num_row_groups), shard.of_groups, strict=True):
         rows = metadata.row_group(group).num_rows
         column = metadata.row_group(group).column(metadata.num_columns - 1)
         end = column.data_page_offset + column.total_compressed_size
-        found.append(Run(first, first + rows, end - rows * width, checksum))
+        found.append(RowGroup(first, first + rows, end - rows * row_bytes, checksum))
         first += rows
     return found
 
 
-def read_run(file: BinaryIO, shard: Shard, run: Run, out: npt.NDArray[Any]) -> bool:
-    """Fills `out` with all rows of a run; whether they are what was written."""
-    read_into(file, run.offset, out)
-    return checksum_of(shard)(out.reshape(-1).view(np.uint8).data) == run.checksum
+def read_group(file: BinaryIO, shard: Shard, group: RowGroup, out: npt.NDArray[Any]) -> bool:
+    """Fills `out` with all vectors of a row group; returns whether their checksum is the one that was written."""
+    read_into(file, group.offset, out)
+    return checksum_of(shard)(out.reshape(-1).view(np.uint8).data) == group.checksum
 
 
-def read_rows(file: BinaryIO, where: Sequence[Run], start: int, out: Array) -> None:
-    """Fills `out`, of shape (some, hidden_size) and the stored dtype, with the rows of a shard from `start` on."""
-    width, end = out.shape[1] * out.itemsize, start + len(out)
-    for run in where:
-        first, last = max(start, run.first), min(end, run.last)
+def read_rows(file: BinaryIO, groups: Sequence[RowGroup], start: int, out: Array) -> None:
+    """Fills `out`, of shape (rows, hidden_size) and the stored dtype, with the rows of a shard from `start` on."""
+    row_bytes, end = out.shape[1] * out.itemsize, start + len(out)
+    for group in groups:
+        first, last = max(start, group.first), min(end, group.last)
         if first < last:
-            read_into(file, run.offset + (first - run.first) * width, out[first - start : last - start])
+            read_into(file, group.offset + (first - group.first) * row_bytes, out[first - start : last - start])
 
 
 def read_into(file: BinaryIO, offset: int, out: npt.NDArray[Any]) -> None:
     """Fills an array with the bytes of an unbuffered file from `offset` on."""
-    place = memoryview(out.reshape(-1).view(np.uint8).data)
+    rest = memoryview(out.reshape(-1).view(np.uint8).data)
     file.seek(offset)
-    while len(place):
-        count = file.readinto(place)  # type: ignore[attr-defined]  # at most 2 GiB at a time
+    while len(rest):
+        count = file.readinto(rest)  # type: ignore[attr-defined]  # at most 2 GiB at a time
         if not count:
             raise OSError(errno.EIO, f"{file.name} ends too early")
-        place = place[count:]
+        rest = rest[count:]
 
 
 def _fixed_width(content: npt.NDArray[np.uint8], width: int) -> pa.FixedSizeBinaryArray:

@@ -1,4 +1,4 @@
-"""Folders that live as long as a piece of work does, also when the process is killed."""
+"""Temporary folders, which are removed even if the process is killed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.errors import CacheError
 
 @contextmanager
 def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A new folder in `parent`, gone afterwards. One that a killed process left goes when this host makes the next.
+    """A new folder in `parent`, removed afterwards; with it go those that killed processes of this host left there.
 
     Args:
         parent: by default, a folder of the user's own below `TMPDIR`.
@@ -32,8 +32,8 @@ def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
         parent = parent or _private_folder()
         parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(parent)
-        held = FileLock(parent / f"{name}.lock", thread_local=False)
-        held.acquire()
+        lock = FileLock(parent / f"{name}.lock", thread_local=False)
+        lock.acquire()
         (parent / name).mkdir(mode=0o700)
     except OSError as error:
         where = f"'{parent}' cannot be written" if parent else "there is no folder for temporary files"
@@ -42,14 +42,14 @@ def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
         yield parent / name
     finally:
         shutil.rmtree(parent / name, ignore_errors=True)
-        held.release()
+        lock.release()
         (parent / f"{name}.lock").unlink(missing_ok=True)
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Removes the folders that killed processes of this host left: the system frees the locks of the dead.
+    """Removes the folders that killed processes of this host left: the system has released their locks.
 
-    Those of another host stay: where a shared file system keeps locks to each host, they look free here.
+    Folders of another host stay: on a file system that does not share locks between hosts, theirs look free here.
     """
     for path in parent.glob(f"*{host_mark()}.lock"):
         with suppress(OSError, Timeout), FileLock(path, timeout=0):
@@ -58,12 +58,12 @@ def remove_abandoned(parent: Path) -> None:
 
 
 def host_mark() -> str:
-    """What the names of files of this host's programs end in, where several hosts share a folder."""
+    """The end of the names of this host's files, in folders that several hosts may share."""
     return "@" + re.sub(r"[^\w.-]", "_", socket.gethostname())
 
 
 def _private_folder() -> Path:
-    """The user's own below `TMPDIR`, which others can neither read nor have made in the user's place."""
+    """The user's own folder below `TMPDIR`, which others can neither read nor have made in the user's name."""
     user = os.getuid() if hasattr(os, "getuid") else ""
     folder = Path(tempfile.gettempdir()) / f"downstream-validation-{user}".rstrip("-")
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Rows to shards, and what the disk has to say."""
+"""Writing embeddings: rows are gathered, and written as shards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,31 +14,33 @@ import numpy as np
 
 from pipeline.errors import CacheError
 from pipeline.store import shards
-from pipeline.store.shards import Array
+from pipeline.store.shards import Array, ShardFile
 
 if TYPE_CHECKING:
-    from pipeline.store.shelf import Shelf
+    from pipeline.store.embedding_table import EmbeddingTable
 
 SHARD_BYTES = 2**26
-SHARD_TOKENS = 2**17  # tokens embedded, so that a kill loses a bounded amount of work with pooled rows too
+SHARD_TOKENS = 2**17  # tokens embedded: a kill loses a bounded amount of work, with pooled rows too
+
+Added = tuple[Sequence[bytes], Sequence[int], Sequence[int], Array]  # what `ShardWriter.add` takes
 
 
 class ShardWriter:
     """Takes rows as they come, and writes shards of them. Leaving the context without an error writes what is left.
 
-    Files are synced and counted in a thread, beside the encoder's work. So is all writing where a GPU does that work;
-    a CPU would be taken from it, which costs more than the writing does.
+    A thread syncs finished files and lists them in the manifest, while the encoder works. It does all of the writing
+    where the encoder is on a GPU; on a CPU it would take more time from the encoder than the writing needs.
     """
 
-    def __init__(self, shelf: Shelf, made_with: Mapping[str, Any], beside: bool) -> None:
-        """See `Shelf.writer`."""
-        self.shelf = shelf
+    def __init__(self, table: EmbeddingTable, made_with: Mapping[str, Any], in_thread: bool) -> None:
+        """See `EmbeddingTable.writer`."""
+        self.table = table
         self.made_with = made_with
-        self.beside = beside
-        self._next = 1 + max((int(shard.file[6:11]) for shard in shelf.shards()), default=-1)
-        self._file: shards.Writing | None = None
-        self._waiting = _Waiting()
-        self._bytes = self._tokens = 0  # of the shard so far
+        self.in_thread = in_thread
+        self._next = 1 + max((int(shard.file[6:11]) for shard in table.shards()), default=-1)
+        self._file: ShardFile | None = None
+        self._buffer: list[Added] = []  # too few yet for a row group
+        self._buffer_bytes = self._bytes = self._tokens = 0  # the latter two of the whole shard
         self._thread = ThreadPoolExecutor(1, "shards")
         self._tasks: list[Future[None]] = []
 
@@ -60,18 +63,19 @@ class ShardWriter:
         """Takes the rows of some sequences one after another, shape (sum of counts, hidden_size).
 
         Raises:
-            CacheError: a value is not a finite number, or is none in the shelf's dtype; or the disk is full.
+            CacheError: a value is not a finite number, or is none in the table's dtype; or the disk is full.
         """
         with np.errstate(over="ignore"):
-            stored = rows.astype(self.shelf.dtype, copy=False)
+            stored = rows.astype(self.table.dtype, copy=False)
         if not np.isfinite(stored).all():
-            found = "no finite numbers" if not np.isfinite(rows).all() else f"numbers beyond {self.shelf.dtype.name}"
+            found = "no finite numbers" if not np.isfinite(rows).all() else f"numbers beyond {self.table.dtype.name}"
             remedy = "use precision: fp32 and embedding_dtype: float32, or another checkpoint"
             raise CacheError(f"embed: the encoder's hidden states hold {found}; {remedy}")
-        self._waiting.add(keys, unknown, counts, stored)
+        self._buffer.append((keys, unknown, counts, stored))
+        self._buffer_bytes += stored.nbytes
         self._bytes += stored.nbytes
-        if self._waiting.bytes >= shards.GROUP_BYTES:
-            self._write()
+        if self._buffer_bytes >= shards.GROUP_BYTES:
+            self._write_buffer()
 
     def count(self, tokens: int) -> None:
         """Counts tokens that the rows were embedded from."""
@@ -83,71 +87,55 @@ class ShardWriter:
         return self._bytes >= SHARD_BYTES or self._tokens >= SHARD_TOKENS
 
     def flush(self) -> None:
-        """Ends the shard: it is synced, and counted in the manifest. Raises what the last one met."""
-        if self._waiting.keys:
-            self._write()
+        """Ends the shard, syncs it and lists it in the manifest. Raises CacheError where the last one failed."""
+        if self._buffer:
+            self._write_buffer()
         if self._file is not None:
             file, self._file = self._file, None
-            self._do(partial(self._finish, file), beside=True)
+            self._run(partial(self._finish, file), in_thread=True)
         self._bytes = self._tokens = 0
 
-    def _write(self) -> None:
-        """Has a row group of what waits."""
-        some, self._waiting = self._waiting, _Waiting()
-        with writing(self.shelf.folder):
+    def _write_buffer(self) -> None:
+        """Writes the buffered rows as a row group."""
+        buffer, self._buffer, self._buffer_bytes = self._buffer, [], 0
+        with disk_errors(self.table.folder):
             if self._file is None:
-                path = self.shelf.folder / f"shard-{self._next:05d}.parquet"
-                self._file = shards.Writing(path, self.shelf.hidden_size, self.shelf.dtype, self.made_with)
+                path = self.table.folder / f"shard-{self._next:05d}.parquet"
+                self._file = ShardFile(path, self.table.hidden_size, self.table.dtype, self.made_with)
                 self._next += 1
-        self._do(partial(some.write, self._file), self.beside)
+        self._run(partial(_write, self._file, buffer), self.in_thread)
 
-    def _do(self, work: Callable[[], None], beside: bool) -> None:
-        if not beside:
-            with writing(self.shelf.folder):
+    def _run(self, work: Callable[[], None], in_thread: bool) -> None:
+        if not in_thread:
+            with disk_errors(self.table.folder):
                 work()
             return
         self._wait(1)  # so that memory does not grow
         self._tasks.append(self._thread.submit(work))
 
     def _wait(self, most: int) -> None:
-        """Until no more tasks than that are left. Raises CacheError where one failed."""
+        """Waits until at most that many tasks are left. Raises CacheError where one failed."""
         while len(self._tasks) > most:
-            with writing(self.shelf.folder):
+            with disk_errors(self.table.folder):
                 self._tasks.pop(0).result()
 
-    def _finish(self, file: shards.Writing) -> None:
+    def _finish(self, file: ShardFile) -> None:
         try:
-            self.shelf._write_manifest([*self.shelf.shards(), file.finish()])
+            self.table.write_manifest([*self.table.shards(), file.finish()])
         except BaseException:
             file.discard()
             raise
 
 
-class _Waiting:
-    """Sequences whose rows are not yet written: too few for a row group."""
-
-    def __init__(self) -> None:
-        self.keys: list[bytes] = []
-        self.unknown: list[int] = []
-        self.counts: list[int] = []
-        self.rows: list[Array] = []
-        self.bytes = 0
-
-    def add(self, keys: Sequence[bytes], unknown: Sequence[int], counts: Sequence[int], rows: Array) -> None:
-        self.keys += keys
-        self.unknown += unknown
-        self.counts += counts
-        self.rows.append(rows)
-        self.bytes += rows.nbytes
-
-    def write(self, file: shards.Writing) -> None:
-        rows = self.rows[0] if len(self.rows) == 1 else np.concatenate(self.rows)
-        file.add(self.keys, self.unknown, self.counts, rows)
+def _write(file: ShardFile, buffer: Sequence[Added]) -> None:
+    keys, unknown, counts, rows = zip(*buffer, strict=True)
+    whole = rows[0] if len(rows) == 1 else np.concatenate(rows)
+    file.add(list(chain(*keys)), list(chain(*unknown)), list(chain(*counts)), whole)
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turns what the disk has to say into a CacheError."""
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns an error of the disk into a CacheError."""
     try:
         yield
     except OSError as error:

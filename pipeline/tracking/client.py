@@ -1,4 +1,4 @@
-"""MLflow's client: how it is made, how long it tries, and what is asked of it outside a measurement."""
+"""MLflow's client: how it is made, how long it tries, and what it is used for outside a measurement."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.journal_run import NOTE
 from pipeline.tracking.process import HOST, KEY, WRITER, lives
 
-# For this thread alone, MLflow's client asks once and waits briefly: the sender has manners of its own, and a create
-# that the client repeats by itself after a lost answer makes two.
-BRIEFLY = {
+# In threads that call `fail_fast`, MLflow's client sends a request once and waits briefly: the sender tries again by
+# itself, and a run or model whose creation the client repeats after a lost answer is there twice.
+FAST = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": 0,
     "MLFLOW_HTTP_REQUEST_TIMEOUT": 10,
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": True,  # two lines for each nested run
@@ -34,20 +34,20 @@ BRIEFLY = {
 UPLOAD_SECONDS = 300
 
 
-class _Brief(threading.local):
-    on = False
-    upload = 0
+class _Thread(threading.local):
+    fails_fast = False
+    timeout = 0  # seconds, in place of the usual ones
 
 
-brief = _Brief()
-lock = threading.Lock()
+_thread = _Thread()
+_lock = threading.Lock()
 
 
 def connect(uri: str = "") -> MlflowClient:
     """A client of the tracking server or database in force, or of the one at `uri`.
 
     A new SQLite database is made by one process at a time, and renamed when it is whole: MLflow makes it without a
-    lock, two at once break it, and one that a kill left half-made can never be opened again.
+    lock, two processes at once break it, and a half-made database that a kill left can never be opened again.
     """
     uri = uri or mlflow.get_tracking_uri()
     path = Path(uri.removeprefix("sqlite:///"))
@@ -66,37 +66,37 @@ def connect(uri: str = "") -> MlflowClient:
 
 
 def _enable_loggers() -> None:
-    """Has this project's loggers speak on: MLflow 3.1 turns all others off where it makes a database."""
-    for name, one in logging.root.manager.loggerDict.items():
-        if name.startswith("pipeline") and isinstance(one, logging.Logger):
-            one.disabled = False
+    """Enables this project's loggers again: MLflow 3.1 disables all others when it makes a database."""
+    for name, known in logging.root.manager.loggerDict.items():
+        if name.startswith("pipeline") and isinstance(known, logging.Logger):
+            known.disabled = False
 
 
-def be_brief() -> None:
-    """Makes MLflow's client give up soon, in this thread alone; what the user's environment says holds."""
-    brief.on = True
-    with lock:
-        for name in BRIEFLY:
+def fail_fast() -> None:
+    """Makes MLflow's client give up soon, in this thread alone; variables that the user has set take precedence."""
+    _thread.fails_fast = True
+    with _lock:
+        for name in FAST:
             variable: Any = getattr(environment_variables, name, None)
             if variable is not None and not hasattr(variable, "usual"):
                 variable.usual = variable.get
-                variable.get = partial(_briefly, variable)
+                variable.get = partial(_value_in_thread, variable)
 
 
-def _briefly(variable: Any) -> Any:
-    if not brief.on or variable.is_set():
+def _value_in_thread(variable: Any) -> Any:
+    if not _thread.fails_fast or variable.is_set():
         return variable.usual()
-    return brief.upload if brief.upload and "TIMEOUT" in variable.name else BRIEFLY[variable.name]
+    return _thread.timeout if _thread.timeout and "TIMEOUT" in variable.name else FAST[variable.name]
 
 
 @contextlib.contextmanager
 def patient() -> Iterator[None]:
-    """Within, a call may take as long as a file does."""
-    brief.upload = UPLOAD_SECONDS
+    """Within, a request may take as long as the upload of a file does."""
+    _thread.timeout = UPLOAD_SECONDS
     try:
         yield
     finally:
-        brief.upload = 0
+        _thread.timeout = 0
 
 
 def shown(uri: str) -> str:
@@ -109,10 +109,10 @@ def shown(uri: str) -> str:
 
 
 def fail_run(message: str) -> None:
-    """Says on the run that `mlflow run` made why it failed, where no tracker was open yet; never raises."""
+    """Writes into the run that `mlflow run` made why it failed, before a tracker was open; never raises."""
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if run_id:
-        be_brief()
+        fail_fast()
         with contextlib.suppress(MlflowException):
             MlflowClient().set_tag(run_id, NOTE, f"**Failed:** {message}")
 
@@ -145,7 +145,7 @@ def sweep(client: MlflowClient, experiment_id: str) -> None:
 
 
 def _names(journal: Path, run: str) -> bool:
-    """Whether a journal is the one that a run is in, not another container's of the same name."""
+    """Whether a journal holds a run, by its key or id; it may be another container's of the same path."""
     with contextlib.suppress(OSError), journal.open("rb") as stream:
         return any(run.encode() in line for line in stream)
     return False

@@ -15,7 +15,7 @@ from pipeline.tracking.journal import Journal, Record
 logger = logging.getLogger(__name__)
 
 GROUP = 500  # most metrics that are sent at once
-# What requests and urllib3 say in four hundred characters.
+# Short words for long messages of requests and urllib3.
 SHORT = {
     "Connection refused": "connection refused",
     "Read timed out": "no answer in time",
@@ -24,44 +24,44 @@ SHORT = {
     "Connection reset by peer": "the connection was lost",
     "Name or service not known": "there is no such host",
 }
-TRIES = 3  # of one record, where the server answers all else
+TRIES = 3  # of a record, while the server answers other requests
 
 
 class RefusedError(Exception):
-    """The server will not have this record, now or later; `said` where the user knows why."""
+    """The server refuses this record, now and later; `known` where the user has been told why."""
 
-    def __init__(self, message: str, said: bool = False) -> None:
+    def __init__(self, message: str, known: bool = False) -> None:
         super().__init__(message)
-        self.said = said
+        self.known = known
 
 
 class Sink(Protocol):
     """Where records go."""
 
     def apply(self, records: Sequence[Record]) -> None:
-        """Applies one record, or several of metrics of one run. Doing it twice must be as doing it once.
+        """Applies one record, or several of metrics of one run. Applying a record twice must be as applying it once.
 
         Raises:
-            RefusedError: it is of no use to try again.
+            RefusedError: trying again is of no use.
             Exception: anything else may be a server that does not answer.
         """
         ...
 
     def answers(self) -> bool:
-        """Whether the server answers at all: then it is the record that fails."""
+        """Whether the server answers at all: then the fault is the record's."""
         ...
 
 
 def groups(journal: Journal, offset: int) -> Iterator[tuple[list[Record], int]]:
-    """The records from `offset` on, metrics of one run that follow one another together, each with the offset behind.
+    """Groups of the records from `offset` on, each with the offset behind it, up to the present end of the file.
 
-    Ends at what is the end of the file at the moment.
+    Metrics of one run that follow one another are one group; any other record is a group of its own.
     """
     group: list[Record] = []
     behind = offset
     for record, after in journal.read(offset):
         joins = group and record["op"] == group[0]["op"] == "metrics" and record.get("run") == group[0].get("run")
-        if group and (not joins or sum(len(one.get("values", ())) for one in (*group, record)) > GROUP):
+        if group and (not joins or sum(len(member.get("values", ())) for member in (*group, record)) > GROUP):
             yield group, behind
             group = []
         group.append(record)
@@ -70,48 +70,50 @@ def groups(journal: Journal, offset: int) -> Iterator[tuple[list[Record], int]]:
         yield group, behind
 
 
-def send(sink: Sink, records: Sequence[Record], said: set[str]) -> int:
-    """Applies records; those that cannot be sent are said, each reason once, and counted as refused."""
+def send(sink: Sink, records: Sequence[Record], known: set[str]) -> int:
+    """Applies records and returns how many are refused. Each reason is warned of once, unless it is `known`."""
     try:
         sink.apply(records)
         return 0
     except RefusedError as error:
-        reason = "" if error.said else f"MLflow refused {line_of(error)}"
+        reason = "" if error.known else f"MLflow refused {line_of(error)}"
     except Exception as error:
         if not is_bug(error):
             raise
         logger.debug("%s cannot be sent", records[0]["op"], exc_info=True)
         reason = f"{records[0]['op']} is not sent, by a mistake in the program: {line_of(error)}"
     parts = split(records)
-    if len(parts) > 1:  # one of them spoils all
-        return sum(send(sink, part, said) for part in parts)
+    if len(parts) > 1:  # perhaps only some of them are refused
+        return sum(send(sink, part, known) for part in parts)
     if reason:
-        say(reason, said)
+        _warn_once(reason, known)
     return 1
 
 
-def insist(sink: Sink, records: Sequence[Record], said: set[str], failed: int = 0, at_once: bool = True) -> int:
-    """As `send`; records that fail again and again, where the server answers all else, count as refused.
+def send_with_retries(
+    sink: Sink, records: Sequence[Record], known: set[str], failed: int = 0, at_once: bool = True
+) -> int:
+    """As `send`; records that fail several times, while the server answers other requests, count as refused.
 
     Args:
         sink: where they go.
         records: one, or several of metrics of one run.
-        said: reasons that the user knows.
+        known: reasons that the user has been told.
         failed: how often these records have failed before.
-        at_once: tries again at once; else that is left to the caller, who may wait and connect anew.
+        at_once: tries again at once; else that is left to the caller, who may wait and connect again.
 
     Raises:
         Exception: the server does not answer, or the caller is to try again.
     """
     for tried in range(min(failed + 1, TRIES), TRIES + 1):
         try:
-            return send(sink, records, said)
+            return send(sink, records, known)
         except Exception as error:
             last = tried == TRIES
             if not (last or at_once) or not sink.answers():
                 raise
             if last:
-                say(f"MLflow refused {records[0]['op']}: it failed {TRIES} times ({line_of(error)})", said)
+                _warn_once(f"MLflow refused {records[0]['op']}: it failed {TRIES} times ({line_of(error)})", known)
     return len(records)
 
 
@@ -131,37 +133,36 @@ def split(records: Sequence[Record]) -> list[list[Record]]:
     return [[{**records[0], "values": {name: value}}] for name, value in values.items()]
 
 
-def say(reason: str, said: set[str]) -> None:
-    """Warns of what cannot be sent, once."""
-    if reason not in said:
+def _warn_once(reason: str, known: set[str]) -> None:
+    if reason not in known:
         logger.warning("%s", reason)
-    said.add(reason)
+    known.add(reason)
 
 
 @contextlib.contextmanager
-def holding(journal: Journal) -> Iterator[None]:
-    """Only one process sends a journal. Raises Timeout where another does."""
+def lock_for_sending(journal: Journal) -> Iterator[None]:
+    """Within, no other process sends the journal. Raises Timeout where another does."""
     with FileLock(journal.path.with_suffix(".lock"), timeout=0):
         yield
 
 
 def replay(journal: Journal, sink: Sink, elsewhere: bool = False) -> tuple[int, int]:
-    """Sends what has not been sent; the number of records that arrived now, and that were refused.
+    """Sends what has not been sent. Returns how many records arrived now, and how many were refused.
 
-    With `elsewhere`, the sink is not the one that the journal is for, and has nothing of it: all of it is sent.
+    With `elsewhere`, the sink is not the one that the journal is for: the whole journal is sent.
 
     Raises:
         TrackingError: the server does not answer; what has arrived is noted. Or another process is sending it.
     """
     arrived = refused = 0
-    said: set[str] = set()
+    known: set[str] = set()
     try:
-        with holding(journal):
+        with lock_for_sending(journal):
             for records, offset in groups(journal, 0 if elsewhere else journal.sent):
-                failed = insist(sink, records, said)
+                failed = send_with_retries(sink, records, known)
                 if not elsewhere:
                     journal.note_sent(offset, failed)
-                real = len(records) if "run" in records[0] else 0  # but for the head and torn lines
+                real = len(records) if "run" in records[0] else 0  # not the head, nor torn lines
                 arrived, refused = arrived + max(0, real - failed), refused + failed
     except Timeout as error:
         raise TrackingError(f"journal: '{journal.path}' is being sent by another process; wait for its end") from error
@@ -177,9 +178,9 @@ def replay(journal: Journal, sink: Sink, elsewhere: bool = False) -> tuple[int, 
 
 
 def line_of(error: Exception) -> str:
-    """What an error says, on one line of bearable length; of a mistake in the program, its type too."""
+    """An error's message as one short line; for a mistake in the program, with its type."""
     text = " ".join(str(error).split())
     if is_bug(error):
         return f"{type(error).__name__}: {text[:300]}"
-    known = next((short for sign, short in SHORT.items() if sign in text), text[:300])
+    known = next((short for part, short in SHORT.items() if part in text), text[:300])
     return known or type(error).__name__

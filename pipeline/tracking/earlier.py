@@ -1,4 +1,4 @@
-"""What was measured before: runs that MLflow has, and journals that it has not."""
+"""What was measured before: runs that MLflow has, and journals that were not sent to the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.statistics.metrics import Metric
 from pipeline.store.temporary import host_mark
-from pipeline.tracking.client import be_brief, connect, shown
+from pipeline.tracking.client import connect, fail_fast, shown
 from pipeline.tracking.delivery import is_bug, replay
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow import MlflowSink
@@ -52,7 +52,7 @@ def read_runs(run_ids: Sequence[str], tracking_uri: str = "") -> list[Earlier]:
     """
     if tracking_uri:
         mlflow.set_tracking_uri(tracking_uri)
-    be_brief()
+    fail_fast()
     try:
         client = connect()
         return [_read(client, run_id) for run_id in dict.fromkeys(run_ids)]
@@ -68,13 +68,13 @@ def _read(client: MlflowClient, run_id: str) -> Earlier:
             points.setdefault(point.step, {})[name] = point.value
     if not points:
         raise ConfigError(f"run '{run_id}' holds no measurement; give runs of measurements or of trainings")
-    sets = [one.dataset for one in (run.inputs.dataset_inputs if run.inputs else [])]
-    data = frozenset(one.digest for one in sets if one.name.endswith(" test"))
+    sets = [given.dataset for given in (run.inputs.dataset_inputs if run.inputs else [])]
+    data = frozenset(dataset.digest for dataset in sets if dataset.name.endswith(" test"))
     return Earlier(run_id, str(run.info.run_name), sorted(points.items(), key=lambda point: point[0]), data)
 
 
 def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:
-    """Sends what a journal holds and MLflow does not have; how many records arrived, and how many were refused.
+    """Sends what MLflow does not have of a journal. Returns how many records arrived, and how many were refused.
 
     Raises:
         TrackingError: there is no such journal, MLflow does not answer, or another process is sending it.
@@ -89,14 +89,14 @@ def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:
 
 
 def _replay(path: Path, tracking_uri: str, unlocked: bool) -> tuple[int, int]:
-    """See `replay_journal`. Where the program that wrote the journal is gone, its runs end, and the journal may go."""
+    """See `replay_journal`. With `unlocked`, its program is gone: the runs end, and the journal may be removed."""
     journal = Journal(path, write=False)
     gone = unlocked and is_original(path, journal.head)
     meant = journal.head.get("uri", "")
     uri = tracking_uri or meant
     if not uri:
         raise TrackingError(f"journal: '{path}' does not say where it is for; give --tracking-uri")
-    be_brief()
+    fail_fast()
     try:
         sink = MlflowSink(connect(uri), journal)
         arrived, refused = replay(journal, sink, elsewhere=uri != meant)
@@ -121,10 +121,10 @@ def _is_journal(path: Path) -> bool:
 
 
 def catch_up(folder: Path, uri: str) -> Iterator[Path]:
-    """Sends to the same server what programs of this machine left in `folder`, and removes what is left of journals.
+    """Sends to the server at `uri` what programs of this machine left in `folder`, and removes journals that are sent.
 
     Yields:
-        Each journal, after it was looked at.
+        Each journal, after it has been dealt with.
 
     Raises:
         TrackingError: MLflow does not answer.
@@ -144,7 +144,7 @@ def catch_up(folder: Path, uri: str) -> Iterator[Path]:
 
 
 def _finish(path: Path, uri: str) -> None:
-    """Does what a program that is gone has left to do of its journal, where that is for this server."""
+    """Sends and removes the journal of a program that is gone, where it is for the server at `uri`."""
     if not _is_journal(path):
         ours = path.stem.endswith(host_mark())  # another host's lock may not be seen here
         if ours and (not path.exists() or b"\n" not in path.read_bytes()):  # it was killed as it made or removed it

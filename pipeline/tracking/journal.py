@@ -1,7 +1,7 @@
-"""The journal: what MLflow is to be told, written to a local file first, so that nothing waits for a server.
+"""The journal: what is logged to MLflow is written to a local file first, so that nothing waits for a server.
 
-A record is a line of JSON. `tracking.sender` sends the records on, in order, and notes how far it has come in a second
-file; a run has a key of the journal's, since its id is the server's to give, later.
+A record is a line of JSON. `tracking.sender` sends the records in order, and notes in a second file how many bytes have
+been sent. The journal names a run by a key of its own, since the server gives the id later.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """A file of JSON lines that is only ever appended to, and a folder beside it with the files that runs keep.
+    """A file of JSON lines that is only ever appended to, and a folder beside it with the runs' artifacts.
 
-    Whoever writes it holds a lock until `close()`. What cannot be written, on a full disk say, is warned of once.
+    The program that writes it holds a lock until `close()`. What cannot be written, such as on a full disk, is warned
+    of once.
     """
 
     def __init__(self, path: Path, uri: str = "", remove: bool = False, write: bool = True) -> None:
-        """Opens the journal at `path`, or makes one whose records are for the server or database at `uri`.
+        """Opens the journal at `path`, or makes a new journal for the server or database at `uri`.
 
         Args:
             path: the file.
             uri: where the records are for.
-            remove: for whoever replays it: it was to go when everything had arrived.
+            remove: whether it is removed when everything has arrived; noted for the program that replays it.
             write: false where it is only read, and nothing is appended.
 
         Raises:
@@ -57,18 +58,18 @@ class Journal:
 
     def _begin(self, uri: str, remove: bool) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        held = writer_lock(self.path)
+        lock = writer_lock(self.path)
         try:
-            held.acquire()
+            lock.acquire()
         except Timeout as error:
             raise OSError(errno.EBUSY, "another program writes this journal") from error
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)  # a URI may hold a password
         except OSError:
-            held.release()
+            lock.release()
             raise
         self._stream = os.fdopen(descriptor, "ab")
-        self.close = weakref.finalize(self, _close, self._stream, held)
+        self.close = weakref.finalize(self, _close, self._stream, lock)
         self.close.atexit = False  # what is left is sent at exit, and until then the program lives
         if not self.end:
             self.append({"op": "journal", "uri": uri, "remove": remove, "tags": writer_tags(self.path)})
@@ -81,7 +82,7 @@ class Journal:
 
     @property
     def end(self) -> int:
-        """The length of the file in bytes; 0 where it is gone, since all of it had arrived."""
+        """The length of the file in bytes; 0 where it has been removed, since all of it had arrived."""
         try:
             return self.path.stat().st_size
         except OSError:
@@ -89,12 +90,12 @@ class Journal:
 
     @property
     def sent(self) -> int:
-        """How many bytes of it have arrived, or were refused."""
+        """How many bytes have arrived, or were refused."""
         return self._noted[0]
 
     @property
     def refused(self) -> int:
-        """How many records were refused: it stays for their sake."""
+        """How many records were refused: then the journal is not removed."""
         return self._noted[1]
 
     @property
@@ -123,15 +124,15 @@ class Journal:
         line = json.dumps(record, separators=(",", ":"), default=str).encode() + b"\n"
         if record["op"] == "run":
             self.runs[record["run"]] = record
-        with self._lock, self._said():
+        with self._lock, self._warns():
             self._stream.write(line)
             self._stream.flush()
         self.listener()
 
     def keep(self, source: Path | str, name: str) -> str | None:
-        """Keeps a copy of a file, or a text, and gives the name of the copy within `files`; None if it cannot."""
+        """Copies a file, or writes a text. Returns the name of the copy within `files`; None if that failed."""
         kept = f"{os.urandom(8).hex()}/{name}"
-        with self._said():
+        with self._warns():
             path = self.files / kept
             path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(source, Path):
@@ -142,7 +143,7 @@ class Journal:
         return None
 
     def read(self, offset: int = 0) -> Iterator[tuple[Record, int]]:
-        """The whole records from `offset` on, each with the offset behind it; what is no record has the op `torn`."""
+        """The complete records from `offset` on, each with the offset behind it; a line that is none has op `torn`."""
         if not self.path.exists():
             return
         with self.path.open("rb") as stream:
@@ -168,7 +169,7 @@ class Journal:
         remove_journal(self.path)
 
     @contextmanager
-    def _said(self) -> Iterator[None]:
+    def _warns(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
@@ -177,6 +178,6 @@ class Journal:
             self.lost += 1
 
 
-def _close(stream: BinaryIO, held: FileLock) -> None:
+def _close(stream: BinaryIO, lock: FileLock) -> None:
     stream.close()
-    held.release()
+    lock.release()

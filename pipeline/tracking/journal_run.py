@@ -1,4 +1,4 @@
-"""A run as far as the journal knows it."""
+"""A run that is logged by way of a journal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOTE = "mlflow.note.content"
 
 
 class JournalRun:
-    """A run as far as the journal knows it. A `Tracker`; its steps are nested runs. No call waits for a server.
+    """A `Tracker` that writes a run to a journal; its steps are nested runs. No call waits for a server.
 
     Attributes:
         key: the run's, in the journal; on the server it is the tag `pipeline.journal`.
@@ -43,13 +43,13 @@ class JournalRun:
         mine: bool = True,
         **what: Any,
     ) -> JournalRun:
-        """Begins a run, or goes on with the one that has this key.
+        """Begins a run, or continues the run with this key.
 
         Args:
             journal: where it is written.
             key: of a run that is to be continued.
             context: tags of the run and of those nested in it, such as who began it.
-            mine: it ends with this process.
+            mine: whether the run ends when this process does.
             what: `name`; `parent`, the key of another run; `run_id` of a run that is on the server already;
                 `experiment`, the name or the id of its experiment.
         """
@@ -107,7 +107,7 @@ class JournalRun:
         self.tags({NOTE: markdown})
 
     def checkpoint(self, name: str, digest: str, source: str, step: int | None = None) -> None:
-        """Links the run's metrics from here on to the LoggedModel of what is measured, made if it is not there yet."""
+        """Links the run's metrics from here on to the LoggedModel of the weights; it is made if it does not exist."""
         self.model = digest
         self._write("model", name=name, digest=digest, source=source, step=step)
 
@@ -119,7 +119,7 @@ class JournalRun:
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Ends the run with the status that the exception, if there is one, calls for."""
+        """Ends the run: FAILED after an exception, KILLED after an interrupt, else FINISHED."""
         try:
             yield
         except Exception as error:
@@ -141,7 +141,7 @@ class JournalRun:
 
 
 def dataset_name(data: Data) -> str:
-    """What MLflow calls a part of a task's data."""
+    """The name of a part of a task's data in MLflow."""
     return f"{data.name} {data.part}"
 
 

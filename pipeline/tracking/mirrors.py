@@ -50,7 +50,7 @@ def mirrors(logging: Logging, name: str, config: Mapping[str, Any], folder: Path
 class LoggerTracker(NullTracker):
     """A Lightning trainer's logger of any kind. A call neither raises nor lasts longer than `patience`.
 
-    A call that lasts longer goes on in a thread of its own; until it is back, the logger is told nothing else.
+    A call that lasts longer goes on in a thread of its own; until it returns, the logger gets no other call.
     """
 
     def __init__(self, logger: Any, patience: float = PATIENCE) -> None:
@@ -69,7 +69,7 @@ class LoggerTracker(NullTracker):
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
         """See `Tracker.artifact`. Pictures are shown by the loggers that can."""
-        kinds = [one.__name__ for one in type(self.logger).__mro__]
+        kinds = [base.__name__ for base in type(self.logger).__mro__]
         show = next((PICTURES[kind] for kind in kinds if kind in PICTURES), None)
         if show is not None and path.suffix == ".png":
             key = f"{folder}/{path.stem}" if folder else path.stem

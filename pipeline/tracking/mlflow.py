@@ -1,20 +1,21 @@
-"""MLflow, as a journal is applied to it: a run per measurement, with a nested run per stage.
+"""Applies the records of a journal to MLflow: a run per measurement, with a nested run per stage.
 
-Whatever is applied twice is there once: what is made carries a key of the journal's, which is looked for first. Facts
-behind the choices are measured on MLflow 3.17. Runs are written through `MlflowClient` by id: the fluent API keeps its
-active run per thread, and would open a second one for a caller that has its own.
+A record that is applied twice has the effect of one: runs and models carry a key of the journal's, which is searched
+for before they are made. Choices were measured on MLflow 3.17. Runs are written through `MlflowClient` by id: the
+fluent API keeps its active run per thread, and would open a second run for a caller that has its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import (
+    Dataset,
     DatasetInput,
     InputTag,
     LoggedModel,
@@ -32,14 +33,14 @@ from mlflow.models.utils import get_external_mlflow_model_spec
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 
 from pipeline.store.temporary import temporary_folder
-from pipeline.tracking.client import be_brief, connect, patient, sweep
+from pipeline.tracking.client import connect, fail_fast, patient, sweep
 from pipeline.tracking.delivery import RefusedError
 from pipeline.tracking.journal import Journal, Record
 from pipeline.tracking.process import KEY, WRITER, lives
 
-MOST_RUNS = 10_000  # that may be RUNNING
+MAX_RUNS = 10_000  # that may be RUNNING
 BATCH = 100  # most parameters or tags in one call; a server refuses more
-# Of an answer that will be the same next time; all else may be a server in trouble.
+# Error codes of answers that will be the same next time; any other may be a server in trouble.
 REFUSALS = {
     "INVALID_PARAMETER_VALUE",
     "RESOURCE_ALREADY_EXISTS",
@@ -53,17 +54,18 @@ class MlflowSink:
     """Applies records to a server or database. See `Sink`."""
 
     def __init__(self, client: MlflowClient, journal: Journal) -> None:
-        """Knows the runs that the journal has begun already."""
+        """The client must be connected."""
         self.client = client
         self.journal = journal
         self.ids: dict[str, str] = {}
         self.experiments: dict[str, str] = {}
         self._models: dict[tuple[str, str], str] = {}
-        self._lost: set[str] = set()
+        self._refused: set[str] = set()  # runs that could not be made
 
     def apply(self, records: Sequence[Record]) -> None:
         """See `Sink.apply`."""
         first = records[0]
+        fail_fast()  # the thread may be another one each time
         act: Callable[[Sequence[Record]], None] | None = getattr(self, f"_{first['op']}", None)
         if act is None:  # the head of the journal, or a line that a kill tore
             return
@@ -73,9 +75,9 @@ class MlflowSink:
             if isinstance(error, MlflowException) and error.error_code not in REFUSALS:
                 raise
             key = first["run"]
-            refused = RefusedError(f"{first['op']} of run {key[:8]}: {error}", said=key in self._lost)
-            if key not in self.ids:  # a run that cannot be had is said once, not with all that belongs to it
-                self._lost.add(key)
+            refused = RefusedError(f"{first['op']} of run {key[:8]}: {error}", known=key in self._refused)
+            if key not in self.ids:  # then everything else of the run is refused as well
+                self._refused.add(key)
             raise refused from error
 
     def answers(self) -> bool:
@@ -87,7 +89,7 @@ class MlflowSink:
         return True
 
     def run_id(self, key: str) -> str:
-        """The id of a run, by its key; found on the server if this object did not make it."""
+        """The id of a run, by its key; searched for on the server if this object did not make it."""
         if key not in self.ids:
             if key not in self.journal.runs:
                 raise RefusedError(f"run {key[:8]}: the journal does not hold its beginning")
@@ -100,7 +102,7 @@ class MlflowSink:
             sweep(self.client, self.experiments[records[0]["run"]])
 
     def _begin(self, record: Record, again: bool) -> None:
-        """Finds the run of a record, or makes it; with `again`, one that had ended goes on."""
+        """Finds the run of a record, or makes it; with `again`, a run that had ended is opened again."""
         key, given = record["run"], record.get("run_id")
         if given:
             experiment = self.client.get_run(given).info.experiment_id
@@ -119,13 +121,13 @@ class MlflowSink:
         tags = {**record["tags"], KEY: record["run"]}
         if record.get("parent"):
             tags["mlflow.parentRunId"] = self.run_id(record["parent"])
-        # Without a name MLflow draws one from the program's own random numbers, in the middle of a training.
+        # Without a name MLflow makes one with the program's random state, in the middle of a training.
         name = record.get("name") or f"run {record['run'][:8]}"
         made = self.client.create_run(experiment, record["time"], tags, name)
         return str(made.info.run_id)
 
     def _go_on(self, run: Run, record: Record) -> None:
-        """Opens a run that had ended before it was begun again; not one that another process has gone on with."""
+        """Opens a run again that ended before this record; not if another process has continued it."""
         ended, writer = run.info.end_time, run.data.tags.get(WRITER)
         other = not ended and writer is not None and writer != record["tags"].get(WRITER)
         if (ended and ended >= record["time"]) or (other and lives(Path(str(writer)))):
@@ -134,7 +136,7 @@ class MlflowSink:
         self._tag(run.info.run_id, record["tags"])
 
     def _find(self, experiment: str, key: str) -> Run | None:
-        """The run with this key; the one that was written to, where an answer that came late left two."""
+        """The run with this key; of two that a late answer left, the run that was written to."""
         return max(
             self._with_key(experiment, key), key=lambda run: len(run.data.metrics) + len(run.data.params), default=None
         )
@@ -143,7 +145,7 @@ class MlflowSink:
         return list(self.client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", ViewType.ACTIVE_ONLY, 10))
 
     def _remove_others(self, key: str) -> None:
-        """Where the server made a run after it was given up, and was asked again, there are two."""
+        """Deletes a second run, which the server makes if it serves a request late that was sent again meanwhile."""
         for run in self._with_key(self.experiments[key], key):
             if run.info.run_id != self.ids[key]:
                 self.client.delete_run(run.info.run_id)
@@ -175,7 +177,7 @@ class MlflowSink:
         self.client.log_batch(run_id, metrics=metrics)
 
     def _links(self, record: Record) -> tuple[str | None, str | None, str | None]:
-        """The model that metrics are of, and the name and digest of the data that they were measured on."""
+        """The id of the measured model, and the name and digest of the data that it was measured on."""
         digest, data = record.get("model"), record.get("data")
         model = self._model_id(record["run"], digest) if digest else None
         return (model, *(data or (None, None)))
@@ -206,16 +208,14 @@ class MlflowSink:
             self.client.log_artifact(run_id, str(path), record["folder"] or None)
 
     def _data(self, records: Sequence[Record]) -> None:
-        from mlflow.data import sources
-
         data = records[0]["data"]
-        source = sources.LocalArtifactDatasetSource(data["source"])  # type: ignore[attr-defined]
-        dataset = MetaDataset(source, name=data["name"], digest=data["digest"][:16])  # type: ignore[abstract]
+        source = json.dumps({"uri": data["source"]})
+        dataset = Dataset(data["name"], data["digest"][:16], "local", source)
         tags = {"mlflow.data.context": data["part"], "rows": str(data["rows"]), "left_out": str(data["left_out"])}
-        inputs = DatasetInput(dataset._to_mlflow_entity(), [InputTag(key, value) for key, value in tags.items()])
+        inputs = DatasetInput(dataset, [InputTag(key, value) for key, value in tags.items()])
         try:
             self.client.log_inputs(self.run_id(records[0]["run"]), [inputs])
-        except MlflowException:  # two processes may insert the same new data set at once: then it is there now
+        except MlflowException:  # two processes may insert the same new data set at once: then it exists now
             self.client.log_inputs(self.run_id(records[0]["run"]), [inputs])
 
     def _model(self, records: Sequence[Record]) -> None:
@@ -226,11 +226,11 @@ class MlflowSink:
             self._finish(model)
         self._models[experiment, record["digest"]] = model.model_id
         linked = self.client.get_run(run_id).outputs
-        if not any(one.model_id == model.model_id for one in (linked.model_outputs if linked else [])):
+        if not any(output.model_id == model.model_id for output in (linked.model_outputs if linked else [])):
             self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, record["step"] or 0)])
 
     def _model_id(self, key: str, digest: str) -> str:
-        """Of the LoggedModel of some weights, in the experiment of a run."""
+        """The id of the LoggedModel with this digest, in the experiment of a run."""
         self.run_id(key)
         experiment = self.experiments[key]
         if (experiment, digest) not in self._models:
@@ -245,7 +245,7 @@ class MlflowSink:
         return found[0] if found else None
 
     def _new_model(self, experiment: str, run_id: str, record: Record) -> LoggedModel:
-        """As `mlflow.create_external_model`, which goes to whatever server was named last."""
+        """As `mlflow.create_external_model`, which uses the global tracking URI and not this client's."""
         tags = {MLFLOW_MODEL_IS_EXTERNAL: "true", "ckpt.digest": record["digest"], "ckpt.source": record["source"]}
         name = re.sub(r"[/:.%\"']", "_", record["name"])
         params = {} if record["step"] is None else {"global_step": str(record["step"])}
@@ -268,20 +268,20 @@ class MlflowSink:
             self._remove_others(record["run"])
 
     def kill_unended(self) -> None:
-        """Ends the journal's runs that its program left RUNNING. For when that program is gone.
+        """Ends the journal's runs that are RUNNING; only for a journal whose program is gone.
 
-        A living program in another container may write a journal of the same name: its runs are not in this one.
+        A program in another container may write a journal of the same path: its runs are not in this journal.
         """
-        experiments = [one.experiment_id for one in self.client.search_experiments()]
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
         writers = {record["tags"].get(WRITER) for record in self.journal.runs.values()} - {None}
         given = {record.get("run_id") for record in self.journal.runs.values()}
-        for run in self.client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=MOST_RUNS):
+        for run in self.client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=MAX_RUNS):
             tags, run_id = run.data.tags, run.info.run_id
             if tags.get(WRITER) in writers and (tags.get(KEY) in self.journal.runs or run_id in given):
                 self.client.set_terminated(run_id, "KILLED")
 
 
 def open_sink(uri: str, journal: Journal) -> MlflowSink:
-    """What a sender's thread sends to."""
-    be_brief()
+    """Connects; for the thread of a `Sender`."""
+    fail_fast()
     return MlflowSink(connect(uri), journal)

@@ -1,7 +1,7 @@
-"""Which program writes a journal, so that another can see whether it lives.
+"""Which program writes a journal, and whether it still runs.
 
-That is known by a lock, which the system gives back when its holder dies. A process id says nothing where two
-containers share a name but not their processes.
+A lock tells, which the system releases when its holder dies. A process id does not, where two containers share a host
+name but not their processes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from filelock import FileLock, Timeout
 HOST = "pipeline.host"
 KEY = "pipeline.journal"  # the tag that holds a run's key in the journal
 WRITER = "pipeline.writer"  # the tag that names the journal whose lock a run's program holds
-PARTS = re.compile(r"(.+?)\.(jsonl|files|sent|sent\.tmp|lock|writer\.lock)")  # of a journal
-PATIENCE = 5.0  # seconds; another program may be looking whether the writer lives
+FILES = re.compile(r"(.+?)\.(jsonl|files|sent|sent\.tmp|lock|writer\.lock)")  # that belong to a journal
+PATIENCE = 5.0  # seconds; another program may be testing the lock
 
 
 def writer_tags(journal: Path) -> dict[str, str]:
-    """Tags that name the program which writes a journal, so that another can see whether it lives."""
+    """Tags by which another program finds the lock of the program that writes a journal."""
     return {HOST: socket.gethostname(), WRITER: str(journal.absolute())}
 
 
 def is_original(journal: Path, head: Mapping[str, Any]) -> bool:
-    """Whether a journal is the very file that its program writes: beside a copy, the lock is not that program's."""
+    """Whether a journal is the file that its program writes, and no copy, whose lock is not the program's."""
     tags = head.get("tags") or {}
     writer = Path(tags.get(WRITER) or ".")
     same = (writer.parent.resolve(), writer.name) == (journal.parent.resolve(), journal.name)
@@ -37,18 +37,18 @@ def is_original(journal: Path, head: Mapping[str, Any]) -> bool:
 
 
 def lock_path(journal: Path) -> Path:
-    """The lock that is held by the program which writes a journal, as long as it lives."""
+    """The file of the lock that a program holds while it writes a journal."""
     return journal.with_suffix(".writer.lock")
 
 
 def writer_lock(journal: Path) -> FileLock:
-    """The same, to be held. There is one in a process, since a journal may be opened twice in it."""
+    """The lock itself. A process has a single one for each journal, since it may open a journal twice."""
     return FileLock(lock_path(journal), timeout=PATIENCE, thread_local=False, is_singleton=True)
 
 
 @contextmanager
 def deserted(journal: Path) -> Iterator[bool]:
-    """Whether no living program writes a journal; where that is so, none begins to before the end."""
+    """Yields whether no running program writes a journal. If so, none can begin to within the block."""
     lock = FileLock(lock_path(journal), timeout=0)
     try:
         lock.acquire()
@@ -64,7 +64,7 @@ def deserted(journal: Path) -> Iterator[bool]:
 
 
 def lives(journal: Path) -> bool:
-    """Whether a journal's program may live: one whose journal is not here may be in another container."""
+    """Whether a journal's program may still run. A journal that is not here may be another container's."""
     if not journal.is_file():
         return True
     with deserted(journal) as gone:
@@ -72,14 +72,14 @@ def lives(journal: Path) -> bool:
 
 
 def remove_journal(path: Path) -> None:
-    """Removes a journal and what belongs to it, the writer's lock last: `journals_in` finds what a kill leaves."""
+    """Removes a journal and its files, the writer's lock last: `journals_in` finds what a kill leaves."""
     shutil.rmtree(path.with_suffix(".files"), ignore_errors=True)
     beside = [path.with_suffix(ending) for ending in (".sent.tmp", ".sent", ".lock")]
-    for one in (path, *beside, lock_path(path)):
-        one.unlink(missing_ok=True)
+    for file in (path, *beside, lock_path(path)):
+        file.unlink(missing_ok=True)
 
 
 def journals_in(folder: Path) -> list[Path]:
-    """The journals in a folder, and those of which only a part is there."""
-    parts = [PARTS.fullmatch(path.name) for path in folder.glob("*")]
-    return sorted({folder / f"{part[1]}.jsonl" for part in parts if part})
+    """The journals in a folder, also those of which only some files are left."""
+    matches = [FILES.fullmatch(path.name) for path in folder.glob("*")]
+    return sorted({folder / f"{match[1]}.jsonl" for match in matches if match})

@@ -1,4 +1,4 @@
-"""Where runs of this project are begun: the journal, the thread that sends it to MLflow, and the run's page."""
+"""Opens runs: the journal, the thread that sends it to MLflow, and the addresses of the run's pages."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _senders: WeakValueDictionary[Path, Sender] = WeakValueDictionary()
 
 
 class OpenRun:
-    """A run, and what sends it.
+    """A run, and the thread that sends it.
 
     Attributes:
-        run: what is told of the results.
+        run: the tracker to log to.
         uri: of the server or database.
-        sender: sends what the run is told.
+        sender: sends the run's journal.
     """
 
     def __init__(self, path: Path, uri: str = "", remove: bool = False, key: str | None = None, **what: Any) -> None:
-        """Begins a run, or goes on with the one in a journal that is there already.
+        """Begins a run, or continues the run of a journal that exists already.
 
         Args:
             path: the journal.
@@ -61,7 +61,7 @@ class OpenRun:
 
     @property
     def ids(self) -> tuple[str, str] | None:
-        """Of the experiment and of the run on the server; None as long as it is not there."""
+        """Ids of the experiment and of the run on the server; None as long as the server does not have it."""
         sink = self.sender.sink
         if not isinstance(sink, MlflowSink) or self.run.key not in sink.ids:
             return None
@@ -69,7 +69,7 @@ class OpenRun:
 
 
 def _sender(path: Path, uri: str, remove: bool) -> Sender:
-    """What sends a journal; there is one in a process for each."""
+    """The sender of a journal; a process has one for each journal."""
     place = path.absolute()
     known = _senders.get(place)
     if known is None or known.ended:
@@ -81,7 +81,7 @@ def _sender(path: Path, uri: str, remove: bool) -> Sender:
 
 @contextmanager
 def open_run(name: str, config: Config, tracking_uri: str = "") -> Iterator[OpenRun]:
-    """The run of a measurement: the one that `mlflow run` made, else a new one. Waits at the end until it has arrived.
+    """The run of a measurement: the run that `mlflow run` made, else a new one. At the end, waits until it has arrived.
 
     Raises:
         TrackingError: the tracking database cannot be used, or the journal. A server that does not answer only warns.
@@ -112,18 +112,16 @@ def open_run(name: str, config: Config, tracking_uri: str = "") -> Iterator[Open
 
 
 def journal_path(config: Config, name: str) -> Path:
-    """A new journal's path, in the folder that the configuration says; its name says the host."""
+    """A new journal's path, in the folder that the configuration names; the file's name holds the host's."""
     folder = Path(config.logging.journal or f"{config.store}/journal").expanduser()
     label = re.sub(r"[^\w=.-]", "_", name)[:60]
     return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}-{os.urandom(3).hex()}{host_mark()}.jsonl"
 
 
 def experiment() -> dict[str, str | None]:
-    """The experiment that the program has set, or that MLflow's own variables name."""
-    chosen = getattr(mlflow.tracking.fluent, "_active_experiment_id", None)
-    if chosen:
-        return {"name": None, "id": str(chosen)}
-    return {"name": os.environ.get("MLFLOW_EXPERIMENT_NAME"), "id": os.environ.get("MLFLOW_EXPERIMENT_ID")}
+    """The experiment that MLflow's own variables name: `mlflow.set_experiment` sets MLFLOW_EXPERIMENT_ID."""
+    chosen = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    return {"name": None if chosen else os.environ.get("MLFLOW_EXPERIMENT_NAME"), "id": chosen}
 
 
 def link(ids: tuple[str, str]) -> str:

@@ -1,38 +1,41 @@
-"""Sends a journal on: one thread that never holds up whoever writes the journal, and may be left behind at any time."""
+"""Sends a journal on, in a thread that never holds up whoever writes the journal."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from filelock import Timeout
 
-from pipeline.tracking.delivery import Sink, groups, holding, insist, is_bug, line_of
-from pipeline.tracking.journal import Journal, Record
+from pipeline.tracking.delivery import Sink, groups, is_bug, line_of, lock_for_sending, send_with_retries
+from pipeline.tracking.journal import Journal
 
 logger = logging.getLogger(__name__)
 
-LINGER = 1.0  # seconds in which further records may join the first of a group
+LINGER, MIN_LINGER = 1.0, 0.01  # seconds in which further records may gather, to be sent together; at the end
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries of a server that fails
 MOMENT = 0.2  # seconds that the end of a training waits for what is on its way
 PATIENCE = 30.0  # seconds for the next record to arrive, at the end of a program; a busy machine takes ten to connect
 LIMIT = 300.0  # seconds in all
+TIDYING = 5.0  # seconds for removing a journal of which everything has arrived
 
 
 class Sender:
     """Sends the records of a journal in order, each until it has arrived or is refused.
 
-    A failure opens the circuit: nothing is tried for a second, then for two, up to a minute.
+    A record starts the thread, and the thread ends when there has been nothing to send for a moment. A server that
+    fails is left alone for a second, then for two, up to a minute.
 
     Attributes:
-        failure: why the circuit is open; None while records arrive.
-        refused: how many records the server would not have.
+        failure: why the last try failed; None while records arrive.
         sink: where records go; None before the first, and after a failure.
+        ended: whether nothing is sent any more.
     """
 
     def __init__(
@@ -48,39 +51,34 @@ class Sender:
             journal: what is sent.
             open_sink: connects; called in the thread, again after a failure.
             remove: removes the journal when all of it has arrived and nothing will be added.
-            first: is done in the thread before anything is sent, piece by piece.
+            first: work for the thread before anything is sent, piece by piece.
         """
         self.journal = journal
         self.failure: str | None = None
-        self.refused = 0
         self.sink: Sink | None = None
+        self.ended = False
         self._open_sink = open_sink
         self._remove = remove
         self._first = first
-        self._pieces = 0  # done of it
-        self._arrived = threading.Condition()
-        self._wake, self._hurry = threading.Event(), threading.Event()
-        self._finishing = self._resting = self._closed = self._tidied = False
-        self._said: set[str] = set()
-        self._failures = self._of_record = 0
+        self._finishing = False
         self._offset = journal.sent
+        self._progress = self._failures = 0
+        self._tries = 0  # of the next record
+        self._known: set[str] = set()  # reasons of refusals that were warned of
+        self._changed = threading.Condition()
+        self._hurry = threading.Event()
         self._thread: threading.Thread | None = None
-        journal.listener = self._notify
+        journal.listener = self._start
         _senders.add(self)
-        self._notify()
+        self._start()
 
     @property
     def done(self) -> bool:
         """Whether everything that was written has arrived."""
         return self._offset >= self.journal.end
 
-    @property
-    def ended(self) -> bool:
-        """Whether it sends no more."""
-        return self._closed or self._tidied
-
     def settle(self, limit: float = MOMENT, patience: float | None = None) -> bool:
-        """Waits until everything has arrived, and says whether it has.
+        """Waits until everything has arrived, and returns whether it has.
 
         Args:
             limit: most seconds in all.
@@ -88,155 +86,148 @@ class Sender:
         """
         deadline = time.monotonic() + limit
         self._hurry.set()
-        with self._arrived:
-            while not self.done and self.failure is None and self._thread is not None:
+        with self._changed:
+            while self._thread is not None and not (self.done or self.failure or self.ended):
                 rest = deadline - time.monotonic()
-                if rest <= 0:
+                before = self._progress
+                self._changed.wait(max(0.0, min(rest, patience or rest)))
+                if rest <= 0 or (patience and patience < rest and self._progress == before):
                     break
-                before = self._offset, self._pieces
-                self._arrived.wait(min(rest, patience or rest))
-                if patience and patience < rest and (self._offset, self._pieces) == before and self.failure is None:
-                    break
-        self._hurry.clear()
+        if not self._finishing:
+            self._hurry.clear()
         return self.done
 
-    def rest(self) -> None:
-        """Says that nothing is expected for now: the thread ends when everything has arrived, until there is more."""
-        self._resting = True
-        self._hurry.set()
-        self._wake.set()
-
     def finish(self) -> None:
-        """Says that nothing will be added: the thread ends when everything has arrived, and tidies up."""
-        self._finishing = True
-        self.rest()
-        self._notify()
+        """Nothing will be added: the journal is closed, or removed, when everything has arrived."""
+        with self._changed:
+            self._finishing = True
+            if self._thread is None and self.done:  # at the end of a program Python 3.12 starts no thread for it
+                with contextlib.suppress(Timeout), lock_for_sending(self.journal):
+                    self._tidy()
+        self._hurry.set()
+        self._start()
 
-    def close(self, limit: float = LIMIT, patience: float | None = PATIENCE) -> bool:
-        """Sends what is left, as `settle` does, and stops. What has not arrived stays in the journal, which is said."""
-        if self.ended:
-            return self.done and not self.journal.lost
-        self.finish()
-        thread = self._thread
-        self._try_again(min(patience or limit, limit))
-        done = self.settle(limit, patience)
-        if done and thread is not None:
-            thread.join(5.0)  # it ends by itself, and tidies up
-        self._closed = True
-        self._wake.set()
+    def close(self, limit: float = LIMIT, patience: float = PATIENCE) -> bool:
+        """Sends what is left, as `settle` does, and stops; a server that was down is tried once more.
+
+        What has not arrived stays in the journal, and a warning says how to send it later.
+        """
+        if not self.ended:
+            self.finish()
+            self._try_again(min(patience, limit))
+            if self.settle(limit, patience):
+                with self._changed:
+                    self._changed.wait_for(lambda: self.ended, TIDYING)
+            else:
+                reason = self.failure or "it answers too slowly"
+                remedy = f"send it later with: python -m pipeline replay {self.journal.path}"
+                logger.warning("MLflow does not have everything yet (%s); %s", reason, remedy)
+            self._end()
+        return self.done and not self.journal.lost
+
+    def _start(self) -> None:
+        """Starts the thread, unless it runs."""
+        with self._changed:
+            if self._thread is None and not self.ended:
+                thread = threading.Thread(target=self._run, name="journal", daemon=True)
+                with contextlib.suppress(RuntimeError):  # of Python 3.12, at the end of the program
+                    thread.start()
+                    self._thread = thread
+
+    def _end(self) -> None:
+        with self._changed:
+            self.ended = True
+            self._changed.notify_all()
         self._hurry.set()
         _senders.discard(self)
-        if done:
-            return not self.journal.lost
-        reason = self.failure or "it answers too slowly"
-        remedy = f"send it later with: python -m pipeline replay {self.journal.path}"
-        logger.warning("MLflow does not have everything yet (%s); %s", reason, remedy)
-        return False
-
-    def _notify(self) -> None:
-        """There is something new; starts the thread if it has come to rest."""
-        self._wake.set()
-        with self._arrived:
-            if self._thread is None and not self.ended:
-                self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
-                self._thread.start()
 
     def _try_again(self, limit: float) -> None:
-        """Where the circuit is open, waits for one try more."""
-        with self._arrived:
+        """After a failure, waits for the end of one more try."""
+        with self._changed:
             failures = self._failures
-            self._hurry.set()
             if self.failure is not None:
-                self._arrived.wait_for(lambda: self.failure is None or self._failures > failures, limit)
+                self._changed.wait_for(lambda: self.failure is None or self._failures > failures, limit)
 
     def _run(self) -> None:
         pause = FIRST_PAUSE
-        while not self._closed:
+        while self._goes_on():
             try:
-                with holding(self.journal):
-                    self._work()
-                break
+                with lock_for_sending(self.journal):
+                    self._send()
+                    if self._finishing and self.done:
+                        self._tidy()
+                pause = FIRST_PAUSE
+                if self._hurry.wait(LINGER):
+                    time.sleep(MIN_LINGER)
+                continue
             except Timeout:
-                self._fail("another process is sending the journal", pause)
+                self._fail("another process is sending the journal", False)
             except Exception as error:
                 logger.debug("sending of the journal", exc_info=True)
-                self._fail(line_of(error), pause, is_bug(error))
-            pause = min(2 * pause, LONGEST_PAUSE)
-        with self._arrived:
-            self._thread = None
-            self._arrived.notify_all()
-        if not self.ended and not self.done:  # something was added at the last moment
-            self._notify()
-
-    def _work(self) -> None:
-        """Sends what there is, again and again, until it may rest. Raises where the server fails."""
-        self._offset = max(self._offset, self.journal.sent)
-        while not self._closed:
-            self._wake.clear()
-            self._send()
-            if self.done and self._finishing:
-                self._tidy()
-                return
-            if self.done and self._resting:
-                self._resting = False
+                self._fail(line_of(error), is_bug(error))
+            self._hurry.wait(pause)  # what is new does not end the pause, only the end of the program does
+            if not self.ended:
                 self._hurry.clear()
-                return
-            if self._wake.wait(LONGEST_PAUSE) and not self._resting:
-                self._hurry.wait(LINGER)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _goes_on(self) -> bool:
+        """Whether the thread has work; where it has none, the next record starts another thread."""
+        with self._changed:
+            if not self.ended and (self._finishing or self.failure or not self.done):
+                return True
+            self._thread = None
+            return False
 
     def _send(self) -> None:
         """Sends until the end of the journal. Raises where the server fails."""
+        self._offset = max(self._offset, self.journal.sent)
         for records, offset in groups(self.journal, self._offset):
             self.sink = self.sink or self._connect()
-            self.journal.note_sent(offset, self._apply(records))
+            self._tries += 1
+            refused = send_with_retries(self.sink, records, self._known, self._tries - 1, at_once=False)
+            self.journal.note_sent(offset, refused)
             if self._remove:
                 self.journal.drop(records)
-            with self._arrived:
-                if self.failure is not None:
-                    logger.warning("MLflow answers again; what it missed is being sent")
-                self.failure, self._offset, self._of_record = None, offset, 0
-                self._arrived.notify_all()
-            if self._closed:
+            self._arrived(offset)
+            if self.ended:
                 return
+        if self.failure is not None:  # another process has sent it
+            self._arrived(self._offset)
 
     def _connect(self) -> Sink:
-        """Connects; what is to be done first is done once."""
         for _ in self._first():
-            with self._arrived:
-                self._pieces += 1
-                self._arrived.notify_all()
+            self._arrived(self._offset, ok=False)
         self._first = tuple
         return self._open_sink()
 
-    def _apply(self, records: Sequence[Record]) -> int:
-        """Applies records; how many were refused. Raises where they are to be tried again."""
-        assert self.sink is not None
-        failed, self._of_record = self._of_record, self._of_record + 1
-        refused = insist(self.sink, records, self._said, failed, at_once=False)
-        self.refused += refused
-        return refused
+    def _arrived(self, offset: int, ok: bool = True) -> None:
+        """Notes progress: what is before `offset` has arrived, and with `ok` the server works."""
+        with self._changed:
+            if ok and self.failure is not None:
+                logger.warning("MLflow answers again; what it missed is being sent")
+            if ok:
+                self.failure, self._tries = None, 0
+            self._offset = offset
+            self._progress += 1
+            self._changed.notify_all()
 
-    def _fail(self, reason: str, pause: float, bug: bool = False) -> None:
-        """Opens the circuit: what is new does not close it, only time and the end do."""
+    def _fail(self, reason: str, bug: bool) -> None:
+        """Notes a failure, and warns of the first of several."""
         self.sink = None
-        with self._arrived:
-            said, self.failure = self.failure is not None, reason
+        with self._changed:
+            known, self.failure = self.failure is not None, reason
             self._failures += 1
-            self._arrived.notify_all()
-        if not said:
+            self._changed.notify_all()
+        if not known:
             what = "results cannot be sent by a mistake in the program" if bug else "MLflow does not answer"
             logger.warning("%s (%s); the work goes on, and results are kept in %s", what, reason, self.journal.path)
-        self._hurry.wait(pause)
-        if not self._closed:
-            self._hurry.clear()
 
     def _tidy(self) -> None:
         """Everything has arrived, and nothing will be added."""
-        self._tidied = True
-        _senders.discard(self)
         if self._remove and not self.journal.refused and not self.journal.lost:
             self.journal.remove()
         self.journal.close()
+        self._end()
 
 
 def flush(limit: float = 30.0) -> bool:
@@ -250,7 +241,7 @@ _senders: weakref.WeakSet[Sender] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """All of them together are waited for as long as one would be."""
+    """All of them together are waited for as long as a single sender would be."""
     deadline = time.monotonic() + LIMIT
     patience = PATIENCE
     for sender in list(_senders):

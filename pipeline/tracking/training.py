@@ -1,4 +1,4 @@
-"""MLflow within a training: measurements go to the training's run, at the step of the weights they measure."""
+"""MLflow within a training: measurements are logged to the training's run, at the step of the measured weights."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pipeline.tracking.runs import OpenRun, journal_path
 class TrainingRun:
     """The MLflow run of a training, written by way of a journal: nothing here waits for a server.
 
-    It is the trainer's own run if it has one, else the active run, else the one that `MLFLOW_RUN_ID` names, else one
-    that is opened here, continued after a resume, and ended by `end`.
+    It is the run of the trainer's logger, else the active run, else the run that `MLFLOW_RUN_ID` names, else a new run
+    that is continued after a resume and ended by `end`.
 
     Attributes:
         own: whether the run was opened here.
-        run: what is told of the results.
-        run_id: the run's on the server, where it is known.
+        run: the tracker to log to.
+        run_id: of the run on the server, where it is known.
     """
 
     def __init__(self, loggers: Sequence[Any], name: str, config: Config, earlier: str | None = None) -> None:
@@ -35,8 +35,8 @@ class TrainingRun:
         Args:
             loggers: the trainer's.
             name: of a new run.
-            config: says where the journal is.
-            earlier: key of the run that was opened here before the training was interrupted.
+            config: names the folder of journals.
+            earlier: key of the run that was opened before the training was interrupted.
 
         Raises:
             OSError: the journal cannot be written.
@@ -44,8 +44,8 @@ class TrainingRun:
         self.run_id: str | None = None
         self._opened: OpenRun | None = None
         self._data: set[Data] = set()
-        journalled = next((one for one in loggers if is_kind(one, "JournalLogger")), None)
-        found = next((one for one in loggers if is_kind(one, "MLFlowLogger")), None)
+        journalled = next((logger for logger in loggers if is_kind(logger, "JournalLogger")), None)
+        found = next((logger for logger in loggers if is_kind(logger, "MLFlowLogger")), None)
         active = mlflow.active_run()
         self.own = False
         if journalled is not None:
@@ -63,7 +63,7 @@ class TrainingRun:
 
     @property
     def place(self) -> str:
-        """Where the run is, for the log: it may not have its id yet."""
+        """Name and address of the run, for the log; the server may not have given its id yet."""
         if self._opened is None:
             return "the run of the trainer's logger"
         self._opened.sender.settle()
@@ -82,7 +82,7 @@ class TrainingRun:
             digest: of the encoder.
             source: where the weights are.
             tasks: what is measured, for the name of a run of its own.
-            child: give the measurement a run of its own too, with nested runs for its stages.
+            child: logs the measurement to a run of its own too, with nested runs for its stages.
         """
         name = f"step={step}"
         linked = JournalRun(self.run.journal, self.run.key, self.run.context)  # a logger may write to the run as well
@@ -95,11 +95,11 @@ class TrainingRun:
             yield AtStep(Several([here, own]), step)
 
     def failed(self, step: int, message: str) -> None:
-        """Says on the run that a measurement failed."""
+        """Tags the run with the failure of a measurement."""
         self.run.tags({f"{FOLDER}.failed.step {step}": message})
 
     def end(self, status: str) -> None:
-        """Ends the run if it was opened here. What is not sent yet is, before the program ends."""
+        """Ends the run if it was opened here. What has not arrived is sent before the program ends."""
         if self.own:
             self.run.end(status)
         if self._opened:
@@ -108,7 +108,7 @@ class TrainingRun:
 
 
 class _Here(NullTracker):
-    """Tells the training's run of a measurement's results, not of its stages."""
+    """Logs a measurement's results to the training's run, but not its stages."""
 
     def __init__(self, run: JournalRun, data: set[Data], at: int) -> None:
         self.run = run
@@ -118,7 +118,7 @@ class _Here(NullTracker):
 
     @contextmanager
     def step(self, name: str) -> Iterator[Tracker]:  # noqa: ARG002
-        """See `Tracker.step`. Notes of the stages are kept, and nothing else."""
+        """See `Tracker.step`. Only notes of the stages are logged."""
         yield _Notes(self)
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
@@ -151,5 +151,5 @@ class _Notes(NullTracker):
 
 
 def is_kind(logger: Any, name: str) -> bool:
-    """Whether a trainer's logger is of the class `name`, of either Lightning package, or made from it."""
-    return any(one.__name__ == name for one in type(logger).__mro__)
+    """Whether a trainer's logger is of a class called `name`, of either Lightning package, or of a subclass."""
+    return any(base.__name__ == name for base in type(logger).__mro__)

@@ -1,4 +1,4 @@
-"""W&B: a run for a measurement on the command line. Facts behind the choices are measured on wandb 0.31."""
+"""W&B: a run for a measurement on the command line. Choices were measured on wandb 0.31."""
 
 from __future__ import annotations
 

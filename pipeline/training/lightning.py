@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 import weakref
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from pipeline.encoders.description import DESCRIPTION
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.training.lightning_package import DescribingIO, pl
 from pipeline.training.measurement import Measurement
+from pipeline.training.monitor_warnings import warn_of_monitors
 from pipeline.training.ranks import LostRankError, Ranks
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ SHARDED = ("FSDP", "ModelParallel", "DeepSpeed")
 
 
 def setup_dwnstr_task_validation_callbacks(cfg: str | Path | Mapping[Any, Any] | Config) -> list[pl.Callback]:
-    """The callbacks for `Trainer(callbacks=...)`: one, or none where the section says `enabled: False`.
+    """The callbacks for `Trainer(callbacks=...)`: a list of one, or empty where the section has `enabled: False`.
 
     Args:
         cfg: a YAML file with the section `model.dwnstr_task_validation`, its content as Hydra or OmegaConf give it, or
@@ -44,9 +44,8 @@ class DownstreamValidation(pl.Callback):
     to the trainer's loggers, at `trainer.global_step`.
 
     Attributes:
-        published: how many times metrics were published; with the two below, what the companions go by.
-        published_step: when they were last.
-        published_names: which they were.
+        published: the names of the metrics that the last validation published; empty where it measured nothing.
+        published_step: the step at which it did.
         curve: the step and the metrics of each, on every rank.
     """
 
@@ -54,9 +53,8 @@ class DownstreamValidation(pl.Callback):
         """Checks the configuration. Raises ConfigError."""
         config.check()
         self.config = config
-        self.published = 0
+        self.published: frozenset[str] = frozenset()
         self.published_step = -1
-        self.published_names: frozenset[str] = frozenset()
         self.curve: list[tuple[int, dict[str, float]]] = []
         self.work: Measurement | None = None
         self.ranks = Ranks(config.timeout)
@@ -66,19 +64,15 @@ class DownstreamValidation(pl.Callback):
         self._stage = ""
         self._trainer: Any = None
         self._run: str | None = None
-        self._points: list[tuple[int, dict[str, float]]] = []  # of this training, before it was interrupted too
-        self._description: dict[str, Any] | None = None  # on rank 0, which alone writes checkpoints
-        self._late = False
+        self._points: list[tuple[int, dict[str, float]]] = []  # the curve, with what came before an interruption
+        self._description: dict[str, Any] | None = None  # on rank 0, which writes the checkpoints
+        self._late = False  # whether the module is to be inspected again when its layers are there
         self._began = self._spent = 0.0
 
     @property
     def state_key(self) -> str:
-        """Tells two of these in one trainer apart."""
+        """The key of the callback's state in a checkpoint, with the tasks' names: a trainer may have two callbacks."""
         return f"DownstreamValidation{[task.task_name for task in self.config.dataset]}"
-
-    def has_metric(self, name: str) -> bool:
-        """Whether `name` is one of the metrics that are measured."""
-        return any(name.startswith(metric.stem) for metric in self.config.metrics)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finds the encoder and reads all data, on rank 0.
@@ -97,12 +91,12 @@ class DownstreamValidation(pl.Callback):
         self.ranks.open()
         self._began, self._spent = time.perf_counter(), 0.0
         self.work = Measurement(self.config, trainer, pl.utilities.rank_zero_info, self._run)
-        # A module that builds its layers in a hook that comes later is looked at when they are there.
+        # A module may build its layers in one of these hooks, which come later; then it is inspected again.
         self._late = any(_overridden(pl_module, hook) for hook in ("setup", "configure_model"))
         work = self.work
         self.ranks.agree(lambda: work.prepare(pl_module, may_wait=self._late))
         self._description = work.description
-        self._check_monitors(trainer)
+        warn_of_monitors(vars(trainer)["callbacks"], self.config)
         io = trainer.strategy.checkpoint_io
         if not isinstance(io, DescribingIO):
             trainer.strategy.checkpoint_io = DescribingIO(io, DESCRIPTION, lambda: self._description)
@@ -112,11 +106,11 @@ class DownstreamValidation(pl.Callback):
         self._complete(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The same where validation is all there is."""
+        """The same for a trainer that only validates."""
         self._complete(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """With `on_start`, measures the untrained model; a resumed one is not untrained."""
+        """With `on_start`, measures the untrained model; not where a training is resumed."""
         self._began = time.perf_counter()
         if self.config.on_start and trainer.global_step == 0 and not _is_rehearsal(trainer):
             self._measure(trainer, pl_module)
@@ -132,11 +126,10 @@ class DownstreamValidation(pl.Callback):
         if trainer.state.fn == "fit":
             self._validations += 1
             if (self._validations - 1) % self.config.every_n_validations:
+                self.published = frozenset()
                 return
         metrics = self._measure(trainer, pl_module)
-        if metrics:
-            self.published += 1
-            self.published_step, self.published_names = trainer.global_step, frozenset(metrics)
+        self.published, self.published_step = frozenset(metrics), trainer.global_step
         for name, value in metrics.items():
             # The values are the same on all ranks; a maximum leaves them as they are, and a mean might round.
             pl_module.log(
@@ -144,7 +137,7 @@ class DownstreamValidation(pl.Callback):
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """With `on_end`, measures the final weights, if the last validation did not."""
+        """With `on_end`, measures the final weights, unless the last validation did."""
         done = self._last_step == trainer.global_step
         if self.config.on_end and not done and not _is_rehearsal(trainer):
             self._measure(trainer, pl_module)
@@ -156,11 +149,11 @@ class DownstreamValidation(pl.Callback):
         self._close("FINISHED")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Ends it as failed or killed."""
+        """Ends the MLflow run as failed or killed."""
         self._close("FAILED" if isinstance(exception, Exception) else "KILLED")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs to go on with the same curve."""
+        """What a resumed training needs to continue the curve and the MLflow run."""
         run = self.work.own_run if self.work else None
         return {
             "validations": self._validations,
@@ -170,7 +163,7 @@ class DownstreamValidation(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
+        """Continues an interrupted training, see `state_dict`."""
         if self._stage == "fit":
             self._validations = state_dict["validations"]
             self._last_step = state_dict["last_step"]
@@ -182,14 +175,14 @@ class DownstreamValidation(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds what is needed to open the checkpoint without the code of the module."""
+        """Adds the description with which the checkpoint can be opened without the code of the module."""
         if self._description is not None:
             checkpoint.setdefault(DESCRIPTION, self._description)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keeps the step: a trainer that only validates does not."""
+        """Keeps the checkpoint's step: a trainer that only validates does not restore it."""
         self._loaded_step = int(checkpoint.get("global_step", 0))
 
     def _complete(self, pl_module: pl.LightningModule) -> None:
@@ -199,7 +192,7 @@ class DownstreamValidation(pl.Callback):
             self._description = work.description
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
-        """The metrics, the same on every rank; empty where the measurement failed and training is to go on."""
+        """The metrics, the same on every rank; empty where the measurement failed and `on_error` is `warn`."""
         assert self.work is not None
         work, began = self.work, time.perf_counter()
         alone = trainer.state.fn != "fit" and self._loaded_step is not None
@@ -224,45 +217,12 @@ class DownstreamValidation(pl.Callback):
         return metrics
 
     def _report(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        """A line for the log: the headline metrics, and what they cost."""
+        """Logs the headline metrics, the seconds of the measurement, and its share of the training time."""
         self._spent += seconds
         share = 100 * self._spent / max(time.perf_counter() - self._began, 1e-9)
         numbers = ", ".join(f"{name} {metrics[name]:.4f}" for name in self.config.headlines if name in metrics)
         cost = f"{seconds:.1f} s; {share:.0f} % of the training time so far"
         pl.utilities.rank_zero_info(f"downstream validation at step {step}: {numbers} ({cost})")
-
-    def _check_monitors(self, trainer: pl.Trainer) -> None:
-        """Warns of monitors with a name that is nearly right, and of Lightning's own where they would go wrong."""
-        callbacks: list[Any] = vars(trainer)["callbacks"]
-        for one in callbacks:
-            kind, monitor = type(one).__name__, getattr(one, "monitor", None) or ""
-            short = monitor.rpartition("/")[2]
-            meant = [metric.key for metric in self.config.metrics if metric.short == short]
-            if meant and not self.has_metric(monitor):
-                rule = "names begin with the task's where dataset is a list"
-                pl.utilities.rank_zero_warn(f"{kind}: no metric '{monitor}' is measured, but '{meant[0]}': {rule}")
-            stale = self.config.every_n_validations > 1 and kind in ("ModelCheckpoint", "EarlyStopping")
-            if stale and self.has_metric(monitor):
-                pl.utilities.rank_zero_warn(
-                    f"{kind}(monitor='{monitor}') acts on old values where every_n_validations skips a validation; "
-                    f"use pipeline.Downstream{kind} in its place",
-                    stacklevel=2,
-                )
-            self._check_file_name(one)
-
-    def _check_file_name(self, monitor: Any) -> None:
-        """Warns of a `ModelCheckpoint` that puts the `/` of a metric's name into the names of its files."""
-        inserts = getattr(monitor, "auto_insert_metric_name", False)
-        ours = any(kind.__name__ == "DownstreamModelCheckpoint" for kind in type(monitor).__mro__)
-        shown = re.findall(r"\{([^}:]*)", (inserts and not ours and monitor.filename) or "")
-        folders = [name for name in shown if "/" in name and self.has_metric(name)]
-        if folders:
-            pl.utilities.rank_zero_warn(
-                f"{type(monitor).__name__}(filename='{monitor.filename}') makes a folder per checkpoint: Lightning "
-                f"writes the name {folders[0]}, with its '/', before the value; pass auto_insert_metric_name=False, "
-                "or use pipeline.DownstreamModelCheckpoint in its place",
-                stacklevel=2,
-            )
 
     def _close(self, status: str) -> None:
         if self.work is not None:
@@ -273,8 +233,8 @@ class DownstreamValidation(pl.Callback):
 
 
 def _check_strategy(trainer: pl.Trainer) -> None:
-    """Raises ConfigError where no rank has all weights."""
-    kinds = [one.__name__ for one in type(trainer.strategy).__mro__]
+    """Raises ConfigError for a strategy under which no rank has all weights."""
+    kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     if any(kind.startswith(SHARDED) for kind in kinds):
         raise ConfigError(f"strategy {kinds[0]}: downstream validation needs all weights on a rank; use ddp for now")
     if trainer.world_size > 1 and "DDPStrategy" not in kinds:
@@ -282,9 +242,9 @@ def _check_strategy(trainer: pl.Trainer) -> None:
 
 
 def _go_first(callback: DownstreamValidation, trainer: Any) -> None:
-    """Moves the callback to the head of the list, so that averaged weights are still in place when it measures.
+    """Moves the callback to the front of the list, so that averaged weights are still in place when it measures.
 
-    Lightning is going through the list, at this callback: those before it move up one, those behind it stay.
+    Lightning is iterating over the list and has come to this callback, so none is skipped or called twice.
     """
     callbacks: list[Any] = trainer.callbacks
     callbacks.insert(0, callbacks.pop(callbacks.index(callback)))

@@ -1,6 +1,6 @@
 """Lightning, from the package that the training script uses: `lightning` or `pytorch_lightning`.
 
-The two hold the same classes twice over, and either may be installed without the other.
+Each has its own copy of the same classes, and either may be installed without the other.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ else:
 
 
 class DescribingIO(pl.plugins.CheckpointIO):
-    """Writes checkpoints as `inner` does, with an entry more. Callbacks are not asked about weights-only ones."""
+    """Writes checkpoints as `inner` does, with one more entry. Lightning asks no callback about weights-only ones."""
 
     def __init__(self, inner: Any, key: str, value: Callable[[], Any]) -> None:
-        """Adds `value()` under `key`, unless it is None or there already."""
+        """Adds `value()` under `key`, unless it is None or the checkpoint has the key."""
         self.inner, self.key, self.value = inner, key, value
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:

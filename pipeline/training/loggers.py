@@ -1,4 +1,4 @@
-"""A Lightning logger for MLflow that never holds up a training: down, slow or gone, the server is told later."""
+"""A Lightning logger for MLflow that never delays a training: a server that is down or slow is sent the rest later."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
         journal: str | Path | None = None,
         run: JournalRun | None = None,
     ) -> None:
-        """Names the run; it is begun when the first thing is logged.
+        """Names the run, which begins when something is logged first.
 
         Args:
             run_name: by default the beginning of the run's key.
-            experiment_name: by default the one in MLflow's own variables, or the default one.
-            tracking_uri: server or database; by default the one in force.
-            run_id: of a run on the server that is to be written to; it is not ended here.
-            journal: the file, which stays; by default one beside the default `store`, until everything has arrived.
-            run: one that is begun already; it is not ended here, and all of the above is left out.
+            experiment_name: by default that of MLflow's own variables, else MLflow's default experiment.
+            tracking_uri: server or database; by default MLflow's current one.
+            run_id: of a run on the server to write to; the logger does not end it.
+            journal: the file, which stays; by default a new file in the default `store`, until all of it is sent.
+            run: an open run to write to; the logger does not end it. The other arguments are not used then.
         """
         super().__init__()
         self._what = {"name": run_name, "run_id": run_id}
@@ -63,7 +63,7 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
         return self._run
 
     def _begin(self) -> JournalRun | None:
-        """Begins the run; None where no journal can be made, which is said once."""
+        """Begins the run; None where no journal can be written, with one warning."""
         if self._failed:
             return None
         path = Path(self._journal or journal_path(Config(), str(self._what["name"] or "training")))
@@ -77,7 +77,7 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
 
     @property
     def name(self) -> str:
-        """Of the folder of Lightning's checkpoints, where none is given."""
+        """The folder of Lightning's checkpoints, where the user gives none."""
         return "journalled"
 
     @property
@@ -87,7 +87,7 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Numbers at a step."""
+        """Logs numbers at a step."""
         numbers = {}
         for name, value in metrics.items():
             try:
@@ -99,17 +99,16 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_args: Any, **_options: Any) -> None:
-        """Settings of the training, nested ones as `a.b`."""
+        """Logs the settings of the training, nested ones as `a.b`."""
         if self.experiment is not None:
             self.experiment.parameters(vars(params) if isinstance(params, Namespace) else dict(params), "")
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Ends the run, if it was begun here."""
+        """Ends the run, if the logger began it."""
         if self._run is None:
             return
         if self._own:
             self._run.end({"success": "FINISHED", "finished": "FINISHED"}.get(status, "FAILED"))
         if self._opened:
-            self._opened.sender.rest()
             self._opened.sender.settle()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,14 @@ from pipeline.config.schema import Config, Task
 from pipeline.embed import check_sequences, made_with
 from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.live import LiveModel
+from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError
 from pipeline.load import Examples, load
 from pipeline.progress import no_progress
 from pipeline.report.publishing import describe, publish_curves
-from pipeline.report.tables import curve_markdown
-from pipeline.store.shelf import Store
+from pipeline.report.tables import step_table
+from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import FOLDER, Guarded, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.tracking.mirrors import LoggerTracker
@@ -125,7 +127,7 @@ class Measurement:
             several = Several([Guarded(run.run), *self._loggers()])
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
         if run.own and points:
-            run.run.describe(curve_markdown(points, self.config.headlines))
+            run.run.describe(step_table(points, self.config.headlines).markdown())
         attempt("closing of the MLflow run", lambda: run.end(status))
 
     @property
@@ -136,6 +138,10 @@ class Measurement:
     def _device(self) -> str:
         """The trainer's root device: at the end of training the module may be back on the CPU."""
         return str(self.trainer.strategy.root_device) if self.config.device == "auto" else self.config.device
+
+    @property
+    def _options(self) -> EncoderOptions:
+        return replace(EncoderOptions.from_config(self.config), device=self._device)
 
     @contextmanager
     def _around(self, module: nn.Module) -> Iterator[None]:
@@ -185,7 +191,7 @@ class Measurement:
             return None
         device = find_device(self._device)
         precision = self._live.own_precision or find_precision(self.config.precision, device)
-        plan = made_with(device, precision, self._store(Path()), self._examples)
+        plan = made_with(device, precision, Store.from_config(self.config), self._examples)
         return {**self._live.description, "made_with": plan}
 
     def _check(self, module: nn.Module) -> None:
@@ -195,7 +201,7 @@ class Measurement:
             remedy = "set model_factory, name a class with from_checkpoint(path) in infer_target, or leave save out"
             raise CheckpointError(f"save: a checkpoint of {type(module).__name__} cannot be opened again; {remedy}")
         if live and not live.runs_module:
-            encoder = live.encoder(module, "cpu", "fp32", layer=config.layer)
+            encoder = live.encoder(module, replace(self._options, device="cpu", precision="fp32"))
             check_sequences(self._examples, encoder)
             for one in self._examples:
                 make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
@@ -207,7 +213,7 @@ class Measurement:
             self._limit = encoder.max_seq_length
             self._read()
         with ExitStack() as stack:
-            store = self._store(stack.enter_context(self._folder()))
+            store = Store.from_config(self.config, stack.enter_context(self._folder()))
             run = self._training_run()
             tracker: Tracker = NullTracker()
             if run is not None:
@@ -240,16 +246,10 @@ class Measurement:
     def _encoder(self, module: nn.Module) -> Encoder:
         assert self._live is not None
         probe = min(self._examples[0].train.sequences, key=len)
-        return self._live.encoder(module, self._device, self.config.precision, probe, self.config.layer)
+        return self._live.encoder(module, self._options, probe)
 
     def _open(self, source: str) -> Encoder:
-        target, precision = self._tasks[0].infer_target, self.config.precision
-        how = self.config.architecture, True, self.config.layer  # what was just written may be unpickled
-        return open_encoder(source, target, self._device, precision, *how, self.config.model_factory)
-
-    def _store(self, root: Path) -> Store:
-        config = self.config
-        return Store(root, config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
+        return open_encoder(source, replace(self._options, trust_pickle=True))  # it was just written here
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:

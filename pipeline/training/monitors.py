@@ -1,71 +1,104 @@
-"""Lightning's `ModelCheckpoint` and `EarlyStopping`, acting on fresh downstream metrics alone.
+"""`ModelCheckpoint` and `EarlyStopping` for downstream metrics: they act once on each measurement.
 
-A trainer keeps a metric until it is logged again. Where a validation was not measured (`every_n_validations`, or a
-measurement that failed), Lightning's own monitors would see the last value once more: save a checkpoint under a score
-that is not its own, and use up patience. Where the metric was never there, they would end the training.
+Lightning's own keep the last value of a metric. Where a validation is not measured (`every_n_validations`, or a
+measurement that failed), they would save a checkpoint under an old score, or count it against the patience. Where the
+metric was never measured, they would end the training.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.training.lightning import DownstreamValidation
 from pipeline.training.lightning_package import pl
 
 
-class _Fresh:
-    """Knows whether a downstream metric was measured since it was last acted on."""
+class _Companion(pl.Callback):
+    """Finds the `DownstreamValidation` that measures a metric, and asks it whether the metric is fresh."""
 
-    _acted_on = 0
+    _sources: tuple[DownstreamValidation, ...] = ()
     _warned = False
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Finds the callbacks that measure."""
+        self._sources = tuple(found for found in trainer.callbacks if isinstance(found, DownstreamValidation))
+        super().setup(trainer, pl_module, stage)
+
+    def _source(self, name: str) -> DownstreamValidation | None:
+        """The callback that measures the metric `name`; None for a metric of other origin."""
+        return next((source for source in self._sources if source.config.has_metric(name)), None)
+
     def _is_fresh(self, trainer: Any, monitor: str) -> bool:
-        """True for metrics of other origin, and once for each measurement of the weights of this moment."""
-        sources = [one for one in trainer.callbacks if isinstance(one, DownstreamValidation)]
-        source = next((one for one in sources if one.has_metric(monitor)), None)
+        """Whether the last validation measured the metric on the weights of now; True for metrics of other origin."""
+        source = self._source(monitor)
         if source is None:
             return True
-        if source.published and monitor not in source.published_names and not self._warned:
+        if source.published and monitor not in source.published and not self._warned:
             self._warned = True
-            known = ", ".join(sorted(source.published_names))
+            known = ", ".join(sorted(source.published))
             pl.utilities.rank_zero_warn(f"{type(self).__name__}: '{monitor}' was not measured; known: {known}")
-        new = source.published > self._acted_on and source.published_step == trainer.global_step
-        if not new or monitor not in source.published_names:
-            return False
-        self._acted_on = source.published
-        return True
+        return monitor in source.published and source.published_step == trainer.global_step
 
 
-class DownstreamModelCheckpoint(_Fresh, pl.callbacks.ModelCheckpoint):
+class DownstreamModelCheckpoint(_Companion, pl.callbacks.ModelCheckpoint):
     """`ModelCheckpoint` that saves under a downstream metric only where it was measured on these weights.
 
-    `save_last` and checkpoints without a monitor are saved as always. A metric that the file name shows is written with
-    `_` for `/`, so that every checkpoint is a file of `dirpath`: `filename="{step}-{ss3/test_3state_accuracy:.3f}"`
-    makes `step=300-ss3_test_3state_accuracy=0.688.ckpt`, where Lightning's own makes a folder `step=300-ss3`.
+    `save_last` and checkpoints without a monitor are saved as always. The name of a downstream metric is written with
+    `_` for `/` in file names, so that every checkpoint is a file of `dirpath`:
+    `filename="{step}-{ss3/test_3state_accuracy:.3f}"` makes `step=300-ss3_test_3state_accuracy=0.688.ckpt`, where
+    Lightning's own makes a folder `step=300-ss3`.
     """
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        """As Lightning's, for a fresh metric."""
+        with self._only_if_fresh(trainer):
+            super().on_train_batch_end(trainer, *args)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """As Lightning's, for a fresh metric."""
+        with self._only_if_fresh(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """As Lightning's, for a fresh metric."""
+        with self._only_if_fresh(trainer):
+            super().on_validation_end(trainer, pl_module)
 
     def format_checkpoint_name(
         self, metrics: Mapping[str, Any], filename: str | None = None, *args: Any, **options: Any
     ) -> str:
-        """As Lightning's, for metrics whose names may hold a `/`."""
-        shown = re.sub(r"\{[^}:]*", lambda name: _flat(name[0]), filename or self.filename or "")
-        flat = {_flat(name): value for name, value in metrics.items()}
+        """As Lightning's, with `_` for the `/` of downstream metrics."""
+        shown = re.sub(r"(?<=\{)[^}:]*", lambda name: self._flat(name[0]), filename or self.filename or "")
+        flat = {self._flat(name): value for name, value in metrics.items()}
         return super().format_checkpoint_name(flat, shown or None, *args, **options)
 
-    def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Any]) -> None:
-        if self.monitor is None or self._is_fresh(trainer, self.monitor):
-            super()._save_topk_checkpoint(trainer, monitor_candidates)
+    def _flat(self, name: str) -> str:
+        return name.replace("/", "_") if self._source(name) else name
+
+    @contextmanager
+    def _only_if_fresh(self, trainer: Any) -> Iterator[None]:
+        """Within, nothing is saved under an old value: `save_top_k` 0 leaves `save_last` alone."""
+        top_k = self.save_top_k
+        if self.monitor is not None and not self._is_fresh(trainer, self.monitor):
+            self.save_top_k = 0
+        try:
+            yield
+        finally:
+            self.save_top_k = top_k
 
 
-def _flat(name: str) -> str:
-    return name.replace("/", "_")
-
-
-class DownstreamEarlyStopping(_Fresh, pl.callbacks.EarlyStopping):
+class DownstreamEarlyStopping(_Companion, pl.callbacks.EarlyStopping):
     """`EarlyStopping` whose patience counts measurements, not validations."""
 
-    def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """As Lightning's, for a fresh metric."""
         if self._is_fresh(trainer, self.monitor):
-            super()._run_early_stopping_check(trainer)
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """As Lightning's, for a fresh metric."""
+        if self._is_fresh(trainer, self.monitor):
+            super().on_validation_end(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""Where the ranks of a training agree: rank 0 does the work, and all learn how it went."""
+"""Work that rank 0 of a training does for all ranks: each gets its result, or its error."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ T = TypeVar("T")
 
 
 class RankError(PipelineError):
-    """What rank 0 raised, on every other rank."""
+    """The error that rank 0 raised, on the other ranks."""
 
 
 class LostRankError(PipelineError):
-    """The ranks are no longer together: one did not come in time, or is gone. Training cannot go on."""
+    """A rank did not arrive in time, or is gone. Training cannot go on."""
 
 
 class Ranks:
-    """The ranks of a process group, over a group of their own: its timeout is not the training's.
+    """The ranks of a training, in a process group of their own, whose timeout is not the training's.
 
-    Waiting costs nothing, and no GPU takes part. Where there is no process group, or one rank, work is just done.
+    They wait without using CPU or GPU. Without a process group, or with one rank, work is done at once.
     """
 
     def __init__(self, timeout: float) -> None:
-        """`timeout` is in seconds, for a rank to arrive and for rank 0 to be done."""
+        """`timeout` is in seconds: how long a rank may take to arrive, and rank 0 to do the work."""
         self.timeout = timedelta(seconds=timeout)
         self.group: Any = None
 
     def open(self) -> None:
-        """Makes the group; every rank must call it. Does nothing where it is made, or not needed."""
+        """Makes the group, if there are several ranks and it is not made yet; every rank must call it."""
         if self.group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.group = dist.new_group(backend="gloo", timeout=self.timeout)
 
     def close(self) -> None:
-        """Gives the group up; what is broken is left as it is."""
+        """Forgets the group, without destroying it: it may be broken."""
         self.group = None
 
     def agree(self, work: Callable[[], T]) -> T:
@@ -46,7 +46,7 @@ class Ranks:
 
         Raises:
             RankError: on the other ranks, what `work` raised on rank 0.
-            LostRankError: a rank did not come, or went away; named in the message.
+            LostRankError: a rank did not arrive, or is gone; the message names it.
         """
         if self.group is None:
             return work()

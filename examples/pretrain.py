@@ -1,39 +1,48 @@
-"""The demonstration: pre-trains a small ESM by masked language modelling, and watches its embeddings get better.
+"""Pre-trains a small ESM by masked language modelling, and measures on the way what its embeddings are worth.
 
-An ordinary Lightning script. What it takes to have the curve are the two lines with
-`setup_dwnstr_task_validation_callbacks`.
+    python examples/pretrain.py [--steps 1800] [--config configs/pretrain.yaml] [--out FOLDER]
+
+A Lightning script like any other: the curve takes the two lines that are marked (1) and (2). `mlflow run . -e pretrain`
+runs it too. Run it from the root of the project.
 """
 
 from __future__ import annotations
 
-import math
+import argparse
+import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from pytorch_optimizer import Muon
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import DataCollatorForLanguageModeling, EsmConfig, EsmForMaskedLM
 
-from pipeline.config.schema import Config
+from pipeline import (
+    Config,
+    JournalLogger,
+    read_config,
+    setup_dwnstr_task_validation_callbacks,  # (1)
+)
 from pipeline.data import tables
 from pipeline.encoders.esm import VOCABULARY, make_tokenizer
 from pipeline.errors import ConfigError
+from pipeline.program import check_tracking, print_links, run_program
+from pipeline.report.tables import step_table
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.training.lightning import setup_dwnstr_task_validation_callbacks
-from pipeline.training.lightning_package import pl
-from pipeline.training.loggers import JournalLogger
-
-# The vocabulary of ESM-2.
+from pipeline.tracking.runs import open_run
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Size of the model, and its training. `crop` is in residues: short windows train fast, and see whole helices."""
+    """Size of the model and of its training. `crop` is in residues: short windows train fast and hold whole helices."""
 
     layers: int = 2
     hidden_size: int = 96
@@ -93,7 +102,7 @@ class MaskedLanguageModel(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], _index: int) -> None:
-        """The same on sequences that are not trained on."""
+        """The loss on sequences that are not trained on."""
         self.log("val_loss", self.model(**batch).loss, prog_bar=True, batch_size=len(batch["input_ids"]))
 
     def configure_optimizers(self) -> Any:
@@ -106,12 +115,20 @@ class MaskedLanguageModel(pl.LightningModule):
             {"params": others, "lr": rate / 5, "betas": (0.9, 0.98), "weight_decay": 0.01, "use_muon": False},
         ]
         optimizer = Muon(groups)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, self.settings.steps))
+        warmup = max(1, self.settings.steps // 20)
+        schedule = SequentialLR(
+            optimizer,
+            [
+                LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1),
+                CosineAnnealingLR(optimizer, T_max=max(1, self.settings.steps - warmup)),
+            ],
+            milestones=[warmup],
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def read_sequences(folder: Path, files: str, max_length: int = 1022) -> list[str]:
-    """The column `sequence` of CSV files, sequences over `max_length` left out."""
+    """The column `sequence` of CSV files, without empty ones and those over `max_length` characters."""
     table = tables.read(folder, files, ["sequence"])
     return [text for text in table.columns["sequence"] if 0 < len(text) <= max_length]
 
@@ -132,18 +149,10 @@ def pretrain(
     Raises:
         ConfigError: there are too few sequences.
     """
-    held = max(1, len(sequences) // 20)
-    if len(sequences) - held < settings.batch_size:
-        raise ConfigError(
-            f"data: expected more than {settings.batch_size} sequences to train on, found {len(sequences)}"
-        )
     pl.seed_everything(settings.seed, verbose=False)
     module = MaskedLanguageModel(settings)
-    collate = DataCollatorForLanguageModeling(module.tokenizer, mlm_probability=0.15)
-    options: dict[str, Any] = {"batch_size": settings.batch_size, "collate_fn": collate}
-    train = Windows(sequences[held:], module.tokenizer, settings.crop)
-    val = Windows(sequences[:held], module.tokenizer, settings.crop)
-    measuring: list[Any] = setup_dwnstr_task_validation_callbacks(config)
+    train, val = make_loaders(sequences, module.tokenizer, settings)
+    downstream: list[Any] = setup_dwnstr_task_validation_callbacks(config)  # (2)
     interval = max(1, settings.steps // settings.validations)
     trainer = pl.Trainer(
         max_steps=settings.steps,
@@ -153,25 +162,38 @@ def pretrain(
         gradient_clip_val=1.0,
         logger=list(loggers),
         callbacks=[
-            *measuring,
+            *downstream,
             *callbacks,
             pl.callbacks.ModelCheckpoint(out / "checkpoints", "{step}", monitor="step", mode="max", save_top_k=-1),
         ],
         default_root_dir=out,
         enable_model_summary=False,
     )
-    loader = DataLoader(train, shuffle=True, drop_last=True, **options)
-    trainer.fit(module, loader, DataLoader(val, **options))
+    trainer.fit(module, train, val)
     module.model.save_pretrained(out)
     module.tokenizer.save_pretrained(out)
-    return [point for one in measuring for point in one.curve]
+    return [point for callback in downstream for point in callback.curve]
+
+
+def make_loaders(sequences: Sequence[str], tokenizer: Any, settings: Settings) -> tuple[Any, Any]:
+    """Batches to train on, and of the first twentieth of the sequences, which are kept for validation."""
+    kept = max(1, len(sequences) // 20)
+    if len(sequences) - kept < settings.batch_size:
+        raise ConfigError(
+            f"data: expected more than {settings.batch_size} sequences to train on, found {len(sequences)}"
+        )
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+    options: dict[str, Any] = {"batch_size": settings.batch_size, "collate_fn": collate}
+    train = Windows(sequences[kept:], tokenizer, settings.crop)
+    val = Windows(sequences[:kept], tokenizer, settings.crop)
+    return DataLoader(train, shuffle=True, drop_last=True, **options), DataLoader(val, **options)
 
 
 def make_loggers(out: Path, run: JournalRun) -> list[Any]:
-    """MLflow by way of a journal, TensorBoard, and W&B: offline, with no account, unless `WANDB_MODE` says otherwise.
+    """Loggers for MLflow, TensorBoard and W&B, which stays offline, without an account, unless `WANDB_MODE` is set.
 
     Raises:
-        ConfigError: `out` holds something already.
+        ConfigError: `out` is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"out: '{out}' is not empty; give a new folder, or remove it")
@@ -185,9 +207,46 @@ def make_loggers(out: Path, run: JournalRun) -> list[Any]:
     ]
 
 
-def _share(step: int, steps: int) -> float:
-    """The share of the learning rate at `step`."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def run(options: argparse.Namespace) -> None:
+    """Trains and measures in an MLflow run, and prints the curve and where everything is."""
+    check_tracking(options.tracking_uri)
+    for name in ("steps", "validations"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name}: expected at least 1, found {getattr(options, name)}")
+    logging.getLogger("pipeline.validation").setLevel(logging.WARNING)  # else every measurement logs its stages
+    config = read_config(options.config, options.overrides)
+    sequences = read_sequences(Path(options.data), options.files)
+    settings = Settings(steps=options.steps, validations=options.validations, seed=options.seed)
+    with open_run("pretrain", config, options.tracking_uri) as opened:
+        out = Path(options.out or f"pretrained/{os.environ.get('MLFLOW_RUN_ID', opened.run.key)[:8]}")
+        loggers = make_loggers(out, opened.run)
+        points = pretrain(sequences, out, settings, config, loggers)
+        table = step_table(points, config.headlines)
+        opened.run.describe(table.markdown())
+        loggers[-1].experiment.finish()  # W&B's process would still be writing when the program ends
+    print(table.text())
+    print(f"Measure it:     mlflow run . --env-manager local -P ckpt={out}")
+    print(f"All of them:    mlflow run . --env-manager local -P ckpt='{out}/checkpoints/*' -P config={options.config}")
+    print(f"TensorBoard:    tensorboard --logdir {out}")
+    print(f"W&B:            wandb sync {out}/wandb/offline-run-*")
+    print_links(opened)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the script. Returns its exit code: 0, or 2 for a user's mistake."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--config", default="configs/pretrain.yaml", help="YAML file with model.dwnstr_task_validation")
+    parser.add_argument("--overrides", default="", help="dot-list, such as 'dataset.num_epochs=3 device=cpu'")
+    parser.add_argument("--data", default="sample/data/unlabelled/train", help="folder of CSV files")
+    parser.add_argument("--files", default="x[000..001]", help="file or range of files with a column `sequence`")
+    parser.add_argument("--out", default="", help="new folder for checkpoints and model; by default pretrained/RUN")
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--validations", type=int, default=6, help="how often it is measured on the way")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
+    return run_program(parser, run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

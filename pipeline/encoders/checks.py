@@ -1,12 +1,11 @@
-"""The files beside the weights: their step, their sizes, and what is said where one of them is malformed."""
+"""Checks of a model's files before a library reads them: a malformed or hostile one is found out, and named."""
 
 from __future__ import annotations
 
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from pipeline.errors import CheckpointError, PipelineError
+from pipeline.errors import CheckpointError
 
-# Those that are read with a model folder, each a JSON object.
+TAKE_ITS_OWN = "take the file that was written with the model"
+# The files of a model folder that are a JSON object each.
 JSON_FILES = (
     "config.json",
     "tokenizer_config.json",
@@ -31,7 +31,6 @@ JSON_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
-MOST_STEPS = 2**63 - 1  # of the trackers
 # Names of settings that count parts of a model, not such as `vision_feature_layer: -2`; and more than any model has.
 COUNTS = re.compile(r"(layers|\bn_layer|blocks|heads|groups|experts|labels)$")
 MOST_PARTS = 100_000
@@ -40,58 +39,11 @@ SLACK = 2  # for each byte
 FEW_WEIGHTS, FEW_VALUES = 10**6, 10**8  # beside that; values are tables that are worked out, such as of positions
 
 
-def trainer_step(folder: Path) -> int | None:
-    """The step in `trainer_state.json`, which Hugging Face's trainer writes last; None where there is no such file.
-
-    Raises:
-        CheckpointError: it holds no step: whoever wrote it was interrupted, and the weights may be of any step.
-    """
-    path = folder / "trainer_state.json"
-    if not path.is_file():
-        return None
-    remedy = "take another checkpoint, or delete the file: then the step is that in the folder's name"
-    try:
-        return checked_step(_object(path).get("global_step"), f"'{path}': global_step")
-    except ValueError as error:
-        raise CheckpointError(f"ckpt: {error}; {remedy}") from error
-
-
-def checked_step(step: Any, where: str) -> int:
-    """The step that a checkpoint says. Raises ValueError if it is none."""
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MOST_STEPS:
-        raise ValueError(f"{where}: expected a whole number from 0 on, found {step!r:.60}")
-    return step
-
-
-@contextmanager
-def panics_as_errors() -> Iterator[None]:
-    """Has a panic in a library written in Rust, no `Exception` for Python, end like any other error of a library."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise RuntimeError(str(error)) from error
-
-
-@contextmanager
-def at_fault(what: str, folder: Path) -> Iterator[None]:
-    """Turns whatever a library raises into a CheckpointError of `what`; the malformed file in `folder` is named."""
-    try:
-        with panics_as_errors():
-            yield
-    except PipelineError:
-        raise
-    except Exception as error:
-        found = malformed(folder) or f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{what} cannot be loaded: {found}") from error
-
-
 def malformed(folder: Path) -> str:
     """What is wrong with the first malformed file of a model folder; empty where none is."""
     for path in (folder / name for name in JSON_FILES):
         try:
-            _object(path)
+            json_object(path)
         except ValueError as error:
             return str(error)
         except OSError:
@@ -99,59 +51,60 @@ def malformed(folder: Path) -> str:
     return ""
 
 
-def check_folder(folder: Path) -> int | None:
-    """Looks at the configuration in a model folder before a library does; see `check_counts`.
+def read_configuration(source: str, tensors: int | None = None) -> dict[str, Any]:
+    """The `config.json` in a model folder or of a hub id, checked before a library makes an object of it.
 
-    Returns:
-        The bytes of its weights; None where there are none, or it is no folder but a hub id.
+    Args:
+        source: the folder or id.
+        tensors: how many the weights are; see `check_configuration`.
 
     Raises:
-        CheckpointError: the configuration is no JSON object, or counts more parts than there can be.
+        CheckpointError: it is no JSON object, or see `check_configuration`.
     """
-    held = [path for kind in ("safetensors", "bin") for path in folder.glob(f"*.{kind}")]
-    check_config(folder, _tensors(held))
-    return sum(path.stat().st_size for path in held) if held else None
+    from transformers.utils.hub import cached_file
+
+    path = Path(str(cached_file(source, "config.json")))
+    try:
+        config = json_object(path)
+    except ValueError as error:
+        raise CheckpointError(f"ckpt: {error}; {TAKE_ITS_OWN}") from error
+    check_configuration(config, f"ckpt: '{path}'", tensors)
+    return config
 
 
-def check_config(folder: Path, tensors: int | None) -> None:
-    """As `check_folder`, for weights that lie elsewhere: so many tensors."""
-    path = folder / "config.json"
-    if path.is_file():
-        try:
-            check_counts(_object(path), f"ckpt: '{path}'", tensors)
-        except ValueError as error:
-            raise CheckpointError(f"ckpt: {error}; take the file that was written with the model") from error
+def check_configuration(config: Any, where: str, tensors: int | None) -> None:
+    """Checks the numbers of layers and the like in a configuration, and what code it names, before it is used.
 
+    To read a configuration with too many layers, or to build its model, takes all time and memory: there is a list with
+    an entry for each part. Each layer has a tensor of its own (but where layers share them, and those are few).
 
-def check_counts(config: Any, where: str, tensors: int | None) -> None:
-    """Holds the numbers of layers and the like in a configuration against the weights, before it is used.
-
-    To read such a configuration, or to build its model, takes all time and memory: there is a list with an entry for
-    each part. Each layer has a tensor of its own (but where layers share them, and those are few).
+    Args:
+        config: the configuration, or a value in it.
+        where: begins the message.
+        tensors: how many tensors the weights are; None where that is not known.
 
     Raises:
-        CheckpointError: it counts more layers than there are tensors, or more of something than any model has.
+        CheckpointError: it counts more layers than there are tensors, or more of something than any model has, or names
+            an implementation, such as of attention, that is code on a hub, which is never loaded.
     """
     for key, value in config.items() if isinstance(config, Mapping) else ():
         if str(key).endswith("_implementation"):
-            check_implementation(value, f"{where}: {key}")
+            _check_implementation(value, f"{where}: {key}")
         counted = COUNTS.search(str(key))
         if counted and isinstance(value, (int, float)):
             stacked = "layer" in counted[1] or counted[1] == "blocks"
             most = max(tensors, 100) if stacked and tensors is not None else MOST_PARTS
             if not 0 <= value <= most:
                 beside = f", and weights of {tensors} tensors" if most != MOST_PARTS else ""
-                remedy = "take the file that was written with the model"
-                raise CheckpointError(f"{where}: {key}: expected 0 to {most}, found {value}{beside}; {remedy}")
-        check_counts(value, where, tensors)
+                raise CheckpointError(f"{where}: {key}: expected 0 to {most}, found {value}{beside}; {TAKE_ITS_OWN}")
+        check_configuration(value, where, tensors)
 
 
-def check_implementation(value: Any, where: str) -> None:
-    """Raises CheckpointError where an implementation, of attention say, is code on a hub: no file has that loaded."""
-    for one in value.values() if isinstance(value, Mapping) else [value]:
-        if one is not None and not re.fullmatch(r"\w+", str(one)):
-            remedy = "write eager or sdpa there"
-            raise CheckpointError(f"{where}: expected an implementation of transformers' own, found '{one}'; {remedy}")
+def _check_implementation(value: Any, where: str) -> None:
+    for name in value.values() if isinstance(value, Mapping) else [value]:
+        if name is not None and not re.fullmatch(r"\w+", str(name)):
+            expected = "expected an implementation of transformers' own"
+            raise CheckpointError(f"{where}: {expected}, found '{name}'; write eager or sdpa there")
 
 
 def check_size(build: Callable[[], object], held: int | None, where: str) -> None:
@@ -177,7 +130,7 @@ def check_size(build: Callable[[], object], held: int | None, where: str) -> Non
     except CheckpointError:
         raise
     except Exception:  # noqa: S110
-        pass  # the real one says it; some models cannot be built without memory
+        pass  # building the real model raises it; some models cannot be built without memory
     finally:
         for hook in hooks:
             hook.remove()
@@ -201,8 +154,8 @@ class _Count:
             )
 
 
-def _tensors(files: Sequence[Path]) -> int | None:
-    """How many tensors lie in files of weights; None where that is not seen at once."""
+def count_tensors(files: Sequence[Path]) -> int | None:
+    """How many tensors are in files of weights; None where that cannot be seen without reading them."""
     found = 0
     for path in files:
         try:
@@ -217,7 +170,7 @@ def _tensors(files: Sequence[Path]) -> int | None:
     return found or None
 
 
-def _object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError if there is none in it."""
     try:
         found = json.loads(path.read_bytes())

@@ -1,0 +1,75 @@
+"""A Hugging Face model folder or hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoints.stored import FACTORY, Format, Stored, say_left_out
+from pipeline.encoders.checks import check_size, count_tensors, read_configuration
+from pipeline.encoders.description import class_for, encoder_of, is_version_5, load_tokenizer
+from pipeline.encoders.options import EncoderOptions
+from pipeline.encoders.source import class_name
+from pipeline.encoders.weights import check_unexpected, is_derived
+from pipeline.errors import CheckpointError
+
+
+def _holds(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def _read(source: str, _: EncoderOptions, factory: Any) -> Stored:
+    skeleton, options = _class_to_load(source, factory)
+    precision = {"dtype" if is_version_5() else "torch_dtype": torch.float32}
+    model, info = skeleton.from_pretrained(
+        source, output_loading_info=True, ignore_mismatched_sizes=True, **precision, **options
+    )
+    encoder, name = encoder_of(model)
+    lacking = sorted(key for key in info["missing_keys"] if key.startswith(name) and not is_derived(key, model))
+    wrong = sorted(str(key) for key in info["mismatched_keys"])
+    if lacking or wrong:
+        raise CheckpointError(
+            f"ckpt: '{source}' lacks weights of the encoder or has them in another shape: {(lacking + wrong)[:3]}"
+        )
+    inside = _stored_under(info["unexpected_keys"], model)
+    check_unexpected(encoder, inside, name, source, FACTORY)
+    say_left_out([key for key in info["unexpected_keys"] if key not in inside], encoder)
+    return Stored(model if factory else encoder, load_tokenizer(source))
+
+
+def _class_to_load(source: str, factory: Any) -> tuple[Any, dict[str, Any]]:
+    """The class whose `from_pretrained` reads the folder, and its options."""
+    from transformers import AutoConfig
+
+    files = [path for kind in ("safetensors", "bin") for path in Path(source).glob(f"*.{kind}")]
+    read_configuration(source, count_tensors(files))
+    if factory is not None:
+        if not hasattr(factory, "from_pretrained"):
+            raise CheckpointError(
+                f"model_factory: {class_name(factory)} has no from_pretrained(folder), for '{source}'"
+            )
+        return factory, {}
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    skeleton, options = class_for(config)
+    held = sum(path.stat().st_size for path in files) or None
+    check_size(lambda: skeleton(deepcopy(config), **options), held, f"'{source}'")
+    return skeleton, {**options, "config": config}
+
+
+def _stored_under(names: Iterable[str], model: Any) -> dict[str, None]:
+    """Stored weights by their names within the base model; those of heads beside it are left out."""
+    prefix = f"{model.base_model_prefix}."
+    parts = {key.partition(".")[0] for key in model.state_dict()}
+    inside = (name.removeprefix(prefix) for name in names)
+    return {
+        key: None
+        for key, name in zip(inside, names, strict=True)
+        if name.startswith(prefix) or key.partition(".")[0] in parts
+    }
+
+
+FOLDER = Format(_holds, _read)

@@ -1,0 +1,62 @@
+"""Private parts of other libraries that have no public counterpart in every version; each is used here alone.
+
+`tests/test_internals.py` fails, naming the part, in the version that takes one away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+ATTENTION = "_attn_implementation"  # of a configuration; what transformers writes out begins with it
+COMPILED = "_orig_mod"  # the module within that of `torch.compile`
+
+
+def attention_of(config: Any) -> str | None:
+    """The implementation of attention that a model of this configuration runs with, such as `sdpa`."""
+    return getattr(config, ATTENTION, None)
+
+
+@contextmanager
+def attention_set(config: Any, name: str) -> Iterator[None]:
+    """Has the model of a configuration run with another implementation of attention."""
+    before = attention_of(config)
+    setattr(config, ATTENTION, name)
+    try:
+        yield
+    finally:
+        setattr(config, ATTENTION, before)
+
+
+def hooks_of(module: nn.Module) -> int:
+    """How many hooks run before or after the forward passes of a module and of those within it."""
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what `torch.compile` puts around another."""
+    return hasattr(module, COMPILED)
+
+
+def uncompiled(name: str) -> str:
+    """The name that a weight or module had before `torch.compile`; a trailing dot is kept."""
+    return name.replace(f"{COMPILED}.", "")
+
+
+def uncompiled_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights by the names that they had before `torch.compile`."""
+    return {uncompiled(name): value for name, value in state.items()}
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Turns a panic of a library written in Rust, which is no `Exception` and cannot be imported, into an error."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(str(error)) from error

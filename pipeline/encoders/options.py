@@ -1,0 +1,40 @@
+"""The options with which a checkpoint or a module is opened as an encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How a checkpoint or a module becomes an encoder.
+
+    Attributes:
+        infer_target: `auto`, a short name that the architecture must agree with, or the path of an encoder class.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        precision: `auto`, `fp32`, `bf16` or `fp16`.
+        architecture: the Hugging Face folder or id of the model in a checkpoint that does not describe itself.
+        trust_pickle: unpickle a checkpoint as it is, with the code that it names.
+        layer: the hidden states to take: 0 are the token embeddings, 1 those behind the first layer; negative numbers
+            count from the last. None is the last.
+        model_factory: the path of a class or function of the user's that makes the `nn.Module` that the weights are of;
+            it is called with the stored configuration.
+    """
+
+    infer_target: str = "auto"
+    device: str = "auto"
+    precision: str = "auto"
+    architecture: str | None = None
+    trust_pickle: bool = False
+    layer: int | None = None
+    model_factory: str | None = None
+
+    @classmethod
+    def from_config(cls, config: Config) -> EncoderOptions:
+        """The options that a configuration has for all of its tasks."""
+        target, *others = (field.name for field in fields(cls))
+        return cls(getattr(config.dataset[0], target), **{name: getattr(config, name) for name in others})

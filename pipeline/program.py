@@ -1,0 +1,107 @@
+"""What every program here shares: logging, signals, exit codes, errors of one line, and links to the run."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pipeline.errors import ConfigError, PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.tracking.runs import OpenRun
+
+
+class PartlyError(PipelineError):
+    """Some of several checkpoints could not be measured. The run's description has the reasons already."""
+
+
+class _Interrupted(BaseException):
+    """SIGTERM or SIGINT."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def run_program(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parses the arguments (by default those of the process) and calls `run` with them.
+
+    `parser` gets one more option, `--traceback`: it prints where in the program an error comes from.
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake, 130 or 143 when interrupted.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
+    add_traceback(parser)
+    options = argparse.Namespace(traceback=False)
+    try:
+        parser.parse_args(arguments, options)
+        if options.traceback:
+            logging.getLogger("pipeline").setLevel(logging.DEBUG)  # errors that do not end the program are logged so
+        run(options)
+    except PipelineError as error:
+        if options.traceback:
+            *stack, _message = traceback.TracebackException.from_exception(error).format()
+            print("".join(stack), end="", file=sys.stderr)
+        if os.environ.get("MLFLOW_RUN_ID") and not isinstance(error, PartlyError):
+            _describe_failure(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except _Interrupted as interrupted:
+        return 128 + interrupted.number
+    return 0
+
+
+def add_traceback(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `--traceback`. Without a default, so that it may stand before or after a sub-command."""
+    text = "print where in the program an error is from"
+    parser.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=text)
+
+
+def check_tracking(tracking_uri: str) -> None:
+    """Raises ConfigError where `mlflow run` has made the run on another server than `tracking_uri`."""
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if os.environ.get("MLFLOW_RUN_ID") and tracking_uri and given and tracking_uri != given:
+        raise ConfigError(f"tracking_uri: the run is at '{given}' already; set MLFLOW_TRACKING_URI for mlflow run")
+
+
+def print_links(opened: OpenRun) -> None:
+    """Prints where to look at the run; for a local database, how to start the UI first."""
+    from pipeline.tracking.client import shown
+    from pipeline.tracking.runs import link, runs_link
+
+    if opened.ids is None:  # the run has not reached the server; a warning has said how to send it
+        return
+    server = opened.uri if opened.uri.startswith("http") else "http://127.0.0.1:5000"
+    if server != opened.uri:
+        print(f"To look at it:  mlflow ui --backend-store-uri {shown(opened.uri)}")
+    server = shown(server)
+    print(f"This run:       {server}{link(opened.ids)}")
+    print(f"All runs:       {server}{runs_link(opened.ids)}")
+
+
+def _interrupt(number: int, _frame: Any) -> NoReturn:
+    """Ignores further signals while the runs are being ended: Ctrl-C under `mlflow run` sends two."""
+    for further in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(further, signal.SIG_IGN)
+    raise _Interrupted(number)
+
+
+def _describe_failure(message: str) -> None:
+    """Writes an error to the page of the run that `mlflow run` made: the program may not have opened it yet."""
+    from pipeline.tracking.client import fail_run
+
+    fail_run(message)

@@ -1,0 +1,53 @@
+"""What every program here shares: what it prints at the start, and how an error is printed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.__main__ import main
+from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def level() -> Iterator[None]:
+    """`main` sets the level of the loggers, which is put back."""
+    logger = logging.getLogger("pipeline")
+    before = logger.level
+    yield
+    logger.setLevel(before)
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "start"),
+    [([], "sample/checkpoint (the default: give --ckpt)"), (["--ckpt=my/model"], "my/model")],
+)
+def test_a_measurement_says_at_the_start_what_is_measured(
+    ckpt: list[str], start: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the configuration is wrong: nothing has been read then."""
+    monkeypatch.chdir(ROOT)
+    assert main(["main", "--config=configs/pretrain.yaml", "--overrides=nonsense=1", *ckpt]) == 2
+    assert f"measuring   {start} as in configs/pretrain.yaml" in caplog.messages
+
+
+@pytest.mark.parametrize("arguments", [["--traceback", "config"], ["config", "--traceback"]], ids="first last".split())
+def test_traceback_is_accepted_before_and_after_the_entry_point(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error itself is printed once, in the last line."""
+    assert main([*arguments, "nowhere.yaml"]) == 2
+    printed = capsys.readouterr().err
+    message = "config: expected a YAML file, found 'nowhere.yaml'"
+    assert "Traceback" in printed
+    assert "yaml_file.py" in printed
+    assert "FileNotFoundError" in printed  # where it comes from
+    assert printed.count(message) == printed.splitlines()[-1].count(f"error: {message}") == 1
+
+
+def test_traceback_is_in_the_help_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--traceback" in capsys.readouterr().out
