@@ -165,8 +165,9 @@ def plain_at_once(embeddings: Embeddings, seeds: int) -> float:
     mlps = PlainMLPs(embeddings.table.hidden_size, seeds)
 
     def loss(batch: Batch) -> Tensor:
-        off = mlps(batch.rows.view(seeds, -1, batch.rows.shape[1])) - batch.values[0].view(seeds, -1)
-        return (off**2).mean(1).sum()
+        off: Tensor = mlps(batch.rows.view(seeds, -1, batch.rows.shape[1])) - batch.values[0].view(seeds, -1)
+        total: Tensor = (off**2).mean(1).sum()
+        return total
 
     return train_plainly(mlps, embeddings, loss, seeds)
 
