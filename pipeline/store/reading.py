@@ -108,7 +108,7 @@ class Vectors:
             out = np.empty((count, self.table.hidden_size), self.table.dtype)
         with self._recording_damage(shard):
             with self.table.path(shard).open("rb", buffering=0) as file:
-                intact = shards.read_group(file, shard, group, out)
+                intact = shards.read_group(file, group, out)
             if not intact:
                 self._damaged[shard.file] = shard, "another checksum"
         for first, last, position in spans if self.in_memory and not in_place else ():

@@ -12,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from xxhash import xxh3_64_intdigest
 
 from pipeline.errors import CacheError
 
@@ -30,12 +30,6 @@ KEY_BYTES = 16
 # A row group is one data page (pyarrow breaks pages at 20,000 rows), so that its vectors lie one after another. It is
 # small enough to stay in the processor's caches while it is written, or read and verified.
 ROW_GROUP, GROUP_BYTES = 16_384, 2**22
-# XXH3 keeps up with memory. CRC-32, for where xxhash is not installed, takes as long as the reading itself.
-CHECKSUMS: dict[str, Callable[[bytes | memoryview], int]] = {"crc32": zlib.crc32}
-with contextlib.suppress(ImportError):
-    from xxhash import xxh3_64_intdigest
-
-    CHECKSUMS["xxh3"] = xxh3_64_intdigest
 REMEDY = "install the version of pyarrow that constraints.txt names"
 INDEX = b"sequences"  # key of the index in the file's own metadata; see `entries`
 
@@ -50,9 +44,8 @@ class Shard:
     Attributes:
         file: its name.
         bytes: its size.
-        checksum: name of the checksum, one of `CHECKSUMS`.
-        of_index: checksum of the index.
-        of_groups: checksum of the vectors of each row group.
+        of_index: XXH3 checksum of the index.
+        of_groups: XXH3 checksum of the vectors of each row group.
         rows: number of vectors.
         sequences: number of sequences.
         made_with: how they were embedded.
@@ -60,7 +53,6 @@ class Shard:
 
     file: str
     bytes: int
-    checksum: str
     of_index: int
     of_groups: Sequence[int]
     rows: int
@@ -109,7 +101,6 @@ class ShardFile:
         self._temporary = path.with_suffix(".tmp")
         self._row_bytes = hidden_size * dtype.itemsize
         self._index: list[npt.NDArray[np.void]] = []
-        self._checksum = list(CHECKSUMS)[-1]
         self._checksums: list[int] = []
         types = {"key": pa.binary(KEY_BYTES), "unknown": pa.int32(), "hidden": pa.binary(self._row_bytes)}
         fields = [pa.field(name, kind, nullable=False) for name, kind in types.items()]
@@ -138,7 +129,7 @@ class ShardFile:
             _fixed_width(content, self._row_bytes),
         ]
         self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
-        self._checksums.append(CHECKSUMS[self._checksum](content.data))
+        self._checksums.append(xxh3_64_intdigest(content.data))
 
     def finish(self) -> Shard:
         """Ends and syncs the file, gives it its name, and returns what the manifest is to list."""
@@ -148,8 +139,7 @@ class ShardFile:
         shard = Shard(
             self.path.name,
             self._temporary.stat().st_size,
-            self._checksum,
-            CHECKSUMS[self._checksum](index.tobytes()),
+            xxh3_64_intdigest(index.tobytes()),
             self._checksums,
             self.rows,
             len(index),
@@ -158,7 +148,7 @@ class ShardFile:
         with self._temporary.open("rb+", buffering=0) as file:
             group = row_groups(self._temporary, shard, self._row_bytes)[-1]
             content = np.empty((group.last - group.first) * self._row_bytes, np.uint8)
-            if not read_group(file, shard, group, content):
+            if not read_group(file, group, content):
                 found = f"another layout from pyarrow {pa.__version__}"
                 raise CacheError(
                     f"store: expected the rows of {self.path.name} in one run of bytes, found {found}; {REMEDY}"
@@ -182,18 +172,10 @@ def is_damage(error: Exception) -> bool:
     return not isinstance(error, OSError) or error.errno in (None, errno.ENOENT, errno.EIO)
 
 
-def checksum_of(shard: Shard) -> Callable[[bytes | memoryview], int]:
-    """The function that a shard's checksums are computed with. Raises CacheError if it is not installed."""
-    try:
-        return CHECKSUMS[shard.checksum]
-    except KeyError:
-        raise CacheError(f"store: shard {shard.file} has checksums of xxhash; install it: pip install xxhash") from None
-
-
 def entries(path: Path, shard: Shard) -> Iterator[tuple[bytes, Entry]]:
     """Where each sequence of a shard is, by key. Raises pyarrow's errors, OSError or ValueError if it is damaged."""
     content = bytes.fromhex((pq.read_metadata(path).metadata or {}).get(INDEX, b"").decode())
-    if checksum_of(shard)(content) != shard.of_index:
+    if xxh3_64_intdigest(content) != shard.of_index:
         raise pa.ArrowInvalid("its index is not the one that was written")
     index = np.frombuffer(content, INDEX_ROW)
     keys, counts = index["key"].tobytes(), index["count"]
@@ -214,10 +196,10 @@ def row_groups(path: Path, shard: Shard, row_bytes: int) -> list[RowGroup]:
     return found
 
 
-def read_group(file: BinaryIO, shard: Shard, group: RowGroup, out: npt.NDArray[Any]) -> bool:
+def read_group(file: BinaryIO, group: RowGroup, out: npt.NDArray[Any]) -> bool:
     """Fills `out` with all vectors of a row group; returns whether their checksum is the one that was written."""
     read_into(file, group.offset, out)
-    return checksum_of(shard)(out.reshape(-1).view(np.uint8).data) == group.checksum
+    return xxh3_64_intdigest(out.reshape(-1).view(np.uint8).data) == group.checksum
 
 
 def read_rows(file: BinaryIO, groups: Sequence[RowGroup], start: int, out: Array) -> None:
