@@ -102,32 +102,32 @@ def _measure(options: argparse.Namespace) -> None:
 
 def _measure_tracked(options: argparse.Namespace, config: Config, until: str) -> Mapping[str, str]:
     """Measures and prints the scores. Returns the error of each checkpoint that failed, where there are several."""
-    from pathlib import Path
-
-    from pipeline import commands as measure
+    from pipeline import commands
     from pipeline.checkpoints.names import expand, name_of
     from pipeline.config.yaml_file import to_mapping
     from pipeline.report import comparison as compare
     from pipeline.report.publishing import describe
     from pipeline.report.tables import score_table
+    from pipeline.store.embedding_table import Store
     from pipeline.tracking.mirrors import mirrors
     from pipeline.tracking.runs import open_run
 
     ckpts = expand(options.ckpt)
     name = name_of(ckpts[0]) if len(ckpts) == 1 else f"{len(ckpts)} checkpoints"
-    store = Path(config.store).expanduser()
+    store = Store.from_config(config)
+    store.clear()
     with (
         open_run(name, config, options.tracking_uri) as opened,
-        mirrors(config.logging, name, to_mapping(config), store) as others,
+        mirrors(config.logging, name, to_mapping(config), store.root.expanduser()) as others,
     ):
         describe(opened.run, config)
         if len(ckpts) == 1:
-            scores = measure.measure(ckpts[0], config, opened.run, others, until).scores
+            scores = commands.measure_checkpoint(ckpts[0], config, store, opened.run, others, until).scores
             table = score_table(scores) if scores else None
             failed = {}
         else:
-            rows = measure.measure_several(ckpts, config, opened.run, others, until)
-            names = measure.shown(rows, config)
+            rows = commands.measure_checkpoints(ckpts, config, store, opened.run, others, until)
+            names = commands.shown(rows, config)
             some = any(row.metrics for row in rows)
             table = compare.board_table(compare.leaderboard(rows, names), names) if some else None
             failed = {row.label: row.error for row in rows if row.error}
@@ -140,7 +140,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from pipeline import commands as measure
+    from pipeline import commands
     from pipeline.config.schema import Config
     from pipeline.report import comparison as compare
     from pipeline.tracking.earlier import read_runs
@@ -148,9 +148,9 @@ def _compare(options: argparse.Namespace) -> None:
 
     check_tracking(options.tracking_uri)
     runs = read_runs(options.runs, options.tracking_uri)
-    names = compare.choose([row for run in runs for row in measure.rows_of_run(run)], options.by)
+    names = compare.choose([row for run in runs for row in commands.rows_of_run(run)], options.by)
     with open_run(f"{len(runs)} runs compared", Config(), options.tracking_uri) as opened:
-        board = measure.compare_runs(runs, names, opened.run)
+        board = commands.compare_runs(runs, names, opened.run)
     print(compare.board_table(board, names).text())
     print_links(opened)
 

@@ -45,9 +45,10 @@ class Measured:
     scores: list[Scores] = field(default_factory=list)
 
 
-def measure(
+def measure_checkpoint(
     ckpt: str,
     config: Config,
+    store: Store,
     run: JournalRun,
     mirrors: Sequence[Tracker],
     until: str = "score",
@@ -58,11 +59,12 @@ def measure(
 
     Args:
         ckpt: see `open_encoder`.
-        config: the tasks, and how embeddings are made and kept.
-        run: what is told of the results; it is renamed after the checkpoint and the tasks.
-        mirrors: are told the metrics and shown the pictures too.
+        config: the tasks, and how embeddings are made.
+        store: where embeddings and heads are kept.
+        run: gets the results; it is renamed after the checkpoint and the tasks.
+        mirrors: get the metrics and the pictures too.
         until: the last stage.
-        known: the data of a checkpoint measured before; they are not read again, if this one takes the same.
+        known: the data of an earlier checkpoint; they are read again where the encoders' limits of length differ.
         name: of the checkpoint; by default the last part of the path.
 
     Raises:
@@ -74,8 +76,6 @@ def measure(
     run.rename(f"{label} {config.title}")
     if until == "score":
         run.checkpoint(label, encoder.digest, ckpt, step)
-    store = Store.from_config(config)
-    store.clear()
     examples = _same(known, encoder)
     scores = validation.measure(encoder, config, store, run, Several(mirrors), ckpt, step, label, until, examples)
     if scores:
@@ -84,13 +84,18 @@ def measure(
     return Measured(compare.Row(label, step, validation.metrics_of(scores), "", data), scores)
 
 
-def measure_several(
-    ckpts: Sequence[str], config: Config, run: JournalRun, mirrors: Sequence[Tracker], until: str = "score"
+def measure_checkpoints(
+    ckpts: Sequence[str],
+    config: Config,
+    store: Store,
+    run: JournalRun,
+    mirrors: Sequence[Tracker],
+    until: str = "score",
 ) -> list[compare.Row]:
     """Measures each of several checkpoints in a nested run, and compares them in `run`.
 
-    One that cannot be measured is said and passed over. Data are read once; what two have in common, such as the same
-    weights under two names, is embedded and fitted once.
+    A checkpoint that cannot be measured is passed over with a warning. Data are read once; the same weights under two
+    names are embedded and fitted once.
     """
     run.rename(f"{len(ckpts)} checkpoints {config.title}")
     rows: list[compare.Row] = []
@@ -99,7 +104,7 @@ def measure_several(
         logger.info("checkpoint  %d of %d: %s", number, len(ckpts), ckpt)
         try:
             with run.step(name) as child:
-                measured = measure(ckpt, config, child, [], until, known, name)
+                measured = measure_checkpoint(ckpt, config, store, child, [], until, known, name)
         except Exception as error:  # whatever a checkpoint is guilty of, such as no memory for it
             kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
             rows.append(compare.Row(name, None, {}, f"{kind}{' '.join(str(error).split())}"))
@@ -151,5 +156,5 @@ def rows_of_run(run: Earlier) -> list[compare.Row]:
 
 
 def _same(known: Sequence[Examples], encoder: Encoder) -> list[Examples] | None:
-    """The data of another checkpoint, where this one takes sequences of the same lengths."""
+    """The data of another checkpoint, where this encoder takes sequences of the same lengths."""
     return list(known) if known and all(one.encoder_limit == encoder.max_seq_length for one in known) else None
