@@ -4,12 +4,11 @@
 
 A file per noun: the type, and the function that makes it from the one before. `validate` walks the path:
 
-    from pathlib import Path
     from pipeline import Store, open_encoder, read_config, validate
 
     config = read_config("configs/default.yaml")
     encoder = open_encoder("sample/checkpoint")
-    for scores in validate(encoder, config.tasks, Store(Path("store"))):
+    for scores in validate(encoder, config.tasks, Store.from_config(config)):
         print(scores.task_name, scores.metrics)
 
 In a Lightning script, two lines measure the weights in training at each validation:
