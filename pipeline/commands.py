@@ -1,4 +1,4 @@
-"""The command line's measurements: of one checkpoint, or of several, to be compared."""
+"""The work of the command line: measures one checkpoint or several, and compares them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Measured:
+class CheckpointResult:
     """A checkpoint's scores, or why there are none.
 
     Attributes:
@@ -54,7 +54,7 @@ def measure_checkpoint(
     until: str = "score",
     known: Sequence[Examples] = (),
     name: str | None = None,
-) -> Measured:
+) -> CheckpointResult:
     """Measures a stored checkpoint.
 
     Args:
@@ -81,7 +81,7 @@ def measure_checkpoint(
     if scores:
         run.describe(summary(facts_of(ckpt, step, encoder, scores), scores))
     data = frozenset(one.examples.test.digest for one in scores)
-    return Measured(compare.Row(label, step, validation.metrics_of(scores), "", data), scores)
+    return CheckpointResult(compare.Row(label, step, validation.metrics_of(scores), "", data), scores)
 
 
 def measure_checkpoints(

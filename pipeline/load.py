@@ -91,7 +91,7 @@ def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.
     targets = tuple(_target(task, index, raw, notes) for index in range(len(task.target_column)))
     limits = [limit for limit in (task.max_seq_length, max_seq_length) if limit is not None]
     limit = min(limits, default=None)
-    parts = {part: _filter(task, targets, raw[part], part, limit) for part in raw}
+    parts = {part: _make_part(task, targets, raw[part], part, limit) for part in raw}
     targets = tuple(_weighted(task, target, index, parts["train"]) for index, target in enumerate(targets))
     for name, part in parts.items():
         fitting = len(raw[name].counts) - part.left_out
@@ -196,8 +196,8 @@ def _weighted(task: Task, target: Target, index: int, train: Part) -> Target:
     return replace(target, weights=tuple([float(w) for w in own] + [0.0] * (target.outputs - len(own))))
 
 
-def _filter(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, limit: int | None) -> Part:
-    """The part without the sequences that are longer than `limit`."""
+def _make_part(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, limit: int | None) -> Part:
+    """Drops sequences longer than `limit`, draws `max_rows` of the others, and encodes their labels."""
     table = raw.table
     sequences = table.columns[task.sequence_column]
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)

@@ -16,7 +16,7 @@ from pipeline.heads.batches import Data
 from pipeline.heads.fit import loss_of, predict
 from pipeline.load import Examples
 from pipeline.statistics.classification import classification
-from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, Measured, Metric
+from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, Metric, TargetMetrics
 from pipeline.statistics.regression import regression
 from pipeline.train_head import FittedHead
 
@@ -88,9 +88,9 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
     for index, target in enumerate(targets):
         mask, train = part.masks[index], examples.train
         true = part.values[index][mask]
-        found = _measure(outputs[index].numpy()[mask], true, target)
+        found = _metrics_of(outputs[index].numpy()[mask], true, target)
         guess = _constant(train.values[index][train.masks[index]], len(true), target)
-        constant = _measure(guess, true, target).values
+        constant = _metrics_of(guess, true, target).values
         results += [
             Metric(task_name, target.name, name, value, constant.get(name) if name in HAVE_CONSTANT else None)
             for name, value in found.values.items()
@@ -129,7 +129,7 @@ def _tensors(arrays: list[Any]) -> list[torch.Tensor]:
     return [torch.from_numpy(array) for array in arrays]
 
 
-def _measure(output: npt.NDArray[np.float64], value: npt.NDArray[Any], target: Target) -> Measured:
+def _metrics_of(output: npt.NDArray[np.float64], value: npt.NDArray[Any], target: Target) -> TargetMetrics:
     if target.classes is None:
         return regression(value, output[:, 0])
     return classification(value, _softmax(output), target.classes)

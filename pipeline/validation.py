@@ -1,4 +1,4 @@
-"""The path: `validate` walks it, and `measure` publishes what it gives.
+"""Runs the four stages load, embed, train_head and score (`validate`); `measure` publishes the result too.
 
 The command line, the callbacks and Python users call these two, and differ in where the encoder comes from and what
 the tracker is.

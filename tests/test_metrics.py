@@ -113,3 +113,11 @@ def test_the_loss_is_of_the_whole_task() -> None:
     assert Metric.parse(LOSS, 2.0) == Metric("", "", LOSS, 2.0)
     assert Metric("", "", LOSS).lower_is_better
     assert [Metric.parse(key) for key in ("train_loss", "test_x_f1", "x/lr", "test__mse")] == [None] * 4
+
+
+@pytest.mark.parametrize("true", [[0, 1, 1], [1, 1, 1]])
+def test_every_metric_of_a_kind_has_a_value_or_a_reason(true: list[int]) -> None:
+    classes = classification(np.array(true), np.full((3, 2), 0.5), ["a", "b"])
+    numbers = regression(np.array(true, dtype=float), np.array([0.1, 0.2, 0.4]))
+    for kind, found in (("classification", classes), ("regression", numbers)):
+        assert set(found.values) | set(found.omitted) == set(OF_KIND[kind])

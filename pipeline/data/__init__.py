@@ -1,4 +1,4 @@
-"""Tables and labels, as they stand in files.
+"""Data as they stand in files or DataFrames: tables of text, labels of each kind, and the parts that are made of them.
 
-Here: reading files as text, and each kind of label. Not here: tasks and parts, which `pipeline.load` makes of them.
+Not here: reading a task's parts, which is the stage `pipeline.load`.
 """

@@ -1,4 +1,4 @@
-"""What is worked out from predictions and labels.
+"""What is worked out from predictions and labels: metrics, their names and directions (`metrics.py`).
 
-Here: metrics. Not here: which of them a task has, see `pipeline.score`.
+Not here: predicting, which is the stage `pipeline.score`.
 """

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.statistics.metrics import Measured
+from pipeline.statistics.metrics import TargetMetrics
 
 
 def classification(
     true: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64], classes: Sequence[str]
-) -> Measured:
+) -> TargetMetrics:
     """Accuracy, macro F1, Matthews correlation and macro one-vs-rest AUROC (binary: of the second class).
 
     Args:
@@ -23,7 +23,7 @@ def classification(
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     predicted = probabilities.argmax(1)
-    found = Measured()
+    found = TargetMetrics()
     found.values["accuracy"] = float(accuracy_score(true, predicted))
     found.values["macro_f1"] = float(f1_score(true, predicted, average="macro", zero_division=0))
     if len(np.unique(true)) < 2:

@@ -17,7 +17,7 @@ OF_KIND = {
 HEADLINE = {"classification": "accuracy", "regression": "spearman"}  # to show where there is room for one
 LOWER_IS_BETTER = (LOSS, "mse", "rmse", "mae")
 HAVE_CONSTANT = ("accuracy", "macro_f1", "mse", "rmse", "mae")  # a constant guess says something of these
-_KEY = re.compile(f"test_(.+)_({'|'.join(name for names in OF_KIND.values() for name in names)})")
+_KEY = re.compile(f"test_(.+?)_({'|'.join(name for names in OF_KIND.values() for name in names)})")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Metric:
 
 
 @dataclass
-class Measured:
+class TargetMetrics:
     """The metrics of one target: those that are defined on the data, and why the others are not.
 
     Attributes:

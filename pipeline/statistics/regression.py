@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.statistics.metrics import Measured
+from pipeline.statistics.metrics import TargetMetrics
 
 
-def regression(true: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64]) -> Measured:
+def regression(true: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64]) -> TargetMetrics:
     """MSE, RMSE, MAE, R2, Pearson's r and Spearman's rho of arrays of shape (n,)."""
     from scipy.stats import pearsonr, spearmanr
 
     error = predicted - true
     mse = float(np.mean(error**2))
-    found = Measured({"mse": mse, "rmse": mse**0.5, "mae": float(np.mean(np.abs(error)))})
+    found = TargetMetrics({"mse": mse, "rmse": mse**0.5, "mae": float(np.mean(np.abs(error)))})
     if len(true) < 2 or np.ptp(true) == 0:
         reason = "the test values are all equal"
         found.omitted = {"r2": reason, "pearson": reason, "spearman": reason}
