@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,10 +33,11 @@ from pipeline.score import Scores, score
 from pipeline.statistics.metrics import LOSS, Metric
 from pipeline.store.embedding_table import Store
 from pipeline.train_head import train_head
-from tests.conftest import FakeEncoder, make_task
-from tests.test_imports import loaded_after
-from tests.test_path import CPU, column, planted_task, proteins
+from tests.support.data import column, make_task, planted_task, proteins
+from tests.support.encoders import FakeEncoder
+from tests.support.programs import loaded_after
 
+CPU = torch.device("cpu")
 HEADING = ("task: target", "accuracy 0.5")
 # What a user may have set: a dark style, TeX for every text, frames and fonts of their own.
 STYLE: Any = {

@@ -22,7 +22,8 @@ from pipeline.__main__ import main
 from pipeline.config.schema import Config
 from pipeline.config.yaml_file import read_config, to_mapping
 from pipeline.errors import ConfigError
-from tests.conftest import ROOT, make_task
+from tests.support.data import make_task
+from tests.support.programs import ROOT
 
 hydra = pytest.importorskip("hydra", reason="needs hydra-core")
 

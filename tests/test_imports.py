@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import pipeline
-from tests.conftest import ROOT, make_task
+from tests.support.data import make_task
+from tests.support.programs import ROOT, loaded_after
 
 # The rooms, folders and files at the top: each may import those before it.
 ORDER = """
@@ -98,13 +97,6 @@ def test_no_public_name_is_hidden_by_a_module() -> None:
     """`import pipeline.x` binds the module `x` in the package: a function of that name could not be imported."""
     assert not set(pipeline.__all__) & set(modules())
     assert all(getattr(pipeline, name) is not None for name in pipeline.__all__)
-
-
-def loaded_after(code: str) -> set[str]:
-    """The top-level modules that are loaded in a fresh interpreter after running `code`."""
-    script = f"{code}\nimport sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(run.stdout.split("\n")[-2].split())
 
 
 def test_stages_run_where_no_tracker_is_installed() -> None:

@@ -31,10 +31,10 @@ from pipeline.tracking.journal import Journal, Record
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.runs import OpenRun
 from pipeline.tracking.sender import Sender
-from tests import servers
-from tests.conftest import ROOT
-from tests.test_path import planted_task
-from tests.training import Busy, loader, section, trainer
+from tests.support import servers
+from tests.support.data import planted_task
+from tests.support.programs import ROOT
+from tests.support.training import Busy, loader, section, trainer
 
 VOLATILE = {"pipeline.writer", "pipeline.journal", "mlflow.user"}
 

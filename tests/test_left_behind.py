@@ -42,8 +42,9 @@ from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.process import KEY, lives, lock_path, writer_tags
 from pipeline.tracking.runs import OpenRun
 from pipeline.tracking.sender import Sender
-from tests.conftest import ROOT, FakeEncoder
-from tests.test_store import token_task
+from tests.support.data import token_task
+from tests.support.encoders import FakeEncoder
+from tests.support.programs import ROOT
 
 # --- kills
 
@@ -256,8 +257,8 @@ import numpy as np
 from pipeline.embed import embed
 from pipeline.load import load
 from pipeline.store.embedding_table import Store
-from tests.conftest import FakeEncoder
-from tests.test_store import token_task
+from tests.support.encoders import FakeEncoder
+from tests.support.data import token_task
 encoder = FakeEncoder()
 encoder.reusable = False
 (embeddings,) = embed([load(token_task(Path(sys.argv[1])))], encoder, Store(Path(sys.argv[2])))

@@ -25,8 +25,8 @@ from pipeline.errors import ConfigError
 from pipeline.tracking import Tracker
 from pipeline.tracking.mirrors import LoggerTracker, mirrors
 from pipeline.tracking.tensorboard import open_tensorboard
-from tests.conftest import ROOT
-from tests.readers import in_tensorboard, in_wandb, pictures_in_tensorboard, run_in_wandb
+from tests.support.programs import ROOT
+from tests.support.readers import in_tensorboard, in_wandb, pictures_in_tensorboard, run_in_wandb
 
 EARLY, LATE = 0.1 + 0.2, 1 / 3  # neither is a number in single precision
 TASK = {"dataset_path": "d", "target_column": "y"}

@@ -17,8 +17,8 @@ from pipeline.report.page import page
 from pipeline.score import Scores
 from pipeline.store.embedding_table import Store
 from pipeline.validation import validate
-from tests.conftest import FakeEncoder
-from tests.test_path import planted_task
+from tests.support.data import planted_task
+from tests.support.encoders import FakeEncoder
 
 VOID = {"meta", "img"}
 FACTS = {"checkpoint": "runs/<a & b>/last.ckpt", "date": "2026-01-02"}

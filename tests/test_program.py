@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline.__main__ import main
-from tests.conftest import ROOT
+from tests.support.programs import ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,8 @@ from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 
 from pipeline.errors import ConfigError
 from pipeline.training.lightning import _check_strategy
-from tests.conftest import ROOT
-from tests.test_path import planted_task
+from tests.support.data import planted_task
+from tests.support.programs import ROOT
 
 STAGES = ("load", "embed", "train_head", "score")
 
@@ -38,7 +38,7 @@ def run(scenario: str, folder: Path, model: Path, tracking: str, wait_for: tuple
         own |= {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
         own |= {"MLFLOW_TRACKING_URI": tracking, "PYTHONHASHSEED": 0}
         environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
-        command = [sys.executable, "-m", "tests.two_ranks", scenario, str(folder)]
+        command = [sys.executable, "-m", "tests.support.two_ranks", scenario, str(folder)]
         with (folder / f"rank-{rank}.log").open("w") as log:
             ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
     try:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline import Store, open_encoder, read_config, validate
-from tests.conftest import ROOT
+from tests.support.programs import ROOT
 
 CHECKPOINT = ROOT / "sample" / "checkpoint"
 

@@ -17,9 +17,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
-from tests.browser import Ui, chromium, missing, show_columns, show_model_metrics
-from tests.conftest import ROOT
-from tests.servers import running
+from tests.support.browser import Ui, chromium, missing, show_columns, show_model_metrics
+from tests.support.programs import ROOT
+from tests.support.servers import running
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page

@@ -16,8 +16,8 @@ from torch import nn
 from pipeline import JournalLogger, setup_dwnstr_task_validation_callbacks, untouched, validation
 from pipeline.config.schema import Logging, Task
 from pipeline.errors import DataError
-from tests.test_path import planted_task
-from tests.training import Busy, Recorder, WithMethod, loader, section, trainer
+from tests.support.data import planted_task
+from tests.support.training import Busy, Recorder, WithMethod, loader, section, trainer
 
 HARD = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 2}
 STAGES = {"load": "_tell", "embed": "embed", "train_head": "train_head", "score": "score"}
@@ -69,7 +69,7 @@ def test_the_journal_changes_nothing(
         (Busy, "auto", False),
         (Busy, "auto", True),
         (WithMethod, "auto", False),
-        (Busy, "tests.training.FromModule", False),
+        (Busy, "tests.support.training.FromModule", False),
     ],
     ids=["hugging face", "saved", "own method", "own class"],
 )

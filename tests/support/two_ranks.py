@@ -25,8 +25,8 @@ from pipeline import (
 )
 from pipeline.errors import DataError
 from pipeline.training.ranks import Ranks
-from tests.test_path import planted_task_at
-from tests.training import Busy, loader, plain, section, trainer
+from tests.support.data import planted_task_at
+from tests.support.training import Busy, loader, plain, section, trainer
 
 LOSS = "dwnstr_task_val_loss"
 RANK = int(os.environ["RANK"])

@@ -16,7 +16,7 @@ from pipeline.config.schema import Config, parse_bytes
 from pipeline.config.yaml_file import config_from, read_config, to_yaml
 from pipeline.data.tables import expand
 from pipeline.errors import ConfigError
-from tests.conftest import ROOT
+from tests.support.programs import ROOT
 
 REFERENCE = """
 restore_from_path: null
