@@ -25,7 +25,7 @@ from pipeline.data.parts import Part, Target
 from pipeline.embed import embed
 from pipeline.load import Examples, load
 from pipeline.report import figures
-from pipeline.report.figures import canvas, curves, draw, file_stems, numbers
+from pipeline.report.figures import canvas, curves, draw, numbers
 from pipeline.report.figures.canvas import shorten
 from pipeline.report.figures.classes import MOST, class_figure, confusion, confusion_figure, precision_recall
 from pipeline.report.figures.examples import choose, letters_of
@@ -329,11 +329,24 @@ def test_a_curve_for_each_task(tmp_path: Path) -> None:
     assert curves([], tmp_path / "none") == []
 
 
-@given(st.lists(st.text(), max_size=6))
-def test_file_names_are_safe_and_all_different(names: list[str]) -> None:
-    stems = file_stems([*names, *names])
-    assert len({stem.casefold() for stem in stems}) == 2 * len(names)
-    assert all(stem and stem == Path(stem).name and not set(stem) & set(' /\\:*?"<>|') for stem in stems)
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.text(), max_size=3))
+def test_file_names_are_safe_and_all_different(tmp_path_factory: pytest.TempPathFactory, drawn: list[str]) -> None:
+    """Of targets whose names would be the same file, another folder, or no name."""
+    names = list(dict.fromkeys(["", "..", "a b", "A_B", "a/b", "../a", 'a\\:*?"<>|', *drawn]))
+    scores = by_hand("regression", "sequence", [], [3, 3], np.array([0.5, 1.5]))
+    part, (target,) = scores.examples.test, scores.examples.targets
+    many = replace(part, values=part.values * len(names), masks=part.masks * len(names))
+    targets = tuple(replace(target, name=name) for name in names)
+    table = pa.table({f"{name}_prediction": [0.5, 1.5] for name in names})
+    examples = replace(scores.examples, targets=targets, train=many, test=many)
+    folder = tmp_path_factory.mktemp("names") / "inner"
+    paths = draw(replace(scores, examples=examples, table=table), folder)
+    assert len({path.name.casefold() for path in paths}) == len(paths) == len(names) + 1  # and that of the lengths
+    assert not set("".join(path.name for path in paths)) & set(' /\\:*?"<>|')
+    assert all(path.name.strip("._") for path in paths)
+    assert [path.name for path in folder.parent.iterdir()] == ["inner"]
+    check_pictures(paths, folder)
 
 
 @given(st.text(), st.integers(1, 30))

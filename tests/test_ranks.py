@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from pytorch_lightning import LightningModule
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 
+from pipeline import DownstreamValidation
 from pipeline.errors import ConfigError
-from pipeline.training.lightning import _check_strategy
 from tests.support.data import planted_task
 from tests.support.programs import ROOT
+from tests.support.training import section
 
 STAGES = ("load", "embed", "train_head", "score")
 
@@ -165,8 +167,9 @@ def test_a_rank_that_does_not_come_is_named(
     assert re.search(f"^LostRankError: downstream validation: {message}", error), error
 
 
-def test_strategies_that_shard_the_weights_are_refused() -> None:
+def test_strategies_that_shard_the_weights_are_refused(tmp_path: Path) -> None:
+    callback = DownstreamValidation(section(tmp_path, planted_task(tmp_path)))
     for strategy in (FSDPStrategy(), ModelParallelStrategy()):
         trainer: Any = SimpleNamespace(strategy=strategy, world_size=2)
         with pytest.raises(ConfigError, match=f"strategy {type(strategy).__name__}: .* needs all weights on a rank"):
-            _check_strategy(trainer)
+            callback.setup(trainer, LightningModule(), "fit")

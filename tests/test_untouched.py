@@ -20,7 +20,7 @@ from tests.support.data import planted_task
 from tests.support.training import Busy, Recorder, WithMethod, loader, section, trainer
 
 HARD = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 2}
-STAGES = {"load": "_tell", "embed": "embed", "train_head": "train_head", "score": "score"}
+STAGES = {"load": "data_of", "embed": "embed", "train_head": "train_head", "score": "score"}
 
 
 @pytest.fixture
