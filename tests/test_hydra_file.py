@@ -324,7 +324,7 @@ def test_the_state_of_hydra_stays(
         before = hydra_state()
         assert before[1] is not None
         read_config(small)
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match="none_such"):
             read_config(tree(tmp_path, main="defaults: [none_such]"))
         assert hydra_state() == before
         assert hydra.compose("main") == {"x": 1}

@@ -93,6 +93,12 @@ def test_trackers_are_imported_by_their_adapters_alone(name: str) -> None:
         assert library not in tops or name in adapters
 
 
+def test_each_adapter_imports_its_library() -> None:
+    found = {name: {module.split(".")[0] for module in imports_of(path)} for name, path in modules().items()}
+    for library, adapters in ADAPTERS.items():
+        assert any(library in found[name] for name in adapters), library
+
+
 def test_no_public_name_is_hidden_by_a_module() -> None:
     """`import pipeline.x` binds the module `x` in the package: a function of that name could not be imported."""
     assert not set(pipeline.__all__) & set(modules())

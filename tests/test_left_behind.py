@@ -570,7 +570,7 @@ def test_the_command_line_prints_where_an_error_is_from(entry: list[str], given:
 
 def test_every_entry_point_takes_traceback(capsys: Any) -> None:
     for entry in ("main", "load", "embed", "train_head", "score", "compare", "replay", "config"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match=r"^0$"):
             main([entry, "--help"])
         assert "--traceback" in capsys.readouterr().out
 

@@ -98,6 +98,7 @@ def test_every_number_note_and_picture_is_there(measured: tuple[list[Scores], di
 def test_it_needs_nothing_else(measured: tuple[list[Scores], dict[str, list[Path]]]) -> None:
     text = page("Title", *measured, FACTS, YAML)
     reader = Reader(text)
+    assert len(reader.sources) == sum(map(len, measured[1].values())) > 0
     assert all(source and source.startswith("data:image/png;base64,") for source in reader.sources)
     for outside in ("http://", "https://", "url(", "@import", "<script", "<link", "<iframe"):
         assert outside not in text

@@ -159,7 +159,7 @@ def test_untouched_puts_everything_back() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    with pytest.raises(KeyError), torch.inference_mode(), untouched(module):
+    with pytest.raises(KeyError, match="within"), torch.inference_mode(), untouched(module):
         assert not torch.is_inference_mode_enabled()
         assert not torch.is_grad_enabled()
         assert not any(one.training for one in module.modules())
@@ -168,7 +168,7 @@ def test_untouched_puts_everything_back() -> None:
         module[0].register_buffer("running_var", torch.zeros(2))
         module[1].cache = torch.zeros(2)
         module[1].register_buffer("new", torch.zeros(2))
-        raise KeyError
+        raise KeyError("within")
     assert list(module.state_dict()) == names
     assert [one.training for one in module.modules()] == [True, True, True, False]
     assert [one.requires_grad for one in module.parameters()] == [True, True, False, False]
