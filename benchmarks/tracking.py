@@ -32,7 +32,7 @@ from pipeline import read_config  # noqa: E402
 from pipeline.tracking.journal_run import JournalRun  # noqa: E402
 from pipeline.training.lightning_package import pl  # noqa: E402
 from pipeline.training.loggers import JournalLogger  # noqa: E402
-from tests import servers  # noqa: E402
+from tests.support import servers  # noqa: E402
 
 CALLS = {
     JournalLogger: ("log_metrics", "log_hyperparams", "finalize", "save"),

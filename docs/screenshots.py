@@ -25,8 +25,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.browser import Ui, chromium, show_model_metrics  # noqa: E402
-from tests.servers import running  # noqa: E402
+from tests.support.browser import Ui, chromium, show_model_metrics  # noqa: E402
+from tests.support.servers import running  # noqa: E402
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

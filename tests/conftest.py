@@ -1,32 +1,26 @@
-"""Fixtures: real data where it is given, small models in real layouts, and encoders whose hidden states are known."""
+"""Fixtures that several files use: real data where it is given, small models, a store, a tracking database."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import settings
-from torch import Tensor
 
-from pipeline.config.schema import Files, Task
-from pipeline.encoders.protocol import Encoder
 from pipeline.store.embedding_table import Store
-from tests import models
+from tests.support import models
+from tests.support.encoders import FakeEncoder
 
 # In CI the same examples each time: what a new example finds is for whoever runs the tests by hand.
 settings.register_profile("here", deadline=None)  # no test depends on time
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA_VARIABLE = "DOWNSTREAM_TEST_DATA"
 
 
@@ -42,7 +36,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a model of `tests.models` once per session: `model_folder("esm", width=16)`."""
+    """Makes a model of `tests.support.models` once per session: `model_folder("esm", width=16)`."""
     made: dict[str, Path] = {}
 
     def make(kind: str, **options: Any) -> Path:
@@ -86,63 +80,6 @@ def tracking(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPat
     mlflow.set_tracking_uri(uri)
     yield uri
     mlflow.set_tracking_uri(before)
-
-
-def newest_run() -> Any:
-    """The run begun last, nested ones aside."""
-    from mlflow import MlflowClient
-
-    runs = MlflowClient().search_runs(["0"])
-    return next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
-    """A CSV file with the keys of the first row as its header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def make_task(
-    folder: Path,
-    train: Sequence[Mapping[str, object]],
-    test: Sequence[Mapping[str, object]] | None = None,
-    **options: Any,
-) -> Task:
-    """Writes the rows and gives the task that reads them; the last column is the target unless said otherwise."""
-    write_csv(folder / "train" / "x000.csv", train)
-    write_csv(folder / "test" / "x000.csv", test if test is not None else train)
-    given: dict[str, Any] = {"dataset_path": str(folder), "dataset": Files(), "target_column": [list(train[0])[-1]]}
-    return Task(**{**given, **options})
-
-
-class FakeEncoder(Encoder):
-    """Hidden states worked out by hand: one-hot residues, then noise that depends on the sequence alone."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, hidden_size: int = 24, name: str = "fake") -> None:
-        self.hidden_size = hidden_size
-        self.digest = f"{name}-{hidden_size}"
-        self.seen: list[str] = []
-
-    def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
-        self.seen += sequences
-        return [self.state(sequence) for sequence in sequences]
-
-    def state(self, sequence: str) -> Tensor:
-        """Shape (length, hidden_size)."""
-        index = torch.tensor([models.RESIDUES.find(letter) for letter in sequence])
-        one_hot = torch.nn.functional.one_hot(index.clamp(min=0), 20).float()
-        seed = int.from_bytes(hashlib.sha256(sequence.encode()).digest()[:4], "big")
-        noise = torch.randn(len(sequence), self.hidden_size - 20, generator=torch.Generator().manual_seed(seed))
-        return torch.cat([one_hot, 0.1 * noise], 1)
-
-    def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
-        return [(sum(letter not in models.RESIDUES for letter in text), len(text)) for text in sequences]
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from pipeline.encoders.description import DESCRIPTION, describe
 from pipeline.encoders.huggingface import HuggingFaceEncoder
 from pipeline.encoders.options import EncoderOptions
 from pipeline.errors import CheckpointError
-from tests.conftest import ROOT
-from tests.models import RESIDUES
+from tests.support.models import RESIDUES
+from tests.support.programs import ROOT
 
 Make = Callable[..., Path]
 PROTEINS = ["MKV", RESIDUES, "A", "MKVLAAGIVGLLLAQWERTY" * 3, "MKVXUZOBLA", "GG"]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,7 +25,7 @@ from pipeline.data.parts import Part, Target
 from pipeline.embed import embed
 from pipeline.load import Examples, load
 from pipeline.report import figures
-from pipeline.report.figures import canvas, curves, draw, file_stems, numbers
+from pipeline.report.figures import canvas, curves, draw, numbers
 from pipeline.report.figures.canvas import shorten
 from pipeline.report.figures.classes import MOST, class_figure, confusion, confusion_figure, precision_recall
 from pipeline.report.figures.examples import choose, letters_of
@@ -32,10 +33,11 @@ from pipeline.score import Scores, score
 from pipeline.statistics.metrics import LOSS, Metric
 from pipeline.store.embedding_table import Store
 from pipeline.train_head import train_head
-from tests.conftest import FakeEncoder, make_task
-from tests.test_imports import loaded_after
-from tests.test_path import CPU, column, planted_task, proteins
+from tests.support.data import column, make_task, planted_task, proteins
+from tests.support.encoders import FakeEncoder
+from tests.support.programs import loaded_after
 
+CPU = torch.device("cpu")
 HEADING = ("task: target", "accuracy 0.5")
 # What a user may have set: a dark style, TeX for every text, frames and fonts of their own.
 STYLE: Any = {
@@ -327,11 +329,22 @@ def test_a_curve_for_each_task(tmp_path: Path) -> None:
     assert curves([], tmp_path / "none") == []
 
 
-@given(st.lists(st.text(), max_size=6))
-def test_file_names_are_safe_and_all_different(names: list[str]) -> None:
-    stems = file_stems([*names, *names])
-    assert len({stem.casefold() for stem in stems}) == 2 * len(names)
-    assert all(stem and stem == Path(stem).name and not set(stem) & set(' /\\:*?"<>|') for stem in stems)
+def test_file_names_are_safe_and_all_different(tmp_path: Path) -> None:
+    """Of targets whose names would be the same file, another folder, or no name."""
+    names = ["", ".", "..", "a b", "A_B", "a_b_2", "a/b", "../a", 'a\\:*?"<>|', "\0\n", "蛋白/", "ß", "SS"]
+    scores = by_hand("regression", "sequence", [], [3, 3], np.array([0.5, 1.5]))
+    part, (target,) = scores.examples.test, scores.examples.targets
+    many = replace(part, values=part.values * len(names), masks=part.masks * len(names))
+    targets = tuple(replace(target, name=name) for name in names)
+    table = pa.table({f"{name}_prediction": [0.5, 1.5] for name in names})
+    examples = replace(scores.examples, targets=targets, train=many, test=many)
+    folder = tmp_path / "inner"
+    paths = draw(replace(scores, examples=examples, table=table), folder)
+    assert len({path.name.casefold() for path in paths}) == len(paths) == len(names) + 1  # and that of the lengths
+    assert not set("".join(path.name for path in paths)) & set(' /\\:*?"<>|')
+    assert all(path.name.strip("._") for path in paths)
+    assert [path.name for path in folder.parent.iterdir()] == ["inner"]
+    check_pictures(paths, folder)
 
 
 @given(st.text(), st.integers(1, 30))

@@ -25,8 +25,8 @@ from pipeline.heads.stack import Stack
 from pipeline.load import load
 from pipeline.store.embedding_table import Store
 from pipeline.train_head import make_head
-from tests.conftest import FakeEncoder, make_task
-from tests.test_path import proteins
+from tests.support.data import make_task, proteins
+from tests.support.encoders import FakeEncoder
 
 
 def rows_of(counts: list[int], width: int = 5, seed: int = 0) -> Tensor:

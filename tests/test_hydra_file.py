@@ -22,7 +22,8 @@ from pipeline.__main__ import main
 from pipeline.config.schema import Config
 from pipeline.config.yaml_file import read_config, to_mapping
 from pipeline.errors import ConfigError
-from tests.conftest import ROOT, make_task
+from tests.support.data import make_task
+from tests.support.programs import ROOT
 
 hydra = pytest.importorskip("hydra", reason="needs hydra-core")
 
@@ -323,7 +324,7 @@ def test_the_state_of_hydra_stays(
         before = hydra_state()
         assert before[1] is not None
         read_config(small)
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match="none_such"):
             read_config(tree(tmp_path, main="defaults: [none_such]"))
         assert hydra_state() == before
         assert hydra.compose("main") == {"x": 1}

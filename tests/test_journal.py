@@ -24,6 +24,7 @@ from mlflow import MlflowClient, environment_variables
 
 from pipeline import DownstreamValidation, JournalLogger
 from pipeline.__main__ import main
+from pipeline.tracking import runs
 from pipeline.tracking import sender as sending
 from pipeline.tracking.client import fail_fast
 from pipeline.tracking.delivery import RefusedError, Sink
@@ -31,10 +32,10 @@ from pipeline.tracking.journal import Journal, Record
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.runs import OpenRun
 from pipeline.tracking.sender import Sender
-from tests import servers
-from tests.conftest import ROOT
-from tests.test_path import planted_task
-from tests.training import Busy, loader, section, trainer
+from tests.support import servers
+from tests.support.data import planted_task
+from tests.support.programs import ROOT
+from tests.support.training import Busy, loader, section, trainer
 
 VOLATILE = {"pipeline.writer", "pipeline.journal", "mlflow.user"}
 
@@ -121,13 +122,32 @@ def sent(journal: Path) -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
-def leave() -> None:
+@pytest.fixture
+def senders(monkeypatch: pytest.MonkeyPatch) -> list[Sender]:
+    """Those that a test makes."""
+    made: list[Sender] = []
+
+    def make(*arguments: Any) -> Sender:
+        made.append(Sender(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(runs, "Sender", make)
+    return made
+
+
+def leave(senders: list[Sender]) -> None:
     """As if the program had ended: what is not sent stays in the journals."""
-    for sender in list(sending._senders):
-        thread = sender._thread
+    assert senders
+    for sender in senders:
         sender.close(0.1, 0.1)
-        if thread is not None:
-            thread.join()
+    join_threads()
+
+
+def join_threads() -> None:
+    """Waits for the end of the threads that send."""
+    for thread in threading.enumerate():
+        if thread.name == "journal":
+            thread.join(60)
 
 
 def wait(sender: Sender) -> None:
@@ -175,7 +195,12 @@ def test_a_training_with_a_server(
 
 
 def test_a_server_killed_in_the_middle(
-    undisturbed: dict[str, Any], tmp_path: Path, model_folder: Any, empty_database: Path, capsys: Any
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+    model_folder: Any,
+    empty_database: Path,
+    senders: list[Sender],
+    capsys: Any,
 ) -> None:
     (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
     with servers.running(tmp_path) as server:
@@ -184,7 +209,7 @@ def test_a_server_killed_in_the_middle(
         written = [line["step"] for line in lines if "train_loss" in line.get("values", {})]
         assert written == list(range(8))
         assert sent(journal) < journal.stat().st_size
-        leave()
+        leave(senders)
         server.start()
         for _ in range(2):
             assert main(["replay", str(journal)]) == 0
@@ -193,12 +218,12 @@ def test_a_server_killed_in_the_middle(
 
 
 def test_a_server_that_never_answers(
-    undisturbed: dict[str, Any], tmp_path: Path, model_folder: Any, tracking: str, capsys: Any
+    undisturbed: dict[str, Any], tmp_path: Path, model_folder: Any, tracking: str, senders: list[Sender], capsys: Any
 ) -> None:
     with servers.silent() as uri:
         journal = train(tmp_path / "t", model_folder("esm"), uri)
     assert sent(journal) < len(journal.read_text().splitlines()[0]) + 2  # at most the head, which is for nobody
-    leave()
+    leave(senders)
     assert main(["replay", str(journal)]) == 2
     assert "start it, and replay again" in capsys.readouterr().err
     assert main(["replay", str(journal), f"--tracking-uri={tracking}"]) == 0
@@ -549,8 +574,7 @@ def test_the_end_of_a_program_needs_no_new_thread(
     finished = {name: Sender(Journal(tmp_path / f"{name}.jsonl"), FakeSink, remove=True) for name in "ab"}
     for sender in finished.values():
         wait(sender)
-        while (thread := sender._thread) is not None:
-            thread.join()
+    join_threads()
     monkeypatch.setattr(threading.Thread, "start", refuse)
     assert finished["a"].close()
     assert not list(tmp_path.glob("a.*"))

@@ -1,4 +1,4 @@
-"""CSV files to examples, worked by hand. What is refused is in test_bad_input.py."""
+"""CSV files to examples, worked by hand. What is refused is in test_errors.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.config.schema import Files
 from pipeline.data.parts import UNKNOWN, unit_index
 from pipeline.errors import DataError
 from pipeline.load import Examples, load
-from tests.conftest import make_task, write_csv
+from tests.support.data import make_task, write_csv
 
 
 def test_token_classes_masks_and_vocabulary_by_hand(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pty
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,8 +26,8 @@ from pipeline.errors import ConfigError
 from pipeline.tracking import Tracker
 from pipeline.tracking.mirrors import LoggerTracker, mirrors
 from pipeline.tracking.tensorboard import open_tensorboard
-from tests.conftest import ROOT
-from tests.readers import in_tensorboard, in_wandb, pictures_in_tensorboard, run_in_wandb
+from tests.support.programs import ROOT
+from tests.support.readers import in_tensorboard, in_wandb, pictures_in_tensorboard, run_in_wandb
 
 EARLY, LATE = 0.1 + 0.2, 1 / 3  # neither is a number in single precision
 TASK = {"dataset_path": "d", "target_column": "y"}
@@ -300,7 +301,9 @@ def test_a_logger_that_does_not_come_back_is_skipped_until_it_does(caplog: pytes
         tracker.metrics({"a": 1.0}, step)
     assert caplog.messages == ["Blocking takes more than 0.01 s; work goes on without it"]
     blocking.go.set()
-    assert tracker._back.wait(60)
+    for thread in threading.enumerate():
+        if thread.name == "logging to Blocking":
+            thread.join(60)
     tracker.patience = 60
     tracker.metrics({"a": 1.0}, 4)
     assert [step for _, step in blocking.told] == [1, 4]

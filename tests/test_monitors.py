@@ -12,8 +12,8 @@ import pytorch_lightning as pl
 from pipeline import DownstreamEarlyStopping, DownstreamModelCheckpoint, setup_dwnstr_task_validation_callbacks
 from pipeline.config.schema import Task
 from pipeline.errors import DataError
-from tests.test_path import planted_task
-from tests.training import Busy, loader, section, trainer
+from tests.support.data import planted_task
+from tests.support.training import Busy, loader, section, trainer
 
 LOSS = "dwnstr_task_val_loss"
 

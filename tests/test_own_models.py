@@ -29,14 +29,15 @@ from pipeline.config.schema import Task
 from pipeline.config.yaml_file import to_yaml
 from pipeline.encoders.description import DESCRIPTION, portable
 from pipeline.errors import CheckpointError, ConfigError
-from tests import own_model
-from tests.conftest import ROOT, newest_run
-from tests.models import RESIDUES
-from tests.own_model import OwnForMaskedLM, OwnTokenizer, make_module
-from tests.test_path import planted_task
-from tests.training import Busy, Recorder, section, trainer
+from tests.support import own_model
+from tests.support.data import planted_task
+from tests.support.lab import newest_run
+from tests.support.models import RESIDUES
+from tests.support.own_model import OwnForMaskedLM, OwnTokenizer, make_module
+from tests.support.programs import ROOT
+from tests.support.training import Busy, Recorder, section, trainer
 
-FACTORY = "tests.own_model.OwnForMaskedLM"
+FACTORY = "tests.support.own_model.OwnForMaskedLM"
 
 
 @pytest.fixture
@@ -70,12 +71,15 @@ def test_a_training_of_somebodys_own_model(
     keep = pl.callbacks.ModelCheckpoint(tmp_path / "kept", "{step}", monitor="step", mode="max", save_top_k=-1)
     with caplog.at_level("INFO", "pipeline"):
         trainer(tmp_path, [callback, keep]).fit(module, own_model.loader(), own_model.loader(shuffle=False))
-    assert "OwnForMaskedLM runs as it is: tests.own_model.OwnForMaskedLM is not a class of transformers" in caplog.text
+    assert (
+        "OwnForMaskedLM runs as it is: tests.support.own_model.OwnForMaskedLM is not a class of transformers"
+        in caplog.text
+    )
     assert [step for step, _ in callback.curve] == [4, 8]  # type: ignore[attr-defined]
     (tmp_path / "task.yaml").write_text(to_yaml(section(tmp_path / "cli", task)))
     for step, metrics in callback.curve:  # type: ignore[attr-defined]
         ckpt = str(tmp_path / "kept" / f"step={step}.ckpt")
-        for factory in (FACTORY, "tests.own_model.make_function"):
+        for factory in (FACTORY, "tests.support.own_model.make_function"):
             encoder = open_encoder(ckpt, EncoderOptions(model_factory=factory))
             assert metrics_of(encoder, task, tmp_path / f"{factory} {step}") == metrics
         command = [sys.executable, "-m", "pipeline", "main", f"--ckpt={ckpt}", f"--config={tmp_path / 'task.yaml'}"]
@@ -107,9 +111,9 @@ def test_the_training_is_bit_for_bit_what_it_is_without(task: Task, tmp_path: Pa
     assert recorder.states == other.states
     assert recorder.end == other.end
     assert [calls for calls, _ in kept] == [calls for calls, _ in others]
-    assert all(
-        torch.equal(a, b) for (_, a), (_, b) in zip(kept, others, strict=True) if a is not None and b is not None
-    )
+    tables = [(a, b) for (_, a), (_, b) in zip(kept, others, strict=True)]
+    assert all(torch.equal(a, b) if a is not None and b is not None else a is b for a, b in tables)
+    assert any(a is not None for a, _ in tables)
 
 
 def test_hidden_states_are_the_models_own(module: Any) -> None:
@@ -198,10 +202,18 @@ def test_a_factory_that_does_not_fit(task: Task, module: Any, tmp_path: Path) ->
     torch.save({"state_dict": module.state_dict()}, tmp_path / "silent.ckpt")
     path = str(tmp_path / "a.ckpt")
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"model_factory": "tests.own_model.Nothing"}, ConfigError, "model_factory: 'tests.own_model.Nothing'"),
-        ({"model_factory": "tests.own_model.RESIDUES"}, ConfigError, "expected a class or a function, found a str"),
+        (
+            {"model_factory": "tests.support.own_model.Nothing"},
+            ConfigError,
+            "model_factory: 'tests.support.own_model.Nothing'",
+        ),
+        (
+            {"model_factory": "tests.support.own_model.RESIDUES"},
+            ConfigError,
+            "expected a class or a function, found a str",
+        ),
         ({"model_factory": "builtins.dict"}, CheckpointError, "builtins.dict: expected an nn.Module, found dict"),
-        ({"model_factory": FACTORY, "infer_target": "tests.training.FromModule"}, ConfigError, "not both"),
+        ({"model_factory": FACTORY, "infer_target": "tests.support.training.FromModule"}, ConfigError, "not both"),
         ({"model_factory": FACTORY, "layer": 9}, ConfigError, "layer: expected -3 to 2"),
     ]
     for options, kind, message in cases:
@@ -255,7 +267,9 @@ def test_what_a_factory_makes_is_in_the_key(task: Task, tmp_path: Path) -> None:
     """Two factories with the same weights: nothing of the one is reused for the other."""
     torch.save({"state_dict": own_model.make_scaled_by_one().state_dict()}, tmp_path / "a.ckpt")
     encoders: list[Any] = [
-        open_encoder(str(tmp_path / "a.ckpt"), EncoderOptions(model_factory=f"tests.own_model.make_scaled_by_{name}"))
+        open_encoder(
+            str(tmp_path / "a.ckpt"), EncoderOptions(model_factory=f"tests.support.own_model.make_scaled_by_{name}")
+        )
         for name in ("one", "two", "one")
     ]
     assert encoders[0].digest == encoders[2].digest != encoders[1].digest

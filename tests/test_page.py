@@ -17,8 +17,8 @@ from pipeline.report.page import page
 from pipeline.score import Scores
 from pipeline.store.embedding_table import Store
 from pipeline.validation import validate
-from tests.conftest import FakeEncoder
-from tests.test_path import planted_task
+from tests.support.data import planted_task
+from tests.support.encoders import FakeEncoder
 
 VOID = {"meta", "img"}
 FACTS = {"checkpoint": "runs/<a & b>/last.ckpt", "date": "2026-01-02"}
@@ -98,6 +98,7 @@ def test_every_number_note_and_picture_is_there(measured: tuple[list[Scores], di
 def test_it_needs_nothing_else(measured: tuple[list[Scores], dict[str, list[Path]]]) -> None:
     text = page("Title", *measured, FACTS, YAML)
     reader = Reader(text)
+    assert len(reader.sources) == sum(map(len, measured[1].values())) > 0
     assert all(source and source.startswith("data:image/png;base64,") for source in reader.sources)
     for outside in ("http://", "https://", "url(", "@import", "<script", "<link", "<iframe"):
         assert outside not in text

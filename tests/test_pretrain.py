@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 
 from examples.pretrain import main
 from pipeline import Store, open_encoder, read_config, validate
-from tests.conftest import ROOT
-from tests.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
+from tests.support.programs import ROOT
+from tests.support.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
 
 ACCURACY = "secondary_structure/test_3state_accuracy"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline.__main__ import main
-from tests.conftest import ROOT
+from tests.support.programs import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,6 @@ def test_traceback_is_accepted_before_and_after_the_entry_point(
 
 
 def test_traceback_is_in_the_help_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["--help"])
     assert "--traceback" in capsys.readouterr().out

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from pytorch_lightning import LightningModule
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 
+from pipeline import DownstreamValidation
 from pipeline.errors import ConfigError
-from pipeline.training.lightning import _check_strategy
-from tests.conftest import ROOT
-from tests.test_path import planted_task
+from tests.support.data import planted_task
+from tests.support.programs import ROOT
+from tests.support.training import section
 
 STAGES = ("load", "embed", "train_head", "score")
 
@@ -38,7 +40,7 @@ def run(scenario: str, folder: Path, model: Path, tracking: str, wait_for: tuple
         own |= {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
         own |= {"MLFLOW_TRACKING_URI": tracking, "PYTHONHASHSEED": 0}
         environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
-        command = [sys.executable, "-m", "tests.two_ranks", scenario, str(folder)]
+        command = [sys.executable, "-m", "tests.support.two_ranks", scenario, str(folder)]
         with (folder / f"rank-{rank}.log").open("w") as log:
             ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
     try:
@@ -165,8 +167,9 @@ def test_a_rank_that_does_not_come_is_named(
     assert re.search(f"^LostRankError: downstream validation: {message}", error), error
 
 
-def test_strategies_that_shard_the_weights_are_refused() -> None:
+def test_strategies_that_shard_the_weights_are_refused(tmp_path: Path) -> None:
+    callback = DownstreamValidation(section(tmp_path, planted_task(tmp_path)))
     for strategy in (FSDPStrategy(), ModelParallelStrategy()):
         trainer: Any = SimpleNamespace(strategy=strategy, world_size=2)
         with pytest.raises(ConfigError, match=f"strategy {type(strategy).__name__}: .* needs all weights on a rank"):
-            _check_strategy(trainer)
+            callback.setup(trainer, LightningModule(), "fit")

@@ -19,7 +19,7 @@ from pipeline.__main__ import main
 from pipeline.config.schema import Config, Files, Task
 from pipeline.config.yaml_file import config_from, read_config, to_mapping
 from pipeline.errors import ConfigError
-from tests.conftest import ROOT
+from tests.support.programs import ROOT
 
 # A pre-training file of the reference: Hydra's defaults, resolvers that nobody registered, unrelated sections.
 PRETRAINING = """

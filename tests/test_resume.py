@@ -14,9 +14,9 @@ import pytorch_lightning as pl
 from mlflow import MlflowClient
 
 from pipeline import Store, open_encoder, setup_dwnstr_task_validation_callbacks, validate
-from tests.conftest import ROOT
-from tests.test_path import planted_task, planted_task_at
-from tests.training import INERT, Busy, Recorder, loader, section, trainer
+from tests.support.data import planted_task, planted_task_at
+from tests.support.programs import ROOT
+from tests.support.training import INERT, Busy, Recorder, loader, section, trainer
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:The dirpath has changed from")
@@ -24,7 +24,7 @@ def test_killed_in_a_validation_and_resumed(tmp_path: Path, tracking: str, model
     """As if resumed without the callback; one curve, in one run; each point is the command line's on its checkpoint."""
     planted_task(tmp_path / "data")
     shutil.copytree(model_folder("esm"), tmp_path / "esm")
-    command = [sys.executable, "-m", "tests.killed", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.support.killed", str(tmp_path)]
     killed = subprocess.run(command, cwd=ROOT, env={**os.environ, "MLFLOW_TRACKING_URI": tracking}, capture_output=True)
     assert killed.returncode == -9, killed.stderr.decode()[-2000:]
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step=4.ckpt"]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline import Store, open_encoder, read_config, validate
-from tests.conftest import ROOT
+from tests.support.programs import ROOT
 
 CHECKPOINT = ROOT / "sample" / "checkpoint"
 
@@ -49,6 +49,7 @@ def test_the_default_configuration_beats_a_constant_guess(tmp_path: Path) -> Non
 def test_the_configurations_of_one_kind_run(tmp_path: Path, name: str) -> None:
     config = read_config(f"configs/{name}.yaml", "dataset.num_epochs=1")
     (scores,) = validate(open_encoder(str(CHECKPOINT)), config.tasks, Store(tmp_path))
+    assert [metric for metric in scores.metrics if metric.startswith("test_")]
     assert all("/" not in metric for metric in scores.metrics)
 
 

@@ -1,18 +1,81 @@
-"""NeMo's learning-rate policies with settings drawn at random, against the same rules written down a second time."""
+"""NeMo's learning-rate policies: curves measured from NeMo, and settings drawn at random against a second writing."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from pipeline.heads import optimizers as optim
 from pipeline.heads.schedules import POLICIES
-from tests.test_optim import curve
+
+
+def parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(3, 3))]
+
+
+def curve(sched: dict[str, Any], steps: int, lr: float = 1e-3) -> list[float]:
+    """The learning rate in force at each step."""
+    optimizer, scheduler = optim.build(parameters(), {"name": "sgd", "lr": lr, "sched": sched})
+    rates = []
+    for _ in range(steps):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        assert scheduler is not None
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_policy_has_the_curves_that_were_measured_from_nemo(shared_data: Path, name: str) -> None:
+    curves = json.loads((shared_data.parent / "golden" / "nemo_lr_curves.json").read_text())["curves"]
+    measured = [one for one in curves if one["name"] == name]
+    assert measured
+    for golden in measured:
+        found = curve({"name": name, **golden["params"]}, max(golden["steps"]) + 1, golden["base_lr"])
+        assert [found[step] for step in golden["steps"]] == pytest.approx(golden["lr"], abs=1e-9, rel=0), golden
+
+
+def test_curves_by_hand() -> None:
+    warmup = curve({"name": "WarmupAnnealing", "warmup_ratio": 0.2, "max_steps": 10, "min_lr": 6e-4}, 13)
+    assert warmup[:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    assert warmup[3:] == pytest.approx([9.5e-4, 9e-4, 8.5e-4, 8e-4, 7.5e-4, 7e-4, 6.5e-4, 6e-4, 6e-4, 6e-4])
+    megatron = curve({"name": "CosineAnnealing", "max_steps": 8, "warmup_steps": 4, "constant_steps": 2}, 8)
+    assert megatron == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 5e-4, 0, 0])
+    held = curve({"name": "WarmupHoldPolicy", "max_steps": 3, "warmup_steps": 1, "hold_steps": 4, "min_lr": 1e-5}, 7)
+    assert held == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-5, 1e-5])
+    no_hold = {"name": "PolynomialHoldDecayAnnealing", "max_steps": 6, "warmup_steps": 2}
+    assert curve(no_hold, 7) == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 2.5e-4, 0, 0, 0])
+    assert curve({**no_hold, "hold_steps": 0}, 7) == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 7.5e-4, 5e-4, 2.5e-4, 0])
+    cosine = curve({"name": "CosineAnnealing", "max_steps": 10, "constant_steps": 4, "min_lr": 1e-4}, 12)
+    assert cosine[0] == pytest.approx(1e-3)
+    assert cosine[3] == pytest.approx(1e-4 + 9e-4 / 2)
+    assert cosine[6:] == pytest.approx([1e-4] * 6)
+    cycle = curve({"name": "PolynomialDecayAnnealing", "max_steps": 4, "power": 1, "cycle": True}, 5)
+    assert cycle == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4, 0])
+
+
+def test_last_epoch_is_where_a_policy_begins() -> None:
+    sched = {"name": "CosineAnnealing", "max_steps": 10}
+    config = {"name": "sgd", "lr": 1e-3, "sched": {**sched, "last_epoch": -1}}
+    assert optim.build(parameters(), config)[0].param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+def test_options_of_a_policy_that_are_null_are_not_given() -> None:
+    """NeMo's own template of a section has them so; the last two belong to its arithmetic of steps."""
+    given = {"name": "CosineAnnealing", "max_steps": 10, "warmup_ratio": 0.2}
+    null = dict.fromkeys(("warmup_steps", "constant_steps", "constant_ratio", "min_lr"))
+    unused = {"t_accumulate_grad_batches": 1, "t_limit_train_batches": 1.0}
+    assert curve({**given, **null, **unused}, 12) == curve(given, 12)
 
 
 @dataclass

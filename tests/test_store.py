@@ -29,14 +29,9 @@ from pipeline.store import writing as writing_module
 from pipeline.store.embedding_table import EmbeddingTable, Store, sequence_key
 from pipeline.store.reading import Rows, Vectors
 from pipeline.store.shards import DamagedShardsError
-from tests.conftest import ROOT, FakeEncoder, make_task
-
-TEXTS = ["MKV", "ACDEFGHIKL", "GG", "MKVLAAGIVG" * 3, "WWW", "A"]
-
-
-def token_task(folder: Path, texts: list[str] = TEXTS, **options: Any) -> Task:
-    rows = [{"sequence": text, "y": json.dumps([0.5] * len(text))} for text in texts]
-    return make_task(folder / "tokens", rows, level="token", task_name="tokens", **options)
+from tests.support.data import TEXTS, make_task, token_task
+from tests.support.encoders import FakeEncoder
+from tests.support.programs import ROOT
 
 
 def sequence_task(folder: Path, texts: list[str] = TEXTS) -> Task:
@@ -285,8 +280,8 @@ import pipeline.store.writing
 from pipeline.embed import embed
 from pipeline.load import load
 from pipeline.store.embedding_table import Store
-from tests.conftest import FakeEncoder
-from tests.test_store import token_task
+from tests.support.encoders import FakeEncoder
+from tests.support.data import token_task
 pipeline.store.writing.SHARD_TOKENS = 8
 class Dying(FakeEncoder):
     def hidden_states(self, sequences):
@@ -366,8 +361,8 @@ from filelock import FileLock, Timeout
 from pipeline.embed import embed
 from pipeline.load import load
 from pipeline.store.embedding_table import EmbeddingTable, Store
-from tests.conftest import FakeEncoder
-from tests.test_store import token_task
+from tests.support.encoders import FakeEncoder
+from tests.support.data import token_task
 folder, name, other = Path(sys.argv[1]), *sys.argv[2:4]
 
 def wait_for(*events):
@@ -452,8 +447,8 @@ from pipeline.embed import embed
 from pipeline.errors import CacheError
 from pipeline.load import load
 from pipeline.store.embedding_table import Store
-from tests.conftest import FakeEncoder
-from tests.test_store import token_task
+from tests.support.encoders import FakeEncoder
+from tests.support.data import token_task
 task = token_task(Path(sys.argv[1]), ["A" * n + "C" * 100 for n in range(1, 400)])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))  # the first row group fits
@@ -483,8 +478,8 @@ import pipeline.store.writing
 from pipeline.embed import embed
 from pipeline.load import load
 from pipeline.store.embedding_table import Store
-from tests.conftest import FakeEncoder
-from tests.test_store import token_task
+from tests.support.encoders import FakeEncoder
+from tests.support.data import token_task
 pipeline.store.writing.SHARD_TOKENS = 1
 texts = ["A" * n + tail for n in range(1, 31) for tail in ("C", "D", "E")]
 task = token_task(Path(sys.argv[1]), texts)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from tests.conftest import ROOT
+from tests.support.programs import ROOT
 
 START = """
 import sys

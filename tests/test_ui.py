@@ -17,9 +17,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
-from tests.browser import Ui, chromium, missing, show_columns, show_model_metrics
-from tests.conftest import ROOT
-from tests.servers import running
+from tests.support.browser import Ui, chromium, missing, show_columns, show_model_metrics
+from tests.support.programs import ROOT
+from tests.support.servers import running
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -264,5 +264,5 @@ def test_the_report_among_the_artifacts(ui: Ui, lab: Lab) -> None:
     metrics: Mapping[str, float] = lab.runs["single"].data.metrics
     assert dict(rows) == {name: f"{value:.4f}" for name, value in metrics.items()}
     widths = report.locator("img").evaluate_all("all => all.map(one => one.naturalWidth)")
-    assert len(widths) == len(list(lab.file("single", "figures").rglob("*.png")))
+    assert len(widths) == len(list(lab.file("single", "figures").rglob("*.png"))) > 0
     assert all(widths)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import EsmConfig, EsmForMaskedLM, PreTrainedTokenizer
 
 from pipeline.encoders.esm import VOCABULARY
-from tests.models import RESIDUES
+from tests.support.models import RESIDUES
 
 
 class OwnConfig(EsmConfig):

@@ -25,12 +25,12 @@ from pipeline import (
 )
 from pipeline.errors import DataError
 from pipeline.training.ranks import Ranks
-from tests.test_path import planted_task_at
-from tests.training import Busy, loader, plain, section, trainer
+from tests.support.data import planted_task_at
+from tests.support.training import Busy, loader, plain, section, trainer
 
 LOSS = "dwnstr_task_val_loss"
 RANK = int(os.environ["RANK"])
-STAGES = {"load": "_tell", "embed": "embed", "train_head": "train_head", "score": "score"}
+STAGES = {"load": "data_of", "embed": "embed", "train_head": "train_head", "score": "score"}
 
 
 class Uneven(IterableDataset[str]):
@@ -54,7 +54,7 @@ class Stray(pl.Callback):
         if self.what == "dead" and RANK == 1:
             os._exit(9)
         if self.what == "stuck" and RANK == 0:
-            setattr(validation, "train_head", lambda *_: time.sleep(600))  # noqa: B010  (not a public name)
+            setattr(validation, "train_head", lambda *_: time.sleep(600))  # noqa: B010
 
 
 def fit(folder: Path, name: str, callbacks: list[Any], val: Any = None, **options: Any) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from pipeline.checkpoints.opening import open_encoder
 from pipeline.encoders.description import DESCRIPTION, describe
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.report.comparison import Row, board_table, choose, comparable, leaderboard, summary
-from tests.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
-from tests.test_mlflow import STAGES, VALUE, Lab, furnished, own_signals
+from tests.support.lab import STAGES, VALUE, Lab, furnished, own_signals
+from tests.support.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
 
 SPEARMAN = "test_value_spearman"
 

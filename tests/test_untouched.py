@@ -16,11 +16,11 @@ from torch import nn
 from pipeline import JournalLogger, setup_dwnstr_task_validation_callbacks, untouched, validation
 from pipeline.config.schema import Logging, Task
 from pipeline.errors import DataError
-from tests.test_path import planted_task
-from tests.training import Busy, Recorder, WithMethod, loader, section, trainer
+from tests.support.data import planted_task
+from tests.support.training import Busy, Recorder, WithMethod, loader, section, trainer
 
 HARD = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 2}
-STAGES = {"load": "_tell", "embed": "embed", "train_head": "train_head", "score": "score"}
+STAGES = {"load": "data_of", "embed": "embed", "train_head": "train_head", "score": "score"}
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_the_journal_changes_nothing(
         (Busy, "auto", False),
         (Busy, "auto", True),
         (WithMethod, "auto", False),
-        (Busy, "tests.training.FromModule", False),
+        (Busy, "tests.support.training.FromModule", False),
     ],
     ids=["hugging face", "saved", "own method", "own class"],
 )
@@ -159,7 +159,7 @@ def test_untouched_puts_everything_back() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    with pytest.raises(KeyError), torch.inference_mode(), untouched(module):
+    with pytest.raises(KeyError, match="within"), torch.inference_mode(), untouched(module):
         assert not torch.is_inference_mode_enabled()
         assert not torch.is_grad_enabled()
         assert not any(one.training for one in module.modules())
@@ -168,7 +168,7 @@ def test_untouched_puts_everything_back() -> None:
         module[0].register_buffer("running_var", torch.zeros(2))
         module[1].cache = torch.zeros(2)
         module[1].register_buffer("new", torch.zeros(2))
-        raise KeyError
+        raise KeyError("within")
     assert list(module.state_dict()) == names
     assert [one.training for one in module.modules()] == [True, True, True, False]
     assert [one.requires_grad for one in module.parameters()] == [True, True, False, False]

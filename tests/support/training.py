@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, EsmConfig, EsmForMaskedLM
 
 from pipeline.config.schema import Config, Logging, Task
 from pipeline.tracking.sender import flush
-from tests.models import RESIDUES
+from tests.support.models import RESIDUES
 
 # How a trainer is asked to read a checkpoint without running code; earlier releases are not.
 INERT: dict[str, Any] = {"weights_only": True} if "weights_only" in signature(pl.Trainer.fit).parameters else {}

@@ -29,9 +29,9 @@ from pipeline.config.yaml_file import to_yaml
 from pipeline.encoders.description import DESCRIPTION
 from pipeline.errors import CheckpointError, ConfigError, DataError, PipelineError
 from pipeline.score import Scores
-from tests.conftest import newest_run
-from tests.test_path import planted_task
-from tests.training import INERT, Busy, FromModule, WithMethod, loader, one_state, section, trainer
+from tests.support.data import planted_task
+from tests.support.lab import newest_run
+from tests.support.training import INERT, Busy, FromModule, WithMethod, loader, one_state, section, trainer
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_a_checkpoint_for_a_class_of_the_users_own(
             super().__init__(Path(folder))
             self.save_hyperparameters()
 
-    task.infer_target = "tests.training.FromModule"
+    task.infer_target = "tests.support.training.FromModule"
     found = []
     for save in (False, True):
         model_folder("esm")
@@ -314,8 +314,8 @@ def test_a_sequence_that_the_encoder_cannot_read_is_an_error_at_setup(
 @pytest.mark.parametrize(
     ("kind", "target", "error"),
     [
-        (Busy, "tests.training.Typo", "'tests.training.Typo' is neither a short name nor a class"),
-        (Busy, "tests.training.Recorder", "tests.training.Recorder has no from_checkpoint"),
+        (Busy, "tests.support.training.Typo", "'tests.support.training.Typo' is neither a short name nor a class"),
+        (Busy, "tests.support.training.Recorder", "tests.support.training.Recorder has no from_checkpoint"),
         (WithMethod, "auto", "a checkpoint of WithMethod cannot be opened again; set model_factory"),
     ],
 )

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, EsmForMaskedLM
 
 from pipeline.__main__ import main
 from pipeline.encoders.description import DESCRIPTION, describe
-from tests.conftest import ROOT, write_csv
+from tests.support.data import write_csv
+from tests.support.programs import ROOT
 
 Change = Callable[[Path], object]
 STAGES = ["load", "embed", "train_head", "score"]

@@ -16,7 +16,7 @@ from pipeline.config.schema import Config, parse_bytes
 from pipeline.config.yaml_file import config_from, read_config, to_yaml
 from pipeline.data.tables import expand
 from pipeline.errors import ConfigError
-from tests.conftest import ROOT
+from tests.support.programs import ROOT
 
 REFERENCE = """
 restore_from_path: null
@@ -205,8 +205,11 @@ def test_a_file_that_inherits_needs_hydra_core_and_says_so(
 
 def test_tasks_of_one_name_or_of_two_encoders_are_refused() -> None:
     one = {"dataset_path": "d", "target_column": "y", "task_name": "a"}
-    for other in ({"task_name": "a"}, {"task_name": "b", "infer_target": "esm"}):
-        with pytest.raises(ConfigError):
+    for other, message in (
+        ({"task_name": "a"}, "task_name"),
+        ({"task_name": "b", "infer_target": "esm"}, "infer_target"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             config_from({"dataset": [one, {**one, **other}]}).check()
 
 
@@ -223,7 +226,7 @@ def test_ranges_in_every_bracket_form(first: int, more: int, bracket: str) -> No
 @pytest.mark.parametrize(("text", "size"), [("1GB", 10**9), ("1.5 KiB", 1536), ("12", 12), ("2m", None), ("", None)])
 def test_sizes(text: str, size: int | None) -> None:
     if size is None:
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match="expected"):
             parse_bytes(text)
     else:
         assert parse_bytes(text) == size

@@ -15,7 +15,8 @@ from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.load import load
 from pipeline.store.embedding_table import Store
 from pipeline.validation import validate
-from tests.conftest import FakeEncoder, make_task
+from tests.support.data import make_task
+from tests.support.encoders import FakeEncoder
 
 SEQUENCES = ["MKV", "AC", "GGGG"]
 COLUMNS: dict[tuple[str, str], list[Any]] = {

@@ -12,8 +12,8 @@ import pytorch_lightning as pl
 
 from pipeline import setup_dwnstr_task_validation_callbacks, validation
 from pipeline.score import score as real
-from tests.test_path import planted_task_at
-from tests.training import Busy, loader, section, trainer
+from tests.support.data import planted_task_at
+from tests.support.training import Busy, loader, section, trainer
 
 
 def main(folder: Path) -> None:

@@ -32,21 +32,22 @@ from pipeline.score import Scores
 from pipeline.store.embedding_table import Store
 from pipeline.train_head import train_head
 from pipeline.validation import validate
-from tests.conftest import ROOT, FakeEncoder, make_task, write_csv
-from tests.test_path import planted, planted_task, proteins
+from tests.support.data import make_task, planted, planted_task, proteins, write_csv
+from tests.support.encoders import FakeEncoder
+from tests.support.programs import ROOT
 
 SCHEMAS = (Config, Logging, Task, Files)
 # Where a key that has no test below is tested.
 ELSEWHERE = {
-    "enabled": "test_callback.py: test_a_disabled_section_gives_no_callback",
+    "enabled": "test_lightning.py: test_a_disabled_section_gives_no_callback",
     "model_factory": "test_own_models.py",
     "every_n_validations": "test_monitors.py: test_every_second_validation",
-    "on_start": "test_callback.py: test_the_untrained_and_the_final_weights",
-    "on_end": "test_callback.py: test_the_untrained_and_the_final_weights",
-    "on_error": "test_neutral.py",
-    "save": "test_callback.py: test_a_checkpoint_for_each_measurement",
-    "child_runs": "test_callback.py: test_child_runs",
-    "keep_embeddings": "test_callback.py: test_embeddings_of_live_weights_go_unless_they_are_kept",
+    "on_start": "test_lightning.py: test_the_untrained_and_the_final_weights",
+    "on_end": "test_lightning.py: test_the_untrained_and_the_final_weights",
+    "on_error": "test_untouched.py",
+    "save": "test_lightning.py: test_a_checkpoint_for_each_measurement",
+    "child_runs": "test_lightning.py: test_child_runs",
+    "keep_embeddings": "test_lightning.py: test_embeddings_of_live_weights_go_unless_they_are_kept",
     "timeout": "test_ranks.py: test_a_rank_that_does_not_come_is_named",
     "logging": "test_mirrors.py: test_the_section_logging",
     "wandb": "test_mirrors.py: test_mirrors_of_a_measurement",
@@ -59,8 +60,8 @@ ELSEWHERE = {
     "architecture": "test_encoders.py: test_a_lightning_checkpoint_that_describes_itself",
     "max_seq_length": "test_load.py: test_long_sequences_go_out_whole_and_are_counted",
     "dataset_path": "every test",
-    "target_column": "test_path.py: test_several_heads_with_a_mask_for_one_of_them",
-    "mask_column": "test_path.py: test_a_moved_mask_changes_exactly_what_is_counted",
+    "target_column": "test_validation.py: test_several_heads_with_a_mask_for_one_of_them",
+    "mask_column": "test_validation.py: test_a_moved_mask_changes_exactly_what_is_counted",
     "num_classes": "test_load.py: test_a_label_of_the_test_part_alone_takes_room_that_was_declared",
     "dataset": "test_load.py: test_several_files_in_order_and_a_val_part",
     "test": "test_load.py",
@@ -84,6 +85,9 @@ def test_no_key_is_without_a_test() -> None:
     tested = {name.removeprefix("test_key_") for name in globals() if name.startswith("test_key_")}
     assert keys - hidden == tested | set(FIT) | set(ELSEWHERE)
     assert not tested & set(ELSEWHERE)
+    for place in set(ELSEWHERE.values()) - {"every test"}:
+        file, _, function = place.partition(": ")
+        assert f"def {function or 'test_'}" in (ROOT / "tests" / file).read_text(), place
 
 
 def test_the_documentation_is_what_the_schema_prints() -> None:
@@ -112,7 +116,7 @@ def test_key_layer(model_folder: Callable[..., Path], kind: str) -> None:
     with pytest.raises(ConfigError, match=rf"layer: expected {-count - 1} to {count} for a model of {count} layers"):
         open_encoder(folder, EncoderOptions(layer=count + 1))
     with pytest.raises(ConfigError, match="gives the hidden states itself"):
-        open_encoder(folder, EncoderOptions("tests.test_keys.FakeEncoder", layer=1))
+        open_encoder(folder, EncoderOptions("tests.support.encoders.FakeEncoder", layer=1))
 
 
 FIT: dict[str, Any] = {
@@ -268,9 +272,9 @@ class LinearHead(Head):
 
 def test_key_class(task: Task, tmp_path: Path) -> None:
     own = config_from(
-        {"dataset": {"class": "tests.test_keys.LinearHead", "dataset_path": "d", "target_column": "y"}}
+        {"dataset": {"class": "tests.test_schema_keys.LinearHead", "dataset_path": "d", "target_column": "y"}}
     ).dataset[0]
-    assert (own.level, own.head) == ("token", "tests.test_keys.LinearHead")
+    assert (own.level, own.head) == ("token", "tests.test_schema_keys.LinearHead")
     linear = measured(replace(task, head=own.head), tmp_path)
     assert linear.losses != measured(task, tmp_path).losses
 
@@ -318,7 +322,9 @@ def test_key_trust_pickle(tmp_path: Path, model_folder: Callable[..., Path]) -> 
 
 
 def test_shipped_configurations_have_no_surprises() -> None:
-    for path in (ROOT / "configs").glob("*.yaml"):
+    paths = list((ROOT / "configs").glob("*.yaml"))
+    assert len(paths) > 3
+    for path in paths:
         assert read_config(path).notes == []
 
 
@@ -531,7 +537,9 @@ def test_a_digest_of_the_class_stands_for_its_code_alone(tmp_path: Path) -> None
     keys = set()
     for content in (b"one", b"two"):
         (tmp_path / "weights.ckpt").write_bytes(content)
-        keys.add(open_encoder(str(tmp_path / "weights.ckpt"), EncoderOptions("tests.test_keys.WithDigest")).digest)
+        keys.add(
+            open_encoder(str(tmp_path / "weights.ckpt"), EncoderOptions("tests.test_schema_keys.WithDigest")).digest
+        )
     assert len(keys) == 2
     assert all("version 1" in key for key in keys)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -23,50 +20,15 @@ from pipeline.statistics.metrics import metric_name
 from pipeline.store.embedding_table import Store
 from pipeline.train_head import train_head
 from pipeline.validation import validate
-from tests.conftest import FakeEncoder, make_task, write_csv
-from tests.models import RESIDUES
+from tests.support.data import ADAM, column, make_task, planted, planted_task, planted_task_at, proteins, write_csv
+from tests.support.encoders import FakeEncoder
 
 CPU = torch.device("cpu")
-ADAM = {"name": "adam", "lr": 0.01}
-
-
-def proteins(n: int, seed: int, longest: int = 30) -> list[str]:
-    source = random.Random(seed)
-    return ["".join(source.choice(RESIDUES) for _ in range(source.randint(5, longest))) for _ in range(n)]
-
-
-def planted(texts: list[str]) -> list[dict[str, object]]:
-    """A residue is `Y` where a W stands two places behind it: only aligned embeddings can tell."""
-    labels = [
-        "".join("Y" if text[i + 2 : i + 3] in ("W", "C", "D") else "n" for i in range(len(text))) for text in texts
-    ]
-    masks = ["".join("0" if letter == "M" else "1" for letter in text) for text in texts]
-    numbers = [json.dumps([float(text[i + 2 : i + 3] == "W") for i in range(len(text))]) for text in texts]
-    columns = zip(texts, labels, masks, numbers, strict=True)
-    return [{"sequence": text, "label": y, "seen": mask, "number": z} for text, y, mask, z in columns]
-
-
-def planted_task(folder: Path, **options: Any) -> Task:
-    settings: dict[str, Any] = {
-        "level": "token",
-        "task_type": "classification",
-        "target_column": ["label"],
-        "mask_column": ["seen"],
-        "num_epochs": 30,
-        "batch_size": 16,
-        "optim": ADAM,
-    }
-    return make_task(folder, planted(proteins(80, 1)), planted(proteins(30, 2)), **{**settings, **options})
 
 
 def measure(task: Task, store: Store, encoder: FakeEncoder | None = None) -> Scores:
     (scores,) = validate(encoder or FakeEncoder(), task, store)
     return scores
-
-
-def column(table: pa.Table, name: str) -> list[Any]:
-    values: list[Any] = table[name].to_pylist()
-    return values
 
 
 def test_a_signal_planted_at_known_residues_is_found(tmp_path: Path, store: Store) -> None:
@@ -129,12 +91,6 @@ def test_masked_train_labels_do_not_reach_the_head(tmp_path: Path, store: Store)
     ]
     write_csv(tmp_path / "train" / "x000.csv", hidden)
     assert measure(planted_task_at(tmp_path), Store(tmp_path / "other")).metrics == before
-
-
-def planted_task_at(folder: Path) -> Task:
-    """The planted task on files that are there already."""
-    task = planted_task(folder / "again")
-    return replace(task, dataset_path=str(folder))
 
 
 def test_a_sequence_scores_the_same_alone_and_in_any_batch(tmp_path: Path, store: Store) -> None:

@@ -1,0 +1,97 @@
+"""A place to measure in, by the command line and with an MLflow database of its own."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run, ViewType
+
+from tests.support.data import write_csv
+from tests.support.models import RESIDUES
+
+PARENT = "mlflow.parentRunId"
+STAGES = ["load", "embed", "train_head", "score"]
+VALUE = {"task_name": "value", "class": "sequence", "task_type": "regression", "target_column": "value"}
+STATE = {"task_name": "state", "class": "token", "task_type": "classification", "target_column": ["state"]}
+
+
+@dataclass
+class Lab:
+    """A folder with data, a model and a database, and the measurements made there."""
+
+    folder: Path
+    ckpt: Path
+    uri: str
+    task: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.uri)
+
+    def write(self, part: str, first: int, last: int) -> None:
+        """Sequences number `first` to `last`, each unlike the others; one of 40 is too long for `max_seq_length`."""
+        texts = [RESIDUES[n % 20 :] + RESIDUES[: n % 20 + n // 20] for n in range(first, last)]
+        rows = [
+            {"sequence": text, "value": str(index % 7), "state": "".join("HC"[ord(c) % 2] for c in text)}
+            for index, text in enumerate([*texts, 2 * RESIDUES])
+        ]
+        write_csv(self.folder / part / "x000.csv", rows)
+
+    def command(self, *tasks: dict[str, Any], entry: str = "main", name: str = "config", **section: Any) -> list[str]:
+        """The arguments of a measurement; several tasks are a list, one is not."""
+        given = {"dataset_path": str(self.folder), "max_seq_length": 30, "num_epochs": 2, **self.task}
+        entries = [{**given, **task} for task in tasks]
+        dataset: Any = entries if len(entries) > 1 else entries[0]
+        where = {"store": str(self.folder / "store"), "device": "cpu", "logging": {"figures": False}}
+        values = {**where, "dataset": dataset, **section}
+        config = self.folder / f"{name}.yaml"
+        config.write_text(yaml.safe_dump({"model": {"dwnstr_task_validation": values}}))
+        return [entry, f"--ckpt={self.ckpt}", f"--config={config}"]
+
+    def runs(self) -> list[Run]:
+        """All runs, the last first."""
+        return list(self.client.search_runs(["0"], run_view_type=ViewType.ALL, order_by=["start_time DESC"]))
+
+    def parents(self) -> list[Run]:
+        return [run for run in self.runs() if PARENT not in run.data.tags]
+
+    def nested(self, parent: Run) -> dict[str, Run]:
+        """The nested runs by name, in the order they began."""
+        runs = [run for run in reversed(self.runs()) if run.data.tags.get(PARENT) == parent.info.run_id]
+        return {run.info.run_name: run for run in sorted(runs, key=lambda run: run.info.start_time)}
+
+    def statuses(self, parent: Run) -> dict[str, str]:
+        """Of the run itself (by the name `main`) and of its nested runs."""
+        own = {"main": self.client.get_run(parent.info.run_id).info.status}
+        return own | {name: run.info.status for name, run in self.nested(parent).items()}
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """`main` takes over signals; this gives them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def furnished(folder: Path, model_folder: Callable[..., Path], uri: str) -> Lab:
+    lab = Lab(folder, model_folder("esm"), uri)
+    lab.write("train", 0, 30)
+    lab.write("test", 20, 40)
+    return lab
+
+
+def newest_run() -> Any:
+    """The run begun last, nested ones aside."""
+    runs = MlflowClient().search_runs(["0"])
+    return next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
