@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.tables import place
-from pipeline.encoders.forward import Transfer, batches, misaligned, one_behind
+from pipeline.encoders.forward import Transfer, batches, misaligned
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError, DataError
 from pipeline.load import Examples
@@ -224,7 +225,9 @@ def _embed_missing(
         advance = stack.enter_context(progress("embed", sum(map(len, texts.values())), "residues"))
         planned = batches(texts, plan["max_batch_tokens"], plan["emb_batch_size"], encoder.packs)
         passes = (_forward(keys, texts, levels, encoder) for keys in planned)
-        for batch in one_behind(passes) if on_gpu else passes:
+        if on_gpu:  # a GPU computes the next batch while one is written
+            passes = (batch for batch, _ in pairwise(chain(passes, [None])) if batch)
+        for batch in passes:
             _write(batch, unknown, writers)
             tokens += batch.tokens
             advance(batch.residues)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config.schema import Task
 from pipeline.data.labels import READERS, Labels
@@ -69,7 +71,7 @@ class Examples:
 class _RawPart:
     table: Table
     counts: npt.NDArray[np.int64]
-    labels: list[Labels] = field(default_factory=list)
+    labels: list[Labels]
 
 
 def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.DataFrame] | None = None) -> Examples:
@@ -127,12 +129,9 @@ def _read_part(task: Task, table: Table) -> _RawPart:
         if not sequence:
             raise table.error(row, task.sequence_column, "a sequence", sequence)
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-    token = task.level == "token"
-    raw = _RawPart(table, lengths if token else np.ones_like(lengths))
-    read = READERS[task.level, task.task_type]
-    for column, mask in zip(task.target_column, task.masks, strict=True):
-        raw.labels.append(read(table, column, mask, lengths))
-    return raw
+    read, pairs = READERS[task.level, task.task_type], zip(task.target_column, task.masks, strict=True)
+    labels = [read(table, column, mask, lengths) for column, mask in pairs]
+    return _RawPart(table, lengths if task.level == "token" else np.ones_like(lengths), labels)
 
 
 def _target(task: Task, index: int, raw: dict[str, _RawPart], notes: list[str]) -> Target:
@@ -165,7 +164,7 @@ def _unlearnable(
     declared: int | None,
     notes: list[str],
 ) -> list[str]:
-    """Labels that `part` has and the train part has not: a warning, or an error where there is no room for them."""
+    """Labels that `part` has and train has not: adds a warning. Raises DataError if that is more than `declared`."""
     label = raw.labels[index]
     new = [str(text) for text in np.unique(label.texts[label.mask]) if str(text) not in classes]
     if declared is not None and len(classes) + len(new) > declared:
@@ -235,8 +234,5 @@ def _some(fits: npt.NDArray[np.bool_], most: int | None, seed: str) -> npt.NDArr
 def _values(target: Target, label: Labels) -> npt.NDArray[np.int32] | npt.NDArray[np.float64]:
     if target.classes is None:
         return np.asarray(label.texts, dtype=np.float64)
-    names = np.array(target.classes)
-    order = np.argsort(names)
-    position = np.searchsorted(names[order], label.texts).clip(max=len(names) - 1)
-    found = order[position]
+    found = pc.index_in(pa.array(label.texts), pa.array(target.classes)).fill_null(UNKNOWN)
     return np.where(label.mask, found, UNKNOWN).astype(np.int32)

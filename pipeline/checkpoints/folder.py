@@ -11,7 +11,7 @@ import torch
 
 from pipeline.checkpoints.stored import FACTORY, Format, Stored, say_left_out
 from pipeline.encoders.checks import check_size, count_tensors, read_configuration
-from pipeline.encoders.description import class_for, encoder_of, is_version_5, load_tokenizer
+from pipeline.encoders.description import class_for, encoder_of, load_tokenizer
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.source import class_name
 from pipeline.encoders.weights import check_unexpected, is_derived
@@ -24,10 +24,8 @@ def _holds(path: Path) -> bool:
 
 def _read(source: str, _: EncoderOptions, factory: Any) -> Stored:
     skeleton, options = _class_to_load(source, factory)
-    precision = {"dtype" if is_version_5() else "torch_dtype": torch.float32}
-    model, info = skeleton.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, **precision, **options
-    )
+    options |= {"torch_dtype": torch.float32}  # as transformers 4 calls it; 5 takes it, too
+    model, info = skeleton.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     encoder, name = encoder_of(model)
     lacking = sorted(key for key in info["missing_keys"] if key.startswith(name) and not is_derived(key, model))
     wrong = sorted(str(key) for key in info["mismatched_keys"])
@@ -61,15 +59,12 @@ def _class_to_load(source: str, factory: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _stored_under(names: Iterable[str], model: Any) -> dict[str, None]:
-    """Stored weights by their names within the base model; those of heads beside it are left out."""
+    """Stored weights by their names within the base model; weights of heads are left out."""
     prefix = f"{model.base_model_prefix}."
     parts = {key.partition(".")[0] for key in model.state_dict()}
     inside = (name.removeprefix(prefix) for name in names)
-    return {
-        key: None
-        for key, name in zip(inside, names, strict=True)
-        if name.startswith(prefix) or key.partition(".")[0] in parts
-    }
+    pairs = zip(inside, names, strict=True)
+    return {key: None for key, name in pairs if name.startswith(prefix) or key.partition(".")[0] in parts}
 
 
 FOLDER = Format(_holds, _read)

@@ -115,7 +115,7 @@ def _refuse_missing(node: Any, path: tuple[str, ...]) -> None:
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
-    """The section with every key, as plain values."""
+    """The section with all keys, as plain values."""
     own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("hidden")}
     tasks = [_task_mapping(task) for task in config.dataset]
     own["logging"] = dataclasses.asdict(config.logging)
@@ -124,10 +124,9 @@ def to_mapping(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as a file that `read_config` reads back to the same."""
-    root: dict[str, Any] = to_mapping(config)
-    for level in reversed(SECTION.split(".")):
-        root = {level: root}
-    return str(OmegaConf.to_yaml(OmegaConf.create(root)))
+    root = OmegaConf.create()
+    OmegaConf.update(root, SECTION, to_mapping(config))
+    return str(OmegaConf.to_yaml(root))
 
 
 def _task_mapping(task: Task) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checks of a model's files before a library reads them: a malformed or hostile one is found out, and named."""
+"""Checks of a model's files before a library reads them: a malformed or hostile file is refused by name."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ JSON_FILES = (
 # Names of settings that count parts of a model, not such as `vision_feature_layer: -2`; and more than any model has.
 COUNTS = re.compile(r"(layers|\bn_layer|blocks|heads|groups|experts|labels)$")
 MOST_PARTS = 100_000
-# A model has more weights than its file where some are shared, or left out, such as a decoder's.
+# A model has more weights than its file where weights are shared, or left out, such as a decoder's.
 SLACK = 2  # for each byte
-FEW_WEIGHTS, FEW_VALUES = 10**6, 10**8  # beside that; values are tables that are worked out, such as of positions
+FEW_WEIGHTS, FEW_VALUES = 10**6, 10**8  # beside that; values are those of computed tables, such as of positions
 
 
 def malformed(folder: Path) -> str:
@@ -76,7 +76,7 @@ def check_configuration(config: Any, where: str, tensors: int | None) -> None:
     """Checks the numbers of layers and the like in a configuration, and what code it names, before it is used.
 
     To read a configuration with too many layers, or to build its model, takes all time and memory: there is a list with
-    an entry for each part. Each layer has a tensor of its own (but where layers share them, and those are few).
+    an entry for each part. Each layer has a tensor of its own, unless layers share weights, and such models have few.
 
     Args:
         config: the configuration, or a value in it.

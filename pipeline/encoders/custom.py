@@ -18,7 +18,7 @@ from pipeline.encoders.protocol import Encoder
 from pipeline.encoders.source import class_name, code_digest, no_reuse
 from pipeline.errors import CheckpointError, ConfigError
 
-# What is taken from a user's object where it has it, beside what `CustomEncoder` asks for by name.
+# The optional attributes and methods of a user's object; `CustomEncoder` asks for the others by name.
 OPTIONAL = ("max_seq_length", "precision", "packs", "notes", "made_with", "step", "count_unknown", "why_unknown")
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -27,8 +27,8 @@ class CustomEncoder(Encoder):
     """An `Encoder` around an object that has `hidden_states(sequences)`, and may have the rest of the protocol.
 
     What the object lacks is as `Encoder` has it by default; the hidden size is found by embedding `probe`. A `digest`
-    that the object works out is taken as it is. One that is a string of the class cannot know of weights: it stands for
-    the code alone; see `code_digest`.
+    that the object computes is the encoder's. A string of the class cannot depend on weights: it stands for the code
+    alone; see `code_digest`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class CustomEncoder(Encoder):
     ) -> None:
         """Wraps `inner`, whose `hidden_states` is called within `context`.
 
-        `digest` is None where there can be none; `owner` is the class that the user wrote, by default that of `inner`.
+        `digest` is None where the code is not known; `owner` is the class that the user wrote, by default `inner`'s.
 
         Raises:
             CheckpointError: `inner` has no `hidden_states`, or no `hidden_size` and there is no `probe`.
@@ -137,7 +137,7 @@ def module_digest(module: nn.Module) -> str:
 
 
 def _given_digest(inner: Any) -> str | None:
-    """The digest that an object works out for itself, from its weights too."""
+    """The digest that an object computes itself, from its weights too; None where it has no such digest."""
     of_class = isinstance(inspect.getattr_static(type(inner), "digest", None), str)
     if of_class and "digest" not in getattr(inner, "__dict__", {}):
         return None

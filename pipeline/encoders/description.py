@@ -30,7 +30,7 @@ def describe(model: nn.Module, tokenizer: Any, prefix: str) -> dict[str, Any]:
     Args:
         model: the Hugging Face model, with or without a head.
         tokenizer: its tokenizer.
-        prefix: what its parameters' names begin with in the checkpoint's `state_dict`, such as `model.`.
+        prefix: begins its parameters' names in the checkpoint's `state_dict`, such as `model.`.
     """
     config: Any = model.config
     # transformers 4 writes that it has chosen an implementation of attention, and not which
@@ -54,10 +54,7 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, str]:
 
 
 def rebuild(description: Mapping[str, Any], held: int | None = None, where: str = "") -> tuple[nn.Module, str, Any]:
-    """The encoder that `describe` described, with random weights, its name within the model, and the tokenizer.
-
-    `held` and `where` are those of `check_size`.
-    """
+    """The described encoder with random weights, its name within the model, and the tokenizer; see `check_size`."""
     from transformers import AutoConfig
 
     with temporary_folder() as folder:
@@ -131,8 +128,8 @@ def load_tokenizer(source: str) -> Any:
 def portable(tokenizer: Any) -> Any:
     """A tokenizer of a class of transformers that does the same; None where there is none.
 
-    A class of the user's own is taken for what it does: its rules, where it is one of the `tokenizers` library, else
-    its vocabulary, where it gives each residue or SMILES token an id of its own.
+    The copy of a user's own tokenizer has its rules, where they are of the `tokenizers` library, else its vocabulary,
+    where that gives each residue or SMILES token an id of its own.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -159,13 +156,6 @@ def portable(tokenizer: Any) -> Any:
     return made if Tokens(made).digest() == tokens.digest() else None
 
 
-def is_version_5() -> bool:
-    """Whether transformers is of release 5 or later."""
-    import transformers
-
-    return int(transformers.__version__.partition(".")[0]) >= 5
-
-
 def is_of_transformers(kind: type) -> bool:
     """Whether a class is in the transformers library, so that its name is enough to make it again."""
     return kind.__module__.startswith("transformers.")
@@ -173,7 +163,7 @@ def is_of_transformers(kind: type) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers from drawing bars and load reports: what they report is an error here, or harmless."""
+    """Turns off the progress bars and load reports of transformers: their content is an error here, or harmless."""
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

@@ -28,7 +28,7 @@ class Head(nn.Module):
     """A head maps embedding rows to one output per target; see `forward` of `MLP` and `ConvNet`.
 
     A user's own is a subclass with `level` (`sequence` or `token`) and the constructor `(hidden_size, outputs)`, named
-    by its path in `class`. `reset` initialises linear and 2-D convolution layers; one with others overrides it.
+    by its path in `class`. `reset` initialises linear and 2-D convolution layers; a head with others overrides it.
     """
 
     def reset(self, seed: int) -> None:
@@ -49,16 +49,10 @@ class Head(nn.Module):
             elif isinstance(module, Dropout):
                 module.generator = dropout
 
-    def dropout_state(self) -> Tensor | None:
-        """The state of the generator that dropout draws from; None for a head without dropout."""
-        generator = next((layer.generator for layer in self.modules() if isinstance(layer, Dropout)), None)
-        return None if generator is None else generator.get_state()
-
-    def set_dropout_state(self, state: Tensor) -> None:
-        """Rewinds dropout's generator, which all layers share, to `state`."""
-        for layer in self.modules():
-            if isinstance(layer, Dropout) and layer.generator is not None:
-                layer.generator.set_state(state)
+    @property
+    def dropout_generator(self) -> torch.Generator | None:
+        """The generator that all dropout layers draw from; None for a head without dropout."""
+        return next((layer.generator for layer in self.modules() if isinstance(layer, Dropout)), None)
 
 
 class Dropout(nn.Module):
@@ -131,9 +125,9 @@ class ConvNet(Head):
     def __init__(self, hidden_size: int, outputs: Sequence[int]) -> None:
         """`outputs`: for each target, 1 for regression, else the number of classes."""
         super().__init__()
-        self.body = _convolution(hidden_size, CHANNELS)
+        self.body = skip_init(_Convolution, hidden_size, CHANNELS)
         self.dropout = Dropout(0.25)
-        self.heads = nn.ModuleList(_convolution(CHANNELS, out) for out in outputs)
+        self.heads = nn.ModuleList(skip_init(_Convolution, CHANNELS, out) for out in outputs)
 
     def forward(self, rows: Tensor, counts: Tensor) -> list[Tensor]:
         """Rows to one output per target.
@@ -146,8 +140,8 @@ class ConvNet(Head):
             For each target, shape (tokens, outputs).
         """
         pack = _Pack.of(counts, rows.device)
-        hidden = self.dropout(torch.relu(convolve(rows, self.body, pack)))
-        return [convolve(hidden, head, pack) for head in self.heads]
+        hidden = self.dropout(torch.relu(self.body(rows, pack)))
+        return [head(hidden, pack) for head in self.heads]
 
 
 @dataclass(frozen=True)
@@ -178,27 +172,23 @@ class _Pack:
         return cls((torch.arange(len(free)) + free + GAP).to(device), chunks)
 
 
-def convolve(rows: Tensor, layer: nn.Module, pack: _Pack) -> Tensor:
-    """The convolution of `layer`, a Conv2d with kernel (7, 1), over packed sequences.
+class _Convolution(nn.Conv2d):
+    """A convolution with kernel (7, 1) over packed sequences.
 
     The output of a sequence does not depend on its neighbours: three zeros stand between two sequences, as much as the
     padding of a sequence by itself.
-
-    Args:
-        rows: shape (tokens, in channels).
-        layer: the layer.
-        pack: the places of the tokens.
-
-    Returns:
-        Shape (tokens, out channels).
     """
-    assert isinstance(layer, nn.Conv2d)
-    out: Tensor = _Convolution.apply(rows, layer.weight[..., 0], pack)  # type: ignore[no-untyped-call]
-    assert layer.bias is not None
-    return out + layer.bias
+
+    def __init__(self, into: int, out: int, device: torch.device | str | None = None) -> None:
+        super().__init__(into, out, kernel_size=(KERNEL, 1), padding=(GAP, 0), device=device)
+
+    def forward(self, rows: Tensor, pack: _Pack) -> Tensor:  # type: ignore[override]
+        """Rows of shape (tokens, in channels) to (tokens, out channels)."""
+        out: Tensor = _PackedProduct.apply(rows, self.weight[..., 0], pack)  # type: ignore[no-untyped-call]
+        return out + self.bias
 
 
-class _Convolution(torch.autograd.Function):
+class _PackedProduct(torch.autograd.Function):
     """One matrix product gives the seven terms that each token adds to the outputs around it; shifted sums add them.
 
     This is done chunk by chunk, so that the terms stay in a CPU's caches.
@@ -240,8 +230,3 @@ class _Convolution(torch.autograd.Function):
             if for_rows is not None:
                 torch.mm(around, taps, out=for_rows[begin:end])
         return for_rows, for_taps.view(into, KERNEL, out).flip(1).permute(2, 0, 1), None
-
-
-def _convolution(into: int, out: int) -> nn.Module:
-    module: nn.Module = skip_init(nn.Conv2d, into, out, kernel_size=(KERNEL, 1), padding=(KERNEL // 2, 0))
-    return module

@@ -1,6 +1,6 @@
 """MLPs of one shape, trained at once with batched matrix products.
 
-Each head has the batches and the dropout that it would have alone. A single one is trained this way too: the gradients
+Each head has the batches and the dropout that it would have alone. A single head is trained this way too: the gradients
 are written out layer by layer, into memory that is used again at each step.
 """
 
@@ -30,10 +30,9 @@ class Stack:
         linears = [[layer for layer in head.modules() if isinstance(layer, nn.Linear)] for head in heads]
         dropouts = [[layer for layer in head.modules() if isinstance(layer, Dropout)] for head in heads]
         self._dropouts = list(zip(*dropouts, strict=True))
-        # Of each layer the weights of all heads, then their biases.
-        groups = [
-            [getattr(one, name) for one in layer] for layer in zip(*linears, strict=True) for name in ("weight", "bias")
-        ]
+        groups = []  # of each layer the weights of all heads, then their biases
+        for layers in zip(*linears, strict=True):
+            groups += [[layer.weight for layer in layers], [layer.bias for layer in layers]]
         values = torch.cat([parameter.detach().flatten() for group in groups for parameter in group])
         self.weights = nn.Parameter(values)
         self.weights.grad = torch.zeros_like(values)
@@ -42,10 +41,6 @@ class Stack:
         for group, slices, gradients in zip(groups, self._values, self._gradients, strict=True):
             for parameter, value, gradient in zip(group, slices, gradients, strict=True):
                 parameter.data, parameter.grad = value, gradient
-
-    def parameters(self) -> list[nn.Parameter]:
-        """One for all heads."""
-        return [self.weights]
 
     @torch.no_grad()
     def backward(self, batch: Batch) -> Tensor:
