@@ -81,7 +81,7 @@ def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.
         task: where the files are and what their columns mean.
         max_seq_length: the encoder's own limit in characters, if it has one; the smaller of it and the task's holds.
         frames: the parts `train`, `test` and, for early stopping, `val` as DataFrames; then no file is read. Cells are
-            what they are in files; token-level labels may be lists.
+            as in files; token-level labels may be lists.
 
     Raises:
         DataError: names file, line and column, what was expected and what was found.
@@ -135,7 +135,7 @@ def _read_part(task: Task, table: Table) -> _RawPart:
 
 
 def _target(task: Task, index: int, raw: dict[str, _RawPart], notes: list[str]) -> Target:
-    """The target with its vocabulary: the sorted train labels that no mask hides, then those of test and val alone."""
+    """The target with its vocabulary: the sorted unmasked train labels, then the labels of test and val alone."""
     name, declared = task.target_column[index], task.sizes[index]
     labels = {part: raw[part].labels[index] for part in raw}
     for part, label in labels.items():
@@ -150,34 +150,20 @@ def _target(task: Task, index: int, raw: dict[str, _RawPart], notes: list[str]) 
     if declared is not None and len(seen) < declared:
         notes.append(f"{name}: {declared} classes declared, {len(seen)} in the train part")
     classes = list(seen)
-    for part in [part for part in labels if part != "train"]:
-        classes += _unlearnable(raw[part], index, name, part, classes, declared, notes)
+    for part, label in labels.items():
+        new = [str(text) for text in np.unique(label.texts[label.mask]) if str(text) not in classes]
+        if declared is not None and len(classes) + len(new) > declared:
+            unit = int(np.flatnonzero(label.mask & (label.texts == new[0]))[0])
+            row = int(np.searchsorted(np.cumsum(raw[part].counts), unit, side="right"))
+            raise raw[part].table.error(row, name, f"one of the {declared} classes {', '.join(classes[:30])}", new[0])
+        if new:
+            notes.append(f"{name}: {part} has labels that train has not and that cannot be learnt: {', '.join(new)}")
+        classes += new
     return Target(name, tuple(classes), max(declared or 0, len(classes)))
 
 
-def _unlearnable(
-    raw: _RawPart,
-    index: int,
-    name: str,
-    part: str,
-    classes: list[str],
-    declared: int | None,
-    notes: list[str],
-) -> list[str]:
-    """Labels that `part` has and train has not: adds a warning. Raises DataError if that is more than `declared`."""
-    label = raw.labels[index]
-    new = [str(text) for text in np.unique(label.texts[label.mask]) if str(text) not in classes]
-    if declared is not None and len(classes) + len(new) > declared:
-        unit = int(np.flatnonzero(label.mask & (label.texts == new[0]))[0])
-        row = int(np.searchsorted(np.cumsum(raw.counts), unit, side="right"))
-        raise raw.table.error(row, name, f"one of the {declared} classes {', '.join(classes[:30])}", new[0])
-    if new:
-        notes.append(f"{name}: {part} has labels that train has not and that cannot be learnt: {', '.join(new)}")
-    return new
-
-
 def _weighted(task: Task, target: Target, index: int, train: Part) -> Target:
-    """The target with its class weights; `balanced` ones are n / (classes * n of the class), as scikit-learn's."""
+    """The target with its class weights; `balanced` means n / (classes * n of the class), as in scikit-learn."""
     weights = task.class_weights
     if weights is None or target.classes is None:
         return target
@@ -221,7 +207,7 @@ def _filter(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, l
 
 
 def _some(fits: npt.NDArray[np.bool_], most: int | None, seed: str) -> npt.NDArray[np.bool_]:
-    """Which rows are used, shape (rows,): those that fit, or `most` of them, drawn at random without replacement."""
+    """Which rows are used, shape (rows,): all that fit, or `most` of them, drawn at random without replacement."""
     found = np.flatnonzero(fits)
     if most is None or most >= len(found):
         return fits

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.checkpoints.stored import FACTORY, Format, Stored, say_left_out
-from pipeline.encoders.checks import check_size, count_tensors, read_configuration
+from pipeline.encoders.checks import count_tensors, read_configuration
 from pipeline.encoders.description import class_for, encoder_of, load_tokenizer
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.source import class_name
@@ -52,9 +51,7 @@ def _class_to_load(source: str, factory: Any) -> tuple[Any, dict[str, Any]]:
             )
         return factory, {}
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    skeleton, options = class_for(config)
-    held = sum(path.stat().st_size for path in files) or None
-    check_size(lambda: skeleton(deepcopy(config), **options), held, f"'{source}'")
+    skeleton, options = class_for(config, sum(path.stat().st_size for path in files) or None, source)
     return skeleton, {**options, "config": config}
 
 

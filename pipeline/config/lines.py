@@ -11,7 +11,7 @@ SECTION = "model.dwnstr_task_validation"
 
 
 class Lines:
-    """Finds where the keys of the section were set; and collects notes on those that were renamed or ignored.
+    """Finds where the keys of the section were set, and collects notes on renamed and ignored keys.
 
     Args:
         name: of the configuration, for a key that is in no file.
@@ -48,7 +48,7 @@ class Lines:
 
 
 def _reach(node: Any, keys: Sequence[Any]) -> tuple[int, int]:
-    """Follows nested keys into a YAML mapping: the line of the last that is there, and how many are there."""
+    """Follows nested keys into a YAML mapping: the line of the last key that is there, and how many are there."""
     line = 0
     for reached, key in enumerate(keys):
         if isinstance(node, yaml.SequenceNode):

@@ -116,7 +116,7 @@ def check_size(build: Callable[[], object], held: int | None, where: str) -> Non
     Args:
         build: makes the model.
         held: bytes of the weights; None where they are not known: nothing is checked.
-        where: what to name in the message.
+        where: names the checkpoint in the message.
     """
     if held is None:
         return
@@ -150,7 +150,7 @@ class _Count:
             last = f"the last is '{name}' of shape {tuple(value.shape)}"
             remedy = "take the configuration that was written with the model"
             raise CheckpointError(
-                f"ckpt: {self.where}: {described} ({last}), but the weights have {self.held:,} bytes; {remedy}"
+                f"ckpt: '{self.where}': {described} ({last}), but the weights have {self.held:,} bytes; {remedy}"
             )
 
 

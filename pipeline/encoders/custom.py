@@ -67,13 +67,8 @@ class CustomEncoder(Encoder):
     @classmethod
     def from_checkpoint(cls, encoder_class: Any, source: str, device: torch.device) -> CustomEncoder:
         """Opens `source` with the class's own `from_checkpoint`."""
-        name = class_name(encoder_class)
-        if not hasattr(encoder_class, "from_checkpoint"):
-            raise CheckpointError(f"infer_target: {name} has no from_checkpoint(path); see pipeline.Encoder")
-        try:
-            inner = encoder_class.from_checkpoint(source)
-        except Exception as error:  # the user's code may raise anything; it is about this checkpoint
-            raise CheckpointError(f"ckpt: {name} cannot open '{source}': {type(error).__name__}: {error}") from error
+        failed = f"ckpt: {class_name(encoder_class)} cannot open '{source}'"
+        inner = _made(encoder_class, "from_checkpoint(path)", source, failed)
         return cls(inner, own_digest(encoder_class, [type(inner)], lambda: _bytes_digest(Path(source))), device)
 
     @classmethod
@@ -81,14 +76,8 @@ class CustomEncoder(Encoder):
         cls, encoder_class: Any, module: nn.Module, device: torch.device, context: Context, mode: str
     ) -> CustomEncoder:
         """Wraps a live module with the class's own `from_module`; `mode` names the arithmetic of `context`."""
-        name = class_name(encoder_class)
-        if not hasattr(encoder_class, "from_module"):
-            raise CheckpointError(f"infer_target: {name} has no from_module(module); see pipeline.Encoder")
-        try:
-            inner = encoder_class.from_module(module)
-        except Exception as error:
-            found = f"{type(module).__name__}: {type(error).__name__}: {error}"
-            raise CheckpointError(f"infer_target: {name}.from_module cannot take the module {found}") from error
+        what = f"{class_name(encoder_class)}.from_module cannot take the module {type(module).__name__}"
+        inner = _made(encoder_class, "from_module(module)", module, f"infer_target: {what}")
         classes = [type(inner), *map(type, module.modules())]
         return cls(
             inner, own_digest(encoder_class, classes, lambda: f"{mode} {module_digest(module)}"), device, context
@@ -116,6 +105,17 @@ class CustomEncoder(Encoder):
             expected = "expected a list of tensors of shape (length, hidden_size)"
             raise CheckpointError(f"{type(self.inner).__name__}.hidden_states: {expected}, found {states!r:.100}")
         return int(states[0].shape[1])
+
+
+def _made(encoder_class: Any, method: str, argument: Any, failed: str) -> Any:
+    """The object that `method` of a user's class makes. Raises CheckpointError, which begins with `failed`."""
+    own = getattr(encoder_class, method.partition("(")[0], None)
+    if own is None:
+        raise CheckpointError(f"infer_target: {class_name(encoder_class)} has no {method}; see pipeline.Encoder")
+    try:
+        return own(argument)
+    except Exception as error:  # the user's code may raise anything
+        raise CheckpointError(f"{failed}: {type(error).__name__}: {error}") from error
 
 
 def no_layer(layer: int | None, source: str) -> None:

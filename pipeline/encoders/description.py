@@ -77,8 +77,7 @@ def described_tokenizer(description: Mapping[str, Any]) -> Any:
 
 def fresh(config: Any, held: int | None = None, where: str = "") -> tuple[nn.Module, str]:
     """An encoder of a configuration with random weights, float32, and its name within the model."""
-    skeleton, options = class_for(config)
-    check_size(lambda: skeleton(deepcopy(config), **options), held, f"'{where}'")
+    skeleton, options = class_for(config, held, where)
     with torch.random.fork_rng(devices=[]):
         encoder, name = encoder_of(skeleton(config, **options))
     return encoder.float(), name
@@ -91,17 +90,23 @@ def check_architecture(infer_target: str, found: str, where: str) -> None:
         raise CheckpointError(f"infer_target '{infer_target}' is for {expected}, but {where} is {found}; use auto")
 
 
-def class_for(config: Any) -> tuple[Any, dict[str, Any]]:
-    """The class to load, and its options: no decoder where there is such a class, no pooling layer."""
+def class_for(config: Any, held: int | None, where: str) -> tuple[Any, dict[str, Any]]:
+    """The class to load, and its options: no decoder where there is such a class, no pooling layer.
+
+    Raises CheckpointError where its weights are more than `held` bytes can be; see `check_size`.
+    """
     import transformers
 
     encoders = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
     if config.model_type in encoders:
-        return getattr(transformers, encoders[config.model_type]), {}
-    skeleton: Any = transformers.MODEL_MAPPING[type(config)]
-    skeleton = skeleton[0] if isinstance(skeleton, (tuple, list)) else skeleton
+        skeleton: Any = getattr(transformers, encoders[config.model_type])
+    else:
+        skeleton = transformers.MODEL_MAPPING[type(config)]
+        skeleton = skeleton[0] if isinstance(skeleton, (tuple, list)) else skeleton
     pooling = "add_pooling_layer" in inspect.signature(skeleton).parameters
-    return skeleton, {"add_pooling_layer": False} if pooling else {}
+    options = {"add_pooling_layer": False} if pooling else {}
+    check_size(lambda: skeleton(deepcopy(config), **options), held, where)
+    return skeleton, options
 
 
 def encoder_of(model: Any) -> tuple[nn.Module, str]:

@@ -87,7 +87,7 @@ class Dropout(nn.Module):
 
         Args:
             layers: each draws its mask from its own generator.
-            values: shape (layers, ...), which is that of the result.
+            values: shape (layers, ...), as of the result.
         """
         count = values[0].numel()
         words = torch.empty(len(layers), -(-count // 4), dtype=torch.int64, device=values.device)
@@ -215,7 +215,7 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
-        """The gradients of a token's seven terms are those of the outputs around it, which are adjacent in memory."""
+        """A token's seven terms have the gradients of the outputs around it, which are adjacent in memory."""
         rows, weight = ctx.saved_tensors
         out, into = weight.shape[:2]
         taps = weight.flip(2).permute(2, 0, 1).reshape(-1, into)  # (7 * out, in), in the order of the places

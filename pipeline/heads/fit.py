@@ -179,7 +179,7 @@ def fit(heads: Sequence[Head], seeds: Sequence[int], embeddings: Embeddings, dev
 
     Returns:
         For each head the mean training loss of each epoch, and, with `patience`, the loss on the validation examples
-        after each; the head is then that of the epoch with the least.
+        after each; the head then has the weights of the epoch with the least loss.
 
     Raises:
         ConfigError: the optimizer's or the schedule's name or options are not valid.

@@ -19,13 +19,18 @@ logger = logging.getLogger(__name__)
 
 # NeMo's names of Adam as a fused kernel, with weight decay apart from the gradient: AdamW is the same arithmetic.
 FUSED = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
-# Shown where nothing that is known resembles a name.
+# Torch's by lower-case name, and what stands for NeMo's.
+TORCH: dict[str, type[Optimizer]] = {
+    key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type) and value is not Optimizer
+}
+TORCH |= dict.fromkeys(FUSED, torch.optim.AdamW)
+# Shown where no known name resembles the given.
 USUAL_OPTIMIZERS = "sgd adam adamw adadelta adamax adagrad rmsprop rprop novograd adafactor adan lamb".split()
 USUAL_SCHEDULES = ("StepLR", "ExponentialLR", "ReduceLROnPlateau", "CyclicLR", "OneCycleLR")
-# Of torch's, those that need the gradients alone and change each weight by itself.
+# Torch's optimizers that need the gradients alone and change each weight by itself.
 PLAIN = ("sgd", "adam", "adamw", "adamax", "adagrad", "adadelta", "nadam", "radam", "rmsprop", "rprop", *FUSED)
 HAVE_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one kernel for a whole step
-# What NeMo's section holds for Lightning, or for its own arithmetic of steps.
+# Keys of NeMo's section that are for Lightning, or for NeMo's own count of steps.
 UNUSED_SCHED = """
 monitor reduce_on_plateau iters_per_batch t_max_epochs t_num_workers t_accumulate_grad_batches t_limit_train_batches
 """.split()
@@ -122,7 +127,7 @@ def check(optim_config: Mapping[str, Any]) -> None:
 
 def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any]) -> Optimizer:
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    candidates = _torch_classes(name)
+    candidates = [TORCH[name.lower()]] if name.lower() in TORCH else []
     if name.lower() in FUSED:
         options = _of_fused(name, options)
     accepting = [kind for kind in candidates if not set(options) - set(_accepted(kind))]
@@ -141,14 +146,8 @@ def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any
         raise ConfigError(f"optim: {name} cannot be built from {options}: {error}") from error
 
 
-def _torch_classes(name: str) -> list[type[Optimizer]]:
-    """The class of that name in torch, if there is one."""
-    name = "adamw" if name.lower() in FUSED else name
-    return [value for key, value in vars(torch.optim).items() if key.lower() == name.lower() and _is_optimizer(value)]
-
-
 def _other_classes(name: str) -> list[type[Optimizer]]:
-    """The class of that name in pytorch_optimizer, which takes a second to import, if there is one."""
+    """The class of that name in pytorch_optimizer, if there is any; to import the library takes a second."""
     try:
         import pytorch_optimizer
     except ImportError as error:
@@ -158,16 +157,11 @@ def _other_classes(name: str) -> list[type[Optimizer]]:
     names = [known for known in pytorch_optimizer.get_supported_optimizers() if not known.startswith("schedulefree")]
     if name.lower() in names:
         return [pytorch_optimizer.load_optimizer(name.lower())]
-    if not _torch_classes(name):
-        torch_names = [key.lower() for key, value in vars(torch.optim).items() if _is_optimizer(value)]
-        close = nearest(name.lower(), [*torch_names, *FUSED, *names])
+    if name.lower() not in TORCH:
+        close = nearest(name.lower(), [*TORCH, *names])
         remedy = close if "?" in close else nearest(name.lower(), [*USUAL_OPTIMIZERS, *FUSED])
         raise ConfigError(f"optim.name: unknown optimiser '{name}'{remedy}")
     return []
-
-
-def _is_optimizer(value: Any) -> bool:
-    return inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
 
 
 def _accepted(kind: type[Any]) -> list[str]:
@@ -201,7 +195,7 @@ def _scheduler(optimizer: Optimizer, name: str, options: dict[str, Any]) -> LRSc
 
 
 def _torch_options(kind: type[Any], name: str, options: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """The options under torch's names, in which `max_steps` has another one."""
+    """The options under torch's names; `max_steps` has another name there."""
     steps = options.pop("max_steps")
     learning_rate = optimizer.param_groups[0]["lr"]
     own = {

@@ -1,6 +1,6 @@
 """NeMo's learning-rate policies: the learning rate as a function of the step; step 0 is the first optimizer step.
 
-All but Noam's and T5's go through the same stages, the first that applies (NeMo 1.23, nemo.core.optim.lr_scheduler):
+All but Noam's and T5's have the same stages, of which the first that fits holds (NeMo 1.23, nemo.core.optim):
 
     warm-up, step <= warmup_steps (if > 0)      lr = base_lr (step + 1) / (warmup_steps + 1)
     hold, step < warmup_steps + hold_steps      lr = base_lr
@@ -157,7 +157,7 @@ class PolicyLR(LRScheduler):
     """A scheduler of a policy, which makes a step at each optimizer step."""
 
     def __init__(self, optimizer: Optimizer, name: str, last_epoch: int = -1, **options: Any) -> None:
-        """Takes the options of NeMo's policy `name`; one that is None counts as not given.
+        """Takes the options of NeMo's policy `name`; None counts as not given.
 
         Raises:
             ConfigError: the policy has no such option, or it has a wrong value, or options contradict one another.
@@ -241,7 +241,7 @@ def _check_value(name: str, option: str, value: Any) -> None:
 
 
 def _check_stages(name: str, policy: Policy) -> None:
-    """Raises ConfigError where a policy lacks what its formula divides by."""
+    """Raises ConfigError where the divisor of a policy's formula is 0 or missing."""
     if name == "NoamAnnealing" and not policy.d_model:
         raise ConfigError("optim.sched: NoamAnnealing needs d_model, the width that it was made for")
     if name == "NoamHoldAnnealing" and not policy.warmup_steps:

@@ -20,8 +20,8 @@ class Stack:
     """Heads whose parameters are slices of one tensor, until `release`.
 
     Attributes:
-        weights: all parameters of all heads, shape (count,). `backward` sets its gradient, of which those of each
-            head's own parameters are slices.
+        weights: all parameters of all heads, shape (count,). `backward` sets its gradient; the gradients of the
+            heads' own parameters are slices of that.
     """
 
     def __init__(self, heads: Sequence[MLP], classes: bool) -> None:
@@ -54,7 +54,7 @@ class Stack:
         """
         hidden = self._forward(batch.rows.view(len(self.heads), -1, batch.rows.shape[1]))
         losses, gradient = _loss(hidden.pop(), batch.values[0].view(len(self.heads), -1), self.classes)
-        for layer, rows in reversed(list(enumerate(hidden))):  # `gradient` is that of the layer's output
+        for layer, rows in reversed(list(enumerate(hidden))):  # `gradient` is of the layer's output
             weight, of_weight, of_bias = self._values[2 * layer], *self._gradients[2 * layer : 2 * layer + 2]
             torch.bmm(gradient.transpose(1, 2), rows, out=of_weight)
             torch.sum(gradient, 1, out=of_bias)
@@ -84,7 +84,7 @@ class Stack:
 
 
 def _views(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Tensors of these shapes that share the memory of `flat`, one behind the other."""
+    """Tensors of these shapes that share the memory of `flat`, in this order."""
     counts = [torch.Size(shape).numel() for shape in shapes]
     return [part.view(shape) for part, shape in zip(flat.split(counts), shapes, strict=True)]
 

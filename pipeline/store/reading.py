@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from itertools import groupby
 
 import numpy as np
@@ -26,17 +27,16 @@ Indices = npt.NDArray[np.int64]
 Span = tuple[int, int, int]  # first row in the shard, row behind the last, first row in memory
 
 
-class Vectors:
-    """The rows of some sequences of a table, each sequence once, in the order of the shards.
+class Rows:
+    """The embedding rows of examples in their order, each example with its own number of rows.
 
     Attributes:
         table: where they are stored.
-        in_memory: whether all rows are kept in memory, as float32.
-        memory: those rows, shape (rows, hidden_size); empty if they are not kept.
-        counts: rows of each sequence.
+        in_memory: whether the rows of all distinct sequences are kept in memory, as float32.
+        memory: these rows in the order of the shards, shape (rows, hidden_size); empty if they are not kept.
     """
 
-    def __init__(self, table: EmbeddingTable, entries: Iterable[Entry], memory_bytes: int) -> None:
+    def __init__(self, table: EmbeddingTable, entries: Collection[Entry], memory_bytes: int) -> None:
         """Reads them and compares their checksums; beyond `memory_bytes` they are read again as they are used.
 
         Raises:
@@ -48,9 +48,9 @@ class Vectors:
         order = sorted(distinct)
         self._position = {key: index for index, key in enumerate(order)}
         self._entries = [distinct[key] for key in order]
-        self.counts = np.array([entry.count for entry in self._entries], dtype=np.int64)
-        self._on_device: Tensor | None = None
-        total = int(self.counts.sum())
+        self._counts = np.array([entry.count for entry in self._entries], dtype=np.int64)
+        self._on_device: dict[torch.device, Tensor] = {}
+        total = int(self._counts.sum())
         self.in_memory = total * table.hidden_size * 4 <= memory_bytes
         # numpy allocates large pages: they are filled in a quarter of the time
         self.memory = torch.from_numpy(np.empty((total if self.in_memory else 0, table.hidden_size), np.float32))
@@ -60,18 +60,35 @@ class Vectors:
             list(pool.map(lambda task: self._read_group(*task), self._groups_to_read()))
         if self._damaged:
             raise DamagedShardsError(list(self._damaged.values()))
+        self._positions = self._positions_of(entries)
+
+    def of(self, entries: Collection[Entry]) -> Rows:
+        """The rows of other examples with the same sequences, in the same memory; nothing is read again."""
+        rows = copy(self)
+        rows._positions = self._positions_of(entries)
+        return rows
 
     def on(self, device: torch.device) -> Tensor:
-        """`memory` on a device, moved there once."""
-        if self._on_device is None or self._on_device.device != device:
-            self._on_device = self.memory.to(device)
-        return self._on_device
+        """`memory` on a device; moved there once."""
+        if device not in self._on_device:
+            self._on_device[device] = self.memory.to(device)
+        return self._on_device[device]
 
-    def positions(self, entries: Sequence[Entry]) -> Indices:
-        """The positions of some of the sequences."""
+    def index(self, examples: Indices) -> Indices:
+        """Where the rows of some examples are in `memory`, one example after another."""
+        return unit_index(self._counts, self._positions[examples])
+
+    def gather(self, examples: Indices) -> Tensor:
+        """The rows of some examples one after another, float32, shape (sum of their counts, hidden_size)."""
+        if self.in_memory:
+            return self.memory.index_select(0, torch.from_numpy(self.index(examples)))
+        return torch.from_numpy(self._read(self._positions[examples]).astype(np.float32, copy=False))
+
+    def _positions_of(self, entries: Collection[Entry]) -> Indices:
+        """The positions of sequences in the order of the shards."""
         return np.array([self._position[entry.shard.file, entry.start] for entry in entries], dtype=np.int64)
 
-    def read(self, positions: Indices) -> npt.NDArray[np.floating]:
+    def _read(self, positions: Indices) -> npt.NDArray[np.floating]:
         """The rows of the sequences at some positions one after another, from the files, in the stored dtype.
 
         No file stays open, however many shards there are.
@@ -123,37 +140,6 @@ class Vectors:
             if not is_damage(error):
                 raise CacheError(f"store: '{self.table.path(shard)}' cannot be read ({error})") from error
             self._damaged[shard.file] = shard, str(error)
-
-
-class Rows:
-    """The embedding rows of examples in their order, each with its own number of rows."""
-
-    def __init__(self, vectors: Vectors, entries: Sequence[Entry]) -> None:
-        """`entries` are among those of `vectors`."""
-        self._vectors = vectors
-        self._positions = vectors.positions(entries)
-        self._pooled = bool((vectors.counts == 1).all())
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether they are kept in memory."""
-        return self._vectors.in_memory
-
-    def on(self, device: torch.device) -> Tensor:
-        """The rows that `index` points to, on a device; moved there once. Shape (rows, hidden_size)."""
-        return self._vectors.on(device)
-
-    def index(self, examples: Indices) -> Indices:
-        """Where the rows of some examples are in memory, one example after another."""
-        positions = self._positions[examples]
-        return positions if self._pooled else unit_index(self._vectors.counts, positions)
-
-    def gather(self, examples: Indices) -> Tensor:
-        """The rows of some examples one after another, float32, shape (sum of their counts, hidden_size)."""
-        if self.in_memory:
-            return self._vectors.memory.index_select(0, torch.from_numpy(self.index(examples)))
-        rows = self._vectors.read(self._positions[examples])
-        return torch.from_numpy(rows.astype(np.float32, copy=False))
 
 
 def _spans(entries: Sequence[Entry], position: int) -> list[Span]:
