@@ -219,7 +219,7 @@ class Config:
 
     @property
     def metrics(self) -> list[Metric]:
-        """The metrics that a measurement may give, without values: for each task the loss, then the targets' metrics."""
+        """The metrics that a measurement may give, without values: for each task the loss, then its targets' own."""
         found = []
         for task in self.dataset:
             name = task.task_name if self.is_list else ""
