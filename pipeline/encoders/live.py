@@ -41,6 +41,7 @@ class LiveModel:
 
     Attributes:
         runs_module: whether measuring runs the module itself; see `training.untouched`. A `.ckpt` then takes its code.
+        own_precision: the arithmetic of a module's own method, as the trainer calls it; None for any other way.
         max_seq_length: as an `Encoder`'s.
         description: what a `.ckpt` holds to describe the module, so that it can be opened without the module's code, or
             so that the user knows what code it takes; None where `infer_target` names a class.
@@ -75,6 +76,7 @@ class LiveModel:
         self.description: dict[str, Any] | None = None
         self._class = encoder_class(infer_target)
         self._own_method = self._class is None and callable(getattr(module, "hidden_states", None))
+        self.own_precision = (mode or PLAIN) if self._own_method else None
         self._skeleton: nn.Module | None = None
         if self._class is not None:
             found = CustomEncoder.from_module(self._class, module, _device_of(module), context, mode)
@@ -89,16 +91,7 @@ class LiveModel:
             self.description = describe(model, self._tokenizer, prefix)
             self._rebuild(module, model, prefix)
             self.max_seq_length = limit_of(model.config, Tokens(self._tokenizer))
-
-    @property
-    def own_precision(self) -> str | None:
-        """The arithmetic of a module's own method: the trainer's; None for anything else."""
-        return (self.mode or PLAIN) if self._own_method else None
-
-    @property
-    def runs_module(self) -> bool:
-        """Whether measuring runs the module itself."""
-        return self._skeleton is None
+        self.runs_module = self._skeleton is None
 
     def encoder(
         self,
@@ -127,7 +120,7 @@ class LiveModel:
             own, parts = type(module), map(type, module.modules())
             digest = own_digest(own, [*parts], partial(self._state_digest, module)) if self.maker is not None else None
             encoder = CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe, own)
-            encoder.precision = self.own_precision or encoder.precision
+            encoder.precision = self.own_precision or PLAIN
             return encoder
         if self._skeleton is None:
             model = encoder_of(_only_model(module)[1])[0]

@@ -184,6 +184,7 @@ class _Convolution(nn.Conv2d):
 
     def forward(self, rows: Tensor, pack: _Pack) -> Tensor:  # type: ignore[override]
         """Rows of shape (tokens, in channels) to (tokens, out channels)."""
+        assert self.bias is not None
         out: Tensor = _PackedProduct.apply(rows, self.weight[..., 0], pack)  # type: ignore[no-untyped-call]
         return out + self.bias
 

@@ -254,9 +254,7 @@ def _check_stages(name: str, policy: Policy) -> None:
 
 def _check_base_lr(name: str, base_lr: float, policy: Policy) -> None:
     """Raises ConfigError where a policy that decays from `base_lr` to `min_lr` would rise instead."""
-    if name not in ("CosineAnnealing", "NoamAnnealing"):
-        return
     above = base_lr > policy.min_lr if policy.constant_steps else base_lr >= policy.min_lr
-    if not above:
+    if name in ("CosineAnnealing", "NoamAnnealing") and not above:
         found = f"found lr {base_lr} and min_lr {policy.min_lr}"
         raise ConfigError(f"optim.sched: {name} needs an lr above min_lr, {found}")
