@@ -122,7 +122,7 @@ class HuggingFaceEncoder(Encoder):
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Hidden states of the rows padded to the longest, shape (rows, longest, hidden_size)."""
-        tokens = [torch.tensor(row) for row in rows]
+        tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
         ids = pad_sequence(tokens, batch_first=True, padding_value=self.tokens.padding)
         mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
         return self._forward(input_ids=self._send(ids), attention_mask=self._send(mask))
