@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +117,10 @@ class LiveModel:
             return CustomEncoder.from_module(self._class, module, where, self.context, self.mode)
         if self._own_method:
             own, parts = type(module), map(type, module.modules())
-            digest = own_digest(own, [*parts], partial(self._state_digest, module)) if self.maker is not None else None
+            digest = None
+            if self.maker is not None:
+                how = f"{self.mode} {self.maker}"
+                digest = own_digest(own, [*parts], lambda: f"{how} {settings_digest(module)} {module_digest(module)}")
             encoder = CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe, own)
             encoder.precision = self.own_precision or PLAIN
             return encoder
@@ -127,10 +129,6 @@ class LiveModel:
             return HuggingFaceEncoder(model, self._tokenizer, options, as_is=True, maker=self.maker)
         self._take_weights(module)
         return HuggingFaceEncoder(self._skeleton, self._tokenizer, replace(options, device=str(where)))
-
-    def _state_digest(self, module: nn.Module) -> str:
-        """A digest of what a module's own method depends on beside its code."""
-        return f"{self.mode} {self.maker} {settings_digest(module)} {module_digest(module)}"
 
     def release(self) -> None:
         """Lets go of the weights that `encoder` took: where they are not float32 they are a copy."""

@@ -176,17 +176,11 @@ def fused_forwards(model: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tenso
     }
 
 
-def _intermediate(module: Any, states: Tensor) -> Tensor:
-    """Shape (..., hidden_size) to (..., intermediate_size)."""
-    return functional.gelu(module.dense(states))
-
-
-def _gelu(_: Any, states: Tensor) -> Tensor:
-    return functional.gelu(states, approximate="tanh")
-
-
 # The forward pass of a class of transformers, by the class's name; T5 with gates has the second.
-FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {"EsmIntermediate": _intermediate, "NewGELUActivation": _gelu}
+FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "EsmIntermediate": lambda module, states: functional.gelu(module.dense(states)),
+    "NewGELUActivation": lambda _module, states: functional.gelu(states, approximate="tanh"),
+}
 
 
 def _give_up(model: nn.Module, reason: str) -> None:
