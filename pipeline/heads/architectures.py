@@ -125,9 +125,9 @@ class ConvNet(Head):
     def __init__(self, hidden_size: int, outputs: Sequence[int]) -> None:
         """`outputs`: for each target, 1 for regression, else the number of classes."""
         super().__init__()
-        self.body = skip_init(_Convolution, hidden_size, CHANNELS)
+        self.body = _convolution(hidden_size, CHANNELS)
         self.dropout = Dropout(0.25)
-        self.heads = nn.ModuleList(skip_init(_Convolution, CHANNELS, out) for out in outputs)
+        self.heads = nn.ModuleList(_convolution(CHANNELS, out) for out in outputs)
 
     def forward(self, rows: Tensor, counts: Tensor) -> list[Tensor]:
         """Rows to one output per target.
@@ -140,8 +140,8 @@ class ConvNet(Head):
             For each target, shape (tokens, outputs).
         """
         pack = _Pack.of(counts, rows.device)
-        hidden = self.dropout(torch.relu(self.body(rows, pack)))
-        return [head(hidden, pack) for head in self.heads]
+        hidden = self.dropout(torch.relu(_convolve(rows, self.body, pack)))
+        return [_convolve(hidden, head, pack) for head in self.heads]
 
 
 @dataclass(frozen=True)
@@ -172,24 +172,17 @@ class _Pack:
         return cls((torch.arange(len(free)) + free + GAP).to(device), chunks)
 
 
-class _Convolution(nn.Conv2d):
-    """A convolution with kernel (7, 1) over packed sequences.
+def _convolve(rows: Tensor, layer: Any, pack: _Pack) -> Tensor:
+    """The convolution of `layer`, a Conv2d with kernel (7, 1), over packed sequences.
 
     The output of a sequence does not depend on its neighbours: three zeros stand between two sequences, as much as the
-    padding of a sequence by itself.
+    padding of a sequence by itself. Rows of shape (tokens, in channels) to (tokens, out channels).
     """
-
-    def __init__(self, into: int, out: int, device: torch.device | str | None = None) -> None:
-        super().__init__(into, out, kernel_size=(KERNEL, 1), padding=(GAP, 0), device=device)
-
-    def forward(self, rows: Tensor, pack: _Pack) -> Tensor:  # type: ignore[override]
-        """Rows of shape (tokens, in channels) to (tokens, out channels)."""
-        assert self.bias is not None
-        out: Tensor = _PackedProduct.apply(rows, self.weight[..., 0], pack)  # type: ignore[no-untyped-call]
-        return out + self.bias
+    out: Tensor = _Convolution.apply(rows, layer.weight[..., 0], pack)  # type: ignore[no-untyped-call]
+    return out + layer.bias
 
 
-class _PackedProduct(torch.autograd.Function):
+class _Convolution(torch.autograd.Function):
     """One matrix product gives the seven terms that each token adds to the outputs around it; shifted sums add them.
 
     This is done chunk by chunk, so that the terms stay in a CPU's caches.
@@ -231,3 +224,8 @@ class _PackedProduct(torch.autograd.Function):
             if for_rows is not None:
                 torch.mm(around, taps, out=for_rows[begin:end])
         return for_rows, for_taps.view(into, KERNEL, out).flip(1).permute(2, 0, 1), None
+
+
+def _convolution(into: int, out: int) -> nn.Module:
+    module: nn.Module = skip_init(nn.Conv2d, into, out, kernel_size=(KERNEL, 1), padding=(KERNEL // 2, 0))
+    return module
