@@ -117,7 +117,10 @@ def _refuse_missing(node: Any, path: tuple[str, ...]) -> None:
 def to_mapping(config: Config) -> dict[str, Any]:
     """The section with all keys, as plain values."""
     own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("hidden")}
-    tasks = [_task_mapping(task) for task in config.dataset]
+    tasks = []
+    for values in map(dataclasses.asdict, config.dataset):
+        level, head = values.pop("level"), values.pop("head")
+        tasks.append({"class": head or level, **values})
     own["logging"] = dataclasses.asdict(config.logging)
     return {**own, "dataset": tasks if config.is_list else tasks[0]}
 
@@ -127,12 +130,6 @@ def to_yaml(config: Config) -> str:
     root = OmegaConf.create()
     OmegaConf.update(root, SECTION, to_mapping(config))
     return str(OmegaConf.to_yaml(root))
-
-
-def _task_mapping(task: Task) -> dict[str, Any]:
-    values = dataclasses.asdict(task)
-    own = values.pop("head") or values["level"]
-    return {"class": own, **{key: value for key, value in values.items() if key != "level"}}
 
 
 def _read(source: str | Path | Mapping[Any, Any], path: str) -> tuple[Any, list[tuple[str, str, str]]]:

@@ -133,22 +133,14 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention within each sequence of the row, as transformers calls it; neighbours of equal length go together.
 
-    Args:
-        module: the layer.
-        query: shape (1, heads, tokens of all, head size), as `key` and `value`.
-        key: see `query`.
-        value: see `query`.
-        attention_mask: there must be none.
-        scaling: of the scores.
-        dropout: there must be none.
-        position_bias: added to the scores of the longest sequence, shape (1, heads, longest, longest).
-        others: none of them may change the result.
+    `query`, `key` and `value` have the shape (1, heads, tokens of all, head size). `position_bias` is added to the
+    scores of the longest sequence, shape (1, heads, longest, longest).
 
     Returns:
         Shape (1, tokens of all, heads, head size).
 
     Raises:
-        ValueError: the model's attention is of another kind.
+        ValueError: a mask, dropout or another argument would change the result.
     """
     given = {name for name, value in others.items() if value is not None and value is not False}
     strange = sorted(given - HARMLESS)

@@ -129,7 +129,11 @@ def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     candidates = [TORCH[name.lower()]] if name.lower() in TORCH else []
     if name.lower() in FUSED:
-        options = _of_fused(name, options)
+        known = _accepted(torch.optim.AdamW)
+        dropped = ", ".join(sorted(set(options) - set(known)))
+        text = "optim: %s is a fused kernel of Adam with decoupled weight decay; torch's AdamW is used%s"
+        logger.info(text, name, f", without {dropped}" if dropped else "")
+        options = {"weight_decay": 0.0} | {key: value for key, value in options.items() if key in known}  # as theirs
     accepting = [kind for kind in candidates if not set(options) - set(_accepted(kind))]
     if not accepting:
         candidates += _other_classes(name)
@@ -169,15 +173,6 @@ def _accepted(kind: type[Any]) -> list[str]:
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = [key for key, parameter in inspect.signature(kind).parameters.items() if parameter.kind not in variadic]
     return named[1:]  # the first are the parameters, or the optimiser
-
-
-def _of_fused(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """AdamW's options for one of NeMo's fused kernels, with the kernel's default of no weight decay."""
-    known = _accepted(torch.optim.AdamW)
-    dropped = sorted(set(options) - set(known))
-    text = f", without {', '.join(dropped)}" if dropped else ""
-    logger.info("optim: %s is a fused kernel of Adam with decoupled weight decay; torch's AdamW is used%s", name, text)
-    return {"weight_decay": 0.0} | {key: value for key, value in options.items() if key in known}
 
 
 def _scheduler(optimizer: Optimizer, name: str, options: dict[str, Any]) -> LRScheduler | ReduceLROnPlateau:

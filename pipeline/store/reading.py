@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
@@ -24,7 +23,6 @@ from pipeline.store.shards import DamagedShardsError, Entry, RowGroup, Shard, is
 
 THREADS = min(4, os.cpu_count() or 1)
 Indices = npt.NDArray[np.int64]
-Span = tuple[int, int, int]  # first row in the shard, row behind the last, first row in memory
 
 
 class Rows:
@@ -102,34 +100,35 @@ class Rows:
             begin += entry.count
         return rows
 
-    def _groups_to_read(self) -> Iterator[tuple[Shard, RowGroup, list[Span]]]:
-        """The row groups to read, as a whole because of their checksums, with the rows that are wanted of each."""
+    def _groups_to_read(self) -> Iterator[tuple[Shard, RowGroup, Indices, int]]:
+        """The row groups to read, each with its wanted rows, counted from its first, and their place in memory."""
         position = 0
         for _, of_shard in groupby(self._entries, key=lambda entry: entry.shard.file):
             entries = list(of_shard)
             shard = entries[0].shard
+            starts, counts = np.array([(entry.start, entry.count) for entry in entries]).T
+            rows = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
             with self._recording_damage(shard):
-                groups = shards.row_groups(self.table.path(shard), shard, self.table.row_bytes)
-                self._groups[shard.file] = groups
-                yield from ((shard, *found) for found in _by_group(groups, _spans(entries, position)))
-            position += sum(entry.count for entry in entries)
+                self._groups[shard.file] = shards.row_groups(self.table.path(shard), shard, self.table.row_bytes)
+            for group in self._groups.get(shard.file, []):
+                begin, end = np.searchsorted(rows, (group.first, group.last)).tolist()
+                if begin < end:
+                    yield shard, group, rows[begin:end] - group.first, position + begin
+            position += len(rows)
 
-    def _read_group(self, shard: Shard, group: RowGroup, spans: list[Span]) -> None:
-        """Reads and verifies a row group, and keeps the rows that are wanted."""
-        (first, last, position), count = spans[0], group.last - group.first
-        in_place = self.in_memory and last - first == count and self.table.dtype == np.float32
-        memory = self.memory.numpy()
-        if in_place:
-            out = memory[position : position + count]
-        else:
-            out = np.empty((count, self.table.hidden_size), self.table.dtype)
+    def _read_group(self, shard: Shard, group: RowGroup, wanted: Indices, position: int) -> None:
+        """Reads a row group, as a whole because of its checksum, and keeps the wanted rows."""
+        count = group.last - group.first
+        whole, kept = len(wanted) == count, self.memory.numpy()[position : position + len(wanted)]
+        in_place = self.in_memory and whole and self.table.dtype == np.float32
+        out = kept if in_place else np.empty((count, self.table.hidden_size), self.table.dtype)
         with self._recording_damage(shard):
             with self.table.path(shard).open("rb", buffering=0) as file:
                 intact = shards.read_group(file, shard, group, out)
             if not intact:
                 self._damaged[shard.file] = shard, "another checksum"
-        for first, last, position in spans if self.in_memory and not in_place else ():
-            memory[position : position + last - first] = out[first - group.first : last - group.first]
+        if self.in_memory and not in_place:
+            kept[:] = out if whole else out[wanted]
 
     @contextmanager
     def _recording_damage(self, shard: Shard) -> Iterator[None]:
@@ -140,31 +139,3 @@ class Rows:
             if not is_damage(error):
                 raise CacheError(f"store: '{self.table.path(shard)}' cannot be read ({error})") from error
             self._damaged[shard.file] = shard, str(error)
-
-
-def _spans(entries: Sequence[Entry], position: int) -> list[Span]:
-    """Adjacent rows of a shard, merged, in order; the first goes to `position` in memory."""
-    spans: list[Span] = []
-    for entry in entries:
-        end = entry.start + entry.count
-        if spans and spans[-1][1] == entry.start:
-            spans[-1] = spans[-1][0], end, spans[-1][2]
-        else:
-            spans.append((entry.start, end, position))
-        position += entry.count
-    return spans
-
-
-def _by_group(groups: Sequence[RowGroup], spans: Iterable[Span]) -> Iterator[tuple[RowGroup, list[Span]]]:
-    """The row groups that spans lie in, with the parts of the spans in each."""
-    rest = deque(spans)
-    for group in groups:
-        inside = []
-        while rest and rest[0][0] < group.last:
-            first, last, position = rest.popleft()
-            end = min(last, group.last)
-            inside.append((first, end, position))
-            if end < last:
-                rest.appendleft((end, last, position + end - first))
-        if inside:
-            yield group, inside
