@@ -52,14 +52,10 @@ def malformed(folder: Path) -> str:
 
 
 def read_configuration(source: str, tensors: int | None = None) -> dict[str, Any]:
-    """The `config.json` in a model folder or of a hub id, checked before a library makes an object of it.
-
-    Args:
-        source: the folder or id.
-        tensors: how many the weights are; see `check_configuration`.
+    """The `config.json` of a model folder or hub id, checked before a library makes an object of it.
 
     Raises:
-        CheckpointError: it is no JSON object, or see `check_configuration`.
+        CheckpointError: it is no JSON object, or see `check_configuration`, which takes `tensors`.
     """
     from transformers.utils.hub import cached_file
 
