@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.config.schema import Task
 from pipeline.data.labels import READERS, Labels
@@ -220,5 +218,7 @@ def _some(fits: npt.NDArray[np.bool_], most: int | None, seed: str) -> npt.NDArr
 def _values(target: Target, label: Labels) -> npt.NDArray[np.int32] | npt.NDArray[np.float64]:
     if target.classes is None:
         return np.asarray(label.texts, dtype=np.float64)
-    found = pc.index_in(pa.array(label.texts), pa.array(target.classes)).fill_null(UNKNOWN)
+    texts, inverse = np.unique(label.texts, return_inverse=True)
+    number = {name: index for index, name in enumerate(target.classes)}
+    found = np.array([number.get(str(text), UNKNOWN) for text in texts])[inverse]
     return np.where(label.mask, found, UNKNOWN).astype(np.int32)
