@@ -179,7 +179,7 @@ def _convolve(rows: Tensor, layer: Any, pack: _Pack) -> Tensor:
     padding of a sequence by itself. Rows of shape (tokens, in channels) to (tokens, out channels).
     """
     out: Tensor = _Convolution.apply(rows, layer.weight[..., 0], pack)  # type: ignore[no-untyped-call]
-    return out + layer.bias
+    return torch.add(out, layer.bias)
 
 
 class _Convolution(torch.autograd.Function):
