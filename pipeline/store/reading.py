@@ -101,7 +101,7 @@ class Rows:
         return rows
 
     def _groups_to_read(self) -> Iterator[tuple[Shard, RowGroup, Indices, int]]:
-        """The row groups to read, each with its wanted rows, counted from its first, and their place in memory."""
+        """The row groups to read, each with the rows to keep, counted from its first, and their place in memory."""
         position = 0
         for _, of_shard in groupby(self._entries, key=lambda entry: entry.shard.file):
             entries = list(of_shard)
@@ -113,21 +113,22 @@ class Rows:
             for group in self._groups.get(shard.file, []):
                 begin, end = np.searchsorted(rows, (group.first, group.last)).tolist()
                 if begin < end:
-                    yield shard, group, rows[begin:end] - group.first, position + begin
+                    wanted = rows[begin : end if self.in_memory else begin] - group.first
+                    yield shard, group, wanted, position + begin
             position += len(rows)
 
     def _read_group(self, shard: Shard, group: RowGroup, wanted: Indices, position: int) -> None:
-        """Reads a row group, as a whole because of its checksum, and keeps the wanted rows."""
+        """Reads a row group, as a whole because of its checksum, and keeps the wanted rows in memory."""
         count = group.last - group.first
         whole, kept = len(wanted) == count, self.memory.numpy()[position : position + len(wanted)]
-        in_place = self.in_memory and whole and self.table.dtype == np.float32
+        in_place = whole and self.table.dtype == np.float32
         out = kept if in_place else np.empty((count, self.table.hidden_size), self.table.dtype)
         with self._recording_damage(shard):
             with self.table.path(shard).open("rb", buffering=0) as file:
                 intact = shards.read_group(file, shard, group, out)
             if not intact:
                 self._damaged[shard.file] = shard, "another checksum"
-        if self.in_memory and not in_place:
+        if not in_place:
             kept[:] = out if whole else out[wanted]
 
     @contextmanager
