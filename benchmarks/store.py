@@ -20,7 +20,7 @@ from timing import in_turn, report, write
 from work import chosen, parser, sequences_of
 
 from pipeline.store.embedding_table import EmbeddingTable, Store, sequence_key
-from pipeline.store.reading import Vectors
+from pipeline.store.reading import Rows
 
 WIDTH = 320
 
@@ -54,7 +54,7 @@ def main() -> None:
                 write_table(Path(folder), counts, rows)
 
         def ours_read() -> None:
-            Vectors(table, table.index().values(), 2**62).memory.numpy().sum()
+            Rows(table, table.index().values(), 2**62).memory.numpy().sum()
 
         writing = {"ours": ours_write, "numpy.tofile": lambda: rows.tofile(root / "other")}
         reading = {"ours": ours_read, "numpy.fromfile": lambda: np.fromfile(plain, np.float32).sum()}

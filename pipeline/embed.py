@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,19 @@ import torch
 from torch import Tensor
 
 from pipeline.data.tables import place
-from pipeline.encoders.forward import Transfer, batches, misaligned, one_behind
+from pipeline.encoders.forward import Transfer, batches, misaligned
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError, DataError
 from pipeline.load import Examples
 from pipeline.progress import progress
 from pipeline.store.embedding_table import EmbeddingTable, Store, sequence_key
-from pipeline.store.reading import Rows, Vectors
+from pipeline.store.reading import Rows
 from pipeline.store.shards import DamagedShardsError, Entry
 from pipeline.store.writing import ShardWriter
 
 logger = logging.getLogger(__name__)
 
-# Tokens (padding counted) in a batch. On a CPU large batches fall out of the caches; on a GPU small ones leave it idle.
+# Tokens (padding counted) in a batch. Large batches do not fit a CPU's caches; small batches leave a GPU idle.
 BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536, "mps": 16_384}
 POOLING = {"sequence": "mean", "token": "none"}
 
@@ -41,17 +42,17 @@ class Embeddings:
 
     Attributes:
         examples: what was embedded.
-        vectors: the rows of the sequences of all tasks with this pooling.
+        all_rows: of the sequences of all tasks with this pooling.
         entries: for each part, where each example's rows are stored: one row, or one per token.
         memory_bytes: the budget of `rows`.
         metrics: of the pass over all tasks: how many distinct sequences were `embedded`, how many were stored before
-            (`cached`) and their share (`cache_hits`), and how many `tokens` the embedded ones have, special ones out.
+            (`cached`) and their share (`cache_hits`), and the `tokens` of the embedded sequences, special tokens out.
         notes: warnings for whoever reads the result.
         reusable: whether `key` will be found again; else the files are removed with the last object that reads them.
     """
 
     examples: Examples
-    vectors: Vectors
+    all_rows: Rows
     entries: dict[str, list[Entry]]
     memory_bytes: int
     metrics: Mapping[str, float]
@@ -61,7 +62,7 @@ class Embeddings:
     @property
     def table(self) -> EmbeddingTable:
         """Where they are stored."""
-        return self.vectors.table
+        return self.all_rows.table
 
     @property
     def key(self) -> str:
@@ -69,13 +70,13 @@ class Embeddings:
         return self.table.folder.name
 
     def rows(self, part: str) -> Rows:
-        """The embedding rows of a part, in memory if those of all tasks or those of the part fit the budget."""
-        entries, vectors = self.entries[part], self.vectors
-        return Rows(vectors if vectors.in_memory else Vectors(self.table, entries, self.memory_bytes), entries)
+        """The embedding rows of a part, in memory if the rows of all tasks or of the part fit the budget."""
+        entries, rows = self.entries[part], self.all_rows
+        return rows.of(entries) if rows.in_memory else Rows(self.table, entries, self.memory_bytes)
 
 
 def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[Embeddings]:
-    """Embeds what is not stored yet, and gives each task its embeddings.
+    """Embeds the sequences that are not stored yet, and gives each task its embeddings.
 
     Raises:
         DataError: a sequence has no token that the encoder knows.
@@ -109,9 +110,9 @@ class _Level:
         pooling: `mean` or `none`.
         table: where the embeddings are stored.
         texts: the distinct sequences, by key.
-        missing: those that were not stored.
+        missing: the sequences that were not stored.
         entries: where the rows of each stored sequence are.
-        vectors: those rows.
+        rows: the rows of these.
     """
 
     def __init__(self, level: str, examples: Sequence[Examples], encoder: Encoder, store: Store) -> None:
@@ -121,7 +122,7 @@ class _Level:
         self.memory_bytes, self.reusable = store.memory_bytes, encoder.reusable
 
     def look_up(self) -> None:
-        """Reads what is stored, and finds what is missing: the sequences of damaged shards too, which are dropped."""
+        """Reads stored rows, and finds the missing sequences; damaged shards are dropped, and theirs are missing."""
         index = self.table.index()
         self.missing = {key: text for key, text in self.texts.items() if key not in index}
         try:  # to verify it; where some are missing, the rows are read for use once they are embedded
@@ -138,10 +139,10 @@ class _Level:
 
     def _read(self, index: dict[bytes, Entry], memory_bytes: int) -> None:
         self.entries = {key: index[key] for key in self.texts if key in index}
-        self.vectors = Vectors(self.table, self.entries.values(), memory_bytes)
+        self.rows = Rows(self.table, self.entries.values(), memory_bytes)
 
     def pooled(self, batch: Sequence[bytes], states: Sequence[Tensor]) -> _Pooled | None:
-        """What is missing of a batch's hidden states, each (tokens, hidden_size); averaged where the encoder is."""
+        """The missing rows of a batch from its hidden states, each (tokens, hidden_size); pooled on their device."""
         found = {key: rows for key, rows in zip(batch, states, strict=True) if key in self.missing}
         if not found:
             return None
@@ -160,7 +161,7 @@ class _Level:
         unknown = [self.entries[key].unknown for key in _texts([examples])]
         some = f"{sum(unknown)} tokens in {len(unknown) - unknown.count(0)} of {len(unknown)} sequences"
         notes = (f"{some} are unknown to the tokenizer",) if any(unknown) else ()
-        return Embeddings(examples, self.vectors, entries, self.memory_bytes, metrics, notes, self.reusable)
+        return Embeddings(examples, self.rows, entries, self.memory_bytes, metrics, notes, self.reusable)
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class _Pooled:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The result of a forward pass: for each level what it lacks; and how many tokens and residues went through."""
+    """The result of a forward pass: for each level the rows that it lacks; and the numbers of tokens and residues."""
 
     pooled: list[_Pooled | None]
     tokens: int
@@ -195,7 +196,7 @@ def made_with(device: torch.device, precision: str, store: Store, examples: Sequ
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """A line on how a checkpoint was measured in training, where it was measured otherwise; none if the same."""
+    """A line on how a checkpoint was measured in training, if that was otherwise; else no line."""
     found = [f"{key} {there[key]} there and {here[key]} here" for key in there if there[key] != here.get(key)]
     note = f"in training it was measured with {', '.join(found)}: scores may differ from the callback's"
     return [note] if found else []
@@ -224,7 +225,9 @@ def _embed_missing(
         advance = stack.enter_context(progress("embed", sum(map(len, texts.values())), "residues"))
         planned = batches(texts, plan["max_batch_tokens"], plan["emb_batch_size"], encoder.packs)
         passes = (_forward(keys, texts, levels, encoder) for keys in planned)
-        for batch in one_behind(passes) if on_gpu else passes:
+        if on_gpu:  # a GPU computes the next batch while one is written
+            passes = (batch for batch, _ in pairwise(chain(passes, [None])) if batch)
+        for batch in passes:
             _write(batch, unknown, writers)
             tokens += batch.tokens
             advance(batch.residues)

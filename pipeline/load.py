@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,7 @@ class Examples:
 class _RawPart:
     table: Table
     counts: npt.NDArray[np.int64]
-    labels: list[Labels] = field(default_factory=list)
+    labels: list[Labels]
 
 
 def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.DataFrame] | None = None) -> Examples:
@@ -79,7 +79,7 @@ def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.
         task: where the files are and what their columns mean.
         max_seq_length: the encoder's own limit in characters, if it has one; the smaller of it and the task's holds.
         frames: the parts `train`, `test` and, for early stopping, `val` as DataFrames; then no file is read. Cells are
-            what they are in files; token-level labels may be lists.
+            as in files; token-level labels may be lists.
 
     Raises:
         DataError: names file, line and column, what was expected and what was found.
@@ -127,16 +127,13 @@ def _read_part(task: Task, table: Table) -> _RawPart:
         if not sequence:
             raise table.error(row, task.sequence_column, "a sequence", sequence)
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-    token = task.level == "token"
-    raw = _RawPart(table, lengths if token else np.ones_like(lengths))
-    read = READERS[task.level, task.task_type]
-    for column, mask in zip(task.target_column, task.masks, strict=True):
-        raw.labels.append(read(table, column, mask, lengths))
-    return raw
+    read, pairs = READERS[task.level, task.task_type], zip(task.target_column, task.masks, strict=True)
+    labels = [read(table, column, mask, lengths) for column, mask in pairs]
+    return _RawPart(table, lengths if task.level == "token" else np.ones_like(lengths), labels)
 
 
 def _target(task: Task, index: int, raw: dict[str, _RawPart], notes: list[str]) -> Target:
-    """The target with its vocabulary: the sorted train labels that no mask hides, then those of test and val alone."""
+    """The target with its vocabulary: the sorted unmasked train labels, then the labels of test and val alone."""
     name, declared = task.target_column[index], task.sizes[index]
     labels = {part: raw[part].labels[index] for part in raw}
     for part, label in labels.items():
@@ -151,34 +148,20 @@ def _target(task: Task, index: int, raw: dict[str, _RawPart], notes: list[str]) 
     if declared is not None and len(seen) < declared:
         notes.append(f"{name}: {declared} classes declared, {len(seen)} in the train part")
     classes = list(seen)
-    for part in [part for part in labels if part != "train"]:
-        classes += _unlearnable(raw[part], index, name, part, classes, declared, notes)
+    for part, label in labels.items():
+        new = [str(text) for text in np.unique(label.texts[label.mask]) if str(text) not in classes]
+        if declared is not None and len(classes) + len(new) > declared:
+            unit = int(np.flatnonzero(label.mask & (label.texts == new[0]))[0])
+            row = int(np.searchsorted(np.cumsum(raw[part].counts), unit, side="right"))
+            raise raw[part].table.error(row, name, f"one of the {declared} classes {', '.join(classes[:30])}", new[0])
+        if new:
+            notes.append(f"{name}: {part} has labels that train has not and that cannot be learnt: {', '.join(new)}")
+        classes += new
     return Target(name, tuple(classes), max(declared or 0, len(classes)))
 
 
-def _unlearnable(
-    raw: _RawPart,
-    index: int,
-    name: str,
-    part: str,
-    classes: list[str],
-    declared: int | None,
-    notes: list[str],
-) -> list[str]:
-    """Labels that `part` has and the train part has not: a warning, or an error where there is no room for them."""
-    label = raw.labels[index]
-    new = [str(text) for text in np.unique(label.texts[label.mask]) if str(text) not in classes]
-    if declared is not None and len(classes) + len(new) > declared:
-        unit = int(np.flatnonzero(label.mask & (label.texts == new[0]))[0])
-        row = int(np.searchsorted(np.cumsum(raw.counts), unit, side="right"))
-        raise raw.table.error(row, name, f"one of the {declared} classes {', '.join(classes[:30])}", new[0])
-    if new:
-        notes.append(f"{name}: {part} has labels that train has not and that cannot be learnt: {', '.join(new)}")
-    return new
-
-
 def _weighted(task: Task, target: Target, index: int, train: Part) -> Target:
-    """The target with its class weights; `balanced` ones are n / (classes * n of the class), as scikit-learn's."""
+    """The target with its class weights; `balanced` means n / (classes * n of the class), as in scikit-learn."""
     weights = task.class_weights
     if weights is None or target.classes is None:
         return target
@@ -222,7 +205,7 @@ def _make_part(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str
 
 
 def _some(fits: npt.NDArray[np.bool_], most: int | None, seed: str) -> npt.NDArray[np.bool_]:
-    """Which rows are used, shape (rows,): those that fit, or `most` of them, drawn at random without replacement."""
+    """Which rows are used, shape (rows,): all that fit, or `most` of them, drawn at random without replacement."""
     found = np.flatnonzero(fits)
     if most is None or most >= len(found):
         return fits
@@ -235,8 +218,7 @@ def _some(fits: npt.NDArray[np.bool_], most: int | None, seed: str) -> npt.NDArr
 def _values(target: Target, label: Labels) -> npt.NDArray[np.int32] | npt.NDArray[np.float64]:
     if target.classes is None:
         return np.asarray(label.texts, dtype=np.float64)
-    names = np.array(target.classes)
-    order = np.argsort(names)
-    position = np.searchsorted(names[order], label.texts).clip(max=len(names) - 1)
-    found = order[position]
+    texts, inverse = np.unique(label.texts, return_inverse=True)
+    number = {name: index for index, name in enumerate(target.classes)}
+    found = np.array([number.get(str(text), UNKNOWN) for text in texts])[inverse]
     return np.where(label.mask, found, UNKNOWN).astype(np.int32)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,18 +71,23 @@ class FittedHead:
 
 
 def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> FittedHead:
-    """Trains a fresh head on the train part, or takes it from the store where the same one was trained before.
+    """Trains a fresh head on the train part, or takes it from the store where the same fit was made before.
 
     Raises:
-        ConfigError: the optimiser's name or options are not valid.
+        ConfigError: the optimizer's name or options are not valid.
         DataError: the loss is no longer a finite number.
         CacheError: the head cannot be stored.
     """
     task, targets = embeddings.examples.task, embeddings.examples.targets
-    code = _code(task)
+    code = code_digest(import_class(task.head, "class", LEVELS)) if task.head else ""
     reusable = code is not None and embeddings.reusable
     path = store.root.expanduser() / "heads" / f"{_key(embeddings, code, device)}.safetensors"
-    with _isolated(device):
+    with (  # the caller's modes and random states come back afterwards
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         torch.manual_seed(task.random_seed)  # for layers of a user's own head
         head = make_head(task, embeddings.table.hidden_size, targets, device)
         losses = _restore(head, path) if reusable else None
@@ -110,26 +113,8 @@ def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...], device:
     return head
 
 
-@contextmanager
-def _isolated(device: torch.device) -> Iterator[None]:
-    """Turns gradients on and autocast off; restores the caller's modes and random states afterwards."""
-    gpus = [device] if device.type == "cuda" else []
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-        torch.random.fork_rng(gpus),
-    ):
-        yield
-
-
-def _code(task: Task) -> str | None:
-    """The digest of the code of a user's own head; empty for the built-in heads, None where it cannot be read."""
-    return code_digest(import_class(task.head, "class", LEVELS)) if task.head else ""
-
-
 def _key(embeddings: Embeddings, code: str | None, device: torch.device) -> str:
-    """A digest of everything that a fit depends on."""
+    """A digest of everything that a fit depends on; `code` is the digest of a user's own head."""
     task, examples = embeddings.examples.task, embeddings.examples
     parts: dict[str, Any] = {
         "format": FORMAT,
@@ -145,7 +130,7 @@ def _key(embeddings: Embeddings, code: str | None, device: torch.device) -> str:
 
 
 def _restore(head: Head, path: Path) -> Losses | None:
-    """Loads a stored head; None if there is none, or one that cannot be read."""
+    """Loads a stored head; None if there is none that can be read."""
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -188,7 +188,7 @@ def test_one_optimiser_for_all_weights_does_what_one_for_each_head_does(name: st
     together, alone = fresh_mlps([1, 2], 1), fresh_mlps([1, 2], 1)
     stacks = Stack(together, classes=False), Stack(alone, classes=False)
     config = {"name": name, "lr": 0.01, "weight_decay": 0.1} if name != "rprop" else {"name": name, "lr": 0.01}
-    shared = optim.ScheduledOptimizer(stacks[0].parameters(), config, 5)
+    shared = optim.ScheduledOptimizer([stacks[0].weights], config, 5)
     each = [optim.ScheduledOptimizer(head.parameters(), config, 5) for head in alone]
     before = stacks[0].weights.detach().clone()
     for _ in range(5):

@@ -16,7 +16,7 @@ from pipeline.config import documentation
 from pipeline.config.schema import Task
 from pipeline.errors import ConfigError
 from pipeline.heads import optimizers as optim
-from pipeline.heads.schedules import POLICIES
+from pipeline.heads.schedules import POLICIES, PolicyLR
 from pipeline.store.embedding_table import Store
 from pipeline.validation import validate
 from tests.support.data import planted_task
@@ -44,8 +44,8 @@ def parameters() -> list[nn.Parameter]:
 
 @pytest.mark.parametrize("name", list(TORCH_SCHEDULES))
 def test_torchs_schedules_are_torchs(name: str) -> None:
-    config = optim.with_max_steps({"lr": 0.1, "sched": {"name": name, **TORCH_SCHEDULES[name]}}, 30)
-    _, scheduler = optim.build(parameters(), config)
+    config = {"lr": 0.1, "sched": {"name": name, **TORCH_SCHEDULES[name]}}
+    _, scheduler = optim.build(parameters(), config, 30)
     assert scheduler is not None
     assert type(scheduler) is getattr(torch.optim.lr_scheduler, name)
     assert optim.needs_metric(config) == (name == "ReduceLROnPlateau")
@@ -73,29 +73,29 @@ def test_a_schedule_goes_on_with_every_step_but_for_two_that_go_by_epochs(name: 
 
 
 def test_max_steps_left_out_means_the_steps_of_the_fit() -> None:
-    sched = optim.with_max_steps({"sched": {"name": "CosineAnnealing"}}, 30)["sched"]
-    assert sched == {"name": "CosineAnnealing", "max_steps": 30}
-    given = {"sched": {"name": "CosineAnnealing", "max_steps": 7}}
-    assert optim.with_max_steps(given, 30) == given
-    assert optim.with_max_steps({"lr": 1}, 30) == {"lr": 1}
+    for given, expected in ({}, 30), ({"max_steps": None}, 30), ({"max_steps": 7}, 7):
+        _, scheduler = optim.build(parameters(), {"sched": {"name": "CosineAnnealing", **given}}, 30)
+        assert isinstance(scheduler, PolicyLR)
+        assert scheduler.policy.max_steps == expected
+    assert optim.build(parameters(), {"lr": 1}, 30)[1] is None
 
 
 @pytest.mark.parametrize("name", optim.FUSED)
 def test_fused_adams_are_adamw_and_say_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
     options = {"lr": 0.1, "betas": [0.9, 0.98], "weight_decay": 0.01, "bucket_cap_mb": 125}
     with caplog.at_level("INFO"):
-        optimizer, _ = optim.build(parameters(), {"name": name, **options})
+        optimizer, _ = optim.build(parameters(), {"name": name, **options}, 30)
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.98)
     assert f"{name} is a fused kernel" in caplog.text
     assert "without bucket_cap_mb" in caplog.text
-    assert optim.build(parameters(), {"name": name})[0].param_groups[0]["weight_decay"] == 0
+    assert optim.build(parameters(), {"name": name}, 30)[0].param_groups[0]["weight_decay"] == 0
 
 
 def test_the_library_is_the_first_that_takes_the_options() -> None:
-    assert type(optim.build(parameters(), {"name": "Adafactor", "lr": 0.1})[0]) is torch.optim.Adafactor
+    assert type(optim.build(parameters(), {"name": "Adafactor", "lr": 0.1}, 30)[0]) is torch.optim.Adafactor
     neimo = {"name": "adafactor", "lr": 0.1, "scale_parameter": False, "relative_step": False}
-    assert "pytorch_optimizer" in type(optim.build(parameters(), neimo)[0]).__module__
+    assert "pytorch_optimizer" in type(optim.build(parameters(), neimo, 30)[0]).__module__
 
 
 @pytest.mark.parametrize(

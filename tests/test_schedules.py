@@ -25,7 +25,7 @@ def parameters() -> list[nn.Parameter]:
 
 def curve(sched: dict[str, Any], steps: int, lr: float = 1e-3) -> list[float]:
     """The learning rate in force at each step."""
-    optimizer, scheduler = optim.build(parameters(), {"name": "sgd", "lr": lr, "sched": sched})
+    optimizer, scheduler = optim.build(parameters(), {"name": "sgd", "lr": lr, "sched": sched}, 30)
     rates = []
     for _ in range(steps):
         rates.append(float(optimizer.param_groups[0]["lr"]))

@@ -27,7 +27,7 @@ from pipeline.load import load
 from pipeline.store import shards as shards_module
 from pipeline.store import writing as writing_module
 from pipeline.store.embedding_table import EmbeddingTable, Store, sequence_key
-from pipeline.store.reading import Rows, Vectors
+from pipeline.store.reading import Rows
 from pipeline.store.shards import DamagedShardsError
 from tests.support.data import TEXTS, make_task, token_task
 from tests.support.encoders import FakeEncoder
@@ -147,7 +147,7 @@ def test_a_damaged_shard_is_embedded_again_and_never_read(
     else:
         flip(before, fake, "MKV")
         with pytest.raises(DamagedShardsError, match=path.name):
-            Vectors(before.table, before.entries["train"], 0)
+            Rows(before.table, before.entries["train"], 0)
     fake.seen.clear()
     after = embedded(token_task(tmp_path), fake, store)
     assert sorted(fake.seen) == sorted(TEXTS)
@@ -262,7 +262,7 @@ def test_any_rows_of_any_shards_are_read_back(
         entries = [index[sequence_key(str(number))] for number in wanted]
         expected = torch.from_numpy(np.concatenate([pieces[number] for number in wanted])).float()
         for memory in (10**9, 0):
-            found = Rows(Vectors(table, entries, memory), entries)
+            found = Rows(table, entries, memory)
             assert torch.equal(found.gather(np.arange(len(wanted))), expected)
         assert [path.suffix for path in table.folder.glob("shard-*")] == [".parquet"] * len(table.shards())
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.checkpoints.stored import FACTORY, Format, Stored, say_left_out
-from pipeline.encoders.checks import check_size, count_tensors, read_configuration
-from pipeline.encoders.description import class_for, encoder_of, is_version_5, load_tokenizer
+from pipeline.encoders.checks import count_tensors, read_configuration
+from pipeline.encoders.description import class_for, encoder_of, load_tokenizer
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.source import class_name
 from pipeline.encoders.weights import check_unexpected, is_derived
@@ -24,10 +23,8 @@ def _holds(path: Path) -> bool:
 
 def _read(source: str, _: EncoderOptions, factory: Any) -> Stored:
     skeleton, options = _class_to_load(source, factory)
-    precision = {"dtype" if is_version_5() else "torch_dtype": torch.float32}
-    model, info = skeleton.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, **precision, **options
-    )
+    options |= {"torch_dtype": torch.float32}  # as transformers 4 calls it; 5 takes it, too
+    model, info = skeleton.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     encoder, name = encoder_of(model)
     lacking = sorted(key for key in info["missing_keys"] if key.startswith(name) and not is_derived(key, model))
     wrong = sorted(str(key) for key in info["mismatched_keys"])
@@ -54,22 +51,17 @@ def _class_to_load(source: str, factory: Any) -> tuple[Any, dict[str, Any]]:
             )
         return factory, {}
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    skeleton, options = class_for(config)
-    held = sum(path.stat().st_size for path in files) or None
-    check_size(lambda: skeleton(deepcopy(config), **options), held, f"'{source}'")
+    skeleton, options = class_for(config, sum(path.stat().st_size for path in files) or None, source)
     return skeleton, {**options, "config": config}
 
 
 def _stored_under(names: Iterable[str], model: Any) -> dict[str, None]:
-    """Stored weights by their names within the base model; those of heads beside it are left out."""
+    """Stored weights by their names within the base model; weights of heads are left out."""
     prefix = f"{model.base_model_prefix}."
     parts = {key.partition(".")[0] for key in model.state_dict()}
     inside = (name.removeprefix(prefix) for name in names)
-    return {
-        key: None
-        for key, name in zip(inside, names, strict=True)
-        if name.startswith(prefix) or key.partition(".")[0] in parts
-    }
+    pairs = zip(inside, names, strict=True)
+    return {key: None for key, name in pairs if name.startswith(prefix) or key.partition(".")[0] in parts}
 
 
 FOLDER = Format(_holds, _read)

@@ -17,7 +17,7 @@ from pipeline.errors import CheckpointError
 
 
 def _holds(path: Path) -> bool:
-    """Whether a file names a `state_dict`, or is called `.ckpt`: then reading it raises what is wrong with it."""
+    """Whether a file names a `state_dict`, or is called `.ckpt`: then reading it raises the error to show."""
     if not path.is_file() or path.suffix == ".ckpt":
         return path.is_file()
     try:

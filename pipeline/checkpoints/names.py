@@ -19,7 +19,7 @@ MOST_STEPS = 2**63 - 1  # that trackers take
 def expand(ckpt: str) -> list[str]:
     """The checkpoints that a list or a pattern names: `a,b`, `run/step=*.ckpt`, `run/step={300,600}.ckpt`.
 
-    What a pattern finds is in the order of the numbers in the names. What is not a pattern is left as it is.
+    The matches of a pattern are in the order of the numbers in their names. Other names stay as they are.
 
     Raises:
         CheckpointError: a pattern finds nothing.
@@ -50,7 +50,7 @@ def _alternatives(ckpt: str) -> list[str]:
 
 
 def step_of(ckpt: str, encoder: Encoder) -> int | None:
-    """The training step of a checkpoint: what it holds, what Hugging Face's trainer wrote beside it, or in its name."""
+    """The training step in a checkpoint, in the file that Hugging Face's trainer wrote beside it, or in its name."""
     if encoder.step is not None:
         return _checked(encoder.step, ckpt)
     written = _trainer_step(Path(ckpt).expanduser())

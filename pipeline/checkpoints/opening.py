@@ -40,7 +40,7 @@ def open_encoder(ckpt: str, options: EncoderOptions = EncoderOptions()) -> Encod
 
     Args:
         ckpt: a Hugging Face folder or hub id, a Lightning `.ckpt`, or an MLflow URI (`runs:/`, `models:/`).
-        options: how it is opened. The module that a `model_factory` makes is looked at as a module in training is; see
+        options: how it is opened. The module that a `model_factory` makes is treated as a module in training; see
             `LiveModel`.
 
     Raises:
@@ -125,18 +125,15 @@ def _locate(ckpt: str) -> tuple[Format, str]:
 
 
 def _found_in(path: Path, ckpt: str) -> tuple[Format, str]:
-    """The format of the checkpoint at `path`, or of the one below it: MLflow keeps models a level or two down."""
-    found = _held_at(path)
-    if not found and path.is_file():
+    """The format and place of the only checkpoint at `path` or below it: MLflow keeps models a level or two down."""
+    if path.is_file() and not any(stored_as.holds(path) for stored_as in FORMATS):
         raise CheckpointError(f"ckpt: expected a model folder or a Lightning .ckpt, found the file '{ckpt}'")
-    for place in [] if found else sorted(path.rglob("*")):
-        if not any(other in place.parents for _, other in found):
-            found += _held_at(place)
-    if len(found) == 1:
-        return found[0][0], str(found[0][1])
-    names = ", ".join(str(place.relative_to(path)) for _, place in found) or "none"
-    raise CheckpointError(f"ckpt: expected one config.json or .ckpt in '{ckpt}', found {names}")
-
-
-def _held_at(path: Path) -> list[tuple[Format, Path]]:
-    return [(kind, path) for kind in FORMATS if kind.holds(path)][:1]
+    found: dict[Path, Format] = {}
+    for place in (path, *sorted(path.rglob("*"))):
+        if found.keys().isdisjoint(place.parents):
+            found.update((place, stored_as) for stored_as in reversed(FORMATS) if stored_as.holds(place))
+    if len(found) != 1:
+        names = ", ".join(str(place.relative_to(path)) for place in found) or "none"
+        raise CheckpointError(f"ckpt: expected one config.json or .ckpt in '{ckpt}', found {names}")
+    place, stored_as = found.popitem()
+    return stored_as, str(place)

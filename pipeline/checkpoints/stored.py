@@ -1,4 +1,4 @@
-"""What a format reads, and how it becomes the model with its weights and the tokenizer."""
+"""Stored weights to the model that they are of, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoints.unpickle import StandIn, class_of
+from pipeline.checkpoints.unpickle import StandIn
 from pipeline.encoders.checks import check_configuration, read_configuration
 from pipeline.encoders.description import described_tokenizer, fresh, load_tokenizer, rebuild
 from pipeline.encoders.internals import uncompiled
@@ -137,7 +137,7 @@ def _made_by(weights: Weights, architecture: str | None, factory: Any) -> tuple[
 
 
 def _arguments(weights: Weights, architecture: str | None, factory: Any) -> list[Any]:
-    """What the user's code is called with: the configuration of `architecture`, else the one that is stored, if any.
+    """The arguments for the user's code: the configuration of `architecture`, else the stored one, if there is any.
 
     It is an object of the class's `config_class`, if it has that, else a dictionary.
     """
@@ -172,7 +172,7 @@ def _call(factory: Any, arguments: list[Any]) -> nn.Module:
 
 
 def _load(model: nn.Module, weights: Weights, prefix: str, remedy: str) -> None:
-    """Loads the stored weights whose names begin with `prefix`; every one of the model's is there.
+    """Loads the stored weights whose names begin with `prefix`, which are all that the model has.
 
     Raises:
         CheckpointError: a weight has another shape, is no tensor, or is not one of the model's; `remedy` says what to
@@ -185,7 +185,7 @@ def _load(model: nn.Module, weights: Weights, prefix: str, remedy: str) -> None:
     for key, value in stored.items():
         where = f"ckpt: '{source}': '{prefix}{key}'"
         if isinstance(value, StandIn):
-            found = f"found a {class_of(value)}, which is not read"
+            found = f"found a {type(value).__module__}.{type(value).__qualname__}, which is not read"
             remedy = "set trust_pickle=true if you trust whoever wrote it"
             raise CheckpointError(f"{where}: expected a tensor, {found}; {remedy}")
         if isinstance(value, Tensor) and value.shape != own[key].shape:

@@ -52,11 +52,6 @@ class StandIn:
     __setstate__ = __setitem__ = append = extend = add = _ignore
 
 
-def class_of(stand_in: StandIn) -> str:
-    """Module and name of the class that an object stands in for."""
-    return f"{type(stand_in).__module__}.{type(stand_in).__qualname__}"
-
-
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins"}.get(module, module)  # as protocol 2 has it

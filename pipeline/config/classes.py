@@ -31,7 +31,7 @@ def encoder_class(infer_target: str) -> Any:
 
 
 def refuse_reference(path: str, key: str, known: tuple[str, ...]) -> None:
-    """Raises ConfigError for one of the reference's classes, whether or not the reference is installed."""
+    """Raises ConfigError for a class of the reference, whether or not the reference is installed."""
     if path.startswith("bionemo."):
         rule = "neither a short name nor a class of the reference that is known here"
         raise ConfigError(f"{key}: '{path}' is {rule}; expected {', '.join(known)}, or the path of a class of your own")

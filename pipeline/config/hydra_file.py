@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.errors import ConfigError
 
-# Hydra's own groups: how to launch, log and sweep a training. Its plugins need not be installed.
+# Hydra's own groups: how to launch, log and sweep a training. Hydra's plugins need not be installed.
 OF_HYDRA = re.compile(r"((optional|override)\s+)*/?hydra/")
 
 
@@ -93,7 +93,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _search_path(path: Path, root: DictConfig) -> list[Path]:
-    """The folders of `hydra.searchpath`; Hydra passes over those that do not exist."""
+    """The folders of `hydra.searchpath`; Hydra skips a folder that does not exist."""
     try:
         found = OmegaConf.select(root, "hydra.searchpath")
         found = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found

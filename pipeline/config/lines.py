@@ -1,4 +1,4 @@
-"""On which line of which file a key of the configuration is, for error messages."""
+"""Finds the line of a file that sets a key of the configuration, for error messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SECTION = "model.dwnstr_task_validation"
 
 
 class Lines:
-    """Finds where the keys of the section were set; and collects notes on those that were renamed or ignored.
+    """Finds where the keys of the section were set, and collects notes on renamed and ignored keys.
 
     Args:
         name: of the configuration, for a key that is in no file.
@@ -25,7 +25,10 @@ class Lines:
         self.name = name
         self.overridden = overridden
         self.notes: list[str] = []
-        self.files = [(file, package.split(".") if package else [], _tree(text)) for file, package, text in texts]
+        self.files = [
+            (file, package.split(".") if package else [], yaml.compose(text, yaml.SafeLoader))
+            for file, package, text in texts
+        ]
 
     def at(self, path: tuple[Any, ...] = ()) -> str:
         """`overrides` for a key that they set; else `FILE:LINE` of the key, or of the nearest key around it."""
@@ -44,30 +47,16 @@ class Lines:
         return place
 
 
-def _tree(text: str) -> Any:
-    try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
-        return None
-
-
 def _reach(node: Any, keys: Sequence[Any]) -> tuple[int, int]:
-    """Follows nested keys into a YAML mapping: the line of the last that is there, and how many are there."""
+    """Follows nested keys into a YAML mapping: the line of the last key that is there, and how many are there."""
     line = 0
     for reached, key in enumerate(keys):
-        found = _child(node, key)
-        if found is None:
+        if isinstance(node, yaml.SequenceNode):
+            found = [(value, value) for value in node.value[key : key + 1]] if isinstance(key, int) else []
+        else:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            found = [(name, value) for name, value in pairs if name.value == str(key)]
+        if not found:
             return line, reached
-        line, node = found
+        line, node = found[0][0].start_mark.line + 1, found[0][1]
     return line, len(keys)
-
-
-def _child(node: Any, key: Any) -> tuple[int, Any] | None:
-    """The line of `key` and its value in a YAML mapping or sequence."""
-    if isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
-        return node.value[key].start_mark.line + 1, node.value[key]
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            if name.value == str(key):
-                return name.start_mark.line + 1, value
-    return None

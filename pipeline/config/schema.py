@@ -114,7 +114,7 @@ class Task:
         self._check_targets(where)
 
     def _check_targets(self, where: str) -> None:
-        """Checks the columns of labels, and what is declared of each."""
+        """Checks the columns of labels, and the declarations of each."""
         require(bool(self.target_column), f"{where}: target_column is missing; name the column of the labels")
         targets = len(self.target_column)
         for name, values in (("target_sizes", self.target_sizes), ("mask_column", self.mask_column)):
@@ -152,7 +152,7 @@ class Logging:
     )
 
     def check(self) -> None:
-        """Raises ConfigError where a value is not one that W&B or a file system takes."""
+        """Raises ConfigError for a value that W&B or a file system does not take."""
         if self.wandb in BOOLEANS:
             why = f"'{self.wandb.lower()}', which YAML reads for on, off, yes and no; for off, write disabled"
             raise ConfigError(f"logging.wandb: expected one of {', '.join(WANDB_MODES)}, found {why}")
@@ -219,7 +219,7 @@ class Config:
 
     @property
     def metrics(self) -> list[Metric]:
-        """The metrics that a measurement may give, without values: of each task the loss, then those of each target."""
+        """The metrics that a measurement may give, without values: for each task the loss, then its targets' own."""
         found = []
         for task in self.dataset:
             name = task.task_name if self.is_list else ""

@@ -40,7 +40,7 @@ ENCODERS["MegaMolBARTInference"] = "megamolbart"
 
 
 def read_config(source: str | Path | Mapping[Any, Any], overrides: str = "") -> Config:
-    """The checked configuration in a YAML file, or in what Hydra or OmegaConf made of one.
+    """The checked configuration in a YAML file, or in a mapping that Hydra or OmegaConf made of such a file.
 
     Args:
         source: a YAML file with the section `model.dwnstr_task_validation`, or its content: a `DictConfig` or a plain
@@ -104,7 +104,7 @@ def config_from(section: dict[Any, Any], lines: Lines | None = None) -> Config:
 
 
 def _refuse_missing(node: Any, path: tuple[str, ...]) -> None:
-    """Raises ConfigError for `???`, which in OmegaConf is a value that is still to be given."""
+    """Raises ConfigError for `???`, which in OmegaConf stands for a missing value."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
         _refuse_missing(value, (*path, str(key)))
@@ -115,25 +115,21 @@ def _refuse_missing(node: Any, path: tuple[str, ...]) -> None:
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
-    """The section with every key, as plain values."""
+    """The section with all keys, as plain values."""
     own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("hidden")}
-    tasks = [_task_mapping(task) for task in config.dataset]
+    tasks = []
+    for values in map(dataclasses.asdict, config.dataset):
+        level, head = values.pop("level"), values.pop("head")
+        tasks.append({"class": head or level, **values})
     own["logging"] = dataclasses.asdict(config.logging)
     return {**own, "dataset": tasks if config.is_list else tasks[0]}
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as a file that `read_config` reads back to the same."""
-    root: dict[str, Any] = to_mapping(config)
-    for level in reversed(SECTION.split(".")):
-        root = {level: root}
-    return str(OmegaConf.to_yaml(OmegaConf.create(root)))
-
-
-def _task_mapping(task: Task) -> dict[str, Any]:
-    values = dataclasses.asdict(task)
-    own = values.pop("head") or values["level"]
-    return {"class": own, **{key: value for key, value in values.items() if key != "level"}}
+    root = OmegaConf.create()
+    OmegaConf.update(root, SECTION, to_mapping(config))
+    return str(OmegaConf.to_yaml(root))
 
 
 def _read(source: str | Path | Mapping[Any, Any], path: str) -> tuple[Any, list[tuple[str, str, str]]]:
@@ -247,13 +243,13 @@ def _renamed(entry: dict[Any, Any], path: tuple[Any, ...], lines: Lines) -> dict
 
 
 def _with_lists(values: dict[Any, Any], *names: str) -> dict[Any, Any]:
-    """The values, with a list of one in place of a text or number under these names."""
+    """The values, where a text or number under these names becomes a list."""
     single = {name: [values[name]] for name in names if isinstance(values.get(name), (str, int))}
     return {**values, **single}
 
 
 def _alias(key: str, value: Any, aliases: dict[str, str], lines: Lines) -> str:
-    """The short name of one of the reference's classes, with or without its package; any other value as it is."""
+    """The short name of a class of the reference, with or without its package; any other value as it is."""
     text = str(value)
     package, _, name = text.rpartition(".")
     short = aliases.get(name) if not package or package.startswith("bionemo.") else None

@@ -21,7 +21,7 @@ LARGEST = float(np.finfo(np.float32).max)  # heads are trained in float32
 
 @dataclass
 class Labels:
-    """Labels of one target in one part: text or numbers, and a mask of those that count, both of shape (units,)."""
+    """Labels of a target in a part: text or numbers, and a mask of the labels that count, both of shape (units,)."""
 
     texts: npt.NDArray[np.str_] | npt.NDArray[np.float64]
     mask: npt.NDArray[np.bool_]
@@ -70,7 +70,7 @@ def _number(table: tables.Table, row: int, column: str, text: str) -> float:
 
 
 def _number_list(table: tables.Table, row: int, column: str, length: int) -> list[float]:
-    """The numbers of a JSON list, NaN where it says null."""
+    """The numbers of a JSON list, NaN for null."""
     text = table.columns[column][row]
     expected = f"a JSON list of {length} numbers or nulls"
     try:

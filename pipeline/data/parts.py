@@ -21,7 +21,7 @@ class Target:
         name: the column.
         classes: the labels in order; None for regression.
         outputs: the head's width: 1, or the number of classes.
-        weights: of the outputs in the training loss; None for equal ones.
+        weights: of the outputs in the training loss; None for equal weights.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Part:
         values: per target, class indices (int32) or numbers (float64), shape (u,).
         masks: per target, which units have a label, shape (u,), bool.
         left_out: sequences longer than the limit.
-        lengths: characters of every sequence of the files, those that are not used too, shape (all,).
+        lengths: characters of every sequence of the files, used or not, shape (all,).
     """
 
     sequences: list[str]

@@ -152,7 +152,7 @@ def _read_file(path: Path, columns: Sequence[str]) -> pa.Table:
     except pa.ArrowInvalid as error:
         raise _not_utf8(path, error) from error
     if bad:
-        line = _ragged_line(path, len(header))
+        line = next((line for line, record in _records(path) if len(record) != len(header)), 0)
         raise DataError(f"{path}:{line}: expected {len(header)} fields as in the header, found {bad[0].actual_columns}")
     if not table.num_rows:
         raise DataError(f"{path}: expected rows below the header, found none")
@@ -198,7 +198,3 @@ def _records(path: Path) -> list[tuple[int, list[str]]]:
 def line_of(path: Path, row: int) -> int:
     """The line that a data row begins on."""
     return _records(path)[row][0]
-
-
-def _ragged_line(path: Path, width: int) -> int:
-    return next((line for line, record in _records(path) if len(record) != width), 0)

@@ -1,4 +1,4 @@
-"""Checks of a model's files before a library reads them: a malformed or hostile one is found out, and named."""
+"""Checks of a model's files before a library reads them: a malformed or hostile file is refused by name."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ JSON_FILES = (
 # Names of settings that count parts of a model, not such as `vision_feature_layer: -2`; and more than any model has.
 COUNTS = re.compile(r"(layers|\bn_layer|blocks|heads|groups|experts|labels)$")
 MOST_PARTS = 100_000
-# A model has more weights than its file where some are shared, or left out, such as a decoder's.
+# A model has more weights than its file where weights are shared, or left out, such as a decoder's.
 SLACK = 2  # for each byte
-FEW_WEIGHTS, FEW_VALUES = 10**6, 10**8  # beside that; values are tables that are worked out, such as of positions
+FEW_WEIGHTS, FEW_VALUES = 10**6, 10**8  # beside that; values are those of computed tables, such as of positions
 
 
 def malformed(folder: Path) -> str:
@@ -52,14 +52,10 @@ def malformed(folder: Path) -> str:
 
 
 def read_configuration(source: str, tensors: int | None = None) -> dict[str, Any]:
-    """The `config.json` in a model folder or of a hub id, checked before a library makes an object of it.
-
-    Args:
-        source: the folder or id.
-        tensors: how many the weights are; see `check_configuration`.
+    """The `config.json` of a model folder or hub id, checked before a library makes an object of it.
 
     Raises:
-        CheckpointError: it is no JSON object, or see `check_configuration`.
+        CheckpointError: it is no JSON object, or see `check_configuration`, which takes `tensors`.
     """
     from transformers.utils.hub import cached_file
 
@@ -76,7 +72,7 @@ def check_configuration(config: Any, where: str, tensors: int | None) -> None:
     """Checks the numbers of layers and the like in a configuration, and what code it names, before it is used.
 
     To read a configuration with too many layers, or to build its model, takes all time and memory: there is a list with
-    an entry for each part. Each layer has a tensor of its own (but where layers share them, and those are few).
+    an entry for each part. Each layer has a tensor of its own, unless layers share weights, and such models have few.
 
     Args:
         config: the configuration, or a value in it.
@@ -116,7 +112,7 @@ def check_size(build: Callable[[], object], held: int | None, where: str) -> Non
     Args:
         build: makes the model.
         held: bytes of the weights; None where they are not known: nothing is checked.
-        where: what to name in the message.
+        where: names the checkpoint in the message.
     """
     if held is None:
         return
@@ -150,7 +146,7 @@ class _Count:
             last = f"the last is '{name}' of shape {tuple(value.shape)}"
             remedy = "take the configuration that was written with the model"
             raise CheckpointError(
-                f"ckpt: {self.where}: {described} ({last}), but the weights have {self.held:,} bytes; {remedy}"
+                f"ckpt: '{self.where}': {described} ({last}), but the weights have {self.held:,} bytes; {remedy}"
             )
 
 

@@ -18,7 +18,7 @@ from pipeline.encoders.protocol import Encoder
 from pipeline.encoders.source import class_name, code_digest, no_reuse
 from pipeline.errors import CheckpointError, ConfigError
 
-# What is taken from a user's object where it has it, beside what `CustomEncoder` asks for by name.
+# The optional attributes and methods of a user's object; `CustomEncoder` asks for the others by name.
 OPTIONAL = ("max_seq_length", "precision", "packs", "notes", "made_with", "step", "count_unknown", "why_unknown")
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -27,8 +27,8 @@ class CustomEncoder(Encoder):
     """An `Encoder` around an object that has `hidden_states(sequences)`, and may have the rest of the protocol.
 
     What the object lacks is as `Encoder` has it by default; the hidden size is found by embedding `probe`. A `digest`
-    that the object works out is taken as it is. One that is a string of the class cannot know of weights: it stands for
-    the code alone; see `code_digest`.
+    that the object computes is the encoder's. A string of the class cannot depend on weights: it stands for the code
+    alone; see `code_digest`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class CustomEncoder(Encoder):
     ) -> None:
         """Wraps `inner`, whose `hidden_states` is called within `context`.
 
-        `digest` is None where there can be none; `owner` is the class that the user wrote, by default that of `inner`.
+        `digest` is None where the code is not known; `owner` is the class that the user wrote, by default `inner`'s.
 
         Raises:
             CheckpointError: `inner` has no `hidden_states`, or no `hidden_size` and there is no `probe`.
@@ -67,13 +67,8 @@ class CustomEncoder(Encoder):
     @classmethod
     def from_checkpoint(cls, encoder_class: Any, source: str, device: torch.device) -> CustomEncoder:
         """Opens `source` with the class's own `from_checkpoint`."""
-        name = class_name(encoder_class)
-        if not hasattr(encoder_class, "from_checkpoint"):
-            raise CheckpointError(f"infer_target: {name} has no from_checkpoint(path); see pipeline.Encoder")
-        try:
-            inner = encoder_class.from_checkpoint(source)
-        except Exception as error:  # the user's code may raise anything; it is about this checkpoint
-            raise CheckpointError(f"ckpt: {name} cannot open '{source}': {type(error).__name__}: {error}") from error
+        failed = f"ckpt: {class_name(encoder_class)} cannot open '{source}'"
+        inner = _made(encoder_class, "from_checkpoint(path)", source, failed)
         return cls(inner, own_digest(encoder_class, [type(inner)], lambda: _bytes_digest(Path(source))), device)
 
     @classmethod
@@ -81,14 +76,8 @@ class CustomEncoder(Encoder):
         cls, encoder_class: Any, module: nn.Module, device: torch.device, context: Context, mode: str
     ) -> CustomEncoder:
         """Wraps a live module with the class's own `from_module`; `mode` names the arithmetic of `context`."""
-        name = class_name(encoder_class)
-        if not hasattr(encoder_class, "from_module"):
-            raise CheckpointError(f"infer_target: {name} has no from_module(module); see pipeline.Encoder")
-        try:
-            inner = encoder_class.from_module(module)
-        except Exception as error:
-            found = f"{type(module).__name__}: {type(error).__name__}: {error}"
-            raise CheckpointError(f"infer_target: {name}.from_module cannot take the module {found}") from error
+        what = f"{class_name(encoder_class)}.from_module cannot take the module {type(module).__name__}"
+        inner = _made(encoder_class, "from_module(module)", module, f"infer_target: {what}")
         classes = [type(inner), *map(type, module.modules())]
         return cls(
             inner, own_digest(encoder_class, classes, lambda: f"{mode} {module_digest(module)}"), device, context
@@ -118,6 +107,17 @@ class CustomEncoder(Encoder):
         return int(states[0].shape[1])
 
 
+def _made(encoder_class: Any, method: str, argument: Any, failed: str) -> Any:
+    """The object that `method` of a user's class makes. Raises CheckpointError, which begins with `failed`."""
+    own = getattr(encoder_class, method.partition("(")[0], None)
+    if own is None:
+        raise CheckpointError(f"infer_target: {class_name(encoder_class)} has no {method}; see pipeline.Encoder")
+    try:
+        return own(argument)
+    except Exception as error:  # the user's code may raise anything
+        raise CheckpointError(f"{failed}: {type(error).__name__}: {error}") from error
+
+
 def no_layer(layer: int | None, source: str) -> None:
     """Raises ConfigError where a layer is asked of a user's own code, which decides for itself."""
     if layer is not None:
@@ -137,7 +137,7 @@ def module_digest(module: nn.Module) -> str:
 
 
 def _given_digest(inner: Any) -> str | None:
-    """The digest that an object works out for itself, from its weights too."""
+    """The digest that an object computes itself, from its weights too; None where it has no such digest."""
     of_class = isinstance(inspect.getattr_static(type(inner), "digest", None), str)
     if of_class and "digest" not in getattr(inner, "__dict__", {}):
         return None

@@ -30,7 +30,7 @@ def describe(model: nn.Module, tokenizer: Any, prefix: str) -> dict[str, Any]:
     Args:
         model: the Hugging Face model, with or without a head.
         tokenizer: its tokenizer.
-        prefix: what its parameters' names begin with in the checkpoint's `state_dict`, such as `model.`.
+        prefix: begins its parameters' names in the checkpoint's `state_dict`, such as `model.`.
     """
     config: Any = model.config
     # transformers 4 writes that it has chosen an implementation of attention, and not which
@@ -54,10 +54,7 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, str]:
 
 
 def rebuild(description: Mapping[str, Any], held: int | None = None, where: str = "") -> tuple[nn.Module, str, Any]:
-    """The encoder that `describe` described, with random weights, its name within the model, and the tokenizer.
-
-    `held` and `where` are those of `check_size`.
-    """
+    """The described encoder with random weights, its name within the model, and the tokenizer; see `check_size`."""
     from transformers import AutoConfig
 
     with temporary_folder() as folder:
@@ -80,8 +77,7 @@ def described_tokenizer(description: Mapping[str, Any]) -> Any:
 
 def fresh(config: Any, held: int | None = None, where: str = "") -> tuple[nn.Module, str]:
     """An encoder of a configuration with random weights, float32, and its name within the model."""
-    skeleton, options = class_for(config)
-    check_size(lambda: skeleton(deepcopy(config), **options), held, f"'{where}'")
+    skeleton, options = class_for(config, held, where)
     with torch.random.fork_rng(devices=[]):
         encoder, name = encoder_of(skeleton(config, **options))
     return encoder.float(), name
@@ -94,17 +90,23 @@ def check_architecture(infer_target: str, found: str, where: str) -> None:
         raise CheckpointError(f"infer_target '{infer_target}' is for {expected}, but {where} is {found}; use auto")
 
 
-def class_for(config: Any) -> tuple[Any, dict[str, Any]]:
-    """The class to load, and its options: no decoder where there is such a class, no pooling layer."""
+def class_for(config: Any, held: int | None, where: str) -> tuple[Any, dict[str, Any]]:
+    """The class to load, and its options: no decoder where there is such a class, no pooling layer.
+
+    Raises CheckpointError where its weights are more than `held` bytes can be; see `check_size`.
+    """
     import transformers
 
     encoders = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
     if config.model_type in encoders:
-        return getattr(transformers, encoders[config.model_type]), {}
-    skeleton: Any = transformers.MODEL_MAPPING[type(config)]
-    skeleton = skeleton[0] if isinstance(skeleton, (tuple, list)) else skeleton
+        skeleton: Any = getattr(transformers, encoders[config.model_type])
+    else:
+        skeleton = transformers.MODEL_MAPPING[type(config)]
+        skeleton = skeleton[0] if isinstance(skeleton, (tuple, list)) else skeleton
     pooling = "add_pooling_layer" in inspect.signature(skeleton).parameters
-    return skeleton, {"add_pooling_layer": False} if pooling else {}
+    options = {"add_pooling_layer": False} if pooling else {}
+    check_size(lambda: skeleton(deepcopy(config), **options), held, where)
+    return skeleton, options
 
 
 def encoder_of(model: Any) -> tuple[nn.Module, str]:
@@ -131,8 +133,8 @@ def load_tokenizer(source: str) -> Any:
 def portable(tokenizer: Any) -> Any:
     """A tokenizer of a class of transformers that does the same; None where there is none.
 
-    A class of the user's own is taken for what it does: its rules, where it is one of the `tokenizers` library, else
-    its vocabulary, where it gives each residue or SMILES token an id of its own.
+    The copy of a user's own tokenizer has its rules, where they are of the `tokenizers` library, else its vocabulary,
+    where that gives each residue or SMILES token an id of its own.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -159,13 +161,6 @@ def portable(tokenizer: Any) -> Any:
     return made if Tokens(made).digest() == tokens.digest() else None
 
 
-def is_version_5() -> bool:
-    """Whether transformers is of release 5 or later."""
-    import transformers
-
-    return int(transformers.__version__.partition(".")[0]) >= 5
-
-
 def is_of_transformers(kind: type) -> bool:
     """Whether a class is in the transformers library, so that its name is enough to make it again."""
     return kind.__module__.startswith("transformers.")
@@ -173,7 +168,7 @@ def is_of_transformers(kind: type) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers from drawing bars and load reports: what they report is an error here, or harmless."""
+    """Turns off the progress bars and load reports of transformers: their content is an error here, or harmless."""
     from transformers.utils import logging as hf_logging
 
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

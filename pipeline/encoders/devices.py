@@ -10,7 +10,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is a GPU where there is one. Raises ConfigError if it is not there."""
+    """The device called `name`; `auto` is a GPU if there is any. Raises ConfigError if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

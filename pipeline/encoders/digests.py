@@ -16,10 +16,10 @@ from pipeline.encoders.internals import hooks_of
 from pipeline.encoders.source import LIBRARIES, code_digest
 from pipeline.encoders.tokens import Tokens
 
-# What a configuration holds that does not change a hidden state.
+# The keys of a configuration that do not change a hidden state.
 NEUTRAL_OPTIONS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
-NO_SETTINGS = {"training", *vars(nn.Module())}  # what every module has
+NO_SETTINGS = {"training", *vars(nn.Module())}  # attributes that every module has
 
 
 def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -39,8 +39,8 @@ def _tensor_digest(named: tuple[str, Tensor]) -> str:
 def code_of(model: nn.Module) -> str | None:
     """A digest of the code and the settings of a model that runs as it is; None where its code cannot be known.
 
-    Code is that of the classes that are no library's. Settings are plain attributes of the modules, such as a factor
-    that a constructor was given and that no weight or configuration holds.
+    The code of libraries does not count. Settings are plain attributes of the modules, such as a factor that a
+    constructor was given and that no weight or configuration holds.
     """
     own = [kind for kind in map(type, model.modules()) if kind.__module__.partition(".")[0] not in LIBRARIES]
     changed = hooks_of(model) > 0 or any("forward" in vars(module) for module in model.modules())
@@ -49,9 +49,9 @@ def code_of(model: nn.Module) -> str | None:
 
 
 def settings_digest(module: nn.Module) -> str:
-    """A digest of the plain attributes of a module and of those within it.
+    """A digest of the plain attributes of a module and of its submodules.
 
-    The outermost's private ones are left out: a trainer keeps its notes there.
+    Private attributes of the module itself are left out: a trainer keeps its notes there.
     """
     found = []
     for path, part in module.named_modules():

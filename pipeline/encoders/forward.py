@@ -1,15 +1,13 @@
-"""Forward passes: which sequences go through the encoder together, and how what it gives reaches the CPU."""
+"""Forward passes: which sequences go through the encoder together, and how their rows reach the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-T = TypeVar("T")
 SHORTEST = 0.8  # of a batch, beside its longest sequence: padding is wasted work, many small batches are too
 
 
@@ -61,19 +59,8 @@ class Transfer:
         return np.asarray(self._rows.numpy())
 
 
-def one_behind(batches: Iterable[T]) -> Iterator[T]:
-    """Each batch once the next is under way: a GPU computes that while this one is written."""
-    before = None
-    for batch in batches:
-        if before is not None:
-            yield before
-        before = batch
-    if before is not None:
-        yield before
-
-
 def misaligned(text: str, tokens: int) -> str:
-    """What is wrong where a text does not have one token per character."""
+    """The error message for a text that does not have one token per character."""
     shown = text if len(text) <= 30 else text[:27] + "..."
     found = f"found {tokens} tokens for the {len(text)} of '{shown}'"
     return f"token-level tasks need one token per character, {found}; use a checkpoint with a character tokenizer"

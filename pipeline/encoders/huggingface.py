@@ -11,6 +11,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.encoders.devices import DTYPES, find_device, find_precision
 from pipeline.encoders.digests import code_of, model_digest
@@ -28,8 +29,8 @@ REMEDY = "give the module a method hidden_states(sequences), or name an encoder 
 class HuggingFaceEncoder(Encoder):
     """A Hugging Face encoder and its tokenizer. See `Encoder` for the attributes.
 
-    On a CPU, sequences are packed one after another where the model is right with that; else they are padded to the
-    longest of a batch; padding is masked, and nothing of it is returned. A model that is run as it is is padded.
+    On a CPU, sequences are packed into one row where the model gives the same hidden states so; else, and where the
+    model runs as it is, they are padded to the longest of a batch. Padding is masked and not returned.
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class HuggingFaceEncoder(Encoder):
         """Puts the model on its device and in evaluation mode.
 
         Args:
-            model: the encoder, without heads; layers above the one that is asked for are taken out of it.
+            model: the encoder, without heads; layers above the chosen layer are removed.
             tokenizer: its tokenizer.
-            options: device, precision and layer are looked at.
+            options: device, precision and layer are used.
             as_is: the model is of a class of the user's own, or in training: it stays where it is, keeps all layers and
-                heads, and runs as its class says. Weights that are not float32 are run as float32 copies.
+                heads, and runs as its class has it. Float32 copies stand in for weights of another dtype.
             maker: a digest of the user's code that made the model; None where it cannot be known.
 
         Raises:
@@ -74,7 +75,7 @@ class HuggingFaceEncoder(Encoder):
 
     @cached_property
     def digest(self) -> str:  # type: ignore[override]  # mypy: read-only, though a cached property can be set
-        """See `Encoder`. Worked out when it is first asked for: all weights are read."""
+        """See `Encoder`. Computed when it is first used: all weights are read."""
         how = self.precision if self.layer is None else f"{self.precision} layer {self.layer}"
         if self.as_is:
             how += f" {self._code or uuid4().hex}"
@@ -96,7 +97,7 @@ class HuggingFaceEncoder(Encoder):
         """See `Encoder`."""
         return () if self.reusable else (no_reuse(type(self.model), "embeddings are made"),)
 
-    @torch.no_grad()  # no inference mode: what a module in training keeps of a forward pass must be of use to it
+    @torch.no_grad()  # no inference mode: a module in training may keep tensors of a forward pass and train with them
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """See `Encoder.hidden_states`."""
         before, after = self.tokens.before, self.tokens.after
@@ -121,10 +122,9 @@ class HuggingFaceEncoder(Encoder):
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Hidden states of the rows padded to the longest, shape (rows, longest, hidden_size)."""
-        lengths = torch.tensor([len(row) for row in rows])
-        longest = int(lengths.max())
-        ids = torch.tensor([[*row, *[self.tokens.padding] * (longest - len(row))] for row in rows])
-        mask = (torch.arange(longest)[None] < lengths[:, None]).long()
+        tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
+        ids = pad_sequence(tokens, batch_first=True, padding_value=self.tokens.padding)
+        mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
         return self._forward(input_ids=self._send(ids), attention_mask=self._send(mask))
 
     def _send(self, values: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def _find_layer(layer: int | None, config: Any) -> int | None:
 
 
 def _shorten(model: nn.Module, layer: int, config: Any) -> None:
-    """Takes the layers above `layer` out; one of them stays, since its input is that layer's output."""
+    """Removes the layers above `layer` but for the next, whose input is the output of `layer`."""
     count = _layers(config)
     stacks = (part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
     stack = next(stacks, None)

@@ -32,7 +32,7 @@ def attention_set(config: Any, name: str) -> Iterator[None]:
 
 
 def hooks_of(module: nn.Module) -> int:
-    """How many hooks run before or after the forward passes of a module and of those within it."""
+    """How many hooks run before or after the forward passes of a module and of its submodules."""
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 

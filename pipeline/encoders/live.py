@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,12 +34,13 @@ class LiveModel:
 
     In this order: the class that `infer_target` names, by its `from_module`; the module's own method
     `hidden_states(sequences) -> list[Tensor (length, hidden_size)]`; the one Hugging Face model and tokenizer in it.
-    The last is measured through a second model that shares the weights, so the module itself never runs, and through
-    the same steps by which a `.ckpt` is opened, so both give the same numbers. A model that its configuration does not
-    rebuild exactly, such as one of a class of the user's own, is run as it is.
+    The last is measured with a second model that shares the weights, so the module itself never runs. It is built as
+    when a `.ckpt` is opened, so both give the same numbers. A model that its configuration does not rebuild exactly,
+    such as a model of the user's own class, runs as it is.
 
     Attributes:
         runs_module: whether measuring runs the module itself; see `training.untouched`. A `.ckpt` then takes its code.
+        own_precision: the arithmetic of a module's own method, as the trainer calls it; None for any other way.
         max_seq_length: as an `Encoder`'s.
         description: what a `.ckpt` holds to describe the module, so that it can be opened without the module's code, or
             so that the user knows what code it takes; None where `infer_target` names a class.
@@ -56,13 +56,13 @@ class LiveModel:
         others: Sequence[object] = (),
         maker: str | None = "",
     ) -> None:
-        """Looks at the module; see `encoder` for what is taken from it later.
+        """Finds the way to the hidden states; `encoder` takes the weights later.
 
         Args:
-            module: what is trained.
+            module: the module in training.
             infer_target: `auto`, a short name that the architecture must agree with, or the path of an encoder class.
-            tokenizer: the Hugging Face tokenizer; by default the one found in the module.
-            context: what the module's own code runs within, such as a trainer's autocast.
+            tokenizer: the Hugging Face tokenizer; by default that in the module.
+            context: wraps the module's own code, such as a trainer's autocast.
             mode: names the arithmetic of `context`.
             others: objects to look for the tokenizer in, beside the module.
             maker: a digest of the user's code that made the module; None where it cannot be known.
@@ -75,6 +75,7 @@ class LiveModel:
         self.description: dict[str, Any] | None = None
         self._class = encoder_class(infer_target)
         self._own_method = self._class is None and callable(getattr(module, "hidden_states", None))
+        self.own_precision = (mode or PLAIN) if self._own_method else None
         self._skeleton: nn.Module | None = None
         if self._class is not None:
             found = CustomEncoder.from_module(self._class, module, _device_of(module), context, mode)
@@ -89,16 +90,7 @@ class LiveModel:
             self.description = describe(model, self._tokenizer, prefix)
             self._rebuild(module, model, prefix)
             self.max_seq_length = limit_of(model.config, Tokens(self._tokenizer))
-
-    @property
-    def own_precision(self) -> str | None:
-        """The arithmetic of a module's own method: the trainer's; None for anything else."""
-        return (self.mode or PLAIN) if self._own_method else None
-
-    @property
-    def runs_module(self) -> bool:
-        """Whether measuring runs the module itself."""
-        return self._skeleton is None
+        self.runs_module = self._skeleton is None
 
     def encoder(
         self,
@@ -110,7 +102,7 @@ class LiveModel:
 
         Args:
             module: the same as at first.
-            options: device, precision and layer are looked at. The device `auto` is the module's own; a module that is
+            options: device, precision and layer are used. The device `auto` is the module's own; a module that is
                 run as it is stays where it is. A user's own code decides for itself on precision and layer.
             probe: a sequence to find out the hidden size with, where the module does not have it.
 
@@ -125,19 +117,18 @@ class LiveModel:
             return CustomEncoder.from_module(self._class, module, where, self.context, self.mode)
         if self._own_method:
             own, parts = type(module), map(type, module.modules())
-            digest = own_digest(own, [*parts], partial(self._state_digest, module)) if self.maker is not None else None
+            digest = None
+            if self.maker is not None:
+                how = f"{self.mode} {self.maker}"
+                digest = own_digest(own, [*parts], lambda: f"{how} {settings_digest(module)} {module_digest(module)}")
             encoder = CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe, own)
-            encoder.precision = self.own_precision or encoder.precision
+            encoder.precision = self.own_precision or PLAIN
             return encoder
         if self._skeleton is None:
             model = encoder_of(_only_model(module)[1])[0]
             return HuggingFaceEncoder(model, self._tokenizer, options, as_is=True, maker=self.maker)
         self._take_weights(module)
         return HuggingFaceEncoder(self._skeleton, self._tokenizer, replace(options, device=str(where)))
-
-    def _state_digest(self, module: nn.Module) -> str:
-        """Of what a module's own method depends on beside its code."""
-        return f"{self.mode} {self.maker} {settings_digest(module)} {module_digest(module)}"
 
     def release(self) -> None:
         """Lets go of the weights that `encoder` took: where they are not float32 they are a copy."""
@@ -146,7 +137,7 @@ class LiveModel:
             self._skeleton.load_state_dict(empty, assign=True)
 
     def _rebuild(self, module: nn.Module, model: Any, prefix: str) -> None:
-        """Makes the second model, where the configuration gives exactly what is in the module; else logs why not."""
+        """Makes the second model, where the configuration gives exactly the module's model; else logs why not."""
         assert self.description is not None
         own = class_name(type(model))
         try:
@@ -166,7 +157,7 @@ class LiveModel:
         self.release()
 
     def _take_weights(self, module: nn.Module) -> None:
-        """Makes the second model's weights those of the module: the same memory where they are float32."""
+        """Gives the second model the module's weights: the same memory where they are float32."""
         assert self._skeleton is not None
         state = uncompiled_state(module.state_dict())
         weights = {key: state[self._prefix + key].detach() for key in self._skeleton.state_dict()}
@@ -216,19 +207,14 @@ def _only_model(module: nn.Module) -> tuple[str, Any]:
     """The only outermost Hugging Face model in a module, and what the names of its weights begin with."""
     from transformers import PreTrainedModel
 
-    found: list[tuple[str, Any]] = []
+    found: dict[str, Any] = {}
     for name, part in module.named_modules():
-        if isinstance(part, PreTrainedModel) and not any(_within(name, outer) for outer, _ in found):
-            found.append((name, part))
+        if isinstance(part, PreTrainedModel) and not any(name.startswith(outer) for outer in found):
+            found[f"{name}." if name else ""] = part
     if len(found) != 1:
-        names = ", ".join(name or "the module itself" for name, _ in found) or "none"
+        names = ", ".join(prefix.rstrip(".") or "the module itself" for prefix in found) or "none"
         raise CheckpointError(f"{type(module).__name__}: expected one Hugging Face model, found {names}; {REMEDY}")
-    name, model = found[0]
-    return f"{name}." if name else "", model
-
-
-def _within(name: str, outer: str) -> bool:
-    return not outer or name.startswith(f"{outer}.")
+    return found.popitem()
 
 
 def _only_tokenizer(holders: Sequence[object], others: Sequence[object]) -> Any:

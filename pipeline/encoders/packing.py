@@ -1,9 +1,9 @@
 """Sequences one after another in a single row, so that a batch holds no padding.
 
 Linear layers then see real tokens alone, and attention runs within each sequence, without a mask. A model takes part if
-its hidden states prove the same on a probe: its positions must be ones that can be given, absolute (ESM, BERT, BART) or
-relative (T5), and its attention plain. What it writes out in several operations, each a way through all of a layer's
-activations, is done in one operation, where that proves the same, too.
+its hidden states on a probe stay the same: positions must be an argument, absolute (ESM, BERT, BART) or relative (T5),
+and attention plain. An activation that the model computes in several operations, each over all values of a layer, is
+replaced by a single operation where that gives the same, too.
 """
 
 from __future__ import annotations
@@ -24,18 +24,14 @@ from torch.nn import functional
 from pipeline.encoders.internals import attention_of, attention_set
 
 NAME = "within_sequences"  # of the attention, among those that transformers knows
-# Of what transformers hands to an attention function: that which does not change the result here.
+# The arguments that transformers gives to an attention function and that do not change the result here.
 HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
 TOLERANCE = 1e-5
 
 logger = logging.getLogger(__name__)
 
-_given_up: set[type[nn.Module]] = set()  # models that the user is told of
+_given_up: set[type[nn.Module]] = set()  # classes of models that the user was told of
 _lengths: ContextVar[Sequence[int]] = ContextVar("lengths of the sequences in the row")
-
-
-class _UnfitError(Exception):
-    """The model's attention is of another kind."""
 
 
 class Packing:
@@ -105,7 +101,7 @@ class Packing:
     def _given(self, positions: Tensor, longest: int) -> Iterator[None]:
         """Gives positions to modules that would count on from the first to the last token of the row, and fuses others.
 
-        A bias of relative positions is worked out for the longest sequence: that of a shorter one is its corner.
+        A bias of relative positions is computed for the longest sequence: a shorter sequence takes its corner.
         """
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -135,26 +131,21 @@ def attention(
     position_bias: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each sequence of the row; neighbours of one length go together. As transformers calls it.
+    """Attention within each sequence of the row, as transformers calls it; neighbours of equal length go together.
 
-    Args:
-        module: the layer.
-        query: shape (1, heads, tokens of all, head size), as `key` and `value`.
-        key: see `query`.
-        value: see `query`.
-        attention_mask: there must be none.
-        scaling: of the scores.
-        dropout: there must be none.
-        position_bias: added to the scores of the longest sequence, shape (1, heads, longest, longest).
-        others: none of them may change the result.
+    `query`, `key` and `value` have the shape (1, heads, tokens of all, head size). `position_bias` is added to the
+    scores of the longest sequence, shape (1, heads, longest, longest).
 
     Returns:
         Shape (1, tokens of all, heads, head size).
+
+    Raises:
+        ValueError: a mask, dropout or another argument would change the result.
     """
     given = {name for name, value in others.items() if value is not None and value is not False}
     strange = sorted(given - HARMLESS)
     if strange or attention_mask is not None or dropout or getattr(module, "is_causal", False):
-        raise _UnfitError(f"attention with {', '.join(strange) or 'a mask, dropout or a causal order'}")
+        raise ValueError(f"attention with {', '.join(strange) or 'a mask, dropout or a causal order'}")
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, head size)
     parts, begin = [], 0
     for length, same in groupby(_lengths.get()):
@@ -177,21 +168,15 @@ def fused_forwards(model: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tenso
     }
 
 
-def _intermediate(module: Any, states: Tensor) -> Tensor:
-    """Shape (..., hidden_size) to (..., intermediate_size)."""
-    return functional.gelu(module.dense(states))
-
-
-def _gelu(_: Any, states: Tensor) -> Tensor:
-    return functional.gelu(states, approximate="tanh")
-
-
-# By the name of a class of transformers, what its forward pass computes; the second is of T5's with gates.
-FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {"EsmIntermediate": _intermediate, "NewGELUActivation": _gelu}
+# The forward pass of a class of transformers, by the class's name; T5 with gates has the second.
+FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "EsmIntermediate": lambda module, states: functional.gelu(module.dense(states)),
+    "NewGELUActivation": lambda _module, states: functional.gelu(states, approximate="tanh"),
+}
 
 
 def _give_up(model: nn.Module, reason: str) -> None:
-    """Says once of a kind of model that its batches are padded."""
+    """Logs that batches are padded, once for each class of models."""
     if type(model) not in _given_up:
         text = "embed       %s: sequences are padded, not packed, which takes longer: %s"
         logger.info(text, type(model).__name__, " ".join(reason.split())[:300])
@@ -199,7 +184,7 @@ def _give_up(model: nn.Module, reason: str) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU, or of a CPU, which torch has no type for."""
+    """Whether a GPU or the CPU has no memory left; torch has no type for the latter."""
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""What the pipeline needs of a model: the protocol of encoders."""
+"""The protocol of encoders."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Encoder(Protocol):
         packs: whether sequences of unequal length in a batch cost no padding.
         reusable: whether `digest` covers all that a hidden state depends on; else no embedding is used again.
         notes: lines for whoever reads the result.
-        made_with: how a checkpoint says that it was measured in training; see `embed.made_with`.
-        step: of the training, where the checkpoint says it.
+        made_with: how the checkpoint was measured in training, if it holds that; see `embed.made_with`.
+        step: of the training, if the checkpoint holds it.
     """
 
     hidden_size: int

@@ -27,7 +27,7 @@ def code_digest(owner: Any, *others: Any) -> str | None:
 
     Args:
         owner: the class. A `digest` of its own, a string that is the same for all of its objects, stands for all code.
-        others: classes whose code runs too, such as those of the modules within a model.
+        others: classes whose code runs too, such as the modules of a model.
 
     Returns:
         None where the code cannot be known: the class was made in a notebook or at a prompt, is compiled, or its file
@@ -61,7 +61,7 @@ def no_reuse(owner: Any, what: str) -> str:
 
 
 def _sources(homes: set[str]) -> dict[str, bytes] | None:
-    """The files of some modules and of those beside them that they import; None where one of the former has none."""
+    """The files of `homes` and of the user's modules that these import; None where a module of `homes` has no file."""
     tops = {_top(name) for name in homes}
     folders = {root for root in map(_root, tops) if root is not None and not _is_installed(root)}
     sources: dict[str, bytes] = {}
@@ -181,7 +181,7 @@ def _imports(name: str, file: Path, content: bytes) -> set[str]:
 
 
 def _is_as_loaded(module: ModuleType | None, content: bytes) -> bool:
-    """Whether the functions of an imported module are those of its file. Loaders that rewrite code are believed."""
+    """Whether the functions of an imported module are as in its file; true for a loader that rewrites code."""
     if module is None or type(getattr(module, "__loader__", None)) is not SourceFileLoader:
         return True
     file = str(module.__file__)

@@ -1,4 +1,4 @@
-"""Sequences to token ids, through a Hugging Face tokenizer that is asked only about single words.
+"""Sequences to token ids, through a Hugging Face tokenizer that is called with single words.
 
 Calling a tokenizer on whole sequences has traps: ESM's merges a run of unknown residues into one token, ProtT5's wants
 blanks between residues, others want SMILES cut up beforehand. So sequences are split here, by residue or by the usual
@@ -12,6 +12,8 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ class Tokens:
     Attributes:
         splitting: `residues`, `spaced residues`, `smiles` or `tokenizer`.
         before: ids of the special tokens in front of a sequence.
-        after: ids of those behind it.
+        after: ids of the special tokens behind it.
         unknown: the id that stands for what the tokenizer does not know, None if it knows everything.
         padding: the id to pad with.
     """
@@ -46,7 +48,7 @@ class Tokens:
         self.tokenizer = tokenizer
         self.unknown: int | None = tokenizer.unk_token_id
         self.padding: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self._ids: dict[str, int] = {}
+        self._known = cache(self._word)
         self._of_character = np.full(256, -1)  # ids of single characters, as far as they are known
         self.splitting, self._split = self._choose()
         self.before, self.after = self._template()
@@ -91,7 +93,7 @@ class Tokens:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def _lowers(self) -> bool:
-        """Whether the tokenizer lower-cases what it is given."""
+        """Whether the tokenizer lower-cases its input."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return bool(getattr(self.tokenizer, "do_lower_case", False))
@@ -100,8 +102,8 @@ class Tokens:
     def _choose(self) -> tuple[str, Callable[[str], Sequence[str]] | None]:
         """The first way of splitting in which the words looked up singly give what the tokenizer itself gives."""
         ways: list[tuple[str, str, Callable[[str], Sequence[str]], str]] = [
-            ("residues", RESIDUES, _residues, ""),
-            ("spaced residues", RESIDUES, _spaced_residues, " "),
+            ("residues", RESIDUES, str, ""),
+            ("spaced residues", RESIDUES, methodcaller("translate", RARE_RESIDUES), " "),
             ("smiles", SMILES, SMILES_TOKEN.findall, ""),
             ("smiles", SMILES, SMILES_TOKEN.findall, " "),
         ]
@@ -123,7 +125,7 @@ class Tokens:
         raise CheckpointError(f"tokenizer {name}: expected special tokens around the sequence, found them within it")
 
     def _native(self, text: str, special: bool = False) -> list[int]:
-        """The ids that the tokenizer itself gives. Raises CheckpointError where it fails, as a broken one does."""
+        """The ids that the tokenizer itself gives. Raises CheckpointError where it fails, because it is broken."""
         try:
             with panics_as_errors():
                 ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -135,25 +137,11 @@ class Tokens:
             raise CheckpointError(f"ckpt: tokenizer: {text[:60]!r} is not in the vocabulary, nor is an unknown token")
         return list(ids)
 
-    def _known(self, word: str) -> int:
-        """The id of a word, looked up once."""
-        if word not in self._ids:
-            self._ids[word] = self._word(word)
-        return self._ids[word]
-
     def _word(self, word: str) -> int:
-        """The id of a single word; what is not exactly one token is unknown."""
+        """The id of a single word; a word that is not exactly one token is unknown."""
         ids = self._native(word)
         if len(ids) == 1 and ids[0] not in self.before + self.after:
             return ids[0]
         if self.unknown is None:
             raise CheckpointError(f"tokenizer: {word!r} is not in the vocabulary, and there is no unknown token for it")
         return self.unknown
-
-
-def _residues(sequence: str) -> Sequence[str]:
-    return sequence
-
-
-def _spaced_residues(sequence: str) -> Sequence[str]:
-    return sequence.translate(RARE_RESIDUES)

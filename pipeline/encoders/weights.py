@@ -1,4 +1,4 @@
-"""The weights of a model by their names: which it needs, where a larger set holds them, and what is left over."""
+"""The weights of a model by name: which it needs, where a larger set holds them, and which are left over."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
 
-# Buffers that a model works out from its configuration; which of them are stored differs between releases.
+# Buffers that a model computes from its configuration; releases differ in which of them they store.
 DERIVED = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq)$")
 UNUSED = (
     "embeddings.position_embeddings.weight"  # of an ESM with rotary positions: transformers 4 makes them all the same

@@ -28,7 +28,7 @@ class Head(nn.Module):
     """A head maps embedding rows to one output per target; see `forward` of `MLP` and `ConvNet`.
 
     A user's own is a subclass with `level` (`sequence` or `token`) and the constructor `(hidden_size, outputs)`, named
-    by its path in `class`. `reset` initialises linear and 2-D convolution layers; one with others overrides it.
+    by its path in `class`. `reset` initialises linear and 2-D convolution layers; a head with others overrides it.
     """
 
     def reset(self, seed: int) -> None:
@@ -49,16 +49,10 @@ class Head(nn.Module):
             elif isinstance(module, Dropout):
                 module.generator = dropout
 
-    def dropout_state(self) -> Tensor | None:
-        """The state of the generator that dropout draws from; None for a head without dropout."""
-        generator = next((layer.generator for layer in self.modules() if isinstance(layer, Dropout)), None)
-        return None if generator is None else generator.get_state()
-
-    def set_dropout_state(self, state: Tensor) -> None:
-        """Rewinds dropout's generator, which all layers share, to `state`."""
-        for layer in self.modules():
-            if isinstance(layer, Dropout) and layer.generator is not None:
-                layer.generator.set_state(state)
+    @property
+    def dropout_generator(self) -> torch.Generator | None:
+        """The generator that all dropout layers draw from; None for a head without dropout."""
+        return next((layer.generator for layer in self.modules() if isinstance(layer, Dropout)), None)
 
 
 class Dropout(nn.Module):
@@ -93,7 +87,7 @@ class Dropout(nn.Module):
 
         Args:
             layers: each draws its mask from its own generator.
-            values: shape (layers, ...), which is that of the result.
+            values: shape (layers, ...), as of the result.
         """
         count = values[0].numel()
         words = torch.empty(len(layers), -(-count // 4), dtype=torch.int64, device=values.device)
@@ -146,8 +140,8 @@ class ConvNet(Head):
             For each target, shape (tokens, outputs).
         """
         pack = _Pack.of(counts, rows.device)
-        hidden = self.dropout(torch.relu(convolve(rows, self.body, pack)))
-        return [convolve(hidden, head, pack) for head in self.heads]
+        hidden = self.dropout(torch.relu(_convolve(rows, self.body, pack)))
+        return [_convolve(hidden, head, pack) for head in self.heads]
 
 
 @dataclass(frozen=True)
@@ -178,24 +172,14 @@ class _Pack:
         return cls((torch.arange(len(free)) + free + GAP).to(device), chunks)
 
 
-def convolve(rows: Tensor, layer: nn.Module, pack: _Pack) -> Tensor:
+def _convolve(rows: Tensor, layer: Any, pack: _Pack) -> Tensor:
     """The convolution of `layer`, a Conv2d with kernel (7, 1), over packed sequences.
 
     The output of a sequence does not depend on its neighbours: three zeros stand between two sequences, as much as the
-    padding of a sequence by itself.
-
-    Args:
-        rows: shape (tokens, in channels).
-        layer: the layer.
-        pack: the places of the tokens.
-
-    Returns:
-        Shape (tokens, out channels).
+    padding of a sequence by itself. Rows of shape (tokens, in channels) to (tokens, out channels).
     """
-    assert isinstance(layer, nn.Conv2d)
     out: Tensor = _Convolution.apply(rows, layer.weight[..., 0], pack)  # type: ignore[no-untyped-call]
-    assert layer.bias is not None
-    return out + layer.bias
+    return torch.add(out, layer.bias)
 
 
 class _Convolution(torch.autograd.Function):
@@ -225,7 +209,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
-        """The gradients of a token's seven terms are those of the outputs around it, which are adjacent in memory."""
+        """A token's seven terms have the gradients of the outputs around it, which are adjacent in memory."""
         rows, weight = ctx.saved_tensors
         out, into = weight.shape[:2]
         taps = weight.flip(2).permute(2, 0, 1).reshape(-1, into)  # (7 * out, in), in the order of the places

@@ -51,7 +51,9 @@ class Data:
         units = self._index(sequences if self._single else unit_index(self.part.counts, sequences))
         values = [value.index_select(0, units) for value in self._values]
         masks = [None if mask is None else mask.index_select(0, units) for mask in self._masks]
-        return Batch(self._rows(sequences), counts, values, masks)
+        if self._memory is None:
+            return Batch(self.rows.gather(sequences).to(self.device), counts, values, masks)
+        return Batch(self._take(self._index(self.rows.index(sequences))), counts, values, masks)
 
     def batches(self, sequences: Indices, batch_size: int) -> Iterator[Batch]:
         """Sequences in this order, some at a time."""
@@ -72,11 +74,6 @@ class Data:
         """Values and masks of some sequences, on the CPU."""
         units = unit_index(self.part.counts, sequences)
         return [value[units] for value in _tensors(self.part)], [torch.from_numpy(m[units]) for m in self.part.masks]
-
-    def _rows(self, sequences: Indices) -> Tensor:
-        if self._memory is None:
-            return self.rows.gather(sequences).to(self.device)
-        return self._take(self._index(self.rows.index(sequences)))
 
     def _take(self, index: Tensor) -> Tensor:
         """Rows by index, of embeddings in memory."""

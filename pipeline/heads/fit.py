@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeGuard
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from pipeline.progress import progress
 
 IGNORED = -100  # the class of a unit that does not count
 Losses = tuple[list[float], list[float]]
+Backward = Callable[[Batch], Tensor]  # sets the gradients of the heads; returns the loss of each, shape (heads,)
 
 
 def loss_of(
@@ -79,53 +81,6 @@ def predict(head: Head, data: Data, sequences: Indices, batch_size: int) -> list
     return [torch.cat(target) for target in zip(*outputs, strict=True)]
 
 
-class _EarlyStopping:
-    """Keeps the head with the least loss on the validation examples."""
-
-    def __init__(self, patience: int) -> None:
-        self.patience = patience
-        self.best = np.inf
-        self.state: dict[str, Tensor] | None = None
-        self.bad_epochs = 0
-
-    def update(self, head: Head, loss: float) -> bool:
-        """Keeps a copy of the head if it is the best so far; True after `patience` epochs in a row that were not."""
-        if loss < self.best:
-            self.best, self.state, self.bad_epochs = loss, copy.deepcopy(head.state_dict()), 0
-        else:
-            self.bad_epochs += 1
-        return self.bad_epochs >= self.patience
-
-
-class _Model(Protocol):
-    """What is trained: one head, or a `Stack` of several."""
-
-    def parameters(self) -> Sequence[nn.Parameter]:
-        """What the optimiser changes."""
-        ...
-
-    def backward(self, batch: Batch) -> Tensor:
-        """Sets the gradients; the loss of each head, shape (heads,)."""
-        ...
-
-
-class _Single:
-    """A head of any architecture."""
-
-    def __init__(self, head: Head, targets: tuple[Target, ...]) -> None:
-        self.head, self.targets = head, targets
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.head.parameters())
-
-    def backward(self, batch: Batch) -> Tensor:
-        self.head.zero_grad()
-        outputs = self.head(batch.rows, batch.counts)
-        loss = loss_of(outputs, batch.values, batch.masks, self.targets, weighted=True)
-        loss.backward()
-        return loss.detach()[None]
-
-
 class _FitState:
     """How far the training of a head has come.
 
@@ -138,10 +93,11 @@ class _FitState:
     def __init__(self, head: Head, seed: int, task: Task) -> None:
         self.head, self.task = head.train(), task
         self.order = torch.Generator().manual_seed(seed)
-        self.early_stopping = None if task.patience is None else _EarlyStopping(task.patience)
         self.losses: list[float] = []
         self.val_losses: list[float] = []
         self.done = False
+        self._least, self._epochs_since = np.inf, 0
+        self._best: dict[str, Tensor] | None = None
 
     def shuffled(self, sequences: Indices) -> Indices:
         """The sequences in the order of the next epoch."""
@@ -159,14 +115,18 @@ class _FitState:
             remedy = "lower optim.lr or check the range of the labels"
             raise DataError(f"task '{self.task.task_name}': {found}; {remedy}")
         self.losses.append(loss)
-        if self.early_stopping is not None:
+        if self.task.patience is not None:
             self.val_losses.append(split.val_loss(self.head))
-            self.done = self.early_stopping.update(self.head, self.val_losses[-1])
+            self._epochs_since += 1
+            if self.val_losses[-1] < self._least:
+                self._least, self._epochs_since = self.val_losses[-1], 0
+                self._best = copy.deepcopy(self.head.state_dict())
+            self.done = self._epochs_since >= self.task.patience
 
     def finish(self) -> Losses:
-        """Restores the best head of early stopping; the losses."""
-        if self.early_stopping is not None and self.early_stopping.state is not None:
-            self.head.load_state_dict(self.early_stopping.state)
+        """Restores the weights with the least validation loss, with early stopping; returns the losses."""
+        if self._best is not None:
+            self.head.load_state_dict(self._best)
         return self.losses, self.val_losses
 
 
@@ -219,10 +179,10 @@ def fit(heads: Sequence[Head], seeds: Sequence[int], embeddings: Embeddings, dev
 
     Returns:
         For each head the mean training loss of each epoch, and, with `patience`, the loss on the validation examples
-        after each; the head is then that of the epoch with the least.
+        after each; the head then has the weights of the epoch with the least loss.
 
     Raises:
-        ConfigError: the optimiser's or the schedule's name or options are not valid.
+        ConfigError: the optimizer's or the schedule's name or options are not valid.
         DataError: the loss is no longer a finite number.
     """
     examples, split = embeddings.examples, _Split(embeddings, device)
@@ -230,31 +190,40 @@ def fit(heads: Sequence[Head], seeds: Sequence[int], embeddings: Embeddings, dev
     states = [_FitState(head, seed, task) for head, seed in zip(heads, seeds, strict=True)]
     if _stackable(heads, task, targets):
         stack = Stack(heads, targets[0].classes is not None)
-        _train(stack, states, split)
+        _train([stack.weights], stack.backward, states, split)
         stack.release()
     else:
         for state, seed in zip(states, seeds, strict=True):
             torch.manual_seed(seed)  # for what a user's own head draws
-            _train(_Single(state.head, targets), [state], split)
+            _train(state.head.parameters(), partial(_backward, state.head, targets), [state], split)
     return [state.finish() for state in states]
 
 
 def _stackable(heads: Sequence[Head], task: Task, targets: Sequence[Target]) -> TypeGuard[Sequence[MLP]]:
-    """Whether one optimiser can train all heads at once."""
+    """Whether one optimizer can train all heads at once."""
     plain = is_plain(task.optim) and (len(heads) == 1 or not needs_metric(task.optim))
     return plain and targets[0].weights is None and all(type(head) is MLP for head in heads)
 
 
-def _train(model: _Model, states: Sequence[_FitState], split: _Split) -> None:
-    """The epochs of one model, which is that of all `states`."""
+def _backward(head: Head, targets: tuple[Target, ...], batch: Batch) -> Tensor:
+    """Sets the gradients of a head of any architecture; its loss, shape (1,)."""
+    head.zero_grad()
+    outputs = head(batch.rows, batch.counts)
+    loss = loss_of(outputs, batch.values, batch.masks, targets, weighted=True)
+    loss.backward()
+    return loss.detach()[None]
+
+
+def _train(parameters: Iterable[nn.Parameter], backward: Backward, states: Sequence[_FitState], split: _Split) -> None:
+    """Runs the epochs of all heads at once; `parameters` are what the optimizer changes."""
     task = states[0].task
     steps = task.num_epochs * -(-len(split.train) // task.batch_size)
-    optimizer = ScheduledOptimizer(model.parameters(), task.optim, steps)
+    optimizer = ScheduledOptimizer(parameters, task.optim, steps)
     with progress(f"train_head {task.task_name}", task.num_epochs, "epochs") as advance:
         for _ in range(task.num_epochs):
             totals = torch.zeros(len(states), device=split.data.device)
             for batch in _batches(states, split):
-                totals += _step(model, states, batch, optimizer) * (len(batch.counts) // len(states))
+                totals += _step(backward, states, batch, optimizer) * (len(batch.counts) // len(states))
             for state, total in zip(states, totals.tolist(), strict=True):
                 state.end_epoch(total / len(split.train), split)
             optimizer.end_epoch((states[0].val_losses or states[0].losses)[-1])
@@ -264,25 +233,25 @@ def _train(model: _Model, states: Sequence[_FitState], split: _Split) -> None:
 
 
 def _batches(states: Sequence[_FitState], split: _Split) -> Iterator[Batch]:
-    """Those of an epoch: for each head in turn, as many sequences in an order of its own."""
+    """The batches of an epoch: for each head in turn, as many sequences in an order of its own."""
     orders, size = np.stack([state.shuffled(split.train) for state in states]), states[0].task.batch_size
     chunks = [orders[:, begin : begin + size].ravel() for begin in range(0, orders.shape[1], size)]
     return split.data.batches(np.concatenate(chunks), size * len(states))
 
 
-def _step(model: _Model, states: Sequence[_FitState], batch: Batch, optimizer: ScheduledOptimizer) -> Tensor:
-    """One optimiser step; the loss of each head before it, shape (heads,).
+def _step(backward: Backward, states: Sequence[_FitState], batch: Batch, optimizer: ScheduledOptimizer) -> Tensor:
+    """One optimizer step; the loss of each head before it, shape (heads,).
 
-    An optimiser that evaluates the loss several times sees the same dropout each time.
+    An optimizer that evaluates the loss several times sees the same dropout each time.
     """
-    task, head = states[0].task, states[0].head
-    losses: list[Tensor] = []
-    dropout = None if is_plain(task.optim) else head.dropout_state()
+    task, losses = states[0].task, list[Tensor]()
+    dropout = None if is_plain(task.optim) else states[0].head.dropout_generator
+    before = None if dropout is None else dropout.get_state()
 
     def closure() -> Tensor:
-        if losses and dropout is not None:
-            head.set_dropout_state(dropout)
-        losses.append(model.backward(batch))
+        if losses and dropout is not None and before is not None:
+            dropout.set_state(before)
+        losses.append(backward(batch))
         if task.gradient_clip_val is not None:
             for state in states:
                 nn.utils.clip_grad_norm_(state.head.parameters(), task.gradient_clip_val)

@@ -1,4 +1,4 @@
-"""Optimisers and schedules by NeMo's names, and by those of torch and pytorch_optimizer."""
+"""Optimizers and schedules by NeMo's names, and by those of torch and pytorch_optimizer."""
 
 from __future__ import annotations
 
@@ -13,36 +13,41 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, ReduceLROnPlateau
 
 from pipeline.errors import ConfigError, nearest
-from pipeline.heads.schedules import POLICIES, PolicyLR
+from pipeline.heads.schedules import POLICIES, PolicyLR, check_options
 
 logger = logging.getLogger(__name__)
 
 # NeMo's names of Adam as a fused kernel, with weight decay apart from the gradient: AdamW is the same arithmetic.
 FUSED = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
-# Shown where nothing that is known resembles a name.
+# Torch's by lower-case name, and what stands for NeMo's.
+TORCH: dict[str, type[Optimizer]] = {
+    key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type) and value is not Optimizer
+}
+TORCH |= dict.fromkeys(FUSED, torch.optim.AdamW)
+# Shown where no known name resembles the given.
 USUAL_OPTIMIZERS = "sgd adam adamw adadelta adamax adagrad rmsprop rprop novograd adafactor adan lamb".split()
 USUAL_SCHEDULES = ("StepLR", "ExponentialLR", "ReduceLROnPlateau", "CyclicLR", "OneCycleLR")
-# Of torch's, those that need the gradients alone and change each weight by itself.
+# Torch's optimizers that need the gradients alone and change each weight by itself.
 PLAIN = ("sgd", "adam", "adamw", "adamax", "adagrad", "adadelta", "nadam", "radam", "rmsprop", "rprop", *FUSED)
 HAVE_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one kernel for a whole step
-# What NeMo's section holds for Lightning, or for its own arithmetic of steps.
+# Keys of NeMo's section that are for Lightning, or for NeMo's own count of steps.
 UNUSED_SCHED = """
 monitor reduce_on_plateau iters_per_batch t_max_epochs t_num_workers t_accumulate_grad_batches t_limit_train_batches
 """.split()
 NEEDS_FUNCTIONS = ("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "LRScheduler")
 SCHEDULERS = (LRScheduler, ReduceLROnPlateau)
-PER_EPOCH = (ExponentialLR, ReduceLROnPlateau)
+PER_EPOCH = (ExponentialLR, ReduceLROnPlateau)  # as in NeMo
 
 
 def build(
-    parameters: Iterable[nn.Parameter], optim_config: Mapping[str, Any]
+    parameters: Iterable[nn.Parameter], optim_config: Mapping[str, Any], steps: int
 ) -> tuple[Optimizer, LRScheduler | ReduceLROnPlateau | None]:
-    """The optimiser and the scheduler that the mapping `optim` of a task describes.
+    """The optimizer and the scheduler that the mapping `optim` of a task describes.
 
     Args:
         parameters: what to optimise.
-        optim_config: `name`, the optimiser's own options, and perhaps `sched` with its `name` and options.
-            `sched.max_steps` must be there for a policy of NeMo's; `with_max_steps` puts it there.
+        optim_config: `name`, the optimizer's own options, and perhaps `sched` with its `name` and options.
+        steps: the number of optimizer steps to come, which `sched.max_steps` is where it is left out.
 
     Returns:
         The scheduler is None without `sched`.
@@ -57,45 +62,40 @@ def build(
         return optimizer, None
     if not isinstance(sched, Mapping) or "name" not in sched:
         raise ConfigError(f"optim.sched: expected a mapping with a name, found {sched!r}")
-    return optimizer, _scheduler(optimizer, str(sched["name"]), {k: v for k, v in sched.items() if k != "name"})
+    options = {key: value for key, value in sched.items() if key not in ("name", *UNUSED_SCHED)}
+    if options.get("max_steps") is None:
+        options["max_steps"] = max(1, steps)
+    return optimizer, _scheduler(optimizer, str(sched["name"]), options)
 
 
 class ScheduledOptimizer:
-    """An optimiser and the schedule of its learning rate.
+    """An optimizer and the schedule of its learning rate.
 
     Attributes:
         optimizer: torch's.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], optim_config: Mapping[str, Any], steps: int) -> None:
-        """See `build`; `steps` is the number of optimiser steps to come."""
-        self.optimizer, self._scheduler = build(parameters, with_max_steps(optim_config, steps))
+        """See `build`."""
+        self.optimizer, self._scheduler = build(parameters, optim_config, steps)
         self._per_epoch = isinstance(self._scheduler, PER_EPOCH)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """An optimiser step, and one of a schedule that counts those; `closure` is that of `Optimizer.step`."""
+        """Makes an optimizer step, and one of the schedule unless it counts epochs; `closure` as torch takes it."""
         self.optimizer.step(closure)
         if self._scheduler is not None and not self._per_epoch:
             self._scheduler.step()
 
     def end_epoch(self, loss: float) -> None:
-        """A step of a schedule that counts epochs, as NeMo steps two of torch's; `ReduceLROnPlateau` needs the loss."""
+        """Makes a step of a schedule that counts epochs, see `PER_EPOCH`; `ReduceLROnPlateau` needs the loss."""
         if isinstance(self._scheduler, ReduceLROnPlateau):
             self._scheduler.step(loss)
         elif self._scheduler is not None and self._per_epoch:
             self._scheduler.step()
 
 
-def with_max_steps(optim_config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The same configuration; a schedule without `max_steps` gets `steps`."""
-    sched = optim_config.get("sched")
-    if not isinstance(sched, Mapping) or sched.get("max_steps") is not None:
-        return dict(optim_config)
-    return {**optim_config, "sched": {**sched, "max_steps": max(1, steps)}}
-
-
 def is_plain(optim_config: Mapping[str, Any]) -> bool:
-    """Whether the optimiser needs the gradients alone: it does not evaluate the loss again."""
+    """Whether the optimizer needs the gradients alone: it does not evaluate the loss again."""
     return str(optim_config.get("name", "adam")).lower() in PLAIN
 
 
@@ -109,9 +109,9 @@ def needs_metric(optim_config: Mapping[str, Any]) -> bool:
 @torch.enable_grad()
 @torch.random.fork_rng(devices=[])
 def check(optim_config: Mapping[str, Any]) -> None:
-    """Tries an optimiser step. Raises ConfigError as `build` does, or where the step fails."""
+    """Tries an optimizer step. Raises ConfigError as `build` does, or where the step fails."""
     parameter = nn.Parameter(torch.ones(2, 2))
-    optimizer, _ = build([parameter], with_max_steps(optim_config, 100))
+    optimizer, _ = build([parameter], optim_config, steps=100)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -121,16 +121,19 @@ def check(optim_config: Mapping[str, Any]) -> None:
 
     try:
         optimizer.step(closure)  # type: ignore[arg-type]
-    except Exception as error:  # some optimisers need a second gradient, or hooks of their own
+    except Exception as error:  # some optimizers need a second gradient, or hooks of their own
         raise ConfigError(f"optim.name: {optim_config.get('name')} cannot train a head: {error}") from error
 
 
 def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any]) -> Optimizer:
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    candidates = _torch_classes(name)
+    candidates = [TORCH[name.lower()]] if name.lower() in TORCH else []
     if name.lower() in FUSED:
-        options.setdefault("weight_decay", 0.0)  # as theirs; AdamW's own default is 0.01
-        options = _only_known(candidates[0], name, options)
+        known = _accepted(torch.optim.AdamW)
+        dropped = ", ".join(sorted(set(options) - set(known)))
+        text = "optim: %s is a fused kernel of Adam with decoupled weight decay; torch's AdamW is used%s"
+        logger.info(text, name, f", without {dropped}" if dropped else "")
+        options = {"weight_decay": 0.0} | {key: value for key, value in options.items() if key in known}  # as theirs
     accepting = [kind for kind in candidates if not set(options) - set(_accepted(kind))]
     if not accepting:
         candidates += _other_classes(name)
@@ -147,55 +150,32 @@ def _optimizer(parameters: list[nn.Parameter], name: str, options: dict[str, Any
         raise ConfigError(f"optim: {name} cannot be built from {options}: {error}") from error
 
 
-def _torch_classes(name: str) -> list[type[Optimizer]]:
-    """The class of that name in torch, if there is one."""
-    if name.lower() in FUSED:
-        return [torch.optim.AdamW]
-    return [value for key, value in vars(torch.optim).items() if key.lower() == name.lower() and _is_optimizer(value)]
-
-
 def _other_classes(name: str) -> list[type[Optimizer]]:
-    """The class of that name in pytorch_optimizer, which takes a second to import, if there is one."""
-    if name.lower() in FUSED:
-        return []
+    """The class of that name in pytorch_optimizer, if there is any; to import the library takes a second."""
     try:
         import pytorch_optimizer
     except ImportError as error:
         remedy = "install pytorch_optimizer, or take one of torch's"
         raise ConfigError(f"optim.name: torch has no optimiser '{name}' with these options; {remedy}") from error
-    # Schedule-free optimisers keep the weights to be scored apart from those that they train.
+    # Schedule-free optimizers keep the weights to be scored apart from those that they train.
     names = [known for known in pytorch_optimizer.get_supported_optimizers() if not known.startswith("schedulefree")]
     if name.lower() in names:
         return [pytorch_optimizer.load_optimizer(name.lower())]
-    if not _torch_classes(name):
-        torch_names = [key.lower() for key, value in vars(torch.optim).items() if _is_optimizer(value)]
-        close = nearest(name.lower(), [*torch_names, *FUSED, *names])
+    if name.lower() not in TORCH:
+        close = nearest(name.lower(), [*TORCH, *names])
         remedy = close if "?" in close else nearest(name.lower(), [*USUAL_OPTIMIZERS, *FUSED])
         raise ConfigError(f"optim.name: unknown optimiser '{name}'{remedy}")
     return []
 
 
-def _is_optimizer(value: Any) -> bool:
-    return inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
-
-
 def _accepted(kind: type[Any]) -> list[str]:
-    """The named options of an optimiser or scheduler."""
+    """The named options of an optimizer or scheduler."""
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = [key for key, parameter in inspect.signature(kind).parameters.items() if parameter.kind not in variadic]
     return named[1:]  # the first are the parameters, or the optimiser
 
 
-def _only_known(kind: type[Optimizer], name: str, options: dict[str, Any]) -> dict[str, Any]:
-    known = _accepted(kind)
-    dropped = sorted(set(options) - set(known))
-    text = f", without {', '.join(dropped)}" if dropped else ""
-    logger.info("optim: %s is a fused kernel of Adam with decoupled weight decay; torch's AdamW is used%s", name, text)
-    return {key: value for key, value in options.items() if key in known}
-
-
 def _scheduler(optimizer: Optimizer, name: str, options: dict[str, Any]) -> LRScheduler | ReduceLROnPlateau:
-    options = {key: value for key, value in options.items() if key not in UNUSED_SCHED}
     try:
         if name in POLICIES:
             return PolicyLR(optimizer, name, **options)
@@ -210,7 +190,7 @@ def _scheduler(optimizer: Optimizer, name: str, options: dict[str, Any]) -> LRSc
 
 
 def _torch_options(kind: type[Any], name: str, options: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """The options under torch's names, in which `max_steps` has another one."""
+    """The options under torch's names; `max_steps` has another name there."""
     steps = options.pop("max_steps")
     learning_rate = optimizer.param_groups[0]["lr"]
     own = {
@@ -220,10 +200,7 @@ def _torch_options(kind: type[Any], name: str, options: dict[str, Any], optimize
         "CyclicLR": {"base_lr": learning_rate / 10, "max_lr": learning_rate},
         "CosineAnnealingWarmRestarts": {"T_0": steps},
     }.get(name, {})
-    known = _accepted(kind)
-    for option in options:
-        if option not in known:
-            raise ConfigError(f"optim.sched: {name} has no option '{option}'{nearest(option, known)}")
+    check_options(name, options, _accepted(kind))
     if name == "OneCycleLR" and {"epochs", "steps_per_epoch"} & set(options):
         own.pop("total_steps")
     return {**own, **options}

@@ -1,6 +1,6 @@
-"""NeMo's learning-rate policies: the learning rate as a function of the step; step 0 is the first optimiser step.
+"""NeMo's learning-rate policies: the learning rate as a function of the step; step 0 is the first optimizer step.
 
-All but Noam's and T5's go through the same stages, the first that applies (NeMo 1.23, nemo.core.optim.lr_scheduler):
+All but Noam's and T5's have the same stages, of which the first that fits holds (NeMo 1.23, nemo.core.optim):
 
     warm-up, step <= warmup_steps (if > 0)      lr = base_lr (step + 1) / (warmup_steps + 1)
     hold, step < warmup_steps + hold_steps      lr = base_lr
@@ -11,7 +11,7 @@ All but Noam's and T5's go through the same stages, the first that applies (NeMo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -93,12 +93,6 @@ def noam_hold(step: int, base_lr: float, policy: Policy) -> float:
     return max(policy.min_lr, float(base_lr * reached / max(1, (step - hold_steps) ** policy.decay_rate)))
 
 
-def linear(step: int, base_lr: float, policy: Policy) -> float:
-    """Lr = min_lr + (base_lr - min_lr) (1 - (step - warmup_steps) / (max_steps - warmup_steps))."""
-    share = (step - policy.warmup_steps) / (policy.max_steps - policy.warmup_steps)
-    return policy.min_lr + (base_lr - policy.min_lr) * (1 - share)
-
-
 def inverse_square_root(step: int, base_lr: float, policy: Policy) -> float:
     """Lr = base_lr ((warmup_steps + 1) / (step + 1))^(1/2)."""
     return float(base_lr * ((policy.warmup_steps + 1) / (step + 1)) ** 0.5)
@@ -148,7 +142,7 @@ POLICIES: dict[str, tuple[Function, tuple[str, ...]]] = {
     "CosineAnnealing": (cosine, (*WARMUP, *CONSTANT)),
     "NoamAnnealing": (noam, (*WARMUP, "d_model")),
     "NoamHoldAnnealing": (noam_hold, (*HOLD, "decay_rate")),
-    "WarmupAnnealing": (linear, WARMUP),
+    "WarmupAnnealing": (polynomial, WARMUP),  # of power 1
     "InverseSquareRootAnnealing": (inverse_square_root, WARMUP),
     "T5InverseSquareRootAnnealing": (t5_inverse_square_root, CONSTANT),
     "PolynomialDecayAnnealing": (polynomial, (*WARMUP, "power", "cycle")),
@@ -160,10 +154,10 @@ LEAST = {"max_steps": 1, "d_model": 1}  # 0 for the others
 
 
 class PolicyLR(LRScheduler):
-    """A scheduler over a policy, one step per optimiser step."""
+    """A scheduler of a policy, which makes a step at each optimizer step."""
 
     def __init__(self, optimizer: Optimizer, name: str, last_epoch: int = -1, **options: Any) -> None:
-        """Takes the options of NeMo's policy `name`; one that is None counts as not given.
+        """Takes the options of NeMo's policy `name`; None counts as not given.
 
         Raises:
             ConfigError: the policy has no such option, or it has a wrong value, or options contradict one another.
@@ -197,10 +191,7 @@ def policy_lr(function: Function, step: int, base_lr: float, policy: Policy) -> 
 
 def make_policy(name: str, options: Mapping[str, Any]) -> Policy:
     """The settings of policy `name`, ratios turned into steps. Raises ConfigError, see `PolicyLR`."""
-    known = ("max_steps", "min_lr", *POLICIES[name][1])
-    for option in options:
-        if option not in known:
-            raise ConfigError(f"optim.sched: {name} has no option '{option}'{nearest(option, known)}")
+    check_options(name, options, ("max_steps", "min_lr", *POLICIES[name][1]))
     given = {option: value for option, value in options.items() if value is not None}
     for option, value in given.items():
         _check_value(name, option, value)
@@ -217,6 +208,13 @@ def make_policy(name: str, options: Mapping[str, Any]) -> Policy:
     )
     _check_stages(name, policy)
     return policy
+
+
+def check_options(name: str, options: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ConfigError where the schedule `name` has no such option."""
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"optim.sched: {name} has no option '{option}'{nearest(option, known)}")
 
 
 def _steps(stage: str, given: Mapping[str, Any], max_steps: float) -> float | None:
@@ -243,7 +241,7 @@ def _check_value(name: str, option: str, value: Any) -> None:
 
 
 def _check_stages(name: str, policy: Policy) -> None:
-    """Raises ConfigError where a policy lacks what its formula divides by."""
+    """Raises ConfigError where the divisor of a policy's formula is 0 or missing."""
     if name == "NoamAnnealing" and not policy.d_model:
         raise ConfigError("optim.sched: NoamAnnealing needs d_model, the width that it was made for")
     if name == "NoamHoldAnnealing" and not policy.warmup_steps:
@@ -256,9 +254,7 @@ def _check_stages(name: str, policy: Policy) -> None:
 
 def _check_base_lr(name: str, base_lr: float, policy: Policy) -> None:
     """Raises ConfigError where a policy that decays from `base_lr` to `min_lr` would rise instead."""
-    if name not in ("CosineAnnealing", "NoamAnnealing"):
-        return
     above = base_lr > policy.min_lr if policy.constant_steps else base_lr >= policy.min_lr
-    if not above:
+    if name in ("CosineAnnealing", "NoamAnnealing") and not above:
         found = f"found lr {base_lr} and min_lr {policy.min_lr}"
         raise ConfigError(f"optim.sched: {name} needs an lr above min_lr, {found}")

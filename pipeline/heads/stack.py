@@ -1,6 +1,6 @@
 """MLPs of one shape, trained at once with batched matrix products.
 
-Each head has the batches and the dropout that it would have alone. A single one is trained this way too: the gradients
+Each head has the batches and the dropout that it would have alone. A single head is trained this way too: the gradients
 are written out layer by layer, into memory that is used again at each step.
 """
 
@@ -20,8 +20,8 @@ class Stack:
     """Heads whose parameters are slices of one tensor, until `release`.
 
     Attributes:
-        weights: all parameters of all heads, shape (count,). `backward` sets its gradient, of which those of each
-            head's own parameters are slices.
+        weights: all parameters of all heads, shape (count,). `backward` sets its gradient; the gradients of the
+            heads' own parameters are slices of that.
     """
 
     def __init__(self, heads: Sequence[MLP], classes: bool) -> None:
@@ -30,10 +30,9 @@ class Stack:
         linears = [[layer for layer in head.modules() if isinstance(layer, nn.Linear)] for head in heads]
         dropouts = [[layer for layer in head.modules() if isinstance(layer, Dropout)] for head in heads]
         self._dropouts = list(zip(*dropouts, strict=True))
-        # Of each layer the weights of all heads, then their biases.
-        groups = [
-            [getattr(one, name) for one in layer] for layer in zip(*linears, strict=True) for name in ("weight", "bias")
-        ]
+        groups = []  # of each layer the weights of all heads, then their biases
+        for layers in zip(*linears, strict=True):
+            groups += [[layer.weight for layer in layers], [layer.bias for layer in layers]]
         values = torch.cat([parameter.detach().flatten() for group in groups for parameter in group])
         self.weights = nn.Parameter(values)
         self.weights.grad = torch.zeros_like(values)
@@ -42,10 +41,6 @@ class Stack:
         for group, slices, gradients in zip(groups, self._values, self._gradients, strict=True):
             for parameter, value, gradient in zip(group, slices, gradients, strict=True):
                 parameter.data, parameter.grad = value, gradient
-
-    def parameters(self) -> list[nn.Parameter]:
-        """One for all heads."""
-        return [self.weights]
 
     @torch.no_grad()
     def backward(self, batch: Batch) -> Tensor:
@@ -59,7 +54,7 @@ class Stack:
         """
         hidden = self._forward(batch.rows.view(len(self.heads), -1, batch.rows.shape[1]))
         losses, gradient = _loss(hidden.pop(), batch.values[0].view(len(self.heads), -1), self.classes)
-        for layer, rows in reversed(list(enumerate(hidden))):  # `gradient` is that of the layer's output
+        for layer, rows in reversed(list(enumerate(hidden))):  # `gradient` is of the layer's output
             weight, of_weight, of_bias = self._values[2 * layer], *self._gradients[2 * layer : 2 * layer + 2]
             torch.bmm(gradient.transpose(1, 2), rows, out=of_weight)
             torch.sum(gradient, 1, out=of_bias)
@@ -89,7 +84,7 @@ class Stack:
 
 
 def _views(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Tensors of these shapes that share the memory of `flat`, one behind the other."""
+    """Tensors of these shapes that share the memory of `flat`, in this order."""
     counts = [torch.Size(shape).numel() for shape in shapes]
     return [part.view(shape) for part, shape in zip(flat.split(counts), shapes, strict=True)]
 

@@ -102,7 +102,7 @@ class EmbeddingTable:
     """The stored embeddings of one encoder, pooling and dtype."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Does not touch the disk; `settings` are those that the key is made of."""
+        """Does not touch the disk; the table's key is a digest of `settings`."""
         self.folder = folder
         self.settings = dict(settings)
         self.dtype = np.dtype(settings["dtype"]).newbyteorder("<")
@@ -152,7 +152,7 @@ class EmbeddingTable:
         """A writer of new shards; removes unfinished files first. Hold the lock while it is open.
 
         Args:
-            made_with: what the manifest records of how they were made.
+            made_with: how they were made, for the manifest.
             in_thread: whether a thread writes while the caller works.
         """
         _remove_unlisted(self.folder)
@@ -185,7 +185,7 @@ def _listed(folder: Path) -> list[Shard]:
 
 
 def _remove_unlisted(folder: Path) -> None:
-    """Removes what a killed writer left in a table's folder. Hold the lock."""
+    """Removes the unfinished files of a killed writer from a table's folder. Hold the lock."""
     listed = {shard.file for shard in _listed(folder)}
     for path in (*folder.glob("shard-*"), *folder.glob("manifest.json.*.tmp")):
         if path.name not in listed:

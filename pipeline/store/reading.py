@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from itertools import groupby
 
 import numpy as np
@@ -23,20 +23,18 @@ from pipeline.store.shards import DamagedShardsError, Entry, RowGroup, Shard, is
 
 THREADS = min(4, os.cpu_count() or 1)
 Indices = npt.NDArray[np.int64]
-Span = tuple[int, int, int]  # first row in the shard, row behind the last, first row in memory
 
 
-class Vectors:
-    """The rows of some sequences of a table, each sequence once, in the order of the shards.
+class Rows:
+    """The embedding rows of examples in their order, each example with its own number of rows.
 
     Attributes:
         table: where they are stored.
-        in_memory: whether all rows are kept in memory, as float32.
-        memory: those rows, shape (rows, hidden_size); empty if they are not kept.
-        counts: rows of each sequence.
+        in_memory: whether the rows of all distinct sequences are kept in memory, as float32.
+        memory: these rows in the order of the shards, shape (rows, hidden_size); empty if they are not kept.
     """
 
-    def __init__(self, table: EmbeddingTable, entries: Iterable[Entry], memory_bytes: int) -> None:
+    def __init__(self, table: EmbeddingTable, entries: Collection[Entry], memory_bytes: int) -> None:
         """Reads them and compares their checksums; beyond `memory_bytes` they are read again as they are used.
 
         Raises:
@@ -48,9 +46,9 @@ class Vectors:
         order = sorted(distinct)
         self._position = {key: index for index, key in enumerate(order)}
         self._entries = [distinct[key] for key in order]
-        self.counts = np.array([entry.count for entry in self._entries], dtype=np.int64)
-        self._on_device: Tensor | None = None
-        total = int(self.counts.sum())
+        self._counts = np.array([entry.count for entry in self._entries], dtype=np.int64)
+        self._on_device: dict[torch.device, Tensor] = {}
+        total = int(self._counts.sum())
         self.in_memory = total * table.hidden_size * 4 <= memory_bytes
         # numpy allocates large pages: they are filled in a quarter of the time
         self.memory = torch.from_numpy(np.empty((total if self.in_memory else 0, table.hidden_size), np.float32))
@@ -60,18 +58,35 @@ class Vectors:
             list(pool.map(lambda task: self._read_group(*task), self._groups_to_read()))
         if self._damaged:
             raise DamagedShardsError(list(self._damaged.values()))
+        self._positions = self._positions_of(entries)
+
+    def of(self, entries: Collection[Entry]) -> Rows:
+        """The rows of other examples with the same sequences, in the same memory; nothing is read again."""
+        rows = copy(self)
+        rows._positions = self._positions_of(entries)
+        return rows
 
     def on(self, device: torch.device) -> Tensor:
-        """`memory` on a device, moved there once."""
-        if self._on_device is None or self._on_device.device != device:
-            self._on_device = self.memory.to(device)
-        return self._on_device
+        """`memory` on a device; moved there once."""
+        if device not in self._on_device:
+            self._on_device[device] = self.memory.to(device)
+        return self._on_device[device]
 
-    def positions(self, entries: Sequence[Entry]) -> Indices:
-        """The positions of some of the sequences."""
+    def index(self, examples: Indices) -> Indices:
+        """Where the rows of some examples are in `memory`, one example after another."""
+        return unit_index(self._counts, self._positions[examples])
+
+    def gather(self, examples: Indices) -> Tensor:
+        """The rows of some examples one after another, float32, shape (sum of their counts, hidden_size)."""
+        if self.in_memory:
+            return self.memory.index_select(0, torch.from_numpy(self.index(examples)))
+        return torch.from_numpy(self._read(self._positions[examples]).astype(np.float32, copy=False))
+
+    def _positions_of(self, entries: Collection[Entry]) -> Indices:
+        """The positions of sequences in the order of the shards."""
         return np.array([self._position[entry.shard.file, entry.start] for entry in entries], dtype=np.int64)
 
-    def read(self, positions: Indices) -> npt.NDArray[np.floating]:
+    def _read(self, positions: Indices) -> npt.NDArray[np.floating]:
         """The rows of the sequences at some positions one after another, from the files, in the stored dtype.
 
         No file stays open, however many shards there are.
@@ -85,34 +100,36 @@ class Vectors:
             begin += entry.count
         return rows
 
-    def _groups_to_read(self) -> Iterator[tuple[Shard, RowGroup, list[Span]]]:
-        """The row groups to read, as a whole because of their checksums, with the rows that are wanted of each."""
+    def _groups_to_read(self) -> Iterator[tuple[Shard, RowGroup, Indices, int]]:
+        """The row groups to read, each with the rows to keep, counted from its first, and their place in memory."""
         position = 0
         for _, of_shard in groupby(self._entries, key=lambda entry: entry.shard.file):
             entries = list(of_shard)
             shard = entries[0].shard
+            starts, counts = np.array([(entry.start, entry.count) for entry in entries]).T
+            rows = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
             with self._recording_damage(shard):
-                groups = shards.row_groups(self.table.path(shard), shard, self.table.row_bytes)
-                self._groups[shard.file] = groups
-                yield from ((shard, *found) for found in _by_group(groups, _spans(entries, position)))
-            position += sum(entry.count for entry in entries)
+                self._groups[shard.file] = shards.row_groups(self.table.path(shard), shard, self.table.row_bytes)
+            for group in self._groups.get(shard.file, []):
+                begin, end = np.searchsorted(rows, (group.first, group.last)).tolist()
+                if begin < end:
+                    wanted = rows[begin : end if self.in_memory else begin] - group.first
+                    yield shard, group, wanted, position + begin
+            position += len(rows)
 
-    def _read_group(self, shard: Shard, group: RowGroup, spans: list[Span]) -> None:
-        """Reads and verifies a row group, and keeps the rows that are wanted."""
-        (first, last, position), count = spans[0], group.last - group.first
-        in_place = self.in_memory and last - first == count and self.table.dtype == np.float32
-        memory = self.memory.numpy()
-        if in_place:
-            out = memory[position : position + count]
-        else:
-            out = np.empty((count, self.table.hidden_size), self.table.dtype)
+    def _read_group(self, shard: Shard, group: RowGroup, wanted: Indices, position: int) -> None:
+        """Reads a row group, as a whole because of its checksum, and keeps the wanted rows in memory."""
+        count = group.last - group.first
+        whole, kept = len(wanted) == count, self.memory.numpy()[position : position + len(wanted)]
+        in_place = whole and self.table.dtype == np.float32
+        out = kept if in_place else np.empty((count, self.table.hidden_size), self.table.dtype)
         with self._recording_damage(shard):
             with self.table.path(shard).open("rb", buffering=0) as file:
                 intact = shards.read_group(file, group, out)
             if not intact:
                 self._damaged[shard.file] = shard, "another checksum"
-        for first, last, position in spans if self.in_memory and not in_place else ():
-            memory[position : position + last - first] = out[first - group.first : last - group.first]
+        if not in_place:
+            kept[:] = out if whole else out[wanted]
 
     @contextmanager
     def _recording_damage(self, shard: Shard) -> Iterator[None]:
@@ -123,62 +140,3 @@ class Vectors:
             if not is_damage(error):
                 raise CacheError(f"store: '{self.table.path(shard)}' cannot be read ({error})") from error
             self._damaged[shard.file] = shard, str(error)
-
-
-class Rows:
-    """The embedding rows of examples in their order, each with its own number of rows."""
-
-    def __init__(self, vectors: Vectors, entries: Sequence[Entry]) -> None:
-        """`entries` are among those of `vectors`."""
-        self._vectors = vectors
-        self._positions = vectors.positions(entries)
-        self._pooled = bool((vectors.counts == 1).all())
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether they are kept in memory."""
-        return self._vectors.in_memory
-
-    def on(self, device: torch.device) -> Tensor:
-        """The rows that `index` points to, on a device; moved there once. Shape (rows, hidden_size)."""
-        return self._vectors.on(device)
-
-    def index(self, examples: Indices) -> Indices:
-        """Where the rows of some examples are in memory, one example after another."""
-        positions = self._positions[examples]
-        return positions if self._pooled else unit_index(self._vectors.counts, positions)
-
-    def gather(self, examples: Indices) -> Tensor:
-        """The rows of some examples one after another, float32, shape (sum of their counts, hidden_size)."""
-        if self.in_memory:
-            return self._vectors.memory.index_select(0, torch.from_numpy(self.index(examples)))
-        rows = self._vectors.read(self._positions[examples])
-        return torch.from_numpy(rows.astype(np.float32, copy=False))
-
-
-def _spans(entries: Sequence[Entry], position: int) -> list[Span]:
-    """Adjacent rows of a shard, merged, in order; the first goes to `position` in memory."""
-    spans: list[Span] = []
-    for entry in entries:
-        end = entry.start + entry.count
-        if spans and spans[-1][1] == entry.start:
-            spans[-1] = spans[-1][0], end, spans[-1][2]
-        else:
-            spans.append((entry.start, end, position))
-        position += entry.count
-    return spans
-
-
-def _by_group(groups: Sequence[RowGroup], spans: Iterable[Span]) -> Iterator[tuple[RowGroup, list[Span]]]:
-    """The row groups that spans lie in, with the parts of the spans in each."""
-    rest = deque(spans)
-    for group in groups:
-        inside = []
-        while rest and rest[0][0] < group.last:
-            first, last, position = rest.popleft()
-            end = min(last, group.last)
-            inside.append((first, end, position))
-            if end < last:
-                rest.appendleft((end, last, position + end - first))
-        if inside:
-            yield group, inside

@@ -132,7 +132,7 @@ class ShardFile:
         self._checksums.append(xxh3_64_intdigest(content.data))
 
     def finish(self) -> Shard:
-        """Ends and syncs the file, gives it its name, and returns what the manifest is to list."""
+        """Ends and syncs the file, gives it its name, and returns its entry for the manifest."""
         index = np.concatenate(self._index)
         self._writer.add_key_value_metadata({INDEX: index.tobytes().hex()})
         self._writer.close()
@@ -158,7 +158,7 @@ class ShardFile:
         return shard
 
     def discard(self) -> None:
-        """Removes what was written so far."""
+        """Removes the unfinished file."""
         with contextlib.suppress(OSError, pa.ArrowException):  # a full disk has no room for the end either
             self._writer.close()
         self._temporary.unlink(missing_ok=True)
@@ -197,7 +197,7 @@ def row_groups(path: Path, shard: Shard, row_bytes: int) -> list[RowGroup]:
 
 
 def read_group(file: BinaryIO, group: RowGroup, out: npt.NDArray[Any]) -> bool:
-    """Fills `out` with all vectors of a row group; returns whether their checksum is the one that was written."""
+    """Fills `out` with all vectors of a row group; returns whether they have the group's checksum."""
     read_into(file, group.offset, out)
     return xxh3_64_intdigest(out.reshape(-1).view(np.uint8).data) == group.checksum
 

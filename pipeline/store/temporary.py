@@ -19,7 +19,7 @@ from pipeline.errors import CacheError
 
 @contextmanager
 def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A new folder in `parent`, removed afterwards; with it go those that killed processes of this host left there.
+    """A new folder in `parent`, removed afterwards; the folders that killed processes of this host left go, too.
 
     Args:
         parent: by default, a folder of the user's own below `TMPDIR`.
@@ -63,7 +63,7 @@ def host_mark() -> str:
 
 
 def _private_folder() -> Path:
-    """The user's own folder below `TMPDIR`, which others can neither read nor have made in the user's name."""
+    """The user's own folder below `TMPDIR`, which no other user can read or has made."""
     user = os.getuid() if hasattr(os, "getuid") else ""
     folder = Path(tempfile.gettempdir()) / f"downstream-validation-{user}".rstrip("-")
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -26,10 +26,10 @@ Added = tuple[Sequence[bytes], Sequence[int], Sequence[int], Array]  # what `Sha
 
 
 class ShardWriter:
-    """Takes rows as they come, and writes shards of them. Leaving the context without an error writes what is left.
+    """Takes rows as they come, and writes shards of them. Leaving the context without an error writes the rest.
 
-    A thread syncs finished files and lists them in the manifest, while the encoder works. It does all of the writing
-    where the encoder is on a GPU; on a CPU it would take more time from the encoder than the writing needs.
+    A thread syncs finished files and lists them in the manifest while the encoder works. With the encoder on a GPU it
+    writes all; on a CPU that would cost the encoder more time than the writing takes.
     """
 
     def __init__(self, table: EmbeddingTable, made_with: Mapping[str, Any], in_thread: bool) -> None:
@@ -49,7 +49,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits for what is being written. Raises CacheError if that failed, unless another error is on its way."""
+        """Waits for the writing. Raises CacheError if that failed, unless another error is on its way."""
         try:
             if kind is None:
                 self.flush()
@@ -114,7 +114,7 @@ class ShardWriter:
         self._tasks.append(self._thread.submit(work))
 
     def _wait(self, most: int) -> None:
-        """Waits until at most that many tasks are left. Raises CacheError where one failed."""
+        """Waits until at most that many tasks are left. Raises CacheError where a task failed."""
         while len(self._tasks) > most:
             with disk_errors(self.table.folder):
                 self._tasks.pop(0).result()
