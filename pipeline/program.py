@@ -57,7 +57,9 @@ def run_program(
             *stack, _message = traceback.TracebackException.from_exception(error).format()
             print("".join(stack), end="", file=sys.stderr)
         if os.environ.get("MLFLOW_RUN_ID") and not isinstance(error, PartlyError):
-            _describe_failure(str(error))
+            from pipeline.tracking.client import fail_run
+
+            fail_run(str(error))  # the program may not have opened the run yet
         print(f"error: {error}", file=sys.stderr)
         return 2
     except _Interrupted as interrupted:
@@ -81,16 +83,17 @@ def check_tracking(tracking_uri: str) -> None:
 def print_links(opened: OpenRun) -> None:
     """Prints where to look at the run; for a local database, how to start the UI first."""
     from pipeline.tracking.client import shown
-    from pipeline.tracking.runs import link, runs_link
 
     if opened.ids is None:  # the run has not reached the server; a warning has said how to send it
         return
     server = opened.uri if opened.uri.startswith("http") else "http://127.0.0.1:5000"
     if server != opened.uri:
         print(f"To look at it:  mlflow ui --backend-store-uri {shown(opened.uri)}")
-    server = shown(server)
-    print(f"This run:       {server}{link(opened.ids)}")
-    print(f"All runs:       {server}{runs_link(opened.ids)}")
+    experiment, run = opened.ids
+    runs = f"{shown(server)}/#/experiments/{experiment}/runs"
+    view = "?workflowType=machine_learning"  # else MLflow 3 opens its view for agents
+    print(f"This run:       {runs}/{run}{view}")
+    print(f"All runs:       {runs}{view}")
 
 
 def _interrupt(number: int, _frame: Any) -> NoReturn:
@@ -98,10 +101,3 @@ def _interrupt(number: int, _frame: Any) -> NoReturn:
     for further in (signal.SIGTERM, signal.SIGINT):
         signal.signal(further, signal.SIG_IGN)
     raise _Interrupted(number)
-
-
-def _describe_failure(message: str) -> None:
-    """Writes an error to the page of the run that `mlflow run` made: the program may not have opened it yet."""
-    from pipeline.tracking.client import fail_run
-
-    fail_run(message)

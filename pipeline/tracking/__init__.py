@@ -28,51 +28,31 @@ class Data:
 
 
 class Tracker(Protocol):
-    """Where results are logged."""
-
-    def step(self, name: str) -> AbstractContextManager[Tracker]:
-        """Begins a stage, and gives the tracker for what belongs to it. An exception ends the stage as failed."""
-        ...
-
-    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
-        """Logs numbers by name, none of them NaN, at a step; `data` is what they were measured on."""
-        ...
-
-    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
-        """Stores a file in a folder of the run's files; a picture may be shown at a step."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Logs a line for whoever reads the run: a warning, or why a metric is left out."""
-        ...
-
-    def data(self, data: Data) -> None:
-        """Logs a part of the data that was used."""
-        ...
-
-
-class NullTracker:
-    """Discards everything; base of trackers that ignore stages."""
+    """Where results are logged. A subclass that does not override a method discards what the method is given."""
 
     @contextmanager
     def step(self, name: str) -> Iterator[Tracker]:  # noqa: ARG002
-        """See `Tracker.step`."""
+        """Begins a stage, and gives the tracker for what belongs to it. An exception ends the stage as failed."""
         yield NullTracker()
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
-        """See `Tracker.metrics`."""
+        """Logs numbers by name, none of them NaN, at a step; `data` is what they were measured on."""
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
-        """See `Tracker.artifact`."""
+        """Stores a file in a folder of the run's files; a picture may be shown at a step."""
 
     def note(self, text: str) -> None:
-        """See `Tracker.note`."""
+        """Logs a line for whoever reads the run: a warning, or why a metric is left out."""
 
     def data(self, data: Data) -> None:
-        """See `Tracker.data`."""
+        """Logs a part of the data that was used."""
 
 
-class Several:
+class NullTracker(Tracker):
+    """Discards everything; base of trackers that ignore stages."""
+
+
+class Several(Tracker):
     """Passes everything on to several trackers."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
@@ -87,52 +67,55 @@ class Several:
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
         """See `Tracker.metrics`."""
-        for tracker in self.trackers:
-            tracker.metrics(values, step, data)
+        self._each("metrics", lambda tracker: tracker.metrics(values, step, data))
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
         """See `Tracker.artifact`."""
-        for tracker in self.trackers:
-            tracker.artifact(path, folder, step)
+        self._each(path.name, lambda tracker: tracker.artifact(path, folder, step))
 
     def note(self, text: str) -> None:
         """See `Tracker.note`."""
-        for tracker in self.trackers:
-            tracker.note(text)
+        self._each("a note", lambda tracker: tracker.note(text))
 
     def data(self, data: Data) -> None:
         """See `Tracker.data`."""
+        self._each("a data set", lambda tracker: tracker.data(data))
+
+    def _each(self, what: str, log: Callable[[Tracker], None]) -> None:  # noqa: ARG002
         for tracker in self.trackers:
-            tracker.data(data)
+            log(tracker)
 
 
-class AtStep:
+class AtStep(Several):
     """Logs results at the training step of the weights; stages keep their own steps, such as epochs."""
 
     def __init__(self, inner: Tracker, at: int) -> None:
         """Results go to `inner` at step `at`."""
-        self.inner = inner
+        super().__init__([inner])
         self.at = at
-
-    def step(self, name: str) -> AbstractContextManager[Tracker]:
-        """See `Tracker.step`."""
-        return self.inner.step(name)
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:  # noqa: ARG002
         """See `Tracker.metrics`."""
-        self.inner.metrics(values, self.at, data)
+        super().metrics(values, self.at, data)
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
         """See `Tracker.artifact`."""
-        self.inner.artifact(path, folder, self.at)
+        super().artifact(path, folder, self.at)
 
-    def note(self, text: str) -> None:
-        """See `Tracker.note`."""
-        self.inner.note(text)
 
-    def data(self, data: Data) -> None:
-        """See `Tracker.data`."""
-        self.inner.data(data)
+class Guarded(Several):
+    """A tracker whose failures become warnings."""
+
+    def __init__(self, inner: Tracker) -> None:
+        """Guards `inner`."""
+        super().__init__([inner])
+
+    def step(self, name: str) -> AbstractContextManager[Tracker]:
+        """See `Tracker.step`."""
+        return guarded(f"tracking of {name}", lambda: self.trackers[0].step(name))
+
+    def _each(self, what: str, log: Callable[[Tracker], None]) -> None:
+        attempt(f"logging of {what}", lambda: log(self.trackers[0]))
 
 
 def attempt(what: str, act: Callable[[], T], fatal: tuple[type[Exception], ...] = ()) -> T | None:
@@ -151,34 +134,6 @@ def attempt(what: str, act: Callable[[], T], fatal: tuple[type[Exception], ...] 
         logger.warning("%s failed, work goes on: %s: %s", what, type(error).__name__, " ".join(str(error).split()))
         logger.debug("%s", what, exc_info=True)
         return None
-
-
-class Guarded:
-    """A tracker whose failures become warnings."""
-
-    def __init__(self, inner: Tracker) -> None:
-        """Guards `inner`."""
-        self.inner = inner
-
-    def step(self, name: str) -> AbstractContextManager[Tracker]:
-        """See `Tracker.step`."""
-        return guarded(f"tracking of {name}", lambda: self.inner.step(name))
-
-    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
-        """See `Tracker.metrics`."""
-        attempt("logging of metrics", lambda: self.inner.metrics(values, step, data))
-
-    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
-        """See `Tracker.artifact`."""
-        attempt(f"logging of {path.name}", lambda: self.inner.artifact(path, folder, step))
-
-    def note(self, text: str) -> None:
-        """See `Tracker.note`."""
-        attempt("logging of a note", lambda: self.inner.note(text))
-
-    def data(self, data: Data) -> None:
-        """See `Tracker.data`."""
-        attempt("logging of a data set", lambda: self.inner.data(data))
 
 
 @contextmanager

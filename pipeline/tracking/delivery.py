@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -45,7 +44,6 @@ class Sink(Protocol):
             RefusedError: trying again is of no use.
             Exception: anything else may be a server that does not answer.
         """
-        ...
 
     def answers(self) -> bool:
         """Whether the server answers at all: then the fault is the record's."""
@@ -139,11 +137,9 @@ def _warn_once(reason: str, known: set[str]) -> None:
     known.add(reason)
 
 
-@contextlib.contextmanager
-def lock_for_sending(journal: Journal) -> Iterator[None]:
-    """Within, no other process sends the journal. Raises Timeout where another does."""
-    with FileLock(journal.path.with_suffix(".lock"), timeout=0):
-        yield
+def lock_for_sending(journal: Journal) -> FileLock:
+    """The lock of the process that sends the journal. Raises Timeout where another process holds it."""
+    return FileLock(journal.path.with_suffix(".lock"), timeout=0)
 
 
 def replay(journal: Journal, sink: Sink, elsewhere: bool = False) -> tuple[int, int]:

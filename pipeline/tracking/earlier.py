@@ -106,7 +106,7 @@ def _replay(path: Path, tracking_uri: str, unlocked: bool) -> tuple[int, int]:
         raise TrackingError(f"MLflow at '{shown(uri)}' does not answer: {error}; start it, and replay again") from error
     kept_for = refused if uri != meant else journal.refused
     if gone and journal.head.get("remove") and not kept_for:
-        journal.remove()
+        remove_journal(path)
     return arrived, refused
 
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from pipeline.tracking.process import remove_journal, writer_lock, writer_tags
+from pipeline.tracking.process import writer_lock, writer_tags
 
 Record = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -91,15 +91,14 @@ class Journal:
     @property
     def sent(self) -> int:
         """How many bytes have arrived, or were refused."""
-        return self._noted[0]
+        return self._progress()[0]
 
     @property
     def refused(self) -> int:
         """How many records were refused: then the journal is not removed."""
-        return self._noted[1]
+        return self._progress()[1]
 
-    @property
-    def _noted(self) -> tuple[int, int]:
+    def _progress(self) -> tuple[int, int]:
         try:
             sent, _, refused = self.path.with_suffix(".sent").read_text().partition(" ")
             return int(sent), int(refused or 0)
@@ -163,10 +162,6 @@ class Journal:
         for record in records:
             if record["op"] == "artifact":
                 shutil.rmtree((self.files / record["file"]).parent, ignore_errors=True)
-
-    def remove(self) -> None:
-        """Removes the journal and what belongs to it."""
-        remove_journal(self.path)
 
     @contextmanager
     def _warns(self) -> Iterator[None]:

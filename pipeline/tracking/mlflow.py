@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -39,7 +39,6 @@ from pipeline.tracking.journal import Journal, Record
 from pipeline.tracking.process import KEY, WRITER, lives
 
 MAX_RUNS = 10_000  # that may be RUNNING
-BATCH = 100  # most parameters or tags in one call; a server refuses more
 # Error codes of answers that will be the same next time; any other may be a server in trouble.
 REFUSALS = {
     "INVALID_PARAMETER_VALUE",
@@ -66,11 +65,15 @@ class MlflowSink:
         """See `Sink.apply`."""
         first = records[0]
         fail_fast()  # the thread may be another one each time
-        act: Callable[[Sequence[Record]], None] | None = getattr(self, f"_{first['op']}", None)
-        if act is None:  # the head of the journal, or a line that a kill tore
+        if "run" not in first:  # the head of the journal, or a line that a kill tore
             return
         try:
-            act(records)
+            if first["op"] == "run":
+                self._run(first)
+            elif first["op"] == "metrics":
+                self._metrics(self.run_id(first["run"]), records)
+            else:
+                getattr(self, f"_{first['op']}")(self.run_id(first["run"]), first)
         except (MlflowException, ImportError) as error:
             if isinstance(error, MlflowException) and error.error_code not in REFUSALS:
                 raise
@@ -96,10 +99,10 @@ class MlflowSink:
             self._begin(self.journal.runs[key], again=False)
         return self.ids[key]
 
-    def _run(self, records: Sequence[Record]) -> None:
-        self._begin(records[0], again=True)
-        if not records[0].get("parent"):
-            sweep(self.client, self.experiments[records[0]["run"]])
+    def _run(self, record: Record) -> None:
+        self._begin(record, again=True)
+        if not record.get("parent"):
+            sweep(self.client, self.experiments[record["run"]])
 
     def _begin(self, record: Record, again: bool) -> None:
         """Finds the run of a record, or makes it; with `again`, a run that had ended is opened again."""
@@ -167,8 +170,7 @@ class MlflowSink:
             raise MlflowException(f"experiment '{name}' cannot be made")
         return str(found.experiment_id)
 
-    def _metrics(self, records: Sequence[Record]) -> None:
-        run_id = self.run_id(records[0]["run"])
+    def _metrics(self, run_id: str, records: Sequence[Record]) -> None:
         metrics = [
             Metric(key, value, record["time"], record["step"], *self._links(record))
             for record in records
@@ -178,49 +180,41 @@ class MlflowSink:
 
     def _links(self, record: Record) -> tuple[str | None, str | None, str | None]:
         """The id of the measured model, and the name and digest of the data that it was measured on."""
-        digest, data = record.get("model"), record.get("data")
-        model = self._model_id(record["run"], digest) if digest else None
-        return (model, *(data or (None, None)))
+        name, digest = record.get("data") or (None, None)
+        return self._model_id(record), name, digest
 
-    def _parameters(self, records: Sequence[Record]) -> None:
-        flat = [Param(key, value) for key, value in records[0]["values"].items()]
-        for begin in range(0, len(flat), BATCH):
-            self.client.log_batch(self.run_id(records[0]["run"]), params=flat[begin : begin + BATCH])
+    def _parameters(self, run_id: str, record: Record) -> None:
+        self.client.log_batch(run_id, params=[Param(key, value) for key, value in record["values"].items()])
 
-    def _tags(self, records: Sequence[Record]) -> None:
-        self._tag(self.run_id(records[0]["run"]), records[0]["values"])
+    def _tags(self, run_id: str, record: Record) -> None:
+        self._tag(run_id, record["values"])
 
     def _tag(self, run_id: str, values: Mapping[str, str]) -> None:
-        flat = [RunTag(key, value) for key, value in values.items()]
-        for begin in range(0, len(flat), BATCH):
-            self.client.log_batch(run_id, tags=flat[begin : begin + BATCH])
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in values.items()])
 
-    def _name(self, records: Sequence[Record]) -> None:
-        self.client.update_run(self.run_id(records[0]["run"]), name=records[0]["name"])
+    def _name(self, run_id: str, record: Record) -> None:
+        self.client.update_run(run_id, name=record["name"])
 
-    def _artifact(self, records: Sequence[Record]) -> None:
-        record = records[0]
+    def _artifact(self, run_id: str, record: Record) -> None:
         path = self.journal.files / record["file"]
         if not path.is_file():
             raise RefusedError(f"the file '{path}' is gone")
-        run_id = self.run_id(record["run"])
         with patient():
             self.client.log_artifact(run_id, str(path), record["folder"] or None)
 
-    def _data(self, records: Sequence[Record]) -> None:
-        data = records[0]["data"]
+    def _data(self, run_id: str, record: Record) -> None:
+        data = record["data"]
         source = json.dumps({"uri": data["source"]})
         dataset = Dataset(data["name"], data["digest"][:16], "local", source)
         tags = {"mlflow.data.context": data["part"], "rows": str(data["rows"]), "left_out": str(data["left_out"])}
         inputs = DatasetInput(dataset, [InputTag(key, value) for key, value in tags.items()])
         try:
-            self.client.log_inputs(self.run_id(records[0]["run"]), [inputs])
+            self.client.log_inputs(run_id, [inputs])
         except MlflowException:  # two processes may insert the same new data set at once: then it exists now
-            self.client.log_inputs(self.run_id(records[0]["run"]), [inputs])
+            self.client.log_inputs(run_id, [inputs])
 
-    def _model(self, records: Sequence[Record]) -> None:
-        record = records[0]
-        run_id, experiment = self.run_id(record["run"]), self.experiments[record["run"]]
+    def _model(self, run_id: str, record: Record) -> None:
+        experiment = self.experiments[record["run"]]
         model = self._known_model(experiment, record["digest"]) or self._new_model(experiment, run_id, record)
         if model.status != LoggedModelStatus.READY:
             self._finish(model)
@@ -229,10 +223,11 @@ class MlflowSink:
         if not any(output.model_id == model.model_id for output in (linked.model_outputs if linked else [])):
             self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, record["step"] or 0)])
 
-    def _model_id(self, key: str, digest: str) -> str:
-        """The id of the LoggedModel with this digest, in the experiment of a run."""
-        self.run_id(key)
-        experiment = self.experiments[key]
+    def _model_id(self, record: Record) -> str | None:
+        """The id of the LoggedModel whose weights were measured; None where the record names no weights."""
+        experiment, digest = self.experiments[record["run"]], record.get("model")
+        if not digest:
+            return None
         if (experiment, digest) not in self._models:
             known = self._known_model(experiment, digest)
             if known is None:
@@ -260,10 +255,9 @@ class MlflowSink:
                 self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
-    def _end(self, records: Sequence[Record]) -> None:
-        record = records[0]
+    def _end(self, run_id: str, record: Record) -> None:
         begun = self.journal.runs[record["run"]]
-        self.client.set_terminated(self.run_id(record["run"]), record["status"], record["time"])
+        self.client.set_terminated(run_id, record["status"], record["time"])
         if not begun.get("run_id") and not begun.get("parent"):
             self._remove_others(record["run"])
 

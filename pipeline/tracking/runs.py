@@ -1,4 +1,4 @@
-"""Opens runs: the journal, the thread that sends it to MLflow, and the addresses of the run's pages."""
+"""Opens runs: the journal, and the thread that sends it to MLflow."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ class OpenRun:
         journal = self.sender.journal
         key = key or next(iter(journal.runs), None)
         mine = what.pop("mine", not what.get("run_id"))
-        self.run = JournalRun.begin(journal, key, resolve_tags(), mine, **{"experiment": experiment(), **what})
+        chosen = os.environ.get("MLFLOW_EXPERIMENT_ID")  # `mlflow.set_experiment` sets it too
+        experiment = {"name": None if chosen else os.environ.get("MLFLOW_EXPERIMENT_NAME"), "id": chosen}
+        self.run = JournalRun.begin(journal, key, resolve_tags(), mine, **{"experiment": experiment, **what})
 
     @property
     def ids(self) -> tuple[str, str] | None:
@@ -116,19 +118,3 @@ def journal_path(config: Config, name: str) -> Path:
     folder = Path(config.logging.journal or f"{config.store}/journal").expanduser()
     label = re.sub(r"[^\w=.-]", "_", name)[:60]
     return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}-{os.urandom(3).hex()}{host_mark()}.jsonl"
-
-
-def experiment() -> dict[str, str | None]:
-    """The experiment that MLflow's own variables name: `mlflow.set_experiment` sets MLFLOW_EXPERIMENT_ID."""
-    chosen = os.environ.get("MLFLOW_EXPERIMENT_ID")
-    return {"name": None if chosen else os.environ.get("MLFLOW_EXPERIMENT_NAME"), "id": chosen}
-
-
-def link(ids: tuple[str, str]) -> str:
-    """A run's page, below the address of the UI. Without the last part MLflow 3 opens its view for agents."""
-    return f"/#/experiments/{ids[0]}/runs/{ids[1]}?workflowType=machine_learning"
-
-
-def runs_link(ids: tuple[str, str]) -> str:
-    """The experiment's table of runs, likewise."""
-    return f"/#/experiments/{ids[0]}/runs?workflowType=machine_learning"

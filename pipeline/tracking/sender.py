@@ -15,6 +15,7 @@ from filelock import Timeout
 
 from pipeline.tracking.delivery import Sink, groups, is_bug, line_of, lock_for_sending, send_with_retries
 from pipeline.tracking.journal import Journal
+from pipeline.tracking.process import remove_journal
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ class Sender:
     def _tidy(self) -> None:
         """Everything has arrived, and nothing will be added."""
         if self._remove and not self.journal.refused and not self.journal.lost:
-            self.journal.remove()
+            remove_journal(self.journal.path)
         self.journal.close()
         self._end()
 

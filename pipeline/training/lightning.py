@@ -87,16 +87,22 @@ class DownstreamValidation(pl.Callback):
             self._validations, self._last_step, self._run = 0, None, None
             self._points = []
         self._trainer, self._stage, self._loaded_step = weakref.ref(trainer), stage, None
-        _go_first(self, trainer)
+        # First, so that averaged weights are still in place when this measures. Lightning's loop over the list has come
+        # to this callback, so none is skipped or called twice.
+        callbacks = vars(trainer)["callbacks"]
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
         self.ranks.open()
         self._began, self._spent = time.perf_counter(), 0.0
-        self.work = Measurement(self.config, trainer, pl.utilities.rank_zero_info, self._run)
+        self.work = Measurement(self.config, trainer, self._run)
         # A module may build its layers in one of these hooks, which come later; then it is inspected again.
-        self._late = any(_overridden(pl_module, hook) for hook in ("setup", "configure_model"))
+        kind, base = type(pl_module), pl.LightningModule
+        self._late = any(
+            getattr(kind, hook, None) is not getattr(base, hook, None) for hook in ("setup", "configure_model")
+        )
         work = self.work
         self.ranks.agree(lambda: work.prepare(pl_module, may_wait=self._late))
         self._description = work.description
-        warn_of_monitors(vars(trainer)["callbacks"], self.config)
+        warn_of_monitors(callbacks, self.config)
         io = trainer.strategy.checkpoint_io
         if not isinstance(io, DescribingIO):
             trainer.strategy.checkpoint_io = DescribingIO(io, DESCRIPTION, lambda: self._description)
@@ -239,19 +245,6 @@ def _check_strategy(trainer: pl.Trainer) -> None:
         raise ConfigError(f"strategy {kinds[0]}: downstream validation needs all weights on a rank; use ddp for now")
     if trainer.world_size > 1 and "DDPStrategy" not in kinds:
         raise ConfigError(f"strategy {kinds[0]}: downstream validation on several ranks needs ddp")
-
-
-def _go_first(callback: DownstreamValidation, trainer: Any) -> None:
-    """Moves the callback to the front of the list, so that averaged weights are still in place when it measures.
-
-    Lightning is iterating over the list and has come to this callback, so none is skipped or called twice.
-    """
-    callbacks: list[Any] = trainer.callbacks
-    callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
-
-
-def _overridden(module: pl.LightningModule, hook: str) -> bool:
-    return getattr(type(module), hook, None) is not getattr(pl.LightningModule, hook, None)
 
 
 def _is_rehearsal(trainer: Any) -> bool:

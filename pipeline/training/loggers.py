@@ -58,22 +58,19 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
     @property
     def experiment(self) -> JournalRun | None:
         """The run, on rank 0; None on the others."""
-        if getattr(rank_zero_only, "rank", 0) == 0 and self._run is None:
-            self._run = self._begin()
+        if getattr(rank_zero_only, "rank", 0) == 0 and self._run is None and not self._failed:
+            self._begin()
         return self._run
 
-    def _begin(self) -> JournalRun | None:
-        """Begins the run; None where no journal can be written, with one warning."""
-        if self._failed:
-            return None
+    def _begin(self) -> None:
+        """Begins the run. Where no journal can be written, there is none, and one warning."""
         path = Path(self._journal or journal_path(Config(), str(self._what["name"] or "training")))
         try:
             self._opened = OpenRun(path, self._uri, self._journal is None, **self._what)
+            self._run = self._opened.run
         except OSError as error:
             self._failed = True
             logger.warning("JournalLogger: '%s' cannot be written, nothing is logged: %s", path, error)
-            return None
-        return self._opened.run
 
     @property
     def name(self) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from pipeline import validation
 from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.classes import encoder_class
-from pipeline.config.schema import Config, Task
+from pipeline.config.schema import Config
 from pipeline.embed import check_sequences, made_with
 from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.live import LiveModel
@@ -29,9 +29,10 @@ from pipeline.report.publishing import describe, publish_curves
 from pipeline.report.tables import step_table
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
-from pipeline.tracking import FOLDER, Guarded, NullTracker, Several, Tracker, attempt, guarded
+from pipeline.tracking import FOLDER, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.tracking.mirrors import LoggerTracker
 from pipeline.train_head import make_head
+from pipeline.training.lightning_package import pl
 from pipeline.training.saving import save
 from pipeline.training.untouched import untouched
 from pipeline.validation import check, dry_run
@@ -41,21 +42,15 @@ if TYPE_CHECKING:
 
 
 class Measurement:
-    """Measures a module in training, without touching it.
+    """Measures a module in training, and leaves it as it is.
 
     Attributes:
         earlier_run: key of the MLflow run that an interrupted training had opened, to be continued.
         description: what a `.ckpt` needs to be opened, and how it is measured here; None where that takes a class.
     """
 
-    def __init__(
-        self, config: Config, trainer: Any, say: Callable[[str], None], earlier_run: str | None = None
-    ) -> None:
-        """Keeps the trainer: its loggers, precision and folder are read when they are needed.
-
-        `say` prints a line for the user.
-        """
-        self.say = say
+    def __init__(self, config: Config, trainer: Any, earlier_run: str | None = None) -> None:
+        """Keeps the trainer: its loggers, precision and folder are read when they are needed."""
         self.config = config
         self.trainer = trainer
         self.earlier_run = earlier_run
@@ -66,7 +61,6 @@ class Measurement:
         self._asked = False
         self._limit: int | None = None
         self._said: set[str] = set()
-        self._mirrors: list[LoggerTracker] | None = None
 
     def prepare(self, module: nn.Module, may_wait: bool = False) -> None:
         """Finds how the module gives hidden states, and reads and checks all data.
@@ -79,7 +73,7 @@ class Measurement:
             PipelineError: the module, the configuration or the data will not do.
         """
         with self._around(module):
-            check(self._tasks)
+            check(self.config.dataset)
             try:
                 self._live = self._look_at(module)
             except CheckpointError:
@@ -124,15 +118,11 @@ class Measurement:
         if run is None:
             return
         if self.config.logging.figures:
-            several = Several([Guarded(run.run), *self._loggers()])
+            several = Several([run.run, *self._loggers])
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
         if run.own and points:
             run.run.describe(step_table(points, self.config.headlines).markdown())
         attempt("closing of the MLflow run", lambda: run.end(status))
-
-    @property
-    def _tasks(self) -> list[Task]:
-        return self.config.dataset
 
     @property
     def _device(self) -> str:
@@ -145,7 +135,7 @@ class Measurement:
 
     @contextmanager
     def _around(self, module: nn.Module) -> Iterator[None]:
-        """Leaves the module as it is, draws no bars beside the trainer's, and says each warning once."""
+        """Leaves the module as it is, draws no bars beside the trainer's, and logs each warning once."""
         validation.logger.addFilter(self._first_time)
         try:
             with no_progress(), untouched(module, self._live is None or self._live.runs_module):
@@ -159,7 +149,7 @@ class Measurement:
     def _in_place(self, module: nn.Module) -> Iterator[None]:
         """A module that runs itself, on the trainer's device: at the end of training Lightning puts it on the CPU."""
         there: torch.device = self.trainer.strategy.root_device
-        here = next((one.device for one in module.parameters()), there)
+        here = next((parameter.device for parameter in module.parameters()), there)
         if here == there or self._live is None or not self._live.runs_module:
             yield
             return
@@ -177,7 +167,7 @@ class Measurement:
 
     def _look_at(self, module: nn.Module) -> LiveModel | None:
         """How the live module gives hidden states; None where a checkpoint is written for a class of the user's."""
-        target, trainer = self._tasks[0].infer_target, self.trainer
+        target, trainer = self.config.dataset[0].infer_target, self.trainer
         own = encoder_class(target)
         if self.config.save and own is not None:
             if not hasattr(own, "from_checkpoint"):
@@ -195,7 +185,7 @@ class Measurement:
         return {**self._live.description, "made_with": plan}
 
     def _check(self, module: nn.Module) -> None:
-        """What can be known of a later failure without running the module, which may not be where it will be."""
+        """Raises early what can be found without running the module, which may not be on its device yet."""
         live, config = self._live, self.config
         if live and config.save and live.runs_module and config.model_factory is None:
             remedy = "set model_factory, name a class with from_checkpoint(path) in infer_target, or leave save out"
@@ -203,17 +193,22 @@ class Measurement:
         if live and not live.runs_module:
             encoder = live.encoder(module, replace(self._options, device="cpu", precision="fp32"))
             check_sequences(self._examples, encoder)
-            for one in self._examples:
-                make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
+            for examples in self._examples:
+                make_head(examples.task, encoder.hidden_size, examples.targets, encoder.device)
 
     def _measure(self, module: nn.Module, step: int) -> dict[str, float]:
         source = str(save(module, self.trainer, step, self.description)) if self.config.save else "live weights"
-        encoder = self._open(source) if self.config.save else self._encoder(module)
+        if self.config.save:
+            encoder = open_encoder(source, replace(self._options, trust_pickle=True))  # it was just written here
+        else:
+            encoder = self._encoder(module)
         if encoder.max_seq_length != self._limit:
             self._limit = encoder.max_seq_length
             self._read()
+        root = Path(self.config.store).expanduser()
         with ExitStack() as stack:
-            store = Store.from_config(self.config, stack.enter_context(self._folder()))
+            kept = nullcontext(root) if self.config.keep_embeddings else temporary_folder(root / "live")
+            store = Store.from_config(self.config, stack.enter_context(kept))
             run = self._training_run()
             tracker: Tracker = NullTracker()
             if run is not None:
@@ -225,7 +220,7 @@ class Measurement:
                 self.config,
                 store,
                 tracker,
-                Several(self._loggers()),
+                Several(self._loggers),
                 source,
                 step,
                 f"step={step}",
@@ -235,34 +230,20 @@ class Measurement:
 
     def _read(self) -> None:
         """Reads and checks all data."""
-        self._examples = [load(task, self._limit) for task in self._tasks]
+        self._examples = [load(task, self._limit) for task in self.config.dataset]
 
+    @cached_property
     def _loggers(self) -> list[LoggerTracker]:
-        """The trainer's loggers, but for one that writes to the run that has the metrics already."""
-        if self._mirrors is None:
-            self._mirrors = [LoggerTracker(one) for one in self.trainer.loggers if not self._is_run(one)]
-        return self._mirrors
+        """The trainer's loggers, without a logger of the MLflow run, which has the metrics already."""
+        return [LoggerTracker(logger) for logger in self.trainer.loggers if not self._is_run(logger)]
 
     def _encoder(self, module: nn.Module) -> Encoder:
         assert self._live is not None
         probe = min(self._examples[0].train.sequences, key=len)
         return self._live.encoder(module, self._options, probe)
 
-    def _open(self, source: str) -> Encoder:
-        return open_encoder(source, replace(self._options, trust_pickle=True))  # it was just written here
-
-    @contextmanager
-    def _folder(self) -> Iterator[Path]:
-        """Where a measurement keeps embeddings and heads: a folder that goes afterwards, unless they are to be kept."""
-        root = Path(self.config.store).expanduser()
-        if self.config.keep_embeddings:
-            yield root
-            return
-        with temporary_folder(root / "live") as folder:
-            yield folder
-
     def _training_run(self) -> TrainingRun | None:
-        """The MLflow run; None where it cannot be had, which is said once."""
+        """The MLflow run; None where it cannot be opened, which is warned of once."""
         if not self._asked:
             self._asked = True
             self._run = attempt("opening of the MLflow run", self._open_run)
@@ -274,17 +255,14 @@ class Measurement:
         name = type(self.trainer.lightning_module).__name__
         run = TrainingRun(self.trainer.loggers, name, self.config, self.earlier_run)
         if run.own:
-            self.say(f"downstream validation logs to MLflow: {run.place}")
+            pl.utilities.rank_zero_info(f"downstream validation logs to MLflow: {run.place}")
         describe(run.run, self.config, FOLDER)
         return run
 
     def _is_run(self, logger: Any) -> bool:
-        """Whether a trainer's logger writes to the run that has the metrics already."""
+        """Whether a trainer's logger writes to the MLflow run."""
         from pipeline.tracking.training import is_kind
 
-        run = self._run
-        if run is None:
-            return False
         if is_kind(logger, "JournalLogger"):
-            return logger.experiment is run.run
-        return is_kind(logger, "MLFlowLogger") and logger.run_id == run.run_id
+            return self._run is not None and logger.experiment is self._run.run
+        return self._run is not None and is_kind(logger, "MLFlowLogger") and logger.run_id == self._run.run_id

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from pipeline.encoders.description import DESCRIPTION
 from pipeline.errors import CheckpointError
+from pipeline.training.lightning_package import pl
 
 
 def save(module: Any, trainer: Any, step: int, description: Mapping[str, Any] | None) -> Path:
@@ -28,7 +28,7 @@ def save(module: Any, trainer: Any, step: int, description: Mapping[str, Any] | 
     content = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
-        "pytorch-lightning_version": _lightning_version(trainer),
+        "pytorch-lightning_version": pl.__version__,
         "state_dict": module.state_dict(),
         "hyper_parameters": dict(module.hparams),
     }
@@ -44,9 +44,3 @@ def save(module: Any, trainer: Any, step: int, description: Mapping[str, Any] | 
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"save: '{path}' cannot be written ({error}); set default_root_dir") from error
     return path
-
-
-def _lightning_version(trainer: Any) -> str:
-    """Of the package that the trainer, or a class that it is made from, is of."""
-    homes = [one.__module__.split(".trainer")[0] for one in type(trainer).__mro__ if ".trainer" in one.__module__]
-    return str(import_module(homes[-1]).__version__)
