@@ -21,14 +21,6 @@ class PartlyError(PipelineError):
     """Some of several checkpoints could not be measured. The run's description has the reasons already."""
 
 
-class _Interrupted(BaseException):
-    """SIGTERM or SIGINT."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
 def run_program(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], None],
@@ -39,7 +31,10 @@ def run_program(
     `parser` gets one more option, `--traceback`: it prints where in the program an error comes from.
 
     Returns:
-        The exit code: 0, 2 for a user's mistake, 130 or 143 when interrupted.
+        The exit code: 0, or 2 for a user's mistake.
+
+    Raises:
+        SystemExit: with code 130 or 143, on SIGINT or SIGTERM.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pipeline").setLevel(logging.INFO)
@@ -62,8 +57,6 @@ def run_program(
             fail_run(str(error))  # the program may not have opened the run yet
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except _Interrupted as interrupted:
-        return 128 + interrupted.number
     return 0
 
 
@@ -100,4 +93,4 @@ def _interrupt(number: int, _frame: Any) -> NoReturn:
     """Ignores further signals while the runs are being ended: Ctrl-C under `mlflow run` sends two."""
     for further in (signal.SIGTERM, signal.SIGINT):
         signal.signal(further, signal.SIG_IGN)
-    raise _Interrupted(number)
+    raise SystemExit(128 + number)

@@ -14,7 +14,7 @@ from pipeline.tracking.journal import Journal, Record
 logger = logging.getLogger(__name__)
 
 GROUP = 500  # most metrics that are sent at once
-# Short words for long messages of requests and urllib3.
+# Short words for long messages of requests, urllib3 and filelock.
 SHORT = {
     "Connection refused": "connection refused",
     "Read timed out": "no answer in time",
@@ -22,6 +22,7 @@ SHORT = {
     "RemoteDisconnected": "the connection was lost",
     "Connection reset by peer": "the connection was lost",
     "Name or service not known": "there is no such host",
+    "could not be acquired": "another process is sending the journal",
 }
 TRIES = 3  # of a record, while the server answers other requests
 

@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
     DatasetInput,
@@ -52,9 +51,10 @@ REFUSALS = {
 class MlflowSink:
     """Applies records to a server or database. See `Sink`."""
 
-    def __init__(self, client: MlflowClient, journal: Journal) -> None:
-        """The client must be connected."""
-        self.client = client
+    def __init__(self, uri: str, journal: Journal) -> None:
+        """Connects; in the thread that will apply the records."""
+        fail_fast()
+        self.client = connect(uri)
         self.journal = journal
         self.ids: dict[str, str] = {}
         self.experiments: dict[str, str] = {}
@@ -273,9 +273,3 @@ class MlflowSink:
             tags, run_id = run.data.tags, run.info.run_id
             if tags.get(WRITER) in writers and (tags.get(KEY) in self.journal.runs or run_id in given):
                 self.client.set_terminated(run_id, "KILLED")
-
-
-def open_sink(uri: str, journal: Journal) -> MlflowSink:
-    """Connects; for the thread of a `Sender`."""
-    fail_fast()
-    return MlflowSink(connect(uri), journal)

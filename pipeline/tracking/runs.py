@@ -23,7 +23,7 @@ from pipeline.tracking.client import connect, shown
 from pipeline.tracking.earlier import catch_up
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.tracking.mlflow import MlflowSink, open_sink
+from pipeline.tracking.mlflow import MlflowSink
 from pipeline.tracking.sender import Sender
 
 LIMIT_INTERRUPTED = 5.0  # seconds
@@ -77,7 +77,7 @@ def _sender(path: Path, uri: str, remove: bool) -> Sender:
     if known is None or known.ended:
         journal = Journal(path, uri, remove)
         first = partial(catch_up, place.parent, uri) if remove else tuple
-        known = _senders[place] = Sender(journal, partial(open_sink, uri, journal), remove, first)
+        known = _senders[place] = Sender(journal, partial(MlflowSink, uri, journal), remove, first)
     return known
 
 

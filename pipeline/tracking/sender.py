@@ -161,11 +161,9 @@ class Sender:
                 if self._hurry.wait(LINGER):
                     time.sleep(MIN_LINGER)
                 continue
-            except Timeout:
-                self._fail("another process is sending the journal", False)
             except Exception as error:
                 logger.debug("sending of the journal", exc_info=True)
-                self._fail(line_of(error), is_bug(error))
+                self._fail(error)
             self._hurry.wait(pause)  # what is new does not end the pause, only the end of the program does
             if not self.ended:
                 self._hurry.clear()
@@ -212,16 +210,17 @@ class Sender:
             self._progress += 1
             self._changed.notify_all()
 
-    def _fail(self, reason: str, bug: bool) -> None:
+    def _fail(self, error: Exception) -> None:
         """Notes a failure, and warns of the first of several."""
         self.sink = None
         with self._changed:
-            known, self.failure = self.failure is not None, reason
+            known, self.failure = self.failure is not None, line_of(error)
             self._failures += 1
             self._changed.notify_all()
         if not known:
-            what = "results cannot be sent by a mistake in the program" if bug else "MLflow does not answer"
-            logger.warning("%s (%s); the work goes on, and results are kept in %s", what, reason, self.journal.path)
+            what = "results cannot be sent by a mistake in the program" if is_bug(error) else "MLflow does not answer"
+            reason, path = line_of(error), self.journal.path
+            logger.warning("%s (%s); the work goes on, and results are kept in %s", what, reason, path)
 
     def _tidy(self) -> None:
         """Everything has arrived, and nothing will be added."""

@@ -30,7 +30,7 @@ from pipeline.report.tables import step_table
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking import FOLDER, NullTracker, Several, Tracker, attempt, guarded
-from pipeline.tracking.mirrors import LoggerTracker
+from pipeline.tracking.mirrors import LoggerTracker, is_kind
 from pipeline.train_head import make_head
 from pipeline.training.lightning_package import pl
 from pipeline.training.saving import save
@@ -261,8 +261,6 @@ class Measurement:
 
     def _is_run(self, logger: Any) -> bool:
         """Whether a trainer's logger writes to the MLflow run."""
-        from pipeline.tracking.training import is_kind
-
         if is_kind(logger, "JournalLogger"):
             return self._run is not None and logger.experiment is self._run.run
         return self._run is not None and is_kind(logger, "MLFlowLogger") and logger.run_id == self._run.run_id

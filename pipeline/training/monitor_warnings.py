@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.config.schema import Config
+from pipeline.tracking.mirrors import is_kind
 from pipeline.training.lightning_package import pl
 
 RULE = "names begin with the task's where dataset is a list"
@@ -32,7 +33,7 @@ def warn_of_monitors(callbacks: Sequence[Any], config: Config) -> None:
 def _warn_of_folders(callback: Any, config: Config) -> None:
     """Warns of a `ModelCheckpoint` that puts the `/` of a metric's name into the names of its files."""
     inserts = getattr(callback, "auto_insert_metric_name", False)
-    ours = any(kind.__name__ == "DownstreamModelCheckpoint" for kind in type(callback).__mro__)
+    ours = is_kind(callback, "DownstreamModelCheckpoint")
     shown = re.findall(r"\{([^}:]*)", (inserts and not ours and callback.filename) or "")
     folders = [name for name in shown if "/" in name and config.has_metric(name)]
     if folders:
