@@ -28,12 +28,10 @@ class Data:
 
 
 class Tracker(Protocol):
-    """Where results are logged. A subclass that does not override a method discards what the method is given."""
+    """Where results are logged."""
 
-    @contextmanager
-    def step(self, name: str) -> Iterator[Tracker]:  # noqa: ARG002
+    def step(self, name: str) -> AbstractContextManager[Tracker]:
         """Begins a stage, and gives the tracker for what belongs to it. An exception ends the stage as failed."""
-        yield NullTracker()
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
         """Logs numbers by name, none of them NaN, at a step; `data` is what they were measured on."""
@@ -42,20 +40,18 @@ class Tracker(Protocol):
         """Stores a file in a folder of the run's files; a picture may be shown at a step."""
 
     def note(self, text: str) -> None:
-        """Logs a line for whoever reads the run: a warning, or why a metric is left out."""
+        """Logs a line for the readers of the run: a warning, or why a metric is left out."""
 
     def data(self, data: Data) -> None:
         """Logs a part of the data that was used."""
 
 
-class NullTracker(Tracker):
-    """Discards everything; base of trackers that ignore stages."""
-
-
-class Several(Tracker):
+class Several:
     """Passes everything on to several trackers."""
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
+    trackers: Sequence[Tracker] = ()
+
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         """In this order."""
         self.trackers = trackers
 
@@ -86,6 +82,10 @@ class Several(Tracker):
             log(tracker)
 
 
+class NullTracker(Several):
+    """Discards everything; base of trackers that override some of the methods."""
+
+
 class AtStep(Several):
     """Logs results at the training step of the weights; stages keep their own steps, such as epochs."""
 
@@ -110,9 +110,11 @@ class Guarded(Several):
         """Guards `inner`."""
         super().__init__([inner])
 
-    def step(self, name: str) -> AbstractContextManager[Tracker]:
+    @contextmanager
+    def step(self, name: str) -> Iterator[Tracker]:
         """See `Tracker.step`."""
-        return guarded(f"tracking of {name}", lambda: self.trackers[0].step(name))
+        with guarded(f"tracking of {name}", lambda: self.trackers[0].step(name)) as tracker:
+            yield tracker
 
     def _each(self, what: str, log: Callable[[Tracker], None]) -> None:
         attempt(f"logging of {what}", lambda: log(self.trackers[0]))

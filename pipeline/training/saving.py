@@ -28,7 +28,7 @@ def save(module: Any, trainer: Any, step: int, description: Mapping[str, Any] | 
     content = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
-        "pytorch-lightning_version": pl.__version__,
+        "pytorch-lightning_version": vars(pl)["__version__"],
         "state_dict": module.state_dict(),
         "hyper_parameters": dict(module.hparams),
     }
