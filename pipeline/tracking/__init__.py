@@ -106,10 +106,6 @@ class AtStep(Several):
 class Guarded(Several):
     """A tracker whose failures become warnings."""
 
-    def __init__(self, inner: Tracker) -> None:
-        """Guards `inner`."""
-        super().__init__([inner])
-
     @contextmanager
     def step(self, name: str) -> Iterator[Tracker]:
         """See `Tracker.step`."""
@@ -152,7 +148,7 @@ def guarded(
     context = attempt(what, open_tracker, fatal)
     tracker = attempt(what, context.__enter__, fatal) if context else None
     try:
-        yield Guarded(tracker) if tracker else NullTracker()
+        yield Guarded([tracker]) if tracker else NullTracker()
     except BaseException as error:
         if context and tracker:
             with suppress(Exception):

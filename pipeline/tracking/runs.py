@@ -24,7 +24,7 @@ from pipeline.tracking.earlier import catch_up
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.mlflow import MlflowSink
-from pipeline.tracking.sender import Sender
+from pipeline.tracking.sender import LIMIT, Sender
 
 LIMIT_INTERRUPTED = 5.0  # seconds
 _senders: WeakValueDictionary[Path, Sender] = WeakValueDictionary()
@@ -104,13 +104,9 @@ def open_run(name: str, config: Config, tracking_uri: str = "") -> Iterator[Open
     try:
         with opened.run.ending():
             yield opened
-    except Exception:
-        opened.sender.close()
-        raise
-    except BaseException:  # whoever interrupts does not want to wait
-        opened.sender.close(LIMIT_INTERRUPTED)
-        raise
-    opened.sender.close()
+    finally:
+        interrupted = opened.run.ended == "KILLED"  # then the user does not want to wait
+        opened.sender.close(LIMIT_INTERRUPTED if interrupted else LIMIT)
 
 
 def journal_path(config: Config, name: str) -> Path:

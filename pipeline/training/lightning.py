@@ -15,7 +15,7 @@ from pipeline.encoders.description import DESCRIPTION
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.training.lightning_package import DescribingIO, pl
 from pipeline.training.measurement import Measurement
-from pipeline.training.monitor_warnings import warn_of_monitors
+from pipeline.training.monitors import warn_of_monitors
 from pipeline.training.ranks import LostRankError, Ranks
 
 logger = logging.getLogger(__name__)
@@ -109,11 +109,14 @@ class DownstreamValidation(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the encoder in a module that was not complete at `setup`."""
-        self._complete(pl_module)
+        if self._late and self.work is not None:
+            work, self._late = self.work, False
+            self.ranks.agree(lambda: work.prepare(pl_module))
+            self._description = work.description
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The same for a trainer that only validates."""
-        self._complete(pl_module)
+        self.on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """With `on_start`, measures the untrained model; not where a training is resumed."""
@@ -190,12 +193,6 @@ class DownstreamValidation(pl.Callback):
     ) -> None:
         """Keeps the checkpoint's step: a trainer that only validates does not restore it."""
         self._loaded_step = int(checkpoint.get("global_step", 0))
-
-    def _complete(self, pl_module: pl.LightningModule) -> None:
-        if self._late and self.work is not None:
-            work, self._late = self.work, False
-            self.ranks.agree(lambda: work.prepare(pl_module))
-            self._description = work.description
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """The metrics, the same on every rank; empty where the measurement failed and `on_error` is `warn`."""

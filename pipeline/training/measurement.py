@@ -18,6 +18,7 @@ from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.classes import encoder_class
 from pipeline.config.schema import Config
 from pipeline.embed import check_sequences, made_with
+from pipeline.encoders.description import DESCRIPTION
 from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
@@ -33,7 +34,6 @@ from pipeline.tracking import FOLDER, NullTracker, Several, Tracker, attempt, gu
 from pipeline.tracking.mirrors import LoggerTracker, is_kind
 from pipeline.train_head import make_head
 from pipeline.training.lightning_package import pl
-from pipeline.training.saving import save
 from pipeline.training.untouched import untouched
 from pipeline.validation import check, dry_run
 
@@ -58,7 +58,6 @@ class Measurement:
         self._live: LiveModel | None = None
         self._examples: list[Examples] = []
         self._run: TrainingRun | None = None
-        self._asked = False
         self._limit: int | None = None
         self._said: set[str] = set()
 
@@ -101,7 +100,7 @@ class Measurement:
                 metrics = self._measure(module, step)
             except Exception as error:
                 message = str(error)
-                run = self._training_run()
+                run = self._training_run
                 if run is not None:
                     attempt("logging of the failure", lambda: run.failed(step, message))
                 raise
@@ -125,13 +124,10 @@ class Measurement:
         attempt("closing of the MLflow run", lambda: run.end(status))
 
     @property
-    def _device(self) -> str:
-        """The trainer's root device: at the end of training the module may be back on the CPU."""
-        return str(self.trainer.strategy.root_device) if self.config.device == "auto" else self.config.device
-
-    @property
     def _options(self) -> EncoderOptions:
-        return replace(EncoderOptions.from_config(self.config), device=self._device)
+        """With the trainer's root device: at the end of training the module may be back on the CPU."""
+        device = str(self.trainer.strategy.root_device) if self.config.device == "auto" else self.config.device
+        return replace(EncoderOptions.from_config(self.config), device=device)
 
     @contextmanager
     def _around(self, module: nn.Module) -> Iterator[None]:
@@ -179,7 +175,7 @@ class Measurement:
     def _describe(self) -> dict[str, Any] | None:
         if self._live is None or self._live.description is None:
             return None
-        device = find_device(self._device)
+        device = find_device(self._options.device)
         precision = self._live.own_precision or find_precision(self.config.precision, device)
         plan = made_with(device, precision, Store.from_config(self.config), self._examples)
         return {**self._live.description, "made_with": plan}
@@ -197,7 +193,7 @@ class Measurement:
                 make_head(examples.task, encoder.hidden_size, examples.targets, encoder.device)
 
     def _measure(self, module: nn.Module, step: int) -> dict[str, float]:
-        source = str(save(module, self.trainer, step, self.description)) if self.config.save else "live weights"
+        source = str(self._save(module, step)) if self.config.save else "live weights"
         if self.config.save:
             encoder = open_encoder(source, replace(self._options, trust_pickle=True))  # it was just written here
         else:
@@ -209,7 +205,7 @@ class Measurement:
         with ExitStack() as stack:
             kept = nullcontext(root) if self.config.keep_embeddings else temporary_folder(root / "live")
             store = Store.from_config(self.config, stack.enter_context(kept))
-            run = self._training_run()
+            run = self._training_run
             tracker: Tracker = NullTracker()
             if run is not None:
                 child = self.config.child_runs
@@ -228,6 +224,31 @@ class Measurement:
             )
         return validation.metrics_of(scores)
 
+    def _save(self, module: Any, step: int) -> Path:
+        """Writes `downstream/step=N.ckpt` below the trainer's folder, without the trainer's callbacks and its barrier.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        content = {
+            "epoch": self.trainer.current_epoch,
+            "global_step": self.trainer.global_step,
+            "pytorch-lightning_version": vars(pl)["__version__"],
+            "state_dict": module.state_dict(),
+            "hyper_parameters": dict(module.hparams),
+        }
+        module.on_save_checkpoint(content)
+        if self.description is not None:
+            content[DESCRIPTION] = self.description
+        path = Path(self.trainer.default_root_dir) / "downstream" / f"step={step}.ckpt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(content, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"save: '{path}' cannot be written ({error}); set default_root_dir") from error
+        return path
+
     def _read(self) -> None:
         """Reads and checks all data."""
         self._examples = [load(task, self._limit) for task in self.config.dataset]
@@ -242,11 +263,10 @@ class Measurement:
         probe = min(self._examples[0].train.sequences, key=len)
         return self._live.encoder(module, self._options, probe)
 
+    @cached_property
     def _training_run(self) -> TrainingRun | None:
-        """The MLflow run; None where it cannot be opened, which is warned of once."""
-        if not self._asked:
-            self._asked = True
-            self._run = attempt("opening of the MLflow run", self._open_run)
+        """The MLflow run, opened when it is needed first; None where it cannot be opened, which is warned of once."""
+        self._run = attempt("opening of the MLflow run", self._open_run)
         return self._run
 
     def _open_run(self) -> TrainingRun:

@@ -37,7 +37,7 @@ def untouched(module: nn.Module, runs_module: bool = True) -> Iterator[None]:
         stack.callback(np.random.set_state, np.random.get_state())
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         stack.enter_context(torch.random.fork_rng(gpus, device_type="cuda"))
-        stack.callback(_modes(module))
+        stack.callback(_set_gradients, [(parameter, parameter.requires_grad) for parameter in module.parameters()])
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         if runs_module:
             stack.callback(_attributes(module))
@@ -48,22 +48,17 @@ def untouched(module: nn.Module, runs_module: bool = True) -> Iterator[None]:
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # new lengths would compile anew
         for submodule in module.modules():
+            stack.callback(setattr, submodule, "training", submodule.training)
             submodule.training = False
         yield
 
 
-def _modes(module: nn.Module) -> Callable[[], None]:
-    training = [(submodule, submodule.training) for submodule in module.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-
-    def restore() -> None:
-        for submodule, mode in training:
-            submodule.training = mode
-        for parameter, requires_grad in wanted:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-
-    return restore
+def _set_gradients(wanted: Sequence[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in wanted:
+        if (
+            parameter.requires_grad != requires_grad
+        ):  # a parameter that is not initialized yet cannot be asked to change
+            parameter.requires_grad_(requires_grad)
 
 
 def _attributes(module: nn.Module) -> Callable[[], None]:
