@@ -181,7 +181,11 @@ class Sender:
         """Sends until the end of the journal. Raises where the server fails."""
         self._offset = max(self._offset, self.journal.sent)
         for records, offset in groups(self.journal, self._offset):
-            self.sink = self.sink or self._connect()
+            if self.sink is None:
+                for _ in self._first():
+                    self._arrived(self._offset, ok=False)
+                self._first = tuple
+                self.sink = self._open_sink()
             self._tries += 1
             refused = send_with_retries(self.sink, records, self._known, self._tries - 1, at_once=False)
             self.journal.note_sent(offset, refused)
@@ -192,12 +196,6 @@ class Sender:
                 return
         if self.failure is not None:  # another process has sent it
             self._arrived(self._offset)
-
-    def _connect(self) -> Sink:
-        for _ in self._first():
-            self._arrived(self._offset, ok=False)
-        self._first = tuple
-        return self._open_sink()
 
     def _arrived(self, offset: int, ok: bool = True) -> None:
         """Notes progress: what is before `offset` has arrived, and with `ok` the server works."""
