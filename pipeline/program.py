@@ -1,4 +1,4 @@
-"""What every program here shares: logging, signals, exit codes, errors of one line, and links to the run."""
+"""What the command line and the examples share: logging, signals, exit codes, errors of one line, and links to the run."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def print_links(opened: OpenRun) -> None:
     """Prints where to look at the run; for a local database, how to start the UI first."""
     from pipeline.tracking.client import shown
 
-    if opened.ids is None:  # the run has not reached the server; a warning has said how to send it
+    if opened.ids is None:  # the run has not reached the server; a warning has named the command that sends it
         return
     server = opened.uri if opened.uri.startswith("http") else "http://127.0.0.1:5000"
     if server != opened.uri:

@@ -1,4 +1,4 @@
-"""The protocol of trackers: where results are logged. Each adapter (MLflow, W&B, TensorBoard) is a file beside this."""
+"""The protocol of trackers: where results are logged. Each adapter (MLflow, W&B, TensorBoard) is a file of this folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-FOLDER = "downstream"  # of the files that a training's run is given
+FOLDER = "downstream"  # of a measurement's files, in the run of a training
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Guarded(Several):
 
 
 def attempt(what: str, act: Callable[[], T], fatal: tuple[type[Exception], ...] = ()) -> T | None:
-    """Calls `act`, which must not stop the work, such as a call of a tracker; an exception becomes a warning.
+    """Calls `act`, such as a call of a tracker, whose failure must not stop the work: an exception becomes a warning.
 
     Args:
         what: names the call in the warning.

@@ -55,10 +55,10 @@ for _name in FAST:
 
 
 def connect(uri: str = "") -> MlflowClient:
-    """A client of the tracking server or database in force, or of the one at `uri`.
+    """A client of the server or database at `uri`; by default of MLflow's current one.
 
-    A new SQLite database is made by one process at a time, and renamed when it is whole: MLflow makes it without a
-    lock, two processes at once break it, and a half-made database that a kill left can never be opened again.
+    A new SQLite database is created under a lock, and renamed when it is complete. MLflow creates it without a lock:
+    two processes at once corrupt it, and what a killed process leaves incomplete cannot be opened again.
     """
     uri = uri or mlflow.get_tracking_uri()
     path = Path(uri.removeprefix("sqlite:///"))
@@ -139,7 +139,7 @@ def sweep(client: MlflowClient, experiment_id: str) -> None:
         run_id, journal = run.info.run_id, Path(run.data.tags.get(WRITER, ""))
         if lives(journal) or not _names(journal, run.data.tags.get(KEY) or run_id):
             continue
-        if client.get_run(run_id).info.status == "RUNNING":  # it may have ended well meanwhile
+        if client.get_run(run_id).info.status == "RUNNING":  # it may have ended since the search
             client.set_terminated(run_id, "KILLED")
 
 

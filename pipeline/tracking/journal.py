@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 class Journal:
     """A file of JSON lines that is only ever appended to, and a folder beside it with the runs' artifacts.
 
-    The program that writes it holds a lock until `close()`. What cannot be written, such as on a full disk, is warned
-    of once.
+    The program that writes it holds a lock until `close()`. The first record that cannot be written, such as on a full
+    disk, causes a warning.
     """
 
     def __init__(self, path: Path, uri: str = "", remove: bool = False, write: bool = True) -> None:
@@ -65,7 +65,7 @@ class Journal:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)  # a URI may hold a password
             self._stream = stack.enter_context(os.fdopen(descriptor, "ab"))
             self.close = weakref.finalize(self, stack.pop_all().close)
-        self.close.atexit = False  # what is left is sent at exit, and until then the program lives
+        self.close.atexit = False  # the rest is sent at exit, and the lock is held until then
         if not self.end:
             self.append({"op": "journal", "uri": uri, "remove": remove, "tags": writer_tags(self.path)})
             return

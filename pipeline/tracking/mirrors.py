@@ -50,7 +50,7 @@ def mirrors(logging: Logging, name: str, config: Mapping[str, Any], folder: Path
 class LoggerTracker(NullTracker):
     """A Lightning trainer's logger of any kind. A call neither raises nor lasts longer than `patience`.
 
-    A call that lasts longer goes on in a thread of its own; until it returns, the logger gets no other call.
+    A slower call continues in a thread of its own. Until it returns, the logger is not called again.
     """
 
     def __init__(self, logger: Any, patience: float = PATIENCE) -> None:
@@ -58,7 +58,7 @@ class LoggerTracker(NullTracker):
         self.logger = logger
         self.patience = patience
         self._name = type(logger).__name__
-        self._back = Event()  # of the call in progress
+        self._back = Event()  # set when the latest call has returned
         self._back.set()
         self._skipped = 0
 

@@ -1,7 +1,7 @@
 """Applies the records of a journal to MLflow: a run per measurement, with a nested run per stage.
 
-A record that is applied twice has the effect of one: runs and models carry a key of the journal's, which is searched
-for before they are made. Choices were measured on MLflow 3.17. Runs are written through `MlflowClient` by id: the
+Applying a record twice has the same effect as applying it once: runs and models have a key of the journal as a tag,
+which is searched for before they are made. Choices were measured on MLflow 3.17. Runs are written through `MlflowClient` by id: the
 fluent API keeps its active run per thread, and would open a second run for a caller that has its own.
 """
 
@@ -64,7 +64,7 @@ class MlflowSink:
     def apply(self, records: Sequence[Record]) -> None:
         """See `Sink.apply`."""
         first = records[0]
-        fail_fast()  # the thread may be another one each time
+        fail_fast()  # each call may come from another thread
         if "run" not in first:  # the head of the journal, or a line that a kill tore
             return
         try:
@@ -124,7 +124,7 @@ class MlflowSink:
         tags = {**record["tags"], KEY: record["run"]}
         if record.get("parent"):
             tags["mlflow.parentRunId"] = self.run_id(record["parent"])
-        # Without a name MLflow makes one with the program's random state, in the middle of a training.
+        # Where there is no name, MLflow draws one with the random state of the training.
         name = record.get("name") or f"run {record['run'][:8]}"
         made = self.client.create_run(experiment, record["time"], tags, name)
         return str(made.info.run_id)

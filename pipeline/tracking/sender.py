@@ -1,4 +1,4 @@
-"""Sends a journal on, in a thread that never holds up whoever writes the journal."""
+"""Sends a journal to MLflow in a thread, so that nothing else waits for a server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 LINGER, MIN_LINGER = 1.0, 0.01  # seconds in which further records may gather, to be sent together; at the end
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries of a server that fails
-MOMENT = 0.2  # seconds that the end of a training waits for what is on its way
+MOMENT = 0.2  # seconds that the end of a training waits for the last records to arrive
 PATIENCE = 30.0  # seconds for the next record to arrive, at the end of a program; a busy machine takes ten to connect
 LIMIT = 300.0  # seconds in all
 TIDYING = 5.0  # seconds for removing a journal of which everything has arrived
@@ -30,8 +30,8 @@ TIDYING = 5.0  # seconds for removing a journal of which everything has arrived
 class Sender:
     """Sends the records of a journal in order, each until it has arrived or is refused.
 
-    A record starts the thread, and the thread ends when there has been nothing to send for a moment. A server that
-    fails is left alone for a second, then for two, up to a minute.
+    A record starts the thread, and the thread ends when there has been nothing to send for a moment. After a failure
+    the thread waits a second, then two, up to a minute.
 
     Attributes:
         failure: why the last try failed; None while records arrive.
@@ -49,7 +49,7 @@ class Sender:
         """Starts the thread.
 
         Args:
-            journal: what is sent.
+            journal: its records are sent.
             open_sink: connects; called in the thread, again after a failure.
             remove: removes the journal when all of it has arrived and nothing will be added.
             first: work for the thread before anything is sent, piece by piece.
@@ -143,7 +143,7 @@ class Sender:
         _senders.discard(self)
 
     def _try_again(self, limit: float) -> None:
-        """After a failure, waits for the end of one more try."""
+        """After a failure, waits until the server has been tried once more."""
         with self._changed:
             failures = self._failures
             if self.failure is not None:
@@ -164,7 +164,7 @@ class Sender:
             except Exception as error:
                 logger.debug("sending of the journal", exc_info=True)
                 self._fail(error)
-            self._hurry.wait(pause)  # what is new does not end the pause, only the end of the program does
+            self._hurry.wait(pause)  # new records do not end the pause, only the end of the program does
             if not self.ended:
                 self._hurry.clear()
             pause = min(2 * pause, LONGEST_PAUSE)

@@ -82,8 +82,8 @@ class TrainingRun:
             step: of the training; results are logged at it.
             digest: of the encoder.
             source: where the weights are.
-            tasks: what is measured, for the name of a run of its own.
-            child: logs the measurement to a run of its own too, with nested runs for its stages.
+            tasks: their names, for the name of the nested run.
+            child: logs the measurement to a nested run too, which has a nested run for each stage.
         """
         name = f"step={step}"
         linked = JournalRun(self.run.journal, self.run.key, self.run.context)  # a logger may write to the run as well

@@ -65,11 +65,11 @@ class Measurement:
         """Finds how the module gives hidden states, and reads and checks all data.
 
         Args:
-            module: what is trained.
+            module: the module in training.
             may_wait: a module that gives no hidden states yet may do so later; then only the data are checked.
 
         Raises:
-            PipelineError: the module, the configuration or the data will not do.
+            PipelineError: the module, the configuration or the data cannot be used.
         """
         with self._around(module):
             check(self.config.dataset)

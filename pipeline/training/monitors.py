@@ -34,11 +34,11 @@ class _Companion(pl.Callback):
         super().setup(trainer, pl_module, stage)
 
     def _source(self, name: str) -> DownstreamValidation | None:
-        """The callback that measures the metric `name`; None for a metric of other origin."""
+        """The callback that measures the metric `name`; None for another metric."""
         return next((source for source in self._sources if source.config.has_metric(name)), None)
 
     def _is_fresh(self, trainer: Any, monitor: str) -> bool:
-        """Whether the last validation measured the metric on the weights of now; True for metrics of other origin."""
+        """Whether the last validation measured the metric on the current weights; True for other metrics."""
         source = self._source(monitor)
         if source is None:
             return True

@@ -28,7 +28,7 @@ def untouched(module: nn.Module, runs_module: bool = True) -> Iterator[None]:
     in evaluation mode, gradients and autocast are off, and nothing is compiled.
 
     Args:
-        module: what is in training.
+        module: the module in training.
         runs_module: whether the module itself will run, so that its buffers and attributes are kept; else they cannot
             change.
     """
