@@ -1,4 +1,4 @@
-"""What the command line and the examples share: logging, signals, exit codes, errors of one line, and links to the run."""
+"""What the command line and the examples share: logging, signals, exit codes, errors of one line, links to the run."""
 
 from __future__ import annotations
 

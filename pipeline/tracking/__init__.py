@@ -1,4 +1,4 @@
-"""The protocol of trackers: where results are logged. Each adapter (MLflow, W&B, TensorBoard) is a file of this folder."""
+"""The protocol of trackers: where results are logged. Each adapter (MLflow, W&B, TensorBoard) is a file here."""
 
 from __future__ import annotations
 

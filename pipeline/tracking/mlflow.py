@@ -1,8 +1,9 @@
 """Applies the records of a journal to MLflow: a run per measurement, with a nested run per stage.
 
 Applying a record twice has the same effect as applying it once: runs and models have a key of the journal as a tag,
-which is searched for before they are made. Choices were measured on MLflow 3.17. Runs are written through `MlflowClient` by id: the
-fluent API keeps its active run per thread, and would open a second run for a caller that has its own.
+which is searched for before they are made. Choices were measured on MLflow 3.17. Runs are written through
+`MlflowClient` by id: the fluent API keeps its active run per thread, and would open a second run for a caller that has
+an active run.
 """
 
 from __future__ import annotations

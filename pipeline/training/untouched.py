@@ -55,9 +55,7 @@ def untouched(module: nn.Module, runs_module: bool = True) -> Iterator[None]:
 
 def _set_gradients(wanted: Sequence[tuple[nn.Parameter, bool]]) -> None:
     for parameter, requires_grad in wanted:
-        if (
-            parameter.requires_grad != requires_grad
-        ):  # a parameter that is not initialized yet cannot be asked to change
+        if parameter.requires_grad != requires_grad:  # setting it fails where a parameter is not initialized
             parameter.requires_grad_(requires_grad)
 
 
