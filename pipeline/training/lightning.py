@@ -66,6 +66,7 @@ class DownstreamValidation(pl.Callback):
         self._run: str | None = None
         self._points: list[tuple[int, dict[str, float]]] = []  # the curve, with what came before an interruption
         self._description: dict[str, Any] | None = None  # on rank 0, which writes the checkpoints
+        self._rehearsal = False  # whether the trainer only tries a few batches
         self._late = False  # whether the module is to be inspected again when its layers are there
         self._began = self._spent = 0.0
 
@@ -87,6 +88,7 @@ class DownstreamValidation(pl.Callback):
             self._validations, self._last_step, self._run = 0, None, None
             self._points = []
         self._trainer, self._stage, self._loaded_step = weakref.ref(trainer), stage, None
+        self._rehearsal = bool(vars(trainer)["fast_dev_run"])
         # First, so that averaged weights are still in place when this measures. Lightning's loop over the list has come
         # to this callback, so none is skipped or called twice.
         callbacks = vars(trainer)["callbacks"]
@@ -121,7 +123,7 @@ class DownstreamValidation(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """With `on_start`, measures the untrained model; not where a training is resumed."""
         self._began = time.perf_counter()
-        if self.config.on_start and trainer.global_step == 0 and not _is_rehearsal(trainer):
+        if self.config.on_start and trainer.global_step == 0 and not self._rehearsal:
             self._measure(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -129,7 +131,7 @@ class DownstreamValidation(pl.Callback):
         if self.work is None:
             return
         work = self.work
-        if trainer.sanity_checking or _is_rehearsal(trainer):
+        if trainer.sanity_checking or self._rehearsal:
             self.ranks.agree(lambda: work.try_out(pl_module))
             return
         if trainer.state.fn == "fit":
@@ -148,7 +150,7 @@ class DownstreamValidation(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """With `on_end`, measures the final weights, unless the last validation did."""
         done = self._last_step == trainer.global_step
-        if self.config.on_end and not done and not _is_rehearsal(trainer):
+        if self.config.on_end and not done and not self._rehearsal:
             self._measure(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -242,8 +244,3 @@ def _check_strategy(trainer: pl.Trainer) -> None:
         raise ConfigError(f"strategy {kinds[0]}: downstream validation needs all weights on a rank; use ddp for now")
     if trainer.world_size > 1 and "DDPStrategy" not in kinds:
         raise ConfigError(f"strategy {kinds[0]}: downstream validation on several ranks needs ddp")
-
-
-def _is_rehearsal(trainer: Any) -> bool:
-    """Whether the trainer only tries a few batches."""
-    return bool(trainer.fast_dev_run)
