@@ -85,7 +85,7 @@ def _print_config(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    """Measures one checkpoint, a run with a nested run per stage; or several, nested in one run."""
+    """Measures a checkpoint in a run with a nested run per stage; several checkpoints in nested runs of a run."""
     from pipeline.config.yaml_file import read_config
 
     unnamed = " (the default: give --ckpt)" if options.ckpt == DEFAULT_CKPT else ""
@@ -165,9 +165,9 @@ def _replay(options: argparse.Namespace) -> None:
         except PipelineError as error:
             failed.append(str(error))
             continue
-        said = f", {refused} were refused" if refused else ""
+        refusals = f", {refused} were refused" if refused else ""
         where = f" to {options.tracking_uri}" if options.tracking_uri else ""
-        print(f"{name}: {arrived} records sent{where}{said}")
+        print(f"{name}: {arrived} records sent{where}{refusals}")
     if failed:
         raise TrackingError("; ".join(failed))
 

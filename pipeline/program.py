@@ -1,4 +1,4 @@
-"""What every program here shares: logging, signals, exit codes, errors of one line, and links to the run."""
+"""What the command line and the examples share: logging, signals, exit codes, errors of one line, links to the run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,6 @@ class PartlyError(PipelineError):
     """Some of several checkpoints could not be measured. The run's description has the reasons already."""
 
 
-class _Interrupted(BaseException):
-    """SIGTERM or SIGINT."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
 def run_program(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], None],
@@ -39,7 +31,10 @@ def run_program(
     `parser` gets one more option, `--traceback`: it prints where in the program an error comes from.
 
     Returns:
-        The exit code: 0, 2 for a user's mistake, 130 or 143 when interrupted.
+        The exit code: 0, or 2 for a user's mistake.
+
+    Raises:
+        SystemExit: with code 130 or 143, on SIGINT or SIGTERM.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pipeline").setLevel(logging.INFO)
@@ -57,11 +52,11 @@ def run_program(
             *stack, _message = traceback.TracebackException.from_exception(error).format()
             print("".join(stack), end="", file=sys.stderr)
         if os.environ.get("MLFLOW_RUN_ID") and not isinstance(error, PartlyError):
-            _describe_failure(str(error))
+            from pipeline.tracking.client import fail_run
+
+            fail_run(str(error))  # the program may not have opened the run yet
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except _Interrupted as interrupted:
-        return 128 + interrupted.number
     return 0
 
 
@@ -81,27 +76,21 @@ def check_tracking(tracking_uri: str) -> None:
 def print_links(opened: OpenRun) -> None:
     """Prints where to look at the run; for a local database, how to start the UI first."""
     from pipeline.tracking.client import shown
-    from pipeline.tracking.runs import link, runs_link
 
-    if opened.ids is None:  # the run has not reached the server; a warning has said how to send it
+    if opened.ids is None:  # the run has not reached the server; a warning has named the command that sends it
         return
     server = opened.uri if opened.uri.startswith("http") else "http://127.0.0.1:5000"
     if server != opened.uri:
         print(f"To look at it:  mlflow ui --backend-store-uri {shown(opened.uri)}")
-    server = shown(server)
-    print(f"This run:       {server}{link(opened.ids)}")
-    print(f"All runs:       {server}{runs_link(opened.ids)}")
+    experiment, run = opened.ids
+    runs = f"{shown(server)}/#/experiments/{experiment}/runs"
+    view = "?workflowType=machine_learning"  # else MLflow 3 opens its view for agents
+    print(f"This run:       {runs}/{run}{view}")
+    print(f"All runs:       {runs}{view}")
 
 
 def _interrupt(number: int, _frame: Any) -> NoReturn:
     """Ignores further signals while the runs are being ended: Ctrl-C under `mlflow run` sends two."""
     for further in (signal.SIGTERM, signal.SIGINT):
         signal.signal(further, signal.SIG_IGN)
-    raise _Interrupted(number)
-
-
-def _describe_failure(message: str) -> None:
-    """Writes an error to the page of the run that `mlflow run` made: the program may not have opened it yet."""
-    from pipeline.tracking.client import fail_run
-
-    fail_run(message)
+    raise SystemExit(128 + number)

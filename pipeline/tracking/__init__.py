@@ -1,4 +1,4 @@
-"""The protocol of trackers: where results are logged. Each adapter (MLflow, W&B, TensorBoard) is a file beside this."""
+"""The protocol of trackers: where results are logged. Each adapter (MLflow, W&B, TensorBoard) is a file here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-FOLDER = "downstream"  # of the files that a training's run is given
+FOLDER = "downstream"  # of a measurement's files, in the run of a training
 
 
 @dataclass(frozen=True)
@@ -32,50 +32,26 @@ class Tracker(Protocol):
 
     def step(self, name: str) -> AbstractContextManager[Tracker]:
         """Begins a stage, and gives the tracker for what belongs to it. An exception ends the stage as failed."""
-        ...
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
         """Logs numbers by name, none of them NaN, at a step; `data` is what they were measured on."""
-        ...
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
         """Stores a file in a folder of the run's files; a picture may be shown at a step."""
-        ...
 
     def note(self, text: str) -> None:
-        """Logs a line for whoever reads the run: a warning, or why a metric is left out."""
-        ...
+        """Logs a line for the readers of the run: a warning, or why a metric is left out."""
 
     def data(self, data: Data) -> None:
         """Logs a part of the data that was used."""
-        ...
-
-
-class NullTracker:
-    """Discards everything; base of trackers that ignore stages."""
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[Tracker]:  # noqa: ARG002
-        """See `Tracker.step`."""
-        yield NullTracker()
-
-    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
-        """See `Tracker.metrics`."""
-
-    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
-        """See `Tracker.artifact`."""
-
-    def note(self, text: str) -> None:
-        """See `Tracker.note`."""
-
-    def data(self, data: Data) -> None:
-        """See `Tracker.data`."""
 
 
 class Several:
     """Passes everything on to several trackers."""
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
+    trackers: Sequence[Tracker] = ()
+
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         """In this order."""
         self.trackers = trackers
 
@@ -87,56 +63,61 @@ class Several:
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
         """See `Tracker.metrics`."""
-        for tracker in self.trackers:
-            tracker.metrics(values, step, data)
+        self._each("metrics", lambda tracker: tracker.metrics(values, step, data))
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
         """See `Tracker.artifact`."""
-        for tracker in self.trackers:
-            tracker.artifact(path, folder, step)
+        self._each(path.name, lambda tracker: tracker.artifact(path, folder, step))
 
     def note(self, text: str) -> None:
         """See `Tracker.note`."""
-        for tracker in self.trackers:
-            tracker.note(text)
+        self._each("a note", lambda tracker: tracker.note(text))
 
     def data(self, data: Data) -> None:
         """See `Tracker.data`."""
+        self._each("a data set", lambda tracker: tracker.data(data))
+
+    def _each(self, what: str, log: Callable[[Tracker], None]) -> None:  # noqa: ARG002
         for tracker in self.trackers:
-            tracker.data(data)
+            log(tracker)
 
 
-class AtStep:
+class NullTracker(Several):
+    """Discards everything; base of trackers that override some of the methods."""
+
+
+class AtStep(Several):
     """Logs results at the training step of the weights; stages keep their own steps, such as epochs."""
 
     def __init__(self, inner: Tracker, at: int) -> None:
         """Results go to `inner` at step `at`."""
-        self.inner = inner
+        super().__init__([inner])
         self.at = at
-
-    def step(self, name: str) -> AbstractContextManager[Tracker]:
-        """See `Tracker.step`."""
-        return self.inner.step(name)
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:  # noqa: ARG002
         """See `Tracker.metrics`."""
-        self.inner.metrics(values, self.at, data)
+        super().metrics(values, self.at, data)
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
         """See `Tracker.artifact`."""
-        self.inner.artifact(path, folder, self.at)
+        super().artifact(path, folder, self.at)
 
-    def note(self, text: str) -> None:
-        """See `Tracker.note`."""
-        self.inner.note(text)
 
-    def data(self, data: Data) -> None:
-        """See `Tracker.data`."""
-        self.inner.data(data)
+class Guarded(Several):
+    """A tracker whose failures become warnings."""
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Tracker]:
+        """See `Tracker.step`."""
+        with guarded(f"tracking of {name}", lambda: self.trackers[0].step(name)) as tracker:
+            yield tracker
+
+    def _each(self, what: str, log: Callable[[Tracker], None]) -> None:
+        attempt(f"logging of {what}", lambda: log(self.trackers[0]))
 
 
 def attempt(what: str, act: Callable[[], T], fatal: tuple[type[Exception], ...] = ()) -> T | None:
-    """Calls `act`, which must not stop the work, such as a call of a tracker; an exception becomes a warning.
+    """Calls `act`, such as a call of a tracker, whose failure must not stop the work: an exception becomes a warning.
 
     Args:
         what: names the call in the warning.
@@ -153,34 +134,6 @@ def attempt(what: str, act: Callable[[], T], fatal: tuple[type[Exception], ...] 
         return None
 
 
-class Guarded:
-    """A tracker whose failures become warnings."""
-
-    def __init__(self, inner: Tracker) -> None:
-        """Guards `inner`."""
-        self.inner = inner
-
-    def step(self, name: str) -> AbstractContextManager[Tracker]:
-        """See `Tracker.step`."""
-        return guarded(f"tracking of {name}", lambda: self.inner.step(name))
-
-    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
-        """See `Tracker.metrics`."""
-        attempt("logging of metrics", lambda: self.inner.metrics(values, step, data))
-
-    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
-        """See `Tracker.artifact`."""
-        attempt(f"logging of {path.name}", lambda: self.inner.artifact(path, folder, step))
-
-    def note(self, text: str) -> None:
-        """See `Tracker.note`."""
-        attempt("logging of a note", lambda: self.inner.note(text))
-
-    def data(self, data: Data) -> None:
-        """See `Tracker.data`."""
-        attempt("logging of a data set", lambda: self.inner.data(data))
-
-
 @contextmanager
 def guarded(
     what: str, open_tracker: Callable[[], AbstractContextManager[Tracker]], fatal: tuple[type[Exception], ...] = ()
@@ -195,7 +148,7 @@ def guarded(
     context = attempt(what, open_tracker, fatal)
     tracker = attempt(what, context.__enter__, fatal) if context else None
     try:
-        yield Guarded(tracker) if tracker else NullTracker()
+        yield Guarded([tracker]) if tracker else NullTracker()
     except BaseException as error:
         if context and tracker:
             with suppress(Exception):

@@ -9,9 +9,10 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlflow
@@ -24,8 +25,8 @@ from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.journal_run import NOTE
 from pipeline.tracking.process import HOST, KEY, WRITER, lives
 
-# In threads that call `fail_fast`, MLflow's client sends a request once and waits briefly: the sender tries again by
-# itself, and a run or model whose creation the client repeats after a lost answer is there twice.
+# Of MLflow's variables, in threads that call `fail_fast`: the client sends a request once and waits briefly. The sender
+# tries again by itself, and a client that repeats the creation of a run after a lost answer makes a second run.
 FAST = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": 0,
     "MLFLOW_HTTP_REQUEST_TIMEOUT": 10,
@@ -35,19 +36,29 @@ UPLOAD_SECONDS = 300
 
 
 class _Thread(threading.local):
-    fails_fast = False
-    timeout = 0  # seconds, in place of the usual ones
+    values: Mapping[str, Any] = MappingProxyType({})  # of variables, in this thread
 
 
 _thread = _Thread()
-_lock = threading.Lock()
+
+
+def _value(variable: Any, usual: Callable[[], Any]) -> Any:
+    if variable.name in _thread.values and not variable.is_set():
+        return _thread.values[variable.name]
+    return usual()
+
+
+for _name in FAST:
+    _variable: Any = getattr(environment_variables, _name, None)  # MLflow 3.1 lacks the last
+    if _variable is not None:
+        _variable.get = partial(_value, _variable, _variable.get)
 
 
 def connect(uri: str = "") -> MlflowClient:
-    """A client of the tracking server or database in force, or of the one at `uri`.
+    """A client of the server or database at `uri`; by default of MLflow's current one.
 
-    A new SQLite database is made by one process at a time, and renamed when it is whole: MLflow makes it without a
-    lock, two processes at once break it, and a half-made database that a kill left can never be opened again.
+    A new SQLite database is created under a lock, and renamed when it is complete. MLflow creates it without a lock:
+    two processes at once corrupt it, and what a killed process leaves incomplete cannot be opened again.
     """
     uri = uri or mlflow.get_tracking_uri()
     path = Path(uri.removeprefix("sqlite:///"))
@@ -74,29 +85,17 @@ def _enable_loggers() -> None:
 
 def fail_fast() -> None:
     """Makes MLflow's client give up soon, in this thread alone; variables that the user has set take precedence."""
-    _thread.fails_fast = True
-    with _lock:
-        for name in FAST:
-            variable: Any = getattr(environment_variables, name, None)
-            if variable is not None and not hasattr(variable, "usual"):
-                variable.usual = variable.get
-                variable.get = partial(_value_in_thread, variable)
-
-
-def _value_in_thread(variable: Any) -> Any:
-    if not _thread.fails_fast or variable.is_set():
-        return variable.usual()
-    return _thread.timeout if _thread.timeout and "TIMEOUT" in variable.name else FAST[variable.name]
+    _thread.values = FAST
 
 
 @contextlib.contextmanager
 def patient() -> Iterator[None]:
     """Within, a request may take as long as the upload of a file does."""
-    _thread.timeout = UPLOAD_SECONDS
+    _thread.values = {**FAST, "MLFLOW_HTTP_REQUEST_TIMEOUT": UPLOAD_SECONDS}
     try:
         yield
     finally:
-        _thread.timeout = 0
+        _thread.values = FAST
 
 
 def shown(uri: str) -> str:
@@ -140,7 +139,7 @@ def sweep(client: MlflowClient, experiment_id: str) -> None:
         run_id, journal = run.info.run_id, Path(run.data.tags.get(WRITER, ""))
         if lives(journal) or not _names(journal, run.data.tags.get(KEY) or run_id):
             continue
-        if client.get_run(run_id).info.status == "RUNNING":  # it may have ended well meanwhile
+        if client.get_run(run_id).info.status == "RUNNING":  # it may have ended since the search
             client.set_terminated(run_id, "KILLED")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -15,7 +14,7 @@ from pipeline.tracking.journal import Journal, Record
 logger = logging.getLogger(__name__)
 
 GROUP = 500  # most metrics that are sent at once
-# Short words for long messages of requests and urllib3.
+# Short words for long messages of requests, urllib3 and filelock.
 SHORT = {
     "Connection refused": "connection refused",
     "Read timed out": "no answer in time",
@@ -23,12 +22,13 @@ SHORT = {
     "RemoteDisconnected": "the connection was lost",
     "Connection reset by peer": "the connection was lost",
     "Name or service not known": "there is no such host",
+    "could not be acquired": "another process is sending the journal",
 }
 TRIES = 3  # of a record, while the server answers other requests
 
 
 class RefusedError(Exception):
-    """The server refuses this record, now and later; `known` where the user has been told why."""
+    """The server refuses this record, now and later; `known` where the user has been warned of the reason."""
 
     def __init__(self, message: str, known: bool = False) -> None:
         super().__init__(message)
@@ -39,13 +39,12 @@ class Sink(Protocol):
     """Where records go."""
 
     def apply(self, records: Sequence[Record]) -> None:
-        """Applies one record, or several of metrics of one run. Applying a record twice must be as applying it once.
+        """Applies a record, or several records of metrics of the same run. Applying a record again changes nothing.
 
         Raises:
             RefusedError: trying again is of no use.
             Exception: anything else may be a server that does not answer.
         """
-        ...
 
     def answers(self) -> bool:
         """Whether the server answers at all: then the fault is the record's."""
@@ -55,7 +54,7 @@ class Sink(Protocol):
 def groups(journal: Journal, offset: int) -> Iterator[tuple[list[Record], int]]:
     """Groups of the records from `offset` on, each with the offset behind it, up to the present end of the file.
 
-    Metrics of one run that follow one another are one group; any other record is a group of its own.
+    Consecutive records of metrics of the same run form a group; any other record is a group by itself.
     """
     group: list[Record] = []
     behind = offset
@@ -97,8 +96,8 @@ def send_with_retries(
 
     Args:
         sink: where they go.
-        records: one, or several of metrics of one run.
-        known: reasons that the user has been told.
+        records: a group, see `groups`.
+        known: reasons that the user has been warned of.
         failed: how often these records have failed before.
         at_once: tries again at once; else that is left to the caller, who may wait and connect again.
 
@@ -126,7 +125,7 @@ def is_bug(error: BaseException) -> bool:
 
 
 def split(records: Sequence[Record]) -> list[list[Record]]:
-    """Several records one by one; one of several metrics or parameters, value by value."""
+    """Several records as single records; a record of several metrics or parameters as records of single values."""
     if len(records) > 1:
         return [[record] for record in records]
     values = records[0].get("values") or {}
@@ -139,11 +138,9 @@ def _warn_once(reason: str, known: set[str]) -> None:
     known.add(reason)
 
 
-@contextlib.contextmanager
-def lock_for_sending(journal: Journal) -> Iterator[None]:
-    """Within, no other process sends the journal. Raises Timeout where another does."""
-    with FileLock(journal.path.with_suffix(".lock"), timeout=0):
-        yield
+def lock_for_sending(journal: Journal) -> FileLock:
+    """The lock of the process that sends the journal. Raises Timeout where another process holds it."""
+    return FileLock(journal.path.with_suffix(".lock"), timeout=0)
 
 
 def replay(journal: Journal, sink: Sink, elsewhere: bool = False) -> tuple[int, int]:

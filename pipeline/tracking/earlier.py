@@ -96,9 +96,8 @@ def _replay(path: Path, tracking_uri: str, unlocked: bool) -> tuple[int, int]:
     uri = tracking_uri or meant
     if not uri:
         raise TrackingError(f"journal: '{path}' does not say where it is for; give --tracking-uri")
-    fail_fast()
     try:
-        sink = MlflowSink(connect(uri), journal)
+        sink = MlflowSink(uri, journal)
         arrived, refused = replay(journal, sink, elsewhere=uri != meant)
         if gone:
             sink.kill_unended()
@@ -106,7 +105,7 @@ def _replay(path: Path, tracking_uri: str, unlocked: bool) -> tuple[int, int]:
         raise TrackingError(f"MLflow at '{shown(uri)}' does not answer: {error}; start it, and replay again") from error
     kept_for = refused if uri != meant else journal.refused
     if gone and journal.head.get("remove") and not kept_for:
-        journal.remove()
+        remove_journal(path)
     return arrived, refused
 
 

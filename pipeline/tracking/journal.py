@@ -6,7 +6,6 @@ been sent. The journal names a run by a key of its own, since the server gives t
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -15,13 +14,13 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from pipeline.tracking.process import remove_journal, writer_lock, writer_tags
+from pipeline.tracking.process import writer_lock, writer_tags
 
 Record = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -30,8 +29,8 @@ logger = logging.getLogger(__name__)
 class Journal:
     """A file of JSON lines that is only ever appended to, and a folder beside it with the runs' artifacts.
 
-    The program that writes it holds a lock until `close()`. What cannot be written, such as on a full disk, is warned
-    of once.
+    The program that writes it holds a lock until `close()`. The first record that cannot be written, such as on a full
+    disk, causes a warning.
     """
 
     def __init__(self, path: Path, uri: str = "", remove: bool = False, write: bool = True) -> None:
@@ -58,19 +57,15 @@ class Journal:
 
     def _begin(self, uri: str, remove: bool) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = writer_lock(self.path)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise OSError(errno.EBUSY, "another program writes this journal") from error
-        try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(writer_lock(self.path))
+            except Timeout as error:
+                raise OSError(errno.EBUSY, "another program writes this journal") from error
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)  # a URI may hold a password
-        except OSError:
-            lock.release()
-            raise
-        self._stream = os.fdopen(descriptor, "ab")
-        self.close = weakref.finalize(self, _close, self._stream, lock)
-        self.close.atexit = False  # what is left is sent at exit, and until then the program lives
+            self._stream = stack.enter_context(os.fdopen(descriptor, "ab"))
+            self.close = weakref.finalize(self, stack.pop_all().close)
+        self.close.atexit = False  # the rest is sent at exit, and the lock is held until then
         if not self.end:
             self.append({"op": "journal", "uri": uri, "remove": remove, "tags": writer_tags(self.path)})
             return
@@ -91,15 +86,14 @@ class Journal:
     @property
     def sent(self) -> int:
         """How many bytes have arrived, or were refused."""
-        return self._noted[0]
+        return self._progress()[0]
 
     @property
     def refused(self) -> int:
         """How many records were refused: then the journal is not removed."""
-        return self._noted[1]
+        return self._progress()[1]
 
-    @property
-    def _noted(self) -> tuple[int, int]:
+    def _progress(self) -> tuple[int, int]:
         try:
             sent, _, refused = self.path.with_suffix(".sent").read_text().partition(" ")
             return int(sent), int(refused or 0)
@@ -109,7 +103,7 @@ class Journal:
     def note_sent(self, offset: int, refused: int) -> None:
         """Notes how many bytes have arrived, and how many records more were refused."""
         refused += self.refused
-        with contextlib.suppress(OSError):  # on a full disk some records are sent once more, which does no harm
+        with suppress(OSError):  # on a full disk some records are sent once more, which does no harm
             temporary = self.path.with_suffix(".sent.tmp")
             temporary.write_text(f"{offset} {refused}" if refused else str(offset))
             temporary.replace(self.path.with_suffix(".sent"))
@@ -164,10 +158,6 @@ class Journal:
             if record["op"] == "artifact":
                 shutil.rmtree((self.files / record["file"]).parent, ignore_errors=True)
 
-    def remove(self) -> None:
-        """Removes the journal and what belongs to it."""
-        remove_journal(self.path)
-
     @contextmanager
     def _warns(self) -> Iterator[None]:
         try:
@@ -176,8 +166,3 @@ class Journal:
             if not self.lost:
                 logger.warning("the journal '%s' cannot be written, results are not logged: %s", self.path, error)
             self.lost += 1
-
-
-def _close(stream: BinaryIO, lock: FileLock) -> None:
-    stream.close()
-    lock.release()

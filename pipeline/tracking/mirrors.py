@@ -50,7 +50,7 @@ def mirrors(logging: Logging, name: str, config: Mapping[str, Any], folder: Path
 class LoggerTracker(NullTracker):
     """A Lightning trainer's logger of any kind. A call neither raises nor lasts longer than `patience`.
 
-    A call that lasts longer goes on in a thread of its own; until it returns, the logger gets no other call.
+    A slower call continues in a thread of its own. Until it returns, the logger is not called again.
     """
 
     def __init__(self, logger: Any, patience: float = PATIENCE) -> None:
@@ -58,7 +58,7 @@ class LoggerTracker(NullTracker):
         self.logger = logger
         self.patience = patience
         self._name = type(logger).__name__
-        self._back = Event()  # of the call in progress
+        self._back = Event()  # set when the latest call has returned
         self._back.set()
         self._skipped = 0
 
@@ -69,8 +69,7 @@ class LoggerTracker(NullTracker):
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
         """See `Tracker.artifact`. Pictures are shown by the loggers that can."""
-        kinds = [base.__name__ for base in type(self.logger).__mro__]
-        show = next((PICTURES[kind] for kind in kinds if kind in PICTURES), None)
+        show = next((show for kind, show in PICTURES.items() if is_kind(self.logger, kind)), None)
         if show is not None and path.suffix == ".png":
             key = f"{folder}/{path.stem}" if folder else path.stem
             self._call(lambda: show(self.logger.experiment, key, path, step))
@@ -83,12 +82,18 @@ class LoggerTracker(NullTracker):
             logger.warning("%s is back; it was not told of %d results meanwhile", self._name, self._skipped)
             self._skipped = 0
         self._back = back = Event()
-        Thread(target=self._work, args=(act, back), name=f"logging to {self._name}", daemon=True).start()
+
+        def work() -> None:
+            try:
+                attempt(self._name, act)
+            finally:
+                back.set()
+
+        Thread(target=work, name=f"logging to {self._name}", daemon=True).start()
         if not back.wait(self.patience):
             logger.warning("%s takes more than %g s; work goes on without it", self._name, self.patience)
 
-    def _work(self, act: Callable[[], None], back: Event) -> None:
-        try:
-            attempt(self._name, act)
-        finally:
-            back.set()
+
+def is_kind(instance: Any, name: str) -> bool:
+    """Whether something is of a class called `name`, of either Lightning package, or of a subclass."""
+    return any(base.__name__ == name for base in type(instance).__mro__)

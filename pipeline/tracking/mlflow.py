@@ -1,8 +1,9 @@
 """Applies the records of a journal to MLflow: a run per measurement, with a nested run per stage.
 
-A record that is applied twice has the effect of one: runs and models carry a key of the journal's, which is searched
-for before they are made. Choices were measured on MLflow 3.17. Runs are written through `MlflowClient` by id: the
-fluent API keeps its active run per thread, and would open a second run for a caller that has its own.
+Applying a record twice has the same effect as applying it once: runs and models have a key of the journal as a tag,
+which is searched for before they are made. Choices were measured on MLflow 3.17. Runs are written through
+`MlflowClient` by id: the fluent API keeps its active run per thread, and would open a second run for a caller that has
+an active run.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
     DatasetInput,
@@ -39,7 +39,6 @@ from pipeline.tracking.journal import Journal, Record
 from pipeline.tracking.process import KEY, WRITER, lives
 
 MAX_RUNS = 10_000  # that may be RUNNING
-BATCH = 100  # most parameters or tags in one call; a server refuses more
 # Error codes of answers that will be the same next time; any other may be a server in trouble.
 REFUSALS = {
     "INVALID_PARAMETER_VALUE",
@@ -53,9 +52,10 @@ REFUSALS = {
 class MlflowSink:
     """Applies records to a server or database. See `Sink`."""
 
-    def __init__(self, client: MlflowClient, journal: Journal) -> None:
-        """The client must be connected."""
-        self.client = client
+    def __init__(self, uri: str, journal: Journal) -> None:
+        """Connects; in the thread that will apply the records."""
+        fail_fast()
+        self.client = connect(uri)
         self.journal = journal
         self.ids: dict[str, str] = {}
         self.experiments: dict[str, str] = {}
@@ -65,12 +65,16 @@ class MlflowSink:
     def apply(self, records: Sequence[Record]) -> None:
         """See `Sink.apply`."""
         first = records[0]
-        fail_fast()  # the thread may be another one each time
-        act: Callable[[Sequence[Record]], None] | None = getattr(self, f"_{first['op']}", None)
-        if act is None:  # the head of the journal, or a line that a kill tore
+        fail_fast()  # each call may come from another thread
+        if "run" not in first:  # the head of the journal, or a line that a kill tore
             return
         try:
-            act(records)
+            if first["op"] == "run":
+                self._run(first)
+            elif first["op"] == "metrics":
+                self._metrics(self.run_id(first["run"]), records)
+            else:
+                getattr(self, f"_{first['op']}")(self.run_id(first["run"]), first)
         except (MlflowException, ImportError) as error:
             if isinstance(error, MlflowException) and error.error_code not in REFUSALS:
                 raise
@@ -96,10 +100,10 @@ class MlflowSink:
             self._begin(self.journal.runs[key], again=False)
         return self.ids[key]
 
-    def _run(self, records: Sequence[Record]) -> None:
-        self._begin(records[0], again=True)
-        if not records[0].get("parent"):
-            sweep(self.client, self.experiments[records[0]["run"]])
+    def _run(self, record: Record) -> None:
+        self._begin(record, again=True)
+        if not record.get("parent"):
+            sweep(self.client, self.experiments[record["run"]])
 
     def _begin(self, record: Record, again: bool) -> None:
         """Finds the run of a record, or makes it; with `again`, a run that had ended is opened again."""
@@ -121,7 +125,7 @@ class MlflowSink:
         tags = {**record["tags"], KEY: record["run"]}
         if record.get("parent"):
             tags["mlflow.parentRunId"] = self.run_id(record["parent"])
-        # Without a name MLflow makes one with the program's random state, in the middle of a training.
+        # Where there is no name, MLflow draws one with the random state of the training.
         name = record.get("name") or f"run {record['run'][:8]}"
         made = self.client.create_run(experiment, record["time"], tags, name)
         return str(made.info.run_id)
@@ -167,8 +171,7 @@ class MlflowSink:
             raise MlflowException(f"experiment '{name}' cannot be made")
         return str(found.experiment_id)
 
-    def _metrics(self, records: Sequence[Record]) -> None:
-        run_id = self.run_id(records[0]["run"])
+    def _metrics(self, run_id: str, records: Sequence[Record]) -> None:
         metrics = [
             Metric(key, value, record["time"], record["step"], *self._links(record))
             for record in records
@@ -178,49 +181,41 @@ class MlflowSink:
 
     def _links(self, record: Record) -> tuple[str | None, str | None, str | None]:
         """The id of the measured model, and the name and digest of the data that it was measured on."""
-        digest, data = record.get("model"), record.get("data")
-        model = self._model_id(record["run"], digest) if digest else None
-        return (model, *(data or (None, None)))
+        name, digest = record.get("data") or (None, None)
+        return self._model_id(record), name, digest
 
-    def _parameters(self, records: Sequence[Record]) -> None:
-        flat = [Param(key, value) for key, value in records[0]["values"].items()]
-        for begin in range(0, len(flat), BATCH):
-            self.client.log_batch(self.run_id(records[0]["run"]), params=flat[begin : begin + BATCH])
+    def _parameters(self, run_id: str, record: Record) -> None:
+        self.client.log_batch(run_id, params=[Param(key, value) for key, value in record["values"].items()])
 
-    def _tags(self, records: Sequence[Record]) -> None:
-        self._tag(self.run_id(records[0]["run"]), records[0]["values"])
+    def _tags(self, run_id: str, record: Record) -> None:
+        self._tag(run_id, record["values"])
 
     def _tag(self, run_id: str, values: Mapping[str, str]) -> None:
-        flat = [RunTag(key, value) for key, value in values.items()]
-        for begin in range(0, len(flat), BATCH):
-            self.client.log_batch(run_id, tags=flat[begin : begin + BATCH])
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in values.items()])
 
-    def _name(self, records: Sequence[Record]) -> None:
-        self.client.update_run(self.run_id(records[0]["run"]), name=records[0]["name"])
+    def _name(self, run_id: str, record: Record) -> None:
+        self.client.update_run(run_id, name=record["name"])
 
-    def _artifact(self, records: Sequence[Record]) -> None:
-        record = records[0]
+    def _artifact(self, run_id: str, record: Record) -> None:
         path = self.journal.files / record["file"]
         if not path.is_file():
             raise RefusedError(f"the file '{path}' is gone")
-        run_id = self.run_id(record["run"])
         with patient():
             self.client.log_artifact(run_id, str(path), record["folder"] or None)
 
-    def _data(self, records: Sequence[Record]) -> None:
-        data = records[0]["data"]
+    def _data(self, run_id: str, record: Record) -> None:
+        data = record["data"]
         source = json.dumps({"uri": data["source"]})
         dataset = Dataset(data["name"], data["digest"][:16], "local", source)
         tags = {"mlflow.data.context": data["part"], "rows": str(data["rows"]), "left_out": str(data["left_out"])}
         inputs = DatasetInput(dataset, [InputTag(key, value) for key, value in tags.items()])
         try:
-            self.client.log_inputs(self.run_id(records[0]["run"]), [inputs])
+            self.client.log_inputs(run_id, [inputs])
         except MlflowException:  # two processes may insert the same new data set at once: then it exists now
-            self.client.log_inputs(self.run_id(records[0]["run"]), [inputs])
+            self.client.log_inputs(run_id, [inputs])
 
-    def _model(self, records: Sequence[Record]) -> None:
-        record = records[0]
-        run_id, experiment = self.run_id(record["run"]), self.experiments[record["run"]]
+    def _model(self, run_id: str, record: Record) -> None:
+        experiment = self.experiments[record["run"]]
         model = self._known_model(experiment, record["digest"]) or self._new_model(experiment, run_id, record)
         if model.status != LoggedModelStatus.READY:
             self._finish(model)
@@ -229,10 +224,11 @@ class MlflowSink:
         if not any(output.model_id == model.model_id for output in (linked.model_outputs if linked else [])):
             self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, record["step"] or 0)])
 
-    def _model_id(self, key: str, digest: str) -> str:
-        """The id of the LoggedModel with this digest, in the experiment of a run."""
-        self.run_id(key)
-        experiment = self.experiments[key]
+    def _model_id(self, record: Record) -> str | None:
+        """The id of the LoggedModel whose weights were measured; None where the record names no weights."""
+        experiment, digest = self.experiments[record["run"]], record.get("model")
+        if not digest:
+            return None
         if (experiment, digest) not in self._models:
             known = self._known_model(experiment, digest)
             if known is None:
@@ -260,10 +256,9 @@ class MlflowSink:
                 self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
-    def _end(self, records: Sequence[Record]) -> None:
-        record = records[0]
+    def _end(self, run_id: str, record: Record) -> None:
         begun = self.journal.runs[record["run"]]
-        self.client.set_terminated(self.run_id(record["run"]), record["status"], record["time"])
+        self.client.set_terminated(run_id, record["status"], record["time"])
         if not begun.get("run_id") and not begun.get("parent"):
             self._remove_others(record["run"])
 
@@ -279,9 +274,3 @@ class MlflowSink:
             tags, run_id = run.data.tags, run.info.run_id
             if tags.get(WRITER) in writers and (tags.get(KEY) in self.journal.runs or run_id in given):
                 self.client.set_terminated(run_id, "KILLED")
-
-
-def open_sink(uri: str, journal: Journal) -> MlflowSink:
-    """Connects; for the thread of a `Sender`."""
-    fail_fast()
-    return MlflowSink(connect(uri), journal)

@@ -48,7 +48,7 @@ def writer_lock(journal: Path) -> FileLock:
 
 @contextmanager
 def deserted(journal: Path) -> Iterator[bool]:
-    """Yields whether no running program writes a journal. If so, none can begin to within the block."""
+    """Yields whether no running program writes a journal. If so, none can start to write it within the block."""
     lock = FileLock(lock_path(journal), timeout=0)
     try:
         lock.acquire()
@@ -74,8 +74,8 @@ def lives(journal: Path) -> bool:
 def remove_journal(path: Path) -> None:
     """Removes a journal and its files, the writer's lock last: `journals_in` finds what a kill leaves."""
     shutil.rmtree(path.with_suffix(".files"), ignore_errors=True)
-    beside = [path.with_suffix(ending) for ending in (".sent.tmp", ".sent", ".lock")]
-    for file in (path, *beside, lock_path(path)):
+    others = [path.with_suffix(ending) for ending in (".sent.tmp", ".sent", ".lock")]
+    for file in (path, *others, lock_path(path)):
         file.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Opens runs: the journal, the thread that sends it to MLflow, and the addresses of the run's pages."""
+"""Opens runs: the journal, and the thread that sends it to MLflow."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pipeline.tracking.client import connect, shown
 from pipeline.tracking.earlier import catch_up
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.tracking.mlflow import MlflowSink, open_sink
-from pipeline.tracking.sender import Sender
+from pipeline.tracking.mlflow import MlflowSink
+from pipeline.tracking.sender import LIMIT, Sender
 
 LIMIT_INTERRUPTED = 5.0  # seconds
 _senders: WeakValueDictionary[Path, Sender] = WeakValueDictionary()
@@ -57,7 +57,9 @@ class OpenRun:
         journal = self.sender.journal
         key = key or next(iter(journal.runs), None)
         mine = what.pop("mine", not what.get("run_id"))
-        self.run = JournalRun.begin(journal, key, resolve_tags(), mine, **{"experiment": experiment(), **what})
+        chosen = os.environ.get("MLFLOW_EXPERIMENT_ID")  # `mlflow.set_experiment` sets it too
+        experiment = {"name": None if chosen else os.environ.get("MLFLOW_EXPERIMENT_NAME"), "id": chosen}
+        self.run = JournalRun.begin(journal, key, resolve_tags(), mine, **{"experiment": experiment, **what})
 
     @property
     def ids(self) -> tuple[str, str] | None:
@@ -75,7 +77,7 @@ def _sender(path: Path, uri: str, remove: bool) -> Sender:
     if known is None or known.ended:
         journal = Journal(path, uri, remove)
         first = partial(catch_up, place.parent, uri) if remove else tuple
-        known = _senders[place] = Sender(journal, partial(open_sink, uri, journal), remove, first)
+        known = _senders[place] = Sender(journal, partial(MlflowSink, uri, journal), remove, first)
     return known
 
 
@@ -102,13 +104,9 @@ def open_run(name: str, config: Config, tracking_uri: str = "") -> Iterator[Open
     try:
         with opened.run.ending():
             yield opened
-    except Exception:
-        opened.sender.close()
-        raise
-    except BaseException:  # whoever interrupts does not want to wait
-        opened.sender.close(LIMIT_INTERRUPTED)
-        raise
-    opened.sender.close()
+    finally:
+        interrupted = opened.run.ended == "KILLED"  # then the user does not want to wait
+        opened.sender.close(LIMIT_INTERRUPTED if interrupted else LIMIT)
 
 
 def journal_path(config: Config, name: str) -> Path:
@@ -116,19 +114,3 @@ def journal_path(config: Config, name: str) -> Path:
     folder = Path(config.logging.journal or f"{config.store}/journal").expanduser()
     label = re.sub(r"[^\w=.-]", "_", name)[:60]
     return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{label}-{os.urandom(3).hex()}{host_mark()}.jsonl"
-
-
-def experiment() -> dict[str, str | None]:
-    """The experiment that MLflow's own variables name: `mlflow.set_experiment` sets MLFLOW_EXPERIMENT_ID."""
-    chosen = os.environ.get("MLFLOW_EXPERIMENT_ID")
-    return {"name": None if chosen else os.environ.get("MLFLOW_EXPERIMENT_NAME"), "id": chosen}
-
-
-def link(ids: tuple[str, str]) -> str:
-    """A run's page, below the address of the UI. Without the last part MLflow 3 opens its view for agents."""
-    return f"/#/experiments/{ids[0]}/runs/{ids[1]}?workflowType=machine_learning"
-
-
-def runs_link(ids: tuple[str, str]) -> str:
-    """The experiment's table of runs, likewise."""
-    return f"/#/experiments/{ids[0]}/runs?workflowType=machine_learning"

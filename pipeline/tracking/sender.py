@@ -1,4 +1,4 @@
-"""Sends a journal on, in a thread that never holds up whoever writes the journal."""
+"""Sends a journal to MLflow in a thread, so that nothing else waits for a server."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from filelock import Timeout
 
 from pipeline.tracking.delivery import Sink, groups, is_bug, line_of, lock_for_sending, send_with_retries
 from pipeline.tracking.journal import Journal
+from pipeline.tracking.process import remove_journal
 
 logger = logging.getLogger(__name__)
 
 LINGER, MIN_LINGER = 1.0, 0.01  # seconds in which further records may gather, to be sent together; at the end
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries of a server that fails
-MOMENT = 0.2  # seconds that the end of a training waits for what is on its way
+MOMENT = 0.2  # seconds that the end of a training waits for the last records to arrive
 PATIENCE = 30.0  # seconds for the next record to arrive, at the end of a program; a busy machine takes ten to connect
 LIMIT = 300.0  # seconds in all
 TIDYING = 5.0  # seconds for removing a journal of which everything has arrived
@@ -29,8 +30,8 @@ TIDYING = 5.0  # seconds for removing a journal of which everything has arrived
 class Sender:
     """Sends the records of a journal in order, each until it has arrived or is refused.
 
-    A record starts the thread, and the thread ends when there has been nothing to send for a moment. A server that
-    fails is left alone for a second, then for two, up to a minute.
+    A record starts the thread, and the thread ends when there has been nothing to send for a moment. After a failure
+    the thread waits a second, then two, up to a minute.
 
     Attributes:
         failure: why the last try failed; None while records arrive.
@@ -48,7 +49,7 @@ class Sender:
         """Starts the thread.
 
         Args:
-            journal: what is sent.
+            journal: its records are sent.
             open_sink: connects; called in the thread, again after a failure.
             remove: removes the journal when all of it has arrived and nothing will be added.
             first: work for the thread before anything is sent, piece by piece.
@@ -142,7 +143,7 @@ class Sender:
         _senders.discard(self)
 
     def _try_again(self, limit: float) -> None:
-        """After a failure, waits for the end of one more try."""
+        """After a failure, waits until the server has been tried once more."""
         with self._changed:
             failures = self._failures
             if self.failure is not None:
@@ -160,12 +161,10 @@ class Sender:
                 if self._hurry.wait(LINGER):
                     time.sleep(MIN_LINGER)
                 continue
-            except Timeout:
-                self._fail("another process is sending the journal", False)
             except Exception as error:
                 logger.debug("sending of the journal", exc_info=True)
-                self._fail(line_of(error), is_bug(error))
-            self._hurry.wait(pause)  # what is new does not end the pause, only the end of the program does
+                self._fail(error)
+            self._hurry.wait(pause)  # new records do not end the pause, only the end of the program does
             if not self.ended:
                 self._hurry.clear()
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -182,7 +181,11 @@ class Sender:
         """Sends until the end of the journal. Raises where the server fails."""
         self._offset = max(self._offset, self.journal.sent)
         for records, offset in groups(self.journal, self._offset):
-            self.sink = self.sink or self._connect()
+            if self.sink is None:
+                for _ in self._first():
+                    self._arrived(self._offset, ok=False)
+                self._first = tuple
+                self.sink = self._open_sink()
             self._tries += 1
             refused = send_with_retries(self.sink, records, self._known, self._tries - 1, at_once=False)
             self.journal.note_sent(offset, refused)
@@ -193,12 +196,6 @@ class Sender:
                 return
         if self.failure is not None:  # another process has sent it
             self._arrived(self._offset)
-
-    def _connect(self) -> Sink:
-        for _ in self._first():
-            self._arrived(self._offset, ok=False)
-        self._first = tuple
-        return self._open_sink()
 
     def _arrived(self, offset: int, ok: bool = True) -> None:
         """Notes progress: what is before `offset` has arrived, and with `ok` the server works."""
@@ -211,21 +208,22 @@ class Sender:
             self._progress += 1
             self._changed.notify_all()
 
-    def _fail(self, reason: str, bug: bool) -> None:
+    def _fail(self, error: Exception) -> None:
         """Notes a failure, and warns of the first of several."""
         self.sink = None
         with self._changed:
-            known, self.failure = self.failure is not None, reason
+            known, self.failure = self.failure is not None, line_of(error)
             self._failures += 1
             self._changed.notify_all()
         if not known:
-            what = "results cannot be sent by a mistake in the program" if bug else "MLflow does not answer"
-            logger.warning("%s (%s); the work goes on, and results are kept in %s", what, reason, self.journal.path)
+            what = "results cannot be sent by a mistake in the program" if is_bug(error) else "MLflow does not answer"
+            reason, path = line_of(error), self.journal.path
+            logger.warning("%s (%s); the work goes on, and results are kept in %s", what, reason, path)
 
     def _tidy(self) -> None:
         """Everything has arrived, and nothing will be added."""
         if self._remove and not self.journal.refused and not self.journal.lost:
-            self.journal.remove()
+            remove_journal(self.journal.path)
         self.journal.close()
         self._end()
 

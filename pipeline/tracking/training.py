@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from pipeline.config.schema import Config
 from pipeline.tracking import FOLDER, AtStep, Data, NullTracker, Several, Tracker
 from pipeline.tracking.client import shown
 from pipeline.tracking.journal_run import JournalRun
+from pipeline.tracking.mirrors import is_kind
 from pipeline.tracking.runs import OpenRun, journal_path
 
 
@@ -81,18 +82,18 @@ class TrainingRun:
             step: of the training; results are logged at it.
             digest: of the encoder.
             source: where the weights are.
-            tasks: what is measured, for the name of a run of its own.
-            child: logs the measurement to a run of its own too, with nested runs for its stages.
+            tasks: their names, for the name of the nested run.
+            child: logs the measurement to a nested run too, which has a nested run for each stage.
         """
         name = f"step={step}"
         linked = JournalRun(self.run.journal, self.run.key, self.run.context)  # a logger may write to the run as well
         linked.checkpoint(name, digest, source, step)
         here = _Here(linked, self._data, step)
         if not child:
-            yield AtStep(here, step)
+            yield here
             return
         with linked.step(f"{name} {tasks}".strip()) as own:
-            yield AtStep(Several([here, own]), step)
+            yield Several([here, AtStep(own, step)])
 
     def failed(self, step: int, message: str) -> None:
         """Tags the run with the failure of a measurement."""
@@ -107,12 +108,12 @@ class TrainingRun:
             self._opened.sender.settle()
 
 
-class _Here(NullTracker):
+class _Here(AtStep):
     """Logs a measurement's results to the training's run, but not its stages."""
 
     def __init__(self, run: JournalRun, data: set[Data], at: int) -> None:
+        super().__init__(run, at)
         self.run = run
-        self.at = at
         self._data = data
         self._notes: list[str] = []
 
@@ -121,13 +122,9 @@ class _Here(NullTracker):
         """See `Tracker.step`. Only notes of the stages are logged."""
         yield _Notes(self)
 
-    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
-        """See `Tracker.metrics`."""
-        self.run.metrics(values, step, data)
-
-    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
+    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
         """See `Tracker.artifact`."""
-        self.run.artifact(path, f"{FOLDER}/step={step}/{folder}".rstrip("/"))
+        self.run.artifact(path, f"{FOLDER}/step={self.at}/{folder}".rstrip("/"))
 
     def note(self, text: str) -> None:
         """See `Tracker.note`. Notes are a file beside the others of the measurement."""
@@ -148,8 +145,3 @@ class _Notes(NullTracker):
     def note(self, text: str) -> None:
         """See `Tracker.note`."""
         self.outer.note(text)
-
-
-def is_kind(logger: Any, name: str) -> bool:
-    """Whether a trainer's logger is of a class called `name`, of either Lightning package, or of a subclass."""
-    return any(base.__name__ == name for base in type(logger).__mro__)

@@ -15,7 +15,7 @@ from pipeline.encoders.description import DESCRIPTION
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.training.lightning_package import DescribingIO, pl
 from pipeline.training.measurement import Measurement
-from pipeline.training.monitor_warnings import warn_of_monitors
+from pipeline.training.monitors import warn_of_monitors
 from pipeline.training.ranks import LostRankError, Ranks
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class DownstreamValidation(pl.Callback):
         self._run: str | None = None
         self._points: list[tuple[int, dict[str, float]]] = []  # the curve, with what came before an interruption
         self._description: dict[str, Any] | None = None  # on rank 0, which writes the checkpoints
+        self._rehearsal = False  # whether the trainer only tries a few batches
         self._late = False  # whether the module is to be inspected again when its layers are there
         self._began = self._spent = 0.0
 
@@ -87,32 +88,42 @@ class DownstreamValidation(pl.Callback):
             self._validations, self._last_step, self._run = 0, None, None
             self._points = []
         self._trainer, self._stage, self._loaded_step = weakref.ref(trainer), stage, None
-        _go_first(self, trainer)
+        self._rehearsal = bool(vars(trainer)["fast_dev_run"])
+        # First, so that averaged weights are still in place when this measures. Lightning's loop over the list has come
+        # to this callback, so none is skipped or called twice.
+        callbacks = vars(trainer)["callbacks"]
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
         self.ranks.open()
         self._began, self._spent = time.perf_counter(), 0.0
-        self.work = Measurement(self.config, trainer, pl.utilities.rank_zero_info, self._run)
+        self.work = Measurement(self.config, trainer, self._run)
         # A module may build its layers in one of these hooks, which come later; then it is inspected again.
-        self._late = any(_overridden(pl_module, hook) for hook in ("setup", "configure_model"))
+        kind, base = type(pl_module), pl.LightningModule
+        self._late = any(
+            getattr(kind, hook, None) is not getattr(base, hook, None) for hook in ("setup", "configure_model")
+        )
         work = self.work
         self.ranks.agree(lambda: work.prepare(pl_module, may_wait=self._late))
         self._description = work.description
-        warn_of_monitors(vars(trainer)["callbacks"], self.config)
+        warn_of_monitors(callbacks, self.config)
         io = trainer.strategy.checkpoint_io
         if not isinstance(io, DescribingIO):
             trainer.strategy.checkpoint_io = DescribingIO(io, DESCRIPTION, lambda: self._description)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the encoder in a module that was not complete at `setup`."""
-        self._complete(pl_module)
+        if self._late and self.work is not None:
+            work, self._late = self.work, False
+            self.ranks.agree(lambda: work.prepare(pl_module))
+            self._description = work.description
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The same for a trainer that only validates."""
-        self._complete(pl_module)
+        self.on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """With `on_start`, measures the untrained model; not where a training is resumed."""
         self._began = time.perf_counter()
-        if self.config.on_start and trainer.global_step == 0 and not _is_rehearsal(trainer):
+        if self.config.on_start and trainer.global_step == 0 and not self._rehearsal:
             self._measure(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -120,7 +131,7 @@ class DownstreamValidation(pl.Callback):
         if self.work is None:
             return
         work = self.work
-        if trainer.sanity_checking or _is_rehearsal(trainer):
+        if trainer.sanity_checking or self._rehearsal:
             self.ranks.agree(lambda: work.try_out(pl_module))
             return
         if trainer.state.fn == "fit":
@@ -139,7 +150,7 @@ class DownstreamValidation(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """With `on_end`, measures the final weights, unless the last validation did."""
         done = self._last_step == trainer.global_step
-        if self.config.on_end and not done and not _is_rehearsal(trainer):
+        if self.config.on_end and not done and not self._rehearsal:
             self._measure(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -184,12 +195,6 @@ class DownstreamValidation(pl.Callback):
     ) -> None:
         """Keeps the checkpoint's step: a trainer that only validates does not restore it."""
         self._loaded_step = int(checkpoint.get("global_step", 0))
-
-    def _complete(self, pl_module: pl.LightningModule) -> None:
-        if self._late and self.work is not None:
-            work, self._late = self.work, False
-            self.ranks.agree(lambda: work.prepare(pl_module))
-            self._description = work.description
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """The metrics, the same on every rank; empty where the measurement failed and `on_error` is `warn`."""
@@ -239,21 +244,3 @@ def _check_strategy(trainer: pl.Trainer) -> None:
         raise ConfigError(f"strategy {kinds[0]}: downstream validation needs all weights on a rank; use ddp for now")
     if trainer.world_size > 1 and "DDPStrategy" not in kinds:
         raise ConfigError(f"strategy {kinds[0]}: downstream validation on several ranks needs ddp")
-
-
-def _go_first(callback: DownstreamValidation, trainer: Any) -> None:
-    """Moves the callback to the front of the list, so that averaged weights are still in place when it measures.
-
-    Lightning is iterating over the list and has come to this callback, so none is skipped or called twice.
-    """
-    callbacks: list[Any] = trainer.callbacks
-    callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
-
-
-def _overridden(module: pl.LightningModule, hook: str) -> bool:
-    return getattr(type(module), hook, None) is not getattr(pl.LightningModule, hook, None)
-
-
-def _is_rehearsal(trainer: Any) -> bool:
-    """Whether the trainer only tries a few batches."""
-    return bool(trainer.fast_dev_run)

@@ -28,7 +28,7 @@ else:
 
 
 class DescribingIO(pl.plugins.CheckpointIO):
-    """Writes checkpoints as `inner` does, with one more entry. Lightning asks no callback about weights-only ones."""
+    """Writes checkpoints as `inner` does, with one more entry. Lightning calls no callback for weights-only ones."""
 
     def __init__(self, inner: Any, key: str, value: Callable[[], Any]) -> None:
         """Adds `value()` under `key`, unless it is None or the checkpoint has the key."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,27 +51,18 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
             self._what["experiment"] = {"name": experiment_name}  # type: ignore[assignment]
         self._uri = tracking_uri or ""
         self._journal = journal
-        self._own = run is None and run_id is None
         self._run = run
         self._opened: OpenRun | None = None
-        self._failed = False
 
-    @property
+    @cached_property
     def experiment(self) -> JournalRun | None:
-        """The run, on rank 0; None on the others."""
-        if getattr(rank_zero_only, "rank", 0) == 0 and self._run is None:
-            self._run = self._begin()
-        return self._run
-
-    def _begin(self) -> JournalRun | None:
-        """Begins the run; None where no journal can be written, with one warning."""
-        if self._failed:
-            return None
+        """The run, on rank 0; None on the others, and where no journal can be written."""
+        if self._run is not None or getattr(rank_zero_only, "rank", 0) != 0:
+            return self._run
         path = Path(self._journal or journal_path(Config(), str(self._what["name"] or "training")))
         try:
             self._opened = OpenRun(path, self._uri, self._journal is None, **self._what)
         except OSError as error:
-            self._failed = True
             logger.warning("JournalLogger: '%s' cannot be written, nothing is logged: %s", path, error)
             return None
         return self._opened.run
@@ -106,9 +98,8 @@ class JournalLogger(pl.loggers.Logger):  # type: ignore[name-defined,misc,unused
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Ends the run, if the logger began it."""
-        if self._run is None:
+        if self._opened is None:
             return
-        if self._own:
-            self._run.end({"success": "FINISHED", "finished": "FINISHED"}.get(status, "FAILED"))
-        if self._opened:
-            self._opened.sender.settle()
+        if not self._what["run_id"]:
+            self._opened.run.end("FINISHED" if status in ("success", "finished") else "FAILED")
+        self._opened.sender.settle()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ from torch import nn
 from pipeline import validation
 from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.classes import encoder_class
-from pipeline.config.schema import Config, Task
+from pipeline.config.schema import Config
 from pipeline.embed import check_sequences, made_with
+from pipeline.encoders.description import DESCRIPTION
 from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
@@ -29,10 +30,10 @@ from pipeline.report.publishing import describe, publish_curves
 from pipeline.report.tables import step_table
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
-from pipeline.tracking import FOLDER, Guarded, NullTracker, Several, Tracker, attempt, guarded
-from pipeline.tracking.mirrors import LoggerTracker
+from pipeline.tracking import FOLDER, NullTracker, Several, Tracker, attempt, guarded
+from pipeline.tracking.mirrors import LoggerTracker, is_kind
 from pipeline.train_head import make_head
-from pipeline.training.saving import save
+from pipeline.training.lightning_package import pl
 from pipeline.training.untouched import untouched
 from pipeline.validation import check, dry_run
 
@@ -41,21 +42,15 @@ if TYPE_CHECKING:
 
 
 class Measurement:
-    """Measures a module in training, without touching it.
+    """Measures a module in training, and leaves it as it is.
 
     Attributes:
         earlier_run: key of the MLflow run that an interrupted training had opened, to be continued.
         description: what a `.ckpt` needs to be opened, and how it is measured here; None where that takes a class.
     """
 
-    def __init__(
-        self, config: Config, trainer: Any, say: Callable[[str], None], earlier_run: str | None = None
-    ) -> None:
-        """Keeps the trainer: its loggers, precision and folder are read when they are needed.
-
-        `say` prints a line for the user.
-        """
-        self.say = say
+    def __init__(self, config: Config, trainer: Any, earlier_run: str | None = None) -> None:
+        """Keeps the trainer: its loggers, precision and folder are read when they are needed."""
         self.config = config
         self.trainer = trainer
         self.earlier_run = earlier_run
@@ -63,23 +58,21 @@ class Measurement:
         self._live: LiveModel | None = None
         self._examples: list[Examples] = []
         self._run: TrainingRun | None = None
-        self._asked = False
         self._limit: int | None = None
         self._said: set[str] = set()
-        self._mirrors: list[LoggerTracker] | None = None
 
     def prepare(self, module: nn.Module, may_wait: bool = False) -> None:
         """Finds how the module gives hidden states, and reads and checks all data.
 
         Args:
-            module: what is trained.
+            module: the module in training.
             may_wait: a module that gives no hidden states yet may do so later; then only the data are checked.
 
         Raises:
-            PipelineError: the module, the configuration or the data will not do.
+            PipelineError: the module, the configuration or the data cannot be used.
         """
         with self._around(module):
-            check(self._tasks)
+            check(self.config.dataset)
             try:
                 self._live = self._look_at(module)
             except CheckpointError:
@@ -107,7 +100,7 @@ class Measurement:
                 metrics = self._measure(module, step)
             except Exception as error:
                 message = str(error)
-                run = self._training_run()
+                run = self._training_run
                 if run is not None:
                     attempt("logging of the failure", lambda: run.failed(step, message))
                 raise
@@ -124,28 +117,21 @@ class Measurement:
         if run is None:
             return
         if self.config.logging.figures:
-            several = Several([Guarded(run.run), *self._loggers()])
+            several = Several([run.run, *self._loggers])
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
         if run.own and points:
             run.run.describe(step_table(points, self.config.headlines).markdown())
         attempt("closing of the MLflow run", lambda: run.end(status))
 
     @property
-    def _tasks(self) -> list[Task]:
-        return self.config.dataset
-
-    @property
-    def _device(self) -> str:
-        """The trainer's root device: at the end of training the module may be back on the CPU."""
-        return str(self.trainer.strategy.root_device) if self.config.device == "auto" else self.config.device
-
-    @property
     def _options(self) -> EncoderOptions:
-        return replace(EncoderOptions.from_config(self.config), device=self._device)
+        """With the trainer's root device: at the end of training the module may be back on the CPU."""
+        device = str(self.trainer.strategy.root_device) if self.config.device == "auto" else self.config.device
+        return replace(EncoderOptions.from_config(self.config), device=device)
 
     @contextmanager
     def _around(self, module: nn.Module) -> Iterator[None]:
-        """Leaves the module as it is, draws no bars beside the trainer's, and says each warning once."""
+        """Leaves the module as it is, draws no bars beside the trainer's, and logs each warning once."""
         validation.logger.addFilter(self._first_time)
         try:
             with no_progress(), untouched(module, self._live is None or self._live.runs_module):
@@ -159,7 +145,7 @@ class Measurement:
     def _in_place(self, module: nn.Module) -> Iterator[None]:
         """A module that runs itself, on the trainer's device: at the end of training Lightning puts it on the CPU."""
         there: torch.device = self.trainer.strategy.root_device
-        here = next((one.device for one in module.parameters()), there)
+        here = next((parameter.device for parameter in module.parameters()), there)
         if here == there or self._live is None or not self._live.runs_module:
             yield
             return
@@ -177,7 +163,7 @@ class Measurement:
 
     def _look_at(self, module: nn.Module) -> LiveModel | None:
         """How the live module gives hidden states; None where a checkpoint is written for a class of the user's."""
-        target, trainer = self._tasks[0].infer_target, self.trainer
+        target, trainer = self.config.dataset[0].infer_target, self.trainer
         own = encoder_class(target)
         if self.config.save and own is not None:
             if not hasattr(own, "from_checkpoint"):
@@ -189,13 +175,13 @@ class Measurement:
     def _describe(self) -> dict[str, Any] | None:
         if self._live is None or self._live.description is None:
             return None
-        device = find_device(self._device)
+        device = find_device(self._options.device)
         precision = self._live.own_precision or find_precision(self.config.precision, device)
         plan = made_with(device, precision, Store.from_config(self.config), self._examples)
         return {**self._live.description, "made_with": plan}
 
     def _check(self, module: nn.Module) -> None:
-        """What can be known of a later failure without running the module, which may not be where it will be."""
+        """Raises early what can be found without running the module, which may not be on its device yet."""
         live, config = self._live, self.config
         if live and config.save and live.runs_module and config.model_factory is None:
             remedy = "set model_factory, name a class with from_checkpoint(path) in infer_target, or leave save out"
@@ -203,18 +189,23 @@ class Measurement:
         if live and not live.runs_module:
             encoder = live.encoder(module, replace(self._options, device="cpu", precision="fp32"))
             check_sequences(self._examples, encoder)
-            for one in self._examples:
-                make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
+            for examples in self._examples:
+                make_head(examples.task, encoder.hidden_size, examples.targets, encoder.device)
 
     def _measure(self, module: nn.Module, step: int) -> dict[str, float]:
-        source = str(save(module, self.trainer, step, self.description)) if self.config.save else "live weights"
-        encoder = self._open(source) if self.config.save else self._encoder(module)
+        source = str(self._save(module, step)) if self.config.save else "live weights"
+        if self.config.save:
+            encoder = open_encoder(source, replace(self._options, trust_pickle=True))  # it was just written here
+        else:
+            encoder = self._encoder(module)
         if encoder.max_seq_length != self._limit:
             self._limit = encoder.max_seq_length
             self._read()
+        root = Path(self.config.store).expanduser()
         with ExitStack() as stack:
-            store = Store.from_config(self.config, stack.enter_context(self._folder()))
-            run = self._training_run()
+            kept = nullcontext(root) if self.config.keep_embeddings else temporary_folder(root / "live")
+            store = Store.from_config(self.config, stack.enter_context(kept))
+            run = self._training_run
             tracker: Tracker = NullTracker()
             if run is not None:
                 child = self.config.child_runs
@@ -225,7 +216,7 @@ class Measurement:
                 self.config,
                 store,
                 tracker,
-                Several(self._loggers()),
+                Several(self._loggers),
                 source,
                 step,
                 f"step={step}",
@@ -233,39 +224,49 @@ class Measurement:
             )
         return validation.metrics_of(scores)
 
+    def _save(self, module: Any, step: int) -> Path:
+        """Writes `downstream/step=N.ckpt` below the trainer's folder, without the trainer's callbacks and its barrier.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        content = {
+            "epoch": self.trainer.current_epoch,
+            "global_step": self.trainer.global_step,
+            "pytorch-lightning_version": vars(pl)["__version__"],
+            "state_dict": module.state_dict(),
+            "hyper_parameters": dict(module.hparams),
+        }
+        module.on_save_checkpoint(content)
+        if self.description is not None:
+            content[DESCRIPTION] = self.description
+        path = Path(self.trainer.default_root_dir) / "downstream" / f"step={step}.ckpt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(content, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"save: '{path}' cannot be written ({error}); set default_root_dir") from error
+        return path
+
     def _read(self) -> None:
         """Reads and checks all data."""
-        self._examples = [load(task, self._limit) for task in self._tasks]
+        self._examples = [load(task, self._limit) for task in self.config.dataset]
 
+    @cached_property
     def _loggers(self) -> list[LoggerTracker]:
-        """The trainer's loggers, but for one that writes to the run that has the metrics already."""
-        if self._mirrors is None:
-            self._mirrors = [LoggerTracker(one) for one in self.trainer.loggers if not self._is_run(one)]
-        return self._mirrors
+        """The trainer's loggers, without a logger of the MLflow run, which has the metrics already."""
+        return [LoggerTracker(logger) for logger in self.trainer.loggers if not self._is_run(logger)]
 
     def _encoder(self, module: nn.Module) -> Encoder:
         assert self._live is not None
         probe = min(self._examples[0].train.sequences, key=len)
         return self._live.encoder(module, self._options, probe)
 
-    def _open(self, source: str) -> Encoder:
-        return open_encoder(source, replace(self._options, trust_pickle=True))  # it was just written here
-
-    @contextmanager
-    def _folder(self) -> Iterator[Path]:
-        """Where a measurement keeps embeddings and heads: a folder that goes afterwards, unless they are to be kept."""
-        root = Path(self.config.store).expanduser()
-        if self.config.keep_embeddings:
-            yield root
-            return
-        with temporary_folder(root / "live") as folder:
-            yield folder
-
+    @cached_property
     def _training_run(self) -> TrainingRun | None:
-        """The MLflow run; None where it cannot be had, which is said once."""
-        if not self._asked:
-            self._asked = True
-            self._run = attempt("opening of the MLflow run", self._open_run)
+        """The MLflow run, opened when it is needed first; None where it cannot be opened, which is warned of once."""
+        self._run = attempt("opening of the MLflow run", self._open_run)
         return self._run
 
     def _open_run(self) -> TrainingRun:
@@ -274,17 +275,12 @@ class Measurement:
         name = type(self.trainer.lightning_module).__name__
         run = TrainingRun(self.trainer.loggers, name, self.config, self.earlier_run)
         if run.own:
-            self.say(f"downstream validation logs to MLflow: {run.place}")
+            pl.utilities.rank_zero_info(f"downstream validation logs to MLflow: {run.place}")
         describe(run.run, self.config, FOLDER)
         return run
 
     def _is_run(self, logger: Any) -> bool:
-        """Whether a trainer's logger writes to the run that has the metrics already."""
-        from pipeline.tracking.training import is_kind
-
-        run = self._run
-        if run is None:
-            return False
+        """Whether a trainer's logger writes to the MLflow run."""
         if is_kind(logger, "JournalLogger"):
-            return logger.experiment is run.run
-        return is_kind(logger, "MLFlowLogger") and logger.run_id == run.run_id
+            return self._run is not None and logger.experiment is self._run.run
+        return self._run is not None and is_kind(logger, "MLFlowLogger") and logger.run_id == self._run.run_id

@@ -2,18 +2,24 @@
 
 Lightning's own keep the last value of a metric. Where a validation is not measured (`every_n_validations`, or a
 measurement that failed), they would save a checkpoint under an old score, or count it against the patience. Where the
-metric was never measured, they would end the training.
+metric was never measured, they would end the training. A warning says so.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.training.lightning import DownstreamValidation
+from pipeline.config.schema import Config
+from pipeline.tracking.mirrors import is_kind
 from pipeline.training.lightning_package import pl
+
+if TYPE_CHECKING:
+    from pipeline.training.lightning import DownstreamValidation
+
+RULE = "names begin with the task's where dataset is a list"
 
 
 class _Companion(pl.Callback):
@@ -24,15 +30,15 @@ class _Companion(pl.Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Finds the callbacks that measure."""
-        self._sources = tuple(found for found in trainer.callbacks if isinstance(found, DownstreamValidation))
+        self._sources = tuple(found for found in trainer.callbacks if is_kind(found, "DownstreamValidation"))
         super().setup(trainer, pl_module, stage)
 
     def _source(self, name: str) -> DownstreamValidation | None:
-        """The callback that measures the metric `name`; None for a metric of other origin."""
+        """The callback that measures the metric `name`; None for another metric."""
         return next((source for source in self._sources if source.config.has_metric(name)), None)
 
     def _is_fresh(self, trainer: Any, monitor: str) -> bool:
-        """Whether the last validation measured the metric on the weights of now; True for metrics of other origin."""
+        """Whether the last validation measured the metric on the current weights; True for other metrics."""
         source = self._source(monitor)
         if source is None:
             return True
@@ -102,3 +108,34 @@ class DownstreamEarlyStopping(_Companion, pl.callbacks.EarlyStopping):
         """As Lightning's, for a fresh metric."""
         if self._is_fresh(trainer, self.monitor):
             super().on_validation_end(trainer, pl_module)
+
+
+def warn_of_monitors(callbacks: Sequence[Any], config: Config) -> None:
+    """Warns where a monitored name lacks the task's, a value would be stale, or a file name would make folders."""
+    for callback in callbacks:
+        kind, monitor = type(callback).__name__, getattr(callback, "monitor", None) or ""
+        short = monitor.rpartition("/")[2]
+        meant = [metric.key for metric in config.metrics if metric.short == short]
+        if meant and not config.has_metric(monitor):
+            pl.utilities.rank_zero_warn(f"{kind}: no metric '{monitor}' is measured, but '{meant[0]}': {RULE}")
+        may_be_stale = config.every_n_validations > 1 and kind in ("ModelCheckpoint", "EarlyStopping")
+        if may_be_stale and config.has_metric(monitor):
+            pl.utilities.rank_zero_warn(
+                f"{kind}(monitor='{monitor}') acts on old values where every_n_validations skips a validation; "
+                f"use pipeline.Downstream{kind} in its place"
+            )
+        _warn_of_folders(callback, config)
+
+
+def _warn_of_folders(callback: Any, config: Config) -> None:
+    """Warns of a `ModelCheckpoint` that puts the `/` of a metric's name into the names of its files."""
+    inserts = getattr(callback, "auto_insert_metric_name", False)
+    ours = isinstance(callback, DownstreamModelCheckpoint)
+    shown = re.findall(r"\{([^}:]*)", (inserts and not ours and callback.filename) or "")
+    folders = [name for name in shown if "/" in name and config.has_metric(name)]
+    if folders:
+        pl.utilities.rank_zero_warn(
+            f"{type(callback).__name__}(filename='{callback.filename}') makes a folder per checkpoint: Lightning "
+            f"writes the name {folders[0]}, with its '/', before the value; pass auto_insert_metric_name=False, "
+            "or use pipeline.DownstreamModelCheckpoint in its place"
+        )
