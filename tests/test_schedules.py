@@ -67,7 +67,7 @@ def test_curves_by_hand() -> None:
 def test_last_epoch_is_where_a_policy_begins() -> None:
     sched = {"name": "CosineAnnealing", "max_steps": 10}
     config = {"name": "sgd", "lr": 1e-3, "sched": {**sched, "last_epoch": -1}}
-    assert optim.build(parameters(), config)[0].param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert optim.build(parameters(), config, 30)[0].param_groups[0]["lr"] == pytest.approx(1e-3)
 
 
 def test_options_of_a_policy_that_are_null_are_not_given() -> None:
