@@ -137,7 +137,7 @@ def test_what_is_not_the_same_is_not_fused() -> None:
 def test_padded_and_packed_agree(model_folder: Make) -> None:
     """Attention that is not torch's own is not replaced, so such a model is padded."""
     packed, padded = (cast(HuggingFaceEncoder, open_encoder(str(model_folder("esm")))) for _ in range(2))
-    padded.model.set_attn_implementation("eager")
+    cast(Any, padded.model).set_attn_implementation("eager")
     assert packed.packs
     assert not padded.packs
     texts = ["MKV", "ACDEFGHIKL" * 9, "W", "MKV"]

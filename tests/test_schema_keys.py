@@ -26,11 +26,11 @@ from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.source import code_digest
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.heads.architectures import Head
-from pipeline.heads.fit import loss_of
+from pipeline.heads.fit import fit, loss_of
 from pipeline.load import load
 from pipeline.score import Scores
 from pipeline.store.embedding_table import Store
-from pipeline.train_head import train_head
+from pipeline.train_head import make_head, train_head
 from pipeline.validation import validate
 from tests.support.data import make_task, planted, planted_task, proteins, write_csv
 from tests.support.encoders import FakeEncoder
@@ -131,6 +131,16 @@ FIT: dict[str, Any] = {
 @pytest.mark.parametrize("key", list(FIT))
 def test_keys_of_the_fit(task: Task, tmp_path: Path, key: str) -> None:
     assert measured(replace(task, **{key: FIT[key]}), tmp_path).losses != measured(task, tmp_path).losses
+
+
+def test_the_order_of_the_sequences_is_drawn_from_the_seed_too(task: Task, tmp_path: Path) -> None:
+    """Of two heads with the same first weights."""
+    (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path))
+    cpu, losses = torch.device("cpu"), []
+    for seed in (0, 9):
+        head = make_head(task, 24, embeddings.examples.targets, cpu)
+        losses += fit([head], [seed], embeddings, cpu)
+    assert losses[0] != losses[1]
 
 
 def test_key_gradient_clip_val(task: Task, tmp_path: Path) -> None:
