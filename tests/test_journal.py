@@ -27,7 +27,7 @@ from pipeline.__main__ import main
 from pipeline.tracking import runs
 from pipeline.tracking import sender as sending
 from pipeline.tracking.client import fail_fast
-from pipeline.tracking.delivery import RefusedError, Sink
+from pipeline.tracking.delivery import RefusedError, Sink, lock_for_sending
 from pipeline.tracking.journal import Journal, Record
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.runs import OpenRun
@@ -388,11 +388,12 @@ def test_one_bad_metric_does_not_spoil_the_others(tmp_path: Path, tracking: str)
 
 
 def test_a_journal_that_another_sends_is_left_alone(tmp_path: Path, tracking: str, capsys: Any) -> None:
-    with servers.silent() as uri:
-        opened = OpenRun(tmp_path / "a.jsonl", uri, name="mine")
-        assert main(["replay", str(tmp_path / "a.jsonl"), f"--tracking-uri={tracking}"]) == 2
+    journal = Journal(tmp_path / "a.jsonl", tracking)
+    JournalRun.begin(journal, name="mine")
+    with lock_for_sending(journal):
+        assert main(["replay", str(journal.path), f"--tracking-uri={tracking}"]) == 2
         assert "is being sent by another process" in capsys.readouterr().err
-        opened.sender.close(0.1, 0.1)
+    assert main(["replay", str(journal.path), f"--tracking-uri={tracking}"]) == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"a,b\n", b'{"a": 1}', b"[1]\n", b"PK\x03\xff\xfe"])
