@@ -88,9 +88,9 @@ def _measure(options: argparse.Namespace) -> None:
     """Measures a checkpoint in a run with a nested run per stage; several checkpoints in nested runs of a run."""
     from pipeline.config.yaml_file import read_config
 
+    config = read_config(options.config, options.overrides)
     unnamed = " (the default: give --ckpt)" if options.ckpt == DEFAULT_CKPT else ""
     logger.info("measuring   %s%s as in %s", options.ckpt, unnamed, options.config)
-    config = read_config(options.config, options.overrides)
     for note in config.notes:
         logger.info("config      %s", note)
     check_tracking(options.tracking_uri)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -25,11 +26,13 @@ def level() -> Iterator[None]:
     [([], "sample/checkpoint (the default: give --ckpt)"), (["--ckpt=my/model"], "my/model")],
 )
 def test_a_measurement_says_at_the_start_what_is_measured(
-    ckpt: list[str], start: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ckpt: list[str], start: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Also where the configuration is wrong: nothing has been read then."""
+    """Here the program ends at once: its run is said to be on another server."""
     monkeypatch.chdir(ROOT)
-    assert main(["main", "--config=configs/pretrain.yaml", "--overrides=nonsense=1", *ckpt]) == 2
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    assert main(["main", "--config=configs/pretrain.yaml", "--tracking-uri=http://127.0.0.1:9", *ckpt]) == 2
     assert f"measuring   {start} as in configs/pretrain.yaml" in caplog.messages
 
 
