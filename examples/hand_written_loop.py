@@ -15,7 +15,7 @@ from transformers import DataCollatorForLanguageModeling, EsmForMaskedLM, EsmTok
 
 from pipeline import LiveModel, Store, read_config, validate
 from pipeline.data import tables
-from pipeline.tracking.training import TrainingRun
+from pipeline.tracking.training_run import TrainingRun
 
 
 def main() -> None:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from pipeline.errors import PipelineError as PipelineError
     from pipeline.score import Scores as Scores
     from pipeline.store.embedding_table import Store as Store
-    from pipeline.tracking import NullTracker as NullTracker
-    from pipeline.tracking import Tracker as Tracker
+    from pipeline.tracking.protocol import NullTracker as NullTracker
+    from pipeline.tracking.protocol import Tracker as Tracker
     from pipeline.training.lightning import DownstreamValidation as DownstreamValidation
     from pipeline.training.lightning import (
         setup_dwnstr_task_validation_callbacks as setup_dwnstr_task_validation_callbacks,
@@ -59,12 +59,12 @@ _HOMES = {
     "HuggingFaceEncoder": "encoders.huggingface",
     "JournalLogger": "training.loggers",
     "LiveModel": "encoders.live",
-    "NullTracker": "tracking",
+    "NullTracker": "tracking.protocol",
     "PipelineError": "errors",
     "Scores": "score",
     "Store": "store.embedding_table",
     "Task": "config.schema",
-    "Tracker": "tracking",
+    "Tracker": "tracking.protocol",
     "open_encoder": "checkpoints.opening",
     "read_config": "config.yaml_file",
     "setup_dwnstr_task_validation_callbacks": "training.lightning",

@@ -143,7 +143,7 @@ def _compare(options: argparse.Namespace) -> None:
     from pipeline import commands
     from pipeline.config.schema import Config
     from pipeline.report import comparison as compare
-    from pipeline.tracking.earlier import read_runs
+    from pipeline.tracking.earlier_runs import read_runs
     from pipeline.tracking.runs import open_run
 
     check_tracking(options.tracking_uri)
@@ -156,7 +156,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _replay(options: argparse.Namespace) -> None:
-    from pipeline.tracking.earlier import replay_journal
+    from pipeline.tracking.earlier_runs import replay_journal
 
     failed = []
     for name in options.journal:

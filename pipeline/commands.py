@@ -21,13 +21,13 @@ from pipeline.report.tables import summary
 from pipeline.score import Scores
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.embedding_table import Store
-from pipeline.tracking import Several, Tracker
 from pipeline.tracking.journal_run import JournalRun
+from pipeline.tracking.protocol import Several, Tracker
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pipeline.tracking.earlier import Earlier
+    from pipeline.tracking.earlier_runs import Earlier
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def measure_checkpoints(
     for number, (ckpt, name) in enumerate(zip(ckpts, names_of(ckpts), strict=True), 1):
         logger.info("checkpoint  %d of %d: %s", number, len(ckpts), ckpt)
         try:
-            with run.step(name) as child:
+            with run.stage(name) as child:
                 measured = measure_checkpoint(ckpt, config, store, child, [], until, known, name)
         except Exception as error:  # whatever a checkpoint is guilty of, such as no memory for it
             kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.config.classes import import_class
+from pipeline.config.class_paths import import_class
 from pipeline.config.schema import LEVELS, Task
 from pipeline.data.parts import Target
 from pipeline.embed import Embeddings
-from pipeline.encoders.source import code_digest, no_reuse
+from pipeline.encoders.code_digest import code_digest, no_reuse
 from pipeline.errors import CacheError
 from pipeline.heads.architectures import MLP, ConvNet, Head
 from pipeline.heads.fit import Losses, fit

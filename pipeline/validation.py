@@ -28,7 +28,7 @@ from pipeline.score import Scores, score
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
-from pipeline.tracking import AtStep, Data, NullTracker, Several, Tracker, attempt
+from pipeline.tracking.protocol import AtStep, Data, NullTracker, Several, Tracker, attempt
 from pipeline.train_head import FittedHead, make_head, train_head
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def data_of(examples: Examples, part: str) -> Data:
 @contextmanager
 def _stage(tracker: Tracker, name: str) -> Iterator[Tracker]:
     """Runs a stage, and logs its seconds and the process's peak memory."""
-    with tracker.step(name) as run:
+    with tracker.stage(name) as run:
         began = time.perf_counter()
         yield run
         run.metrics({"seconds": time.perf_counter() - began, **_peak_memory()})

@@ -27,7 +27,7 @@ from pipeline.load import Examples, load
 from pipeline.report import figures
 from pipeline.report.figures import canvas, curves, draw, numbers
 from pipeline.report.figures.canvas import shorten
-from pipeline.report.figures.classes import MOST, class_figure, confusion, confusion_figure, precision_recall
+from pipeline.report.figures.classification import MOST, class_figure, confusion, confusion_figure, precision_recall
 from pipeline.report.figures.examples import choose, letters_of
 from pipeline.score import Scores, score
 from pipeline.statistics.metrics import LOSS, Metric

@@ -18,7 +18,7 @@ validation commands training program __main__
 """.split()
 DEEPEST = 14  # floors of module-level imports
 ADAPTERS = {
-    "mlflow": {f"tracking.{name}" for name in ("client", "mlflow", "runs", "earlier", "training")},
+    "mlflow": {f"tracking.{name}" for name in ("client", "mlflow", "runs", "earlier_runs", "training_run")},
     "wandb": {"tracking.wandb"},
     "torch.utils.tensorboard": {"tracking.tensorboard"},
     "pytorch_lightning": {"training.lightning_package"},
@@ -113,12 +113,12 @@ def test_stages_run_where_no_tracker_is_installed() -> None:
 
 
 def test_benchmarks_run_with_few_libraries(tmp_path: Path) -> None:
-    """As on a machine with a GPU that has torch, transformers, pyarrow, pandas, scikit-learn and OmegaConf."""
+    """As on a machine with a GPU that has torch, transformers, pyarrow, pandas, scikit-learn, OmegaConf and xxhash."""
     make_task(tmp_path, [{"sequence": "MKV", "3state": "HEC"}, {"sequence": "GG", "3state": "CC"}])
     names = ["mlflow", "wandb", "tensorboard", "pytorch_lightning", "lightning", "pytorch_optimizer", "braceexpand"]
     code = f"""
 import sys
-for name in {[*names, "matplotlib", "torchmetrics", "xxhash"]}: sys.modules[name] = None
+for name in {[*names, "matplotlib", "torchmetrics"]}: sys.modules[name] = None
 sys.path.insert(0, "benchmarks")
 import heads, embed, store, validation
 from pathlib import Path

@@ -256,7 +256,7 @@ def test_an_answer_that_is_lost(
 
 
 def write_everything(run: JournalRun, digest: str) -> None:
-    from pipeline.tracking import Data
+    from pipeline.tracking.protocol import Data
 
     data = Data("task", "test", ".", f"0123456789{digest}", 3, 0)
     run.data(data)

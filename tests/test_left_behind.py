@@ -36,10 +36,10 @@ from pipeline.store.temporary import host_mark, temporary_folder
 from pipeline.tracking import delivery
 from pipeline.tracking import sender as sending
 from pipeline.tracking.client import connect
-from pipeline.tracking.earlier import catch_up, replay_journal
+from pipeline.tracking.earlier_runs import catch_up, replay_journal
 from pipeline.tracking.journal import Journal, Record
+from pipeline.tracking.journal_owner import KEY, lives, lock_path, writer_tags
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.tracking.process import KEY, lives, lock_path, writer_tags
 from pipeline.tracking.runs import OpenRun
 from pipeline.tracking.sender import Sender
 from tests.support.data import token_task
@@ -74,7 +74,7 @@ import os, sys
 from pathlib import Path
 from pipeline.tracking.runs import OpenRun
 opened = OpenRun(Path(sys.argv[1]), sys.argv[2], True, name="killed")
-with opened.run.step("inner"):
+with opened.run.stage("inner"):
     opened.run.metrics({"x": 0.5}, 3)
     assert opened.sender.settle(60)
     os.kill(os.getpid(), 9)
@@ -157,7 +157,7 @@ def test_a_database_that_was_being_made_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_journal_has_one_writing_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tracking.process.PATIENCE", 0)
+    monkeypatch.setattr("pipeline.tracking.journal_owner.PATIENCE", 0)
     with FileLock(lock_path(tmp_path / "a.jsonl")), pytest.raises(OSError, match="another program writes"):
         Journal(tmp_path / "a.jsonl")
 
@@ -397,7 +397,7 @@ def flock(*_):
 fcntl.flock = flock
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.process import lives
+from pipeline.tracking.journal_owner import lives
 live, path = Path(sys.argv[1]), Path(sys.argv[2])
 if not path.exists():
     journal = Journal(path)

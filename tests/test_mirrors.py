@@ -23,8 +23,8 @@ from PIL import Image
 from pipeline.config.schema import Logging
 from pipeline.config.yaml_file import config_from, read_config, to_mapping, to_yaml
 from pipeline.errors import ConfigError
-from pipeline.tracking import Tracker
 from pipeline.tracking.mirrors import LoggerTracker, mirrors
+from pipeline.tracking.protocol import Tracker
 from pipeline.tracking.tensorboard import open_tensorboard
 from tests.support.programs import ROOT
 from tests.support.readers import in_tensorboard, in_wandb, pictures_in_tensorboard, run_in_wandb
@@ -66,7 +66,7 @@ def pixels_of(file: Path | io.BytesIO) -> Any:
 
 def tell(tracker: Tracker, picture: Path) -> None:
     """A result at step 8, one at step 4 that comes late, a picture, and what is not shown."""
-    with tracker.step("embed") as stage:
+    with tracker.stage("embed") as stage:
         stage.metrics({"seconds": 3.0}, 1)
         stage.note("noted")
     tracker.metrics({"a/score": EARLY, "b": 2.0}, 8)

@@ -29,7 +29,7 @@ from pipeline.__main__ import main
 from pipeline.config.yaml_file import to_mapping
 from pipeline.encoders.description import DESCRIPTION, describe
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.process import HOST, KEY, WRITER
+from pipeline.tracking.journal_owner import HOST, KEY, WRITER
 from tests.support.lab import STAGES, STATE, VALUE, Lab, furnished, own_signals
 from tests.support.programs import ROOT
 
@@ -321,7 +321,7 @@ AT_ONCE = """
 import sys, time
 from pathlib import Path
 from mlflow import MlflowClient
-from pipeline.tracking import Data
+from pipeline.tracking.protocol import Data
 from pipeline.tracking.runs import OpenRun
 opened = OpenRun(Path(sys.argv[1] + ".jsonl"))
 assert opened.sender.settle(30)

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints.opening import open_encoder
-from pipeline.config.classes import import_class
+from pipeline.config.class_paths import import_class
 from pipeline.config.documentation import markdown
 from pipeline.config.schema import Config, Files, Logging, MaxRows, Task
 from pipeline.config.yaml_file import config_from, read_config
 from pipeline.embed import embed
+from pipeline.encoders.code_digest import code_digest
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
-from pipeline.encoders.source import code_digest
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.heads.architectures import Head
 from pipeline.heads.fit import fit, loss_of

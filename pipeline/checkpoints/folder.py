@@ -10,9 +10,9 @@ import torch
 
 from pipeline.checkpoints.stored import FACTORY, Format, Stored, say_left_out
 from pipeline.encoders.checks import count_tensors, read_configuration
+from pipeline.encoders.code_digest import class_name
 from pipeline.encoders.description import class_for, encoder_of, load_tokenizer
 from pipeline.encoders.options import EncoderOptions
-from pipeline.encoders.source import class_name
 from pipeline.encoders.weights import check_unexpected, is_derived
 from pipeline.errors import CheckpointError
 

@@ -17,8 +17,9 @@ from pipeline.checkpoints.folder import FOLDER
 from pipeline.checkpoints.lightning import LIGHTNING
 from pipeline.checkpoints.names import expand
 from pipeline.checkpoints.stored import Format, Stored
-from pipeline.config.classes import encoder_class, import_class
+from pipeline.config.class_paths import encoder_class, import_class
 from pipeline.encoders.checks import malformed
+from pipeline.encoders.code_digest import class_name, code_digest
 from pipeline.encoders.custom import CustomEncoder, no_layer
 from pipeline.encoders.description import check_architecture, quiet
 from pipeline.encoders.devices import find_device
@@ -27,7 +28,6 @@ from pipeline.encoders.internals import panics_as_errors
 from pipeline.encoders.live import PLAIN, LiveModel
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
-from pipeline.encoders.source import class_name, code_digest
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 
 FORMATS = (FOLDER, LIGHTNING)  # the first that holds a path reads it

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from pipeline.checkpoints.unpickle import StandIn
 from pipeline.encoders.checks import check_configuration, read_configuration
+from pipeline.encoders.code_digest import class_name
 from pipeline.encoders.description import described_tokenizer, fresh, load_tokenizer, rebuild
 from pipeline.encoders.internals import uncompiled
 from pipeline.encoders.options import EncoderOptions
-from pipeline.encoders.source import class_name
 from pipeline.encoders.weights import check_unexpected, matching_prefix
 from pipeline.errors import CheckpointError
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.config.lines import SECTION
+from pipeline.config.line_numbers import SECTION
 from pipeline.config.schema import Config, Files, Logging, MaxRows, Task
 from pipeline.config.yaml_file import CLASSES, ENCODERS, RENAMED, UNUSED
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from pipeline.config.classes import ENCODERS, refuse_reference
+from pipeline.config.class_paths import ENCODERS, refuse_reference
 from pipeline.config.fields import check_choice, check_values, key, require
 from pipeline.errors import ConfigError
 from pipeline.statistics.metrics import LOSS, OF_KIND, Metric, metric_name

@@ -17,8 +17,8 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config.classes import import_class
-from pipeline.config.lines import SECTION, Lines
+from pipeline.config.class_paths import import_class
+from pipeline.config.line_numbers import SECTION, Lines
 from pipeline.config.schema import LEVELS, Config, Files, Logging, MaxRows, Task
 from pipeline.errors import ConfigError, nearest
 

@@ -13,9 +13,9 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
+from pipeline.encoders.code_digest import class_name, code_digest, no_reuse
 from pipeline.encoders.digests import weights_digest
 from pipeline.encoders.protocol import Encoder
-from pipeline.encoders.source import class_name, code_digest, no_reuse
 from pipeline.errors import CheckpointError, ConfigError
 
 # The optional attributes and methods of a user's object; `CustomEncoder` asks for the others by name.

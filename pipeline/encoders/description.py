@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config.classes import ARCHITECTURES
+from pipeline.config.class_paths import ARCHITECTURES
 from pipeline.encoders.checks import check_size, malformed
 from pipeline.encoders.internals import ATTENTION, attention_of
 from pipeline.encoders.tokens import SMILES_TOKEN, Tokens

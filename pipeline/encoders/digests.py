@@ -12,8 +12,8 @@ from types import FunctionType
 import torch
 from torch import Tensor, nn
 
+from pipeline.encoders.code_digest import LIBRARIES, code_digest
 from pipeline.encoders.internals import hooks_of
-from pipeline.encoders.source import LIBRARIES, code_digest
 from pipeline.encoders.tokens import Tokens
 
 # The keys of a configuration that do not change a hidden state.

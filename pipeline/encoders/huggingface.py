@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
+from pipeline.encoders.code_digest import no_reuse
 from pipeline.encoders.devices import DTYPES, find_device, find_precision
 from pipeline.encoders.digests import code_of, model_digest
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.packing import Packing
 from pipeline.encoders.protocol import Encoder
-from pipeline.encoders.source import no_reuse
 from pipeline.encoders.tokens import Tokens
 from pipeline.encoders.weights import weights_of
 from pipeline.errors import CheckpointError, ConfigError

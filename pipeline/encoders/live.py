@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.classes import encoder_class
+from pipeline.config.class_paths import encoder_class
+from pipeline.encoders.code_digest import class_name
 from pipeline.encoders.custom import Context, CustomEncoder, module_digest, no_layer, own_digest
 from pipeline.encoders.description import check_architecture, describe, encoder_of, is_of_transformers, quiet, rebuild
 from pipeline.encoders.devices import find_device
@@ -19,7 +20,6 @@ from pipeline.encoders.digests import settings_digest
 from pipeline.encoders.huggingface import REMEDY, HuggingFaceEncoder, limit_of
 from pipeline.encoders.internals import hooks_of, is_compiled, uncompiled, uncompiled_state
 from pipeline.encoders.options import EncoderOptions
-from pipeline.encoders.source import class_name
 from pipeline.encoders.tokens import Tokens
 from pipeline.encoders.weights import is_part, matching_prefix, unexpected
 from pipeline.errors import CheckpointError

@@ -11,8 +11,8 @@ from pipeline.errors import ConfigError, nearest
 from pipeline.report.tables import Table, number, plain
 from pipeline.statistics.metrics import Metric, lower_is_better
 from pipeline.store.temporary import temporary_folder
-from pipeline.tracking import Tracker
 from pipeline.tracking.journal_run import JournalRun
+from pipeline.tracking.protocol import Tracker
 
 if TYPE_CHECKING:
     import pandas as pd

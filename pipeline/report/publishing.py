@@ -16,8 +16,8 @@ from pipeline.report.figures import curves, draw
 from pipeline.report.page import page
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.temporary import temporary_folder
-from pipeline.tracking import Tracker
 from pipeline.tracking.journal_run import JournalRun
+from pipeline.tracking.protocol import Tracker
 
 if TYPE_CHECKING:
     from pipeline.score import Scores

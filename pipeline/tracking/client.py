@@ -22,8 +22,8 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import CheckpointError
 from pipeline.store.temporary import temporary_folder
+from pipeline.tracking.journal_owner import HOST, KEY, WRITER, lives
 from pipeline.tracking.journal_run import NOTE
-from pipeline.tracking.process import HOST, KEY, WRITER, lives
 
 # Of MLflow's variables, in threads that call `fail_fast`: the client sends a request once and waits briefly. The sender
 # tries again by itself, and a client that repeats the creation of a run after a lost answer makes a second run.

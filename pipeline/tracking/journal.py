@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import Timeout
 
-from pipeline.tracking.process import writer_lock, writer_tags
+from pipeline.tracking.journal_owner import writer_lock, writer_tags
 
 Record = dict[str, Any]
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking import Data
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.process import writer_tags
+from pipeline.tracking.journal_owner import writer_tags
+from pipeline.tracking.protocol import Data
 
 NOTE = "mlflow.note.content"
 
@@ -59,8 +59,8 @@ class JournalRun:
         return run
 
     @contextmanager
-    def step(self, name: str) -> Iterator[JournalRun]:
-        """See `Tracker.step`. The nested run ends as FINISHED, FAILED or KILLED; its metrics are linked to no model."""
+    def stage(self, name: str) -> Iterator[JournalRun]:
+        """See `Tracker.stage`. Its run ends as FINISHED, FAILED or KILLED; its metrics are linked to no model."""
         child = JournalRun.begin(self.journal, context=self.context, name=name, parent=self.key)
         with child.ending():
             yield child

@@ -12,9 +12,9 @@ from typing import Any
 
 from pipeline.config.schema import Logging
 from pipeline.errors import ConfigError
-from pipeline.tracking import Data, NullTracker, Tracker, attempt, guarded
 from pipeline.tracking import tensorboard as tensorboard_adapter
 from pipeline.tracking import wandb as wandb_adapter
+from pipeline.tracking.protocol import Data, NullTracker, Tracker, attempt, guarded
 
 PICTURES: dict[str, Callable[[Any, str, Path, int], None]] = {
     "WandbLogger": wandb_adapter.log_picture,

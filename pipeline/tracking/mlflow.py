@@ -36,7 +36,7 @@ from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.client import connect, fail_fast, patient, sweep
 from pipeline.tracking.delivery import RefusedError
 from pipeline.tracking.journal import Journal, Record
-from pipeline.tracking.process import KEY, WRITER, lives
+from pipeline.tracking.journal_owner import KEY, WRITER, lives
 
 MAX_RUNS = 10_000  # that may be RUNNING
 # Error codes of answers that will be the same next time; any other may be a server in trouble.

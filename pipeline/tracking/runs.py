@@ -20,7 +20,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import TrackingError
 from pipeline.store.temporary import host_mark
 from pipeline.tracking.client import connect, shown
-from pipeline.tracking.earlier import catch_up
+from pipeline.tracking.earlier_runs import catch_up
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.mlflow import MlflowSink

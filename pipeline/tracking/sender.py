@@ -15,7 +15,7 @@ from filelock import Timeout
 
 from pipeline.tracking.delivery import Sink, groups, is_bug, line_of, lock_for_sending, send_with_retries
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.process import remove_journal
+from pipeline.tracking.journal_owner import remove_journal
 
 logger = logging.getLogger(__name__)
 

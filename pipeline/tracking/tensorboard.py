@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
-from pipeline.tracking import Data, NullTracker
+from pipeline.tracking.protocol import Data, NullTracker
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Logging
 from pipeline.errors import ConfigError, TrackingError
-from pipeline.tracking import Data, NullTracker
+from pipeline.tracking.protocol import Data, NullTracker
 
 if TYPE_CHECKING:
     import wandb

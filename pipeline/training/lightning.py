@@ -102,7 +102,7 @@ class DownstreamValidation(pl.Callback):
             getattr(kind, hook, None) is not getattr(base, hook, None) for hook in ("setup", "configure_model")
         )
         work = self.work
-        self.ranks.agree(lambda: work.prepare(pl_module, may_wait=self._late))
+        self.ranks.on_rank_zero(lambda: work.prepare(pl_module, may_wait=self._late))
         self._description = work.description
         warn_of_monitors(callbacks, self.config)
         io = trainer.strategy.checkpoint_io
@@ -113,7 +113,7 @@ class DownstreamValidation(pl.Callback):
         """Finds the encoder in a module that was not complete at `setup`."""
         if self._late and self.work is not None:
             work, self._late = self.work, False
-            self.ranks.agree(lambda: work.prepare(pl_module))
+            self.ranks.on_rank_zero(lambda: work.prepare(pl_module))
             self._description = work.description
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -132,7 +132,7 @@ class DownstreamValidation(pl.Callback):
             return
         work = self.work
         if trainer.sanity_checking or self._rehearsal:
-            self.ranks.agree(lambda: work.try_out(pl_module))
+            self.ranks.on_rank_zero(lambda: work.try_out(pl_module))
             return
         if trainer.state.fn == "fit":
             self._validations += 1
@@ -203,7 +203,7 @@ class DownstreamValidation(pl.Callback):
         alone = trainer.state.fn != "fit" and self._loaded_step is not None
         step: int = self._loaded_step if alone else trainer.global_step  # type: ignore[assignment]
         try:
-            metrics = self.ranks.agree(lambda: work.measure(pl_module, step))
+            metrics = self.ranks.on_rank_zero(lambda: work.measure(pl_module, step))
         except LostRankError:
             raise
         except Exception as error:

@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline import validation
 from pipeline.checkpoints.opening import open_encoder
-from pipeline.config.classes import encoder_class
+from pipeline.config.class_paths import encoder_class
 from pipeline.config.schema import Config
 from pipeline.embed import check_sequences, made_with
 from pipeline.encoders.description import DESCRIPTION
@@ -30,15 +30,15 @@ from pipeline.report.publishing import describe, publish_curves
 from pipeline.report.tables import step_table
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
-from pipeline.tracking import FOLDER, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.tracking.mirrors import LoggerTracker, is_kind
+from pipeline.tracking.protocol import FOLDER, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.train_head import make_head
 from pipeline.training.lightning_package import pl
 from pipeline.training.untouched import untouched
 from pipeline.validation import check, dry_run
 
 if TYPE_CHECKING:
-    from pipeline.tracking.training import TrainingRun
+    from pipeline.tracking.training_run import TrainingRun
 
 
 class Measurement:
@@ -270,7 +270,7 @@ class Measurement:
         return self._run
 
     def _open_run(self) -> TrainingRun:
-        from pipeline.tracking.training import TrainingRun
+        from pipeline.tracking.training_run import TrainingRun
 
         name = type(self.trainer.lightning_module).__name__
         run = TrainingRun(self.trainer.loggers, name, self.config, self.earlier_run)

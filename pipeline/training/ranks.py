@@ -41,7 +41,7 @@ class Ranks:
         """Forgets the group, without destroying it: it may be broken."""
         self.group = None
 
-    def agree(self, work: Callable[[], T]) -> T:
+    def on_rank_zero(self, work: Callable[[], T]) -> T:
         """Does `work` on rank 0. Returns its result on every rank, or raises on every rank.
 
         Raises:

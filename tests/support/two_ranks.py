@@ -129,7 +129,7 @@ def interrupted() -> str:
         raise KeyboardInterrupt
 
     try:
-        ranks.agree(stop)
+        ranks.on_rank_zero(stop)
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pipeline.data.parts import Target
 from pipeline.report.figures.canvas import drawable, figure_style
-from pipeline.report.figures.classes import class_figure, confusion, confusion_figure
+from pipeline.report.figures.classification import class_figure, confusion, confusion_figure
 from pipeline.report.figures.examples import curve_figure, text_figure
 from pipeline.report.figures.numbers import length_figure, loss_figure, scatter_figure, training_figure
 from pipeline.statistics.metrics import Metric, metric_name

@@ -20,8 +20,8 @@ from pipeline.store.temporary import host_mark
 from pipeline.tracking.client import connect, fail_fast, shown
 from pipeline.tracking.delivery import is_bug, replay
 from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal_owner import HOST, deserted, is_original, journals_in, remove_journal
 from pipeline.tracking.mlflow import MlflowSink
-from pipeline.tracking.process import HOST, deserted, is_original, journals_in, remove_journal
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Any
 import mlflow
 
 from pipeline.config.schema import Config
-from pipeline.tracking import FOLDER, AtStep, Data, NullTracker, Several, Tracker
 from pipeline.tracking.client import shown
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.mirrors import is_kind
+from pipeline.tracking.protocol import FOLDER, AtStep, Data, NullTracker, Several, Tracker
 from pipeline.tracking.runs import OpenRun, journal_path
 
 
@@ -92,7 +92,7 @@ class TrainingRun:
         if not child:
             yield here
             return
-        with linked.step(f"{name} {tasks}".strip()) as own:
+        with linked.stage(f"{name} {tasks}".strip()) as own:
             yield Several([here, AtStep(own, step)])
 
     def failed(self, step: int, message: str) -> None:
@@ -118,8 +118,8 @@ class _Here(AtStep):
         self._notes: list[str] = []
 
     @contextmanager
-    def step(self, name: str) -> Iterator[Tracker]:  # noqa: ARG002
-        """See `Tracker.step`. Only notes of the stages are logged."""
+    def stage(self, name: str) -> Iterator[Tracker]:  # noqa: ARG002
+        """See `Tracker.stage`. Only notes of the stages are logged."""
         yield _Notes(self)
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
