@@ -617,7 +617,7 @@ def test_memory_that_runs_out_is_not_a_reason_to_pad(error: Exception, monkeypat
 def test_another_layout_of_a_file_is_an_error_of_the_store(
     tmp_path: Path, fake: FakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "read_run", lambda *_: False)
+    monkeypatch.setattr(shards, "read_group", lambda *_: False)
     with pytest.raises(CacheError, match="found another layout"):
         embed([load(token_task(tmp_path))], fake, Store(tmp_path / "store"))
     assert not list(tmp_path.rglob("shard-*"))
