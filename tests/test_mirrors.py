@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -144,6 +145,10 @@ def test_mirrors_of_a_measurement(
     own.finish()
     assert capfd.readouterr() == ("", "")
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    for _ in range(100):  # W&B's process writes the file, and may be behind
+        if in_wandb(file, "loss"):
+            break
+        time.sleep(0.1)
     assert in_wandb(file, "loss") == [(1, 1.0), (2, 0.5)]
     assert in_wandb(file, "a/score") == []
     (failed,) = (tmp_path / "failed" / "wandb").glob("offline-run-*/*.wandb")
