@@ -119,6 +119,13 @@ def _error(influence: Floats) -> float:
     return float(influence.std(ddof=1) / len(influence) ** 0.5)
 
 
+def _sound_error(influence: Floats) -> float | None:
+    """The same; None where nothing varies, a sequence left out leaves nothing, or one has more to say than the rest."""
+    squares = (influence - influence.mean()) ** 2
+    sound = 0 < squares.sum() < np.inf and squares.max() <= 0.51 * squares.sum()
+    return _error(influence) if sound else None
+
+
 def _interval(name: str, value: float, without: Floats) -> Interval | None:
     if name == "accuracy":
         return _wilson(value, without)
@@ -147,8 +154,8 @@ def _wilson(value: float, without: Floats) -> Interval:
 def _hall(value: float, without: Floats) -> Interval | None:
     """A t interval of a mean, corrected for the skewness of what the mean is of (Hall 1992, transformation g_2)."""
     influence = _influence(value, without)
-    error, n = _error(influence), len(influence)
-    if not 0 < error < np.inf:
+    error, n = _sound_error(influence), len(influence)
+    if error is None:
         return None
     centred = influence - influence.mean()
     skewness = float(np.mean(centred**3) / np.mean(centred**2) ** 1.5) / n**0.5
@@ -165,8 +172,8 @@ def _transformed(
     """A t interval on a scale on which the metric is nearly normal, such as Fisher's of a correlation."""
     with np.errstate(all="ignore"):
         scaled, others = there(np.array(value)), there(without)
-        error = _error(_influence(float(scaled), others))
-    if not 0 < error < np.inf:
+        error = _sound_error(_influence(float(scaled), others))
+    if error is None:
         return None
     ends = back(scaled + np.array([-1, 1]) * stdtrit(len(without) - 1, UPPER) * error)
     return Interval(float(ends.min()), float(ends.max()))
@@ -178,15 +185,16 @@ def _change(name: str, now: Jackknife, before: Jackknife, units: float, same: bo
     if same:
         return Change(0.0, Interval(0.0, 0.0), 0.5)
     influence = _influence(difference, now.without[name] - before.without[name])
-    n, middle, error = len(influence), difference, _error(influence)
-    if name == "accuracy":  # two sequences more, in which one unit is right in one alone (Bonett and Price 2012)
-        influence = np.r_[influence + difference, 1 / units, -1 / units]
-        middle, error = n / (n + 2) * difference, _error(influence)
-    if not 0 < error < np.inf:
+    n, error = len(influence), _error(influence) if name == "accuracy" else _sound_error(influence)
+    if name == "accuracy" and not influence.any():
+        # Right and wrong on the same units, which does not mean everywhere. Bonett and Price (2012) add two sequences
+        # to the test set: in each, one unit is right in one of the two alone.
+        error = 2**0.5 / units / (n + 2)
+    if error is None:
         return None
-    half = stdtrit(n - 1, UPPER) * error
-    better = -middle if name in LOWER_IS_BETTER else middle
-    return Change(difference, Interval(middle - half, middle + half), float(stdtr(n - 1, better / error)))
+    half = float(stdtrit(n - 1, UPPER)) * error
+    better = -difference if name in LOWER_IS_BETTER else difference
+    return Change(difference, Interval(difference - half, difference + half), float(stdtr(n - 1, better / error)))
 
 
 def _logit(share: Floats) -> Floats:
