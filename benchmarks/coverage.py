@@ -119,7 +119,7 @@ def _metrics(one: Predictions) -> dict[str, float]:
     return classification(np.asarray(one.true, np.int64), one.predicted, one.classes).values
 
 
-def coverage(draw: Draw, seed: int, sequences: int, sets: int, known: dict[str, float]) -> dict[str, list[int]]:
+def coverage(draw: Draw, seed: int, sequences: int, sets: int, known: dict[str, float]) -> dict[str, tuple[int, int]]:
     """For each metric, and each difference as `delta <metric>`: how many intervals there are, and how many hold."""
     given, held = Counter[str](), Counter[str]()
     for number in track(range(sets), f"{sequences} sequences", transient=True, console=Console(stderr=True)):
@@ -127,7 +127,7 @@ def coverage(draw: Draw, seed: int, sequences: int, sets: int, known: dict[str, 
         for name, (low, high) in _ends(intervals(first), changes(second, first)).items():
             given[name] += 1
             held[name] += low <= known[name] <= high
-    return {name: [given[name], held[name]] for name in known}
+    return {name: (given[name], held[name]) for name in known}
 
 
 def _ends(alone: Intervals, paired: Changes) -> dict[str, tuple[float, float]]:
@@ -153,7 +153,7 @@ def main() -> None:
         known = first | {f"delta {name}": value for name, value in difference.items()}
         found = {size: coverage(KINDS[kind], seed, size, arguments.sets, known) for size in arguments.sizes}
         for name, value in known.items():
-            cells = [_cell(*found[size][name], arguments.sets) for size in arguments.sizes]
+            cells = [_cell(*found[size][name], sets=arguments.sets) for size in arguments.sizes]
             view.add_row(kind, name, f"{value:.4f}", *cells)
             results.append({"kind": kind, "metric": name, "truth": value, "held": {s: found[s][name] for s in found}})
         view.add_section()
@@ -162,7 +162,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps({"sets": arguments.sets, "results": results}, indent=1))
 
 
-def _cell(given: int, held: int, sets: int) -> str:
+def _cell(given: int, held: int, *, sets: int) -> str:
     if not given:
         return "refused"
     share = 100 * held / given

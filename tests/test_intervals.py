@@ -127,8 +127,8 @@ def test_pearson_by_hand() -> None:
 def test_a_mean_is_as_scipys_bootstrap_has_it() -> None:
     """BCa corrects skewness too, so with many sequences both are alike, and beyond a symmetric interval."""
     rng = np.random.default_rng(3)
-    error = rng.laplace(size=1000)
-    found = intervals(Predictions(np.zeros(1000) + np.arange(1000), np.arange(1000) + error, np.ones(1000, np.int64)))
+    true, error = np.linspace(0, 9, 1000), rng.laplace(size=1000)
+    found = intervals(Predictions(true, true + error, np.ones(1000, np.int64)))
     theirs = stats.bootstrap((error**2,), np.mean, n_resamples=4000, rng=rng, method="BCa").confidence_interval
     width, ours = theirs.high - theirs.low, found.values["mse"]
     assert ends(ours) == pytest.approx((theirs.low, theirs.high), abs=0.06 * width)
@@ -247,7 +247,7 @@ def test_what_rests_on_one_sequence_is_refused() -> None:
     one = numbers(sequences=60)
     flat_but_one = Predictions(one.true, np.r_[np.zeros(59), 1.0], one.counts)
     found = intervals(flat_but_one)
-    assert found.refused == {name: f"too few test sequences decide on {name}" for name in ("pearson", "spearman")}
+    assert found.refused == {name: f"too few test sequences decide on {name}" for name in ("r2", "pearson", "spearman")}
 
 
 def test_other_labels_are_not_compared() -> None:
@@ -282,6 +282,14 @@ def test_predictions_come_back_from_the_stored_table(one: Predictions, tmp_path:
     assert (back.predicted == one.predicted).all()
     assert back.classes == (None if one.classes is None else list(one.classes))
     back.check_same_labels(one)
+
+
+def test_an_output_more_than_there_are_classes_is_no_class() -> None:
+    one = classes(names=2)
+    wider = np.pad(one.predicted, ((0, 0), (0, 1)))
+    back = from_table(table_of(Predictions(one.true, wider, one.counts, ("a", "b", "class 2"), one.rows), 0), "y")
+    assert back.classes == ["a", "b"]
+    assert intervals(back) == intervals(one)
 
 
 def test_a_table_without_the_target_says_so() -> None:

@@ -100,7 +100,7 @@ def _reasons(predictions: Predictions) -> dict[str, str]:
         return {}
     of_class = predictions.by_sequence(predictions.true[:, None] == np.arange(len(predictions.classes)))
     sequences = (of_class > 0).sum(0)
-    rare = [f"{predictions.classes[index]} in {sequences[index]}" for index in np.flatnonzero(sequences < MIN_OF_CLASS)]
+    rare = [f"{name} in {n}" for name, n in zip(predictions.classes, sequences, strict=True) if n < MIN_OF_CLASS]
     reason = f"an interval takes at least {MIN_OF_CLASS} test sequences of each class, and {', '.join(rare)}"
     return dict.fromkeys(BY_CLASS, reason) if rare else {}
 

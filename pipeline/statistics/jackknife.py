@@ -134,4 +134,4 @@ def _auroc_of(predictions: Predictions, positive: npt.NDArray[np.bool_], score: 
     taken, a, b = predictions.by_sequence(np.stack([lower, positive, ~positive], 1)).T
     share = pairs / (n1 * np.float64(n0))
     without = (pairs - taken + share * a * b) / ((n1 - a) * (n0 - b))
-    return np.r_[share, without]
+    return np.concatenate([[share], without])

@@ -22,6 +22,22 @@ _KEY = re.compile(f"test_(.+?)_({'|'.join(name for names in OF_KIND.values() for
 
 
 @dataclass(frozen=True)
+class Interval:
+    """Where 95 % of such intervals hold what a metric would be on all sequences that the test set is drawn from."""
+
+    low: float
+    high: float
+
+    def named(self, key: str) -> dict[str, float]:
+        """The two ends under the names that they are logged under.
+
+        >>> Interval(0.5, 0.75).named("test_fitness_spearman")
+        {'test_fitness_spearman_ci_low': 0.5, 'test_fitness_spearman_ci_high': 0.75}
+        """
+        return {f"{key}_ci_low": self.low, f"{key}_ci_high": self.high}
+
+
+@dataclass(frozen=True)
 class Metric:
     """A number on the test set.
 
@@ -31,6 +47,7 @@ class Metric:
         name: `LOSS`, or a name in `OF_KIND`.
         value: the number; NaN where it is not measured yet.
         constant: what the best constant guess from the train labels reaches; None where that says nothing.
+        interval: of `value`, 95 %; None where there is none.
     """
 
     task: str
@@ -38,13 +55,14 @@ class Metric:
     name: str
     value: float = math.nan
     constant: float | None = None
+    interval: Interval | None = None
 
     @classmethod
     def parse(cls, key: str, value: float = math.nan) -> Metric | None:
         """The metric that is logged as `key`; None where that is no downstream metric.
 
         >>> Metric.parse("structure/test_3state_macro_f1")
-        Metric(task='structure', target='3state', name='macro_f1', value=nan, constant=None)
+        Metric(task='structure', target='3state', name='macro_f1', value=nan, constant=None, interval=None)
         """
         task, _, last = key.rpartition("/")
         if last == LOSS:
@@ -80,22 +98,6 @@ class Metric:
     def is_headline(self) -> bool:
         """Whether it is the one to show of its target."""
         return self.name in HEADLINE.values()
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Where 95 % of such intervals hold what a metric would be on all sequences that the test set is drawn from."""
-
-    low: float
-    high: float
-
-    def named(self, key: str) -> dict[str, float]:
-        """The two ends under the names that they are logged under.
-
-        >>> Interval(0.5, 0.75).named("test_fitness_spearman")
-        {'test_fitness_spearman_ci_low': 0.5, 'test_fitness_spearman_ci_high': 0.75}
-        """
-        return {f"{key}_ci_low": self.low, f"{key}_ci_high": self.high}
 
 
 @dataclass(frozen=True)

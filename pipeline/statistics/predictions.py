@@ -83,4 +83,12 @@ def from_table(table: pa.Table, target: str) -> Predictions:
     width = probabilities.type.list_size
     predicted = probabilities.flatten().to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1, width)
     indices = true.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    return Predictions(indices, predicted, counts, true.dictionary.to_pylist(), of_sequence)
+    return Predictions(indices, predicted, counts, _learnt(true.dictionary.to_pylist(), indices), of_sequence)
+
+
+def _learnt(names: list[str], indices: npt.NDArray[np.int64]) -> list[str]:
+    """The classes without outputs behind them that no label uses; `pipeline.score` calls them `class 3` and so on."""
+    used = int(indices.max(initial=-1)) + 1
+    while len(names) > used and names[-1] == f"class {len(names) - 1}":
+        names = names[:-1]
+    return names
