@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    view = Table(title=f"Coverage of 95 % intervals over {arguments.sets} test sets, per cent", title_justify="left")
+    view = Table(title=f"Coverage of 95 % intervals over {arguments.sets} test sets, per cent", box=MARKDOWN)
     for column in ("population", "metric", "truth", *(f"{size} sequences" for size in arguments.sizes)):
         view.add_column(column, justify="left" if column in ("population", "metric") else "right")
     results = []
@@ -156,7 +157,6 @@ def main() -> None:
             cells = [_cell(*found[size][name], sets=arguments.sets) for size in arguments.sizes]
             view.add_row(kind, name, f"{value:.4f}", *cells)
             results.append({"kind": kind, "metric": name, "truth": value, "held": {s: found[s][name] for s in found}})
-        view.add_section()
     Console(width=130).print(view)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"sets": arguments.sets, "results": results}, indent=1))

@@ -162,6 +162,14 @@ def test_nothing_changes_from_a_checkpoint_to_itself(one: Predictions) -> None:
         assert (change.value, ends(change.interval), change.p_improved) == (0, (0, 0), 0.5)
 
 
+def test_one_class_for_all_has_no_interval_of_its_correlation() -> None:
+    one = classes(sequences=60, names=2)
+    majority = Predictions(one.true, np.tile([0.7, 0.3], (60, 1)), one.counts, one.classes)
+    found = intervals(majority)
+    assert found.refused["mcc"] == "mcc is the same whichever sequence is left out"
+    assert "accuracy" in found.values
+
+
 def test_the_same_classes_with_other_probabilities_are_not_the_same() -> None:
     one = classes(sequences=60, names=2)
     surer = Predictions(one.true, one.predicted**2, one.counts, one.classes, one.rows)
@@ -170,7 +178,7 @@ def test_the_same_classes_with_other_probabilities_are_not_the_same() -> None:
     assert (accuracy.value, accuracy.p_improved) == (0, 0.5)
     half = stats.t.ppf(0.975, 59) * 2**0.5 / 62
     assert ends(accuracy.interval) == pytest.approx((-half, half))
-    assert found.refused["mcc"] == "too few test sequences decide on mcc"
+    assert found.refused["mcc"] == "the difference in mcc is the same whichever sequence is left out"
 
 
 cases = st.builds(
@@ -247,7 +255,7 @@ def test_what_rests_on_one_sequence_is_refused() -> None:
     one = numbers(sequences=60)
     flat_but_one = Predictions(one.true, np.r_[np.zeros(59), 1.0], one.counts)
     found = intervals(flat_but_one)
-    assert found.refused == {name: f"too few test sequences decide on {name}" for name in ("r2", "pearson", "spearman")}
+    assert found.refused == {name: f"{name} rests on one test sequence" for name in ("pearson", "spearman")}
 
 
 def test_other_labels_are_not_compared() -> None:
