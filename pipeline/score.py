@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,9 @@ from pipeline.heads.batches import Data
 from pipeline.heads.fit import loss_of, predict
 from pipeline.load import Examples
 from pipeline.statistics.classification import classification
+from pipeline.statistics.intervals import intervals
 from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, Metric, TargetMetrics
+from pipeline.statistics.predictions import from_table
 from pipeline.statistics.regression import regression
 from pipeline.train_head import FittedHead
 
@@ -56,8 +58,12 @@ class Scores:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The values by name, such as `test_3state_accuracy`."""
-        return {metric.key: metric.value for metric in self.results}
+        """The values by name, such as `test_3state_accuracy`, each followed by the ends of its interval."""
+        named: dict[str, float] = {}
+        for metric in self.results:
+            named[metric.key] = metric.value
+            named |= metric.interval.named(metric.key) if metric.interval else {}
+        return named
 
     @property
     def constant(self) -> dict[str, float]:
@@ -99,8 +105,10 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
     for metric in results:
         if not np.isfinite(metric.value):
             omitted[metric.key] = f"it is {metric.value}: the labels or the head's outputs are out of range"
-    finite = tuple(metric for metric in results if np.isfinite(metric.value))
+    table = _table(part, targets, outputs)
+    finite, refused = _with_intervals([metric for metric in results if np.isfinite(metric.value)], table, targets)
     notes = [f"{name} is left out: {reason}" for name, reason in omitted.items()]
+    notes += [f"{', '.join(names)}: {reason}" for reason, names in refused.items()]
     worse = [one.key for one in finite if one.name == "mse" and one.constant is not None and one.value > one.constant]
     if worse:
         remedy = "train longer, raise optim.lr, or bring the labels to a mean of 0 and a deviation of 1"
@@ -109,12 +117,27 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
         examples,
         finite,
         omitted,
-        _table(part, targets, outputs),
+        table,
         fitted.losses,
         fitted.val_losses,
         tuple(notes),
         examples.notes + embeddings.notes + fitted.notes,
     )
+
+
+def _with_intervals(
+    results: list[Metric], table: pa.Table, targets: tuple[Target, ...]
+) -> tuple[tuple[Metric, ...], dict[str, list[str]]]:
+    """The metrics with their intervals, and by reason those that have none: from the table, as anyone can later."""
+    found = {target.name: intervals(from_table(table, target.name)) for target in targets}
+    refused: dict[str, list[str]] = {}
+    for metric in results:
+        if metric.name != LOSS and (reason := found[metric.target].refused.get(metric.name)):
+            refused.setdefault(reason, []).append(metric.key)
+    return tuple(
+        metric if metric.name == LOSS else replace(metric, interval=found[metric.target].values.get(metric.name))
+        for metric in results
+    ), refused
 
 
 def _predict(embeddings: Embeddings, fitted: FittedHead) -> list[torch.Tensor]:

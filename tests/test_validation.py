@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,7 +17,9 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.heads.batches import Data
 from pipeline.load import load
 from pipeline.score import Scores, score
+from pipeline.statistics.intervals import intervals
 from pipeline.statistics.metrics import metric_name
+from pipeline.statistics.predictions import from_table
 from pipeline.store.embedding_table import Store
 from pipeline.train_head import train_head
 from pipeline.validation import validate
@@ -44,6 +47,31 @@ def test_a_signal_in_the_pooled_embedding_is_found(tmp_path: Path, store: Store)
 
     task = make_task(tmp_path, rows(proteins(200, 3)), rows(proteins(50, 4)), num_epochs=60, batch_size=16, optim=ADAM)
     assert measure(task, store).metrics["test_y_r2"] > 0.8
+
+
+def test_every_metric_has_the_interval_that_the_stored_predictions_give(tmp_path: Path, store: Store) -> None:
+    task = make_task(tmp_path, planted(proteins(60, 1)), level="token", optim=ADAM)
+    write_csv(tmp_path / "test" / "x000.csv", [{**row, "other": row["label"]} for row in planted(proteins(60, 2))])
+    write_csv(tmp_path / "train" / "x000.csv", [{**row, "other": row["label"]} for row in planted(proteins(60, 1))])
+    kind, columns = "classification", ["label", "other"]
+    scores = measure(replace(task, task_type=kind, target_column=columns, target_sizes=[2, 2], num_epochs=20), store)
+    pq.write_table(scores.table, tmp_path / "predictions.parquet")
+    stored = pq.read_table(tmp_path / "predictions.parquet")
+    for target in ("label", "other"):
+        for name, interval in intervals(from_table(stored, target)).values.items():
+            key = f"test_{target}_{name}"
+            assert scores.metrics[f"{key}_ci_low"] == interval.low < scores.metrics[key]
+            assert scores.metrics[f"{key}_ci_high"] == interval.high > scores.metrics[key]
+    assert sum(name.endswith("_ci_low") for name in scores.metrics) == 8
+    assert "_ci_" not in str(scores.notes)
+
+
+def test_too_few_test_sequences_for_an_interval_are_said_once(tmp_path: Path, store: Store) -> None:
+    scores = measure(planted_task(tmp_path), store)
+    assert not any("_ci_" in name for name in scores.metrics)
+    said = [note for note in scores.notes if "interval" in note]
+    assert len(said) == 1
+    assert said[0].endswith("an interval takes at least 50 test sequences with labels, and there are 30")
 
 
 def test_shuffled_test_rows_give_the_same_score_and_shuffled_labels_do_not(tmp_path: Path, store: Store) -> None:

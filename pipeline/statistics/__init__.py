@@ -1,4 +1,4 @@
-"""What is worked out from predictions and labels: metrics, their names and directions (`metrics.py`).
+"""What is worked out from predictions and labels: metrics, their names and directions (`metrics.py`), intervals.
 
 Not here: predicting, which is the stage `pipeline.score`.
 """

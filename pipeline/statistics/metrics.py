@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 LOSS = "dwnstr_task_val_loss"  # the test loss of a task, over all its targets
 OF_KIND = {
@@ -21,6 +22,22 @@ _KEY = re.compile(f"test_(.+?)_({'|'.join(name for names in OF_KIND.values() for
 
 
 @dataclass(frozen=True)
+class Interval:
+    """Where 95 % of such intervals hold what a metric would be on all sequences that the test set is drawn from."""
+
+    low: float
+    high: float
+
+    def named(self, key: str) -> dict[str, float]:
+        """The two ends under the names that they are logged under.
+
+        >>> Interval(0.5, 0.75).named("test_fitness_spearman")
+        {'test_fitness_spearman_ci_low': 0.5, 'test_fitness_spearman_ci_high': 0.75}
+        """
+        return {f"{key}_ci_low": self.low, f"{key}_ci_high": self.high}
+
+
+@dataclass(frozen=True)
 class Metric:
     """A number on the test set.
 
@@ -30,6 +47,7 @@ class Metric:
         name: `LOSS`, or a name in `OF_KIND`.
         value: the number; NaN where it is not measured yet.
         constant: what the best constant guess from the train labels reaches; None where that says nothing.
+        interval: of `value`, 95 %; None where there is none.
     """
 
     task: str
@@ -37,13 +55,14 @@ class Metric:
     name: str
     value: float = math.nan
     constant: float | None = None
+    interval: Interval | None = None
 
     @classmethod
     def parse(cls, key: str, value: float = math.nan) -> Metric | None:
         """The metric that is logged as `key`; None where that is no downstream metric.
 
         >>> Metric.parse("structure/test_3state_macro_f1")
-        Metric(task='structure', target='3state', name='macro_f1', value=nan, constant=None)
+        Metric(task='structure', target='3state', name='macro_f1', value=nan, constant=None, interval=None)
         """
         task, _, last = key.rpartition("/")
         if last == LOSS:
@@ -79,6 +98,32 @@ class Metric:
     def is_headline(self) -> bool:
         """Whether it is the one to show of its target."""
         return self.name in HEADLINE.values()
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a metric has changed by from one checkpoint to another, on the same test sequences.
+
+    Attributes:
+        value: the later one less the earlier one, in the metric's own direction.
+        interval: of that difference, paired.
+        p_improved: how sure the data make it that the later one is better; 0.5 where they say nothing. It is above
+            0.975, or below 0.025, where the interval leaves 0 out.
+    """
+
+    value: float
+    interval: Interval
+    p_improved: float
+
+    def named(self, key: str, since: Literal["start", "best"]) -> dict[str, float]:
+        """The numbers under the names that they are logged under; `p_improved` is about the start.
+
+        >>> Change(0.25, Interval(0.0, 0.5), 0.975).named("test_x_mcc", "best")
+        {'test_x_mcc_delta_best': 0.25, 'test_x_mcc_delta_best_ci_low': 0.0, 'test_x_mcc_delta_best_ci_high': 0.5}
+        """
+        stem = f"{key}_delta_{since}"
+        found = {stem: self.value, **self.interval.named(stem)}
+        return found | ({f"{key}_p_improved": self.p_improved} if since == "start" else {})
 
 
 @dataclass

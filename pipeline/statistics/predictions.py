@@ -1,0 +1,94 @@
+"""Predictions and labels of one target, by test sequence: what metrics, intervals and differences are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import DataError
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a head predicted for one target on the test set, masked units left out.
+
+    A unit is what has a label: a sequence, or a token. The units of a sequence stand one behind the other.
+
+    Attributes:
+        true: class indices or numbers, shape (units,).
+        predicted: numbers, shape (units,), or probabilities, shape (units, outputs).
+        counts: units of each sequence, all at least 1, shape (sequences,).
+        classes: the labels; None where the target is a number.
+        rows: of each sequence, where in the data it is from (FILE:ROW); empty where nobody asks.
+    """
+
+    true: npt.NDArray[np.int64] | Floats
+    predicted: Floats
+    counts: npt.NDArray[np.int64]
+    classes: Sequence[str] | None = None
+    rows: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """The number of test sequences."""
+        return len(self.counts)
+
+    def by_sequence(self, columns: Floats) -> Floats:
+        """Sums over the units of each sequence: (units, columns) to (sequences, columns)."""
+        return np.add.reduceat(columns, np.cumsum(self.counts) - self.counts, axis=0, dtype=np.float64)
+
+    def check_same_labels(self, other: Predictions) -> None:
+        """Raises DataError unless two heads predicted the same units of the same sequences."""
+        same = (
+            self.rows == other.rows
+            and np.array_equal(self.counts, other.counts)
+            and np.array_equal(self.true, other.true)
+        )
+        if not same:
+            raise DataError(
+                f"two checkpoints can be compared on the same test sequences and labels only, not on {len(self)} and"
+                f" {len(other)} that differ; measure both with the same configuration and data"
+            )
+
+
+def from_table(table: pa.Table, target: str) -> Predictions:
+    """The predictions of one target from `Scores.table`, or from the Parquet file that is kept of it.
+
+    Raises:
+        DataError: the table has no such target.
+    """
+    names = [f"{target}_{what}" for what in ("target", "prediction", "mask")]
+    missing = [name for name in ("row", *names) if name not in table.column_names]
+    if missing:
+        raise DataError(
+            f"a table of predictions of '{target}' must have the columns {', '.join(missing)}; found"
+            f" {', '.join(table.column_names)}"
+        )
+    labelled = table.filter(pc.fill_null(table[names[2]], False))
+    rows = labelled["row"].cast(pa.string()).to_numpy()
+    starts = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]]) if len(rows) else np.zeros(0, np.int64)
+    counts = np.diff(np.r_[starts, len(rows)]).astype(np.int64)
+    of_sequence = tuple(str(row) for row in rows[starts])
+    true = labelled[names[0]].combine_chunks()
+    if f"{target}_probabilities" not in table.column_names:
+        predicted = labelled[names[1]].to_numpy().astype(np.float64)
+        return Predictions(true.to_numpy(zero_copy_only=False).astype(np.float64), predicted, counts, None, of_sequence)
+    probabilities = labelled[f"{target}_probabilities"].combine_chunks()
+    width = probabilities.type.list_size
+    predicted = probabilities.flatten().to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1, width)
+    indices = true.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    return Predictions(indices, predicted, counts, _learnt(true.dictionary.to_pylist(), indices), of_sequence)
+
+
+def _learnt(names: list[str], indices: npt.NDArray[np.int64]) -> list[str]:
+    """The classes without outputs behind them that no label uses; `pipeline.score` calls them `class 3` and so on."""
+    used = int(indices.max(initial=-1)) + 1
+    while len(names) > used and names[-1] == f"class {len(names) - 1}":
+        names = names[:-1]
+    return names
