@@ -23,6 +23,7 @@ ON_ERROR = ("warn", "raise")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STORED_DTYPES = ("float32", "float16")
+PROBES = ("ridge", "logistic", "none")
 WANDB_MODES = ("online", "offline", "disabled")
 BOOLEANS = ("True", "False")  # what YAML makes of on, yes and true, and of off, no and false, as text
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -84,6 +85,13 @@ class Task:
     val_fraction: float = key(
         "with patience, the share of train held out where there is no val part", 0.1, least=1e-9, most=0.999
     )
+    probe: str = key(
+        "beside the head: `ridge`, a ridge regression, or `logistic` (classes alone), with embeddings in memory; or "
+        "`none`",
+        "ridge",
+        choices=PROBES,
+    )
+    probe_window: int = key("tokens around each that the probe sees, in token-level tasks; an odd number", 1, least=1)
     optim: dict[str, Any] = key(
         "optimiser `name`, `lr` and its options, and its schedule `sched`", lambda: {"name": "adam", "lr": 1e-4}
     )
@@ -111,7 +119,17 @@ class Task:
         check_values(self.max_rows, f"{where}: max_rows.")
         found = bool(self.dataset_path) or not with_files
         require(found, f"{where}: dataset_path is missing; give the folder of train/ and test/")
+        self._check_probe(where)
         self._check_targets(where)
+
+    def _check_probe(self, where: str) -> None:
+        """Checks that the probe fits the kind of task."""
+        fits = self.probe != "logistic" or self.task_type == "classification"
+        require(fits, f"{where}: probe: logistic is for classification; write ridge")
+        odd, window = self.probe_window % 2 == 1, f"{where}: probe_window"
+        require(odd, f"{window} is {self.probe_window}, expected an odd number, as many tokens before as behind")
+        tokens = self.probe_window == 1 or self.level == "token"
+        require(tokens, f"{window} is for token-level tasks; leave it out")
 
     def _check_targets(self, where: str) -> None:
         """Checks the columns of labels, and the declarations of each."""
