@@ -100,7 +100,7 @@ def test_it_is_ridgecv(tmp_path: Path, name: str, wide: bool) -> None:
         seen = np.unique(data.target[train])
         values = (data.target[:, None] == seen).astype(float)
     reference = RidgeCV(ridge.PENALTIES).fit(matrix[train], values[train])
-    assert found.penalties == [reference.alpha_]
+    assert found.penalties == {"y": reference.alpha_}
     predicted = found.predict(embeddings.rows("test"), embeddings.examples.test)[0]
     expected = reference.predict(matrix).reshape(len(values), -1)
     assert np.abs(predicted[:, : expected.shape[1]] - expected).max() <= 1e-6 * max(1, np.abs(expected).max())
@@ -175,7 +175,7 @@ def test_folds_are_repeated_fits_without_their_sequences(
             wrong = model.predict(features[inside]).reshape(labels[inside].shape) - labels[inside]
             errors[place] += (wrong**2).sum()
     best = int(errors.argmin())
-    assert found.penalties == [ridge.PENALTIES[best]]
+    assert found.penalties == {target: ridge.PENALTIES[best]}
     model = Ridge(ridge.PENALTIES[best]).fit(features[mask], labels[mask].astype(float))
     predicted = found.predict(embeddings.rows("train"), part)[0]
     np.testing.assert_allclose(predicted, model.predict(features).reshape(predicted.shape), atol=1e-9)
@@ -193,7 +193,7 @@ def test_targets_with_masks_of_their_own_have_what_each_has_alone(tmp_path: Path
         alone = replace(task, target_column=[column], mask_column=[mask])
         (embeddings,) = embed([load(alone)], FakeEncoder(), store)
         single = fit_probe(embeddings)
-        assert single.penalties[0] == together.penalties[index]
+        assert single.penalties == {column: together.penalties[column]}
         np.testing.assert_allclose(single.coefficients[0], together.coefficients[index], atol=1e-12)
 
 
@@ -265,7 +265,7 @@ def test_one_sequence_leaves_nothing_to_choose_by(tmp_path: Path, level: str) ->
     rows = [{"sequence": "MKV", "y": "[1, 2, 4]" if level == "token" else 2}]
     (embeddings,) = embed([load(make_task(tmp_path, rows, level=level))], FakeEncoder(), Store(tmp_path / "store"))
     found = fit_probe(embeddings)
-    assert found.penalties == [None]
+    assert found.penalties == {"y": None}
     assert "probe: y has too few train labels to choose a penalty: the largest is taken" in found.notes
     predicted = found.predict(embeddings.rows("test"), embeddings.examples.test)[0]
     assert predicted.mean() == pytest.approx(7 / 3 if level == "token" else 2, rel=1e-4)
@@ -320,7 +320,7 @@ def test_logistic_regression_is_scikit_learns(tmp_path: Path, name: str, classes
             entropy += log_loss(data.target[fold == one], chances, normalize=False, labels=range(classes))
         entropies.append(entropy)
     penalty = logistic.PENALTIES[int(np.argmin(entropies))]
-    assert found.penalties == [penalty]
+    assert found.penalties == {"y": penalty}
     model = LogisticRegression(C=1 / penalty, max_iter=2000, tol=1e-6).fit(matrix, data.target)
     (chances,) = found.predict(embeddings.rows("test"), embeddings.examples.test)
     np.testing.assert_allclose(chances, model.predict_proba(matrix), atol=1e-6)

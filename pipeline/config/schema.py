@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config.class_paths import ENCODERS, refuse_reference
 from pipeline.config.fields import check_choice, check_values, key, require
 from pipeline.errors import ConfigError
-from pipeline.statistics.metrics import LOSS, OF_KIND, Metric, metric_name
+from pipeline.statistics.metrics import LOSS, OF_KIND, PROBE, Metric, metric_name
 
 LEVELS = ("sequence", "token")
 KINDS = ("classification", "regression")
@@ -143,6 +143,10 @@ class Task:
             name = metric_name(second)
             remedy = f"both become '{name}' in metric names; rename one"
             require(metric_name(first) != name, f"{where}: target_column: {first} and {second} {remedy}")
+        probes = {metric_name(column) + PROBE for column in self.target_column}
+        for column in self.target_column if self.probe != "none" else []:
+            remedy = "is what the metrics of another target's probe begin with; rename it, or write probe: none"
+            require(metric_name(column) not in probes, f"{where}: target_column: {column} {remedy}")
         fits = self.level == "token" or targets == 1
         require(fits, f"{where}: a sequence-level task has one target_column, found {targets}; make it several tasks")
         agree = self.num_classes is None or (self.target_sizes or [self.num_classes]) == [self.num_classes] * targets
@@ -242,7 +246,9 @@ class Config:
         for task in self.dataset:
             name = task.task_name if self.is_list else ""
             found += [Metric(name, "", LOSS)]
-            found += [Metric(name, column, kind) for column in task.target_column for kind in OF_KIND[task.task_type]]
+            for probe in (False, True) if task.probe != "none" else (False,):
+                for column in task.target_column:
+                    found += [Metric(name, column, kind, probe=probe) for kind in OF_KIND[task.task_type]]
         return found
 
     def has_metric(self, name: str) -> bool:

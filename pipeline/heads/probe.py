@@ -3,7 +3,8 @@
 Ridge regression on standardised embeddings, in float64; for classes on one-hot targets. One penalty of `PENALTIES` for
 all outputs of a target: the one with the least squared error on labels left out, one at a time in sequence-level tasks,
 in five folds of sequences in token-level ones. Embeddings are read in chunks, and added up in their order, so that the
-result has the same bits whether they are in memory or on disk, and memory does not grow with their number.
+result has the same bits whether they are in memory or on disk, and memory does not grow with their number. All of it is
+computed on the CPU, in one thread: the bits depend neither on the device nor on how many threads there are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from pipeline.config.schema import Task
 from pipeline.data.parts import Part, Target
@@ -66,23 +68,24 @@ class Probe:
     Attributes:
         features: what it looks at.
         coefficients: per target, shape (features + 1, outputs); the last row is the intercept.
-        penalties: per target, the chosen one; None where there was nothing to choose.
+        penalties: of each target, by its name, the chosen one; None where there was nothing to choose.
         logistic: whether its outputs are probabilities; else they are numbers, or scores of which the highest counts.
         notes: warnings for whoever reads the result.
     """
 
     features: Features
     coefficients: list[Array]
-    penalties: list[float | None]
+    penalties: dict[str, float | None]
     logistic: bool
     notes: tuple[str, ...] = ()
 
     def predict(self, rows: Rows, part: Part) -> list[Array]:
         """For each target, the outputs on a part with these embeddings, shape (units, outputs)."""
         outputs = [np.empty((int(part.counts.sum()), target.shape[1])) for target in self.coefficients]
-        for units, features in self.features.chunks(rows, part):
-            for output, target in zip(outputs, self.coefficients, strict=True):
-                output[units] = features @ target[:-1] + target[-1]
+        with _one_thread():
+            for units, features in self.features.chunks(rows, part):
+                for output, target in zip(outputs, self.coefficients, strict=True):
+                    output[units] = features @ target[:-1] + target[-1]
         return [softmax(output) for output in outputs] if self.logistic else outputs
 
 
@@ -91,22 +94,30 @@ def fit_probe(embeddings: Embeddings) -> Probe:
 
     Class weights do not count: the outputs of a weighted fit would no longer be what the squared errors choose by.
     """
-    task, part, targets = embeddings.examples.task, embeddings.examples.train, embeddings.examples.targets
-    rows, notes = embeddings.rows("train"), list[str]()
+    examples, rows, notes = embeddings.examples, embeddings.rows("train"), list[str]()
+    task, part, targets = examples.task, examples.train, examples.targets
     window = _window(task, embeddings.table.hidden_size, notes)
-    features = standardise(rows, part, window)
+    with _one_thread():
+        features = standardise(rows, part, window)
+        if task.probe == "logistic":
+            coefficients, penalties = _fit_logistic(features, rows, part, targets)
+        else:
+            coefficients, penalties = _fit_ridge(features, rows, part, targets, task.level)
     if features.count == 0:
         notes.append("probe: the embeddings of the train part are all equal, so it guesses one value")
     if any(target.weights for target in targets):
         notes.append("probe: class_weights count for the head alone")
-    if task.probe == "logistic":
-        coefficients, penalties = _fit_logistic(features, rows, part, targets)
-    else:
-        coefficients, penalties = _fit_ridge(features, rows, part, targets, task.level)
-    for target, penalty in zip(targets, penalties, strict=True):
-        if penalty is None:
-            notes.append(f"probe: {target.name} has too few train labels to choose a penalty: the largest is taken")
-    return Probe(features, coefficients, penalties, task.probe == "logistic", tuple(notes))
+    chosen = {target.name: penalty for target, penalty in zip(targets, penalties, strict=True)}
+    unknown = [name for name, penalty in chosen.items() if penalty is None]
+    notes += [f"probe: {name} has too few train labels to choose a penalty: the largest is taken" for name in unknown]
+    return Probe(features, coefficients, chosen, task.probe == "logistic", tuple(notes))
+
+
+def _one_thread() -> threadpool_limits:
+    """Within, matrix products run in one thread: with more, their last bits depend on how many."""
+    import scipy.linalg  # noqa: F401  (has a library of matrix products of its own, which must be loaded by now)
+
+    return threadpool_limits(1, user_api="blas")
 
 
 def standardise(rows: Rows, part: Part, window: int = 1) -> Features:
