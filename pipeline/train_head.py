@@ -1,6 +1,7 @@
 """Stage 3: `Embeddings` to a `FittedHead`.
 
 Every fit starts from a fresh head with its own seeds, so a score is a function of checkpoint, data and configuration.
+The probe is fitted beside it. It is not stored: it takes a fraction of the head's time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pipeline.encoders.code_digest import code_digest, no_reuse
 from pipeline.errors import CacheError
 from pipeline.heads.architectures import MLP, ConvNet, Head
 from pipeline.heads.fit import Losses, fit
+from pipeline.heads.probe import Probe, fit_probe
+from pipeline.statistics.metrics import PROBE, metric_name
 from pipeline.store.embedding_table import FORMAT, Store
 from pipeline.store.temporary import temporary_folder
 
@@ -49,6 +52,7 @@ class FittedHead:
         losses: mean training loss of each epoch.
         val_losses: with `patience`, the loss on the validation examples after each epoch.
         reused: whether it was read from the store: same embeddings, labels, settings, device, threads and torch.
+        probe: the head in closed form beside it; None where the task wants none.
         notes: warnings for whoever reads the result.
     """
 
@@ -56,12 +60,15 @@ class FittedHead:
     losses: list[float]
     val_losses: list[float]
     reused: bool
+    probe: Probe | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def metrics(self) -> dict[str, float]:
         """Numbers by name."""
-        return {"reused": float(self.reused)}
+        penalties = self.probe.penalties if self.probe else {}
+        chosen = {f"{metric_name(name)}{PROBE}_penalty": value for name, value in penalties.items() if value}
+        return {"reused": float(self.reused), **chosen}
 
     @property
     def curves(self) -> dict[str, list[float]]:
@@ -72,6 +79,8 @@ class FittedHead:
 
 def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> FittedHead:
     """Trains a fresh head on the train part, or takes it from the store where the same fit was made before.
+
+    The probe is fitted to the same embeddings.
 
     Raises:
         ConfigError: the optimizer's name or options are not valid.
@@ -97,7 +106,8 @@ def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> Fi
             if reusable:
                 _keep(head, losses, path)
     notes = (no_reuse(type(head), "heads are trained"),) if code is None else ()
-    return FittedHead(head.eval(), *losses, reused, notes)
+    probe = fit_probe(embeddings) if task.probe != "none" else None
+    return FittedHead(head.eval(), *losses, reused, probe, notes + (probe.notes if probe else ()))
 
 
 def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...], device: torch.device) -> Head:

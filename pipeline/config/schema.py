@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config.class_paths import ENCODERS, refuse_reference
 from pipeline.config.fields import check_choice, check_values, key, require
 from pipeline.errors import ConfigError
-from pipeline.statistics.metrics import LOSS, OF_KIND, Metric, metric_name
+from pipeline.statistics.metrics import LOSS, OF_KIND, PROBE, Metric, metric_name
 
 LEVELS = ("sequence", "token")
 KINDS = ("classification", "regression")
@@ -23,6 +23,7 @@ ON_ERROR = ("warn", "raise")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STORED_DTYPES = ("float32", "float16")
+PROBES = ("ridge", "logistic", "none")
 WANDB_MODES = ("online", "offline", "disabled")
 BOOLEANS = ("True", "False")  # what YAML makes of on, yes and true, and of off, no and false, as text
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -84,6 +85,13 @@ class Task:
     val_fraction: float = key(
         "with patience, the share of train held out where there is no val part", 0.1, least=1e-9, most=0.999
     )
+    probe: str = key(
+        "beside the head: `ridge`, a ridge regression, or `logistic` (classes alone), with embeddings in memory; or "
+        "`none`",
+        "ridge",
+        choices=PROBES,
+    )
+    probe_window: int = key("tokens around each that the probe sees, in token-level tasks; an odd number", 1, least=1)
     optim: dict[str, Any] = key(
         "optimiser `name`, `lr` and its options, and its schedule `sched`", lambda: {"name": "adam", "lr": 1e-4}
     )
@@ -111,7 +119,17 @@ class Task:
         check_values(self.max_rows, f"{where}: max_rows.")
         found = bool(self.dataset_path) or not with_files
         require(found, f"{where}: dataset_path is missing; give the folder of train/ and test/")
+        self._check_probe(where)
         self._check_targets(where)
+
+    def _check_probe(self, where: str) -> None:
+        """Checks that the probe fits the kind of task."""
+        fits = self.probe != "logistic" or self.task_type == "classification"
+        require(fits, f"{where}: probe: logistic is for classification; write ridge")
+        odd, window = self.probe_window % 2 == 1, f"{where}: probe_window"
+        require(odd, f"{window} is {self.probe_window}, expected an odd number, as many tokens before as behind")
+        tokens = self.probe_window == 1 or self.level == "token"
+        require(tokens, f"{window} is for token-level tasks; leave it out")
 
     def _check_targets(self, where: str) -> None:
         """Checks the columns of labels, and the declarations of each."""
@@ -125,6 +143,10 @@ class Task:
             name = metric_name(second)
             remedy = f"both become '{name}' in metric names; rename one"
             require(metric_name(first) != name, f"{where}: target_column: {first} and {second} {remedy}")
+        probes = {metric_name(column) + PROBE for column in self.target_column}
+        for column in self.target_column if self.probe != "none" else []:
+            remedy = "is what the metrics of another target's probe begin with; rename it, or write probe: none"
+            require(metric_name(column) not in probes, f"{where}: target_column: {column} {remedy}")
         fits = self.level == "token" or targets == 1
         require(fits, f"{where}: a sequence-level task has one target_column, found {targets}; make it several tasks")
         agree = self.num_classes is None or (self.target_sizes or [self.num_classes]) == [self.num_classes] * targets
@@ -224,7 +246,9 @@ class Config:
         for task in self.dataset:
             name = task.task_name if self.is_list else ""
             found += [Metric(name, "", LOSS)]
-            found += [Metric(name, column, kind) for column in task.target_column for kind in OF_KIND[task.task_type]]
+            for probe in (False, True) if task.probe != "none" else (False,):
+                for column in task.target_column:
+                    found += [Metric(name, column, kind, probe=probe) for kind in OF_KIND[task.task_type]]
         return found
 
     def has_metric(self, name: str) -> bool:

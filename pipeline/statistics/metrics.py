@@ -18,7 +18,8 @@ OF_KIND = {
 HEADLINE = {"classification": "accuracy", "regression": "spearman"}  # to show where there is room for one
 LOWER_IS_BETTER = (LOSS, "mse", "rmse", "mae")
 HAVE_CONSTANT = ("accuracy", "macro_f1", "mse", "rmse", "mae")  # a constant guess says something of these
-_KEY = re.compile(f"test_(.+?)_({'|'.join(name for names in OF_KIND.values() for name in names)})")
+PROBE = "_probe"  # stands between a target and a metric of the probe's
+_KEY = re.compile(f"test_(.+?)({PROBE})?_({'|'.join(name for names in OF_KIND.values() for name in names)})")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Metric:
         value: the number; NaN where it is not measured yet.
         constant: what the best constant guess from the train labels reaches; None where that says nothing.
         interval: of `value`, 95 %; None where there is none.
+        probe: whether it is of the probe, not of the head.
     """
 
     task: str
@@ -56,28 +58,30 @@ class Metric:
     value: float = math.nan
     constant: float | None = None
     interval: Interval | None = None
+    probe: bool = False
 
     @classmethod
     def parse(cls, key: str, value: float = math.nan) -> Metric | None:
         """The metric that is logged as `key`; None where that is no downstream metric.
 
         >>> Metric.parse("structure/test_3state_macro_f1")
-        Metric(task='structure', target='3state', name='macro_f1', value=nan, constant=None, interval=None)
+        Metric(task='structure', target='3state', name='macro_f1', value=nan, constant=None, interval=None, probe=False)
         """
         task, _, last = key.rpartition("/")
         if last == LOSS:
             return cls(task, "", LOSS, value)
         parts = _KEY.fullmatch(last)
-        return cls(task, parts[1], parts[2], value) if parts else None
+        return cls(task, parts[1], parts[3], value, probe=bool(parts[2])) if parts else None
 
     @property
     def short(self) -> str:
         """The name under which it is logged, without the task's."""
-        return LOSS if self.name == LOSS else f"test_{metric_name(self.target)}_{self.name}"
+        of = PROBE if self.probe else ""
+        return LOSS if self.name == LOSS else f"test_{metric_name(self.target)}{of}_{self.name}"
 
     @property
     def key(self) -> str:
-        """The name under which it is logged: `<task>/test_<target>_<name>`.
+        """The name under which it is logged: `<task>/test_<target>_<name>`, with `_probe` behind a probe's target.
 
         >>> Metric("my task", "log P (octanol)", "mse").key
         'my task/test_log P _octanol__mse'
@@ -86,7 +90,7 @@ class Metric:
 
     @property
     def stem(self) -> str:
-        """What the names of all metrics of its target begin with."""
+        """What the names of all metrics of its target, and of its head or probe, begin with."""
         return self.key if self.name == LOSS else self.key.removesuffix(self.name)
 
     @property
@@ -96,8 +100,8 @@ class Metric:
 
     @property
     def is_headline(self) -> bool:
-        """Whether it is the one to show of its target."""
-        return self.name in HEADLINE.values()
+        """Whether it is the one to show of its target: the head's."""
+        return self.name in HEADLINE.values() and not self.probe
 
 
 @dataclass(frozen=True)
