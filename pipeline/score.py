@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ from pipeline.heads.fit import loss_of, predict
 from pipeline.load import Examples
 from pipeline.statistics.classification import classification
 from pipeline.statistics.intervals import intervals
-from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, Metric, TargetMetrics
-from pipeline.statistics.predictions import from_table
+from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, PROBE, Metric, TargetMetrics
+from pipeline.statistics.predictions import Floats, from_table
 from pipeline.statistics.regression import regression
 from pipeline.train_head import FittedHead
 
@@ -32,10 +33,11 @@ class Scores:
 
     Attributes:
         examples: what was scored.
-        results: the metrics, over the whole test set.
+        results: the metrics, over the whole test set: the loss, the head's for each target, then the probe's.
         omitted: by name, why further metrics are not defined on this data.
         table: the predictions, a row per unit of the test set: `row` (FILE:ROW), `position` in token-level tasks, and
-            for each target `<target>_target`, `_mask`, `_prediction` and, for classes, `_probabilities`.
+            for each target `<target>_target`, `_mask`, `_prediction` and, for classes, `_probabilities`; where there is
+            a probe `<target>_probe_prediction` and `_probe_probabilities`, for ridge its scores.
         losses: the head's mean training loss at each epoch.
         val_losses: with `patience`, the loss on the validation examples after each epoch.
         notes: warnings about the scores.
@@ -90,26 +92,24 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
     task_name = examples.task.task_name if in_list else ""
     outputs = _predict(embeddings, fitted)
     loss = float(loss_of(outputs, _tensors(part.values), _tensors(part.masks), targets))
-    results, omitted = [Metric(task_name, "", LOSS, loss)], dict[str, str]()
-    for index, target in enumerate(targets):
-        mask, train = part.masks[index], examples.train
-        true = part.values[index][mask]
-        found = _metrics_of(outputs[index].numpy()[mask], true, target)
-        guess = _constant(train.values[index][train.masks[index]], len(true), target)
-        constant = _metrics_of(guess, true, target).values
-        results += [
-            Metric(task_name, target.name, name, value, constant.get(name) if name in HAVE_CONSTANT else None)
-            for name, value in found.values.items()
-        ]
-        omitted.update({Metric(task_name, target.name, name).key: why for name, why in found.omitted.items()})
+    answers = {"": [_answers(output.numpy(), target) for output, target in zip(outputs, targets, strict=True)]}
+    if fitted.probe is not None:
+        answers[PROBE] = fitted.probe.predict(embeddings.rows("test"), part)
+    results, omitted = _results(examples, answers, task_name)
+    results.insert(0, Metric(task_name, "", LOSS, loss))
     for metric in results:
         if not np.isfinite(metric.value):
-            omitted[metric.key] = f"it is {metric.value}: the labels or the head's outputs are out of range"
-    table = _table(part, targets, outputs)
+            source = "probe" if metric.probe else "head"
+            omitted[metric.key] = f"it is {metric.value}: the labels or the {source}'s outputs are out of range"
+    table = _table(part, targets, answers)
     finite, refused = _with_intervals([metric for metric in results if np.isfinite(metric.value)], table, targets)
-    notes = [f"{name} is left out: {reason}" for name, reason in omitted.items()]
-    notes += [f"{', '.join(names)}: {reason}" for reason, names in refused.items()]
-    worse = [one.key for one in finite if one.name == "mse" and one.constant is not None and one.value > one.constant]
+    notes = [f"{names} left out: {reason}" for reason, names in _by_reason(omitted, ("is", "are")).items()]
+    notes += [f"{names}: {reason}" for reason, names in _by_reason(refused).items()]
+    worse = [
+        one.key
+        for one in finite
+        if one.name == "mse" and not one.probe and one.constant is not None and one.value > one.constant
+    ]
     if worse:
         remedy = "train longer, raise optim.lr, or bring the labels to a mean of 0 and a deviation of 1"
         notes.append(f"{', '.join(worse)} is worse than a constant guess: {remedy}")
@@ -125,19 +125,61 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
     )
 
 
+def _results(
+    examples: Examples, answers: dict[str, list[Floats]], task_name: str
+) -> tuple[list[Metric], dict[str, str]]:
+    """The metrics of head and probe, see `_table`, and by name why others are not defined."""
+    results, omitted, test = [], dict[str, str](), examples.test
+    guesses = [_constant(examples, index) for index in range(len(examples.targets))]
+    for who, answer in answers.items():
+        of_targets = zip(examples.targets, answer, test.values, test.masks, guesses, strict=True)
+        for target, numbers, true, mask, guess in of_targets:
+            found = _metrics_of(numbers[mask], true[mask], target)
+            for name in (*found.values, *found.omitted):
+                value, constant = found.values.get(name, math.nan), guess.get(name)
+                metric = Metric(task_name, target.name, name, value, constant, probe=who == PROBE)
+                if name in found.values:
+                    results.append(metric)
+                else:
+                    omitted[metric.key] = found.omitted[name]
+    return results, omitted
+
+
 def _with_intervals(
     results: list[Metric], table: pa.Table, targets: tuple[Target, ...]
-) -> tuple[tuple[Metric, ...], dict[str, list[str]]]:
-    """The metrics with their intervals, and by reason those that have none: from the table, as anyone can later."""
-    found = {target.name: intervals(from_table(table, target.name)) for target in targets}
-    refused: dict[str, list[str]] = {}
-    for metric in results:
-        if metric.name != LOSS and (reason := found[metric.target].refused.get(metric.name)):
-            refused.setdefault(reason, []).append(metric.key)
-    return tuple(
-        metric if metric.name == LOSS else replace(metric, interval=found[metric.target].values.get(metric.name))
-        for metric in results
-    ), refused
+) -> tuple[tuple[Metric, ...], dict[str, str]]:
+    """The metrics with their intervals, and by name why some have none: from the table, as anyone can later."""
+    kinds = {metric.probe for metric in results}
+    found = {
+        (target.name, probe): intervals(from_table(table, target.name, probe)) for target in targets for probe in kinds
+    }
+    refused: dict[str, str] = {}
+    for place, metric in enumerate(results):
+        if metric.name == LOSS:
+            continue
+        of_target = found[metric.target, metric.probe]
+        results[place] = replace(metric, interval=of_target.values.get(metric.name))
+        if reason := of_target.refused.get(metric.name):
+            refused[metric.key] = reason
+    return tuple(results), refused
+
+
+def _by_reason(reasons: dict[str, str], verbs: tuple[str, str] = ("", "")) -> dict[str, str]:
+    """Reasons by name to names by reason, in words, and a verb for one name or for several.
+
+    What holds for all that the head and the probe have in common is said once.
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    words = {}
+    for reason, every in names.items():
+        of_probe = {name: metric.beside.key for name in every if (metric := Metric.parse(name)) and metric.probe}
+        others = [name for name in every if name not in of_probe]
+        both = others == list(of_probe.values())
+        said = f"{', '.join(others)} and the probe's" if both else ", ".join(every)
+        words[reason] = f"{said} {verbs[len(every) > 1]}".rstrip()
+    return words
 
 
 def _predict(embeddings: Embeddings, fitted: FittedHead) -> list[torch.Tensor]:
@@ -152,43 +194,49 @@ def _tensors(arrays: list[Any]) -> list[torch.Tensor]:
     return [torch.from_numpy(array) for array in arrays]
 
 
-def _metrics_of(output: npt.NDArray[np.float64], value: npt.NDArray[Any], target: Target) -> TargetMetrics:
+def _answers(output: Floats, target: Target) -> Floats:
+    """A head's outputs to numbers or probabilities, shape (units, outputs)."""
+    return output if target.classes is None else np.asarray(torch.softmax(torch.from_numpy(output), dim=1).numpy())
+
+
+def _metrics_of(answers: Floats, true: npt.NDArray[Any], target: Target) -> TargetMetrics:
     if target.classes is None:
-        return regression(value, output[:, 0])
-    return classification(value, _softmax(output), target.classes)
+        return regression(true, answers[:, 0])
+    return classification(true, answers, target.classes)
 
 
-def _constant(train: npt.NDArray[Any], n: int, target: Target) -> npt.NDArray[np.float64]:
-    """The outputs, shape (n, outputs), of a head that knows nothing but the train labels."""
+def _constant(examples: Examples, index: int) -> dict[str, float]:
+    """The metrics that say something of a head that knows nothing but the train labels of a target."""
+    target, train, test = examples.targets[index], examples.train, examples.test
+    known, true = train.values[index][train.masks[index]], test.values[index][test.masks[index]]
+    answers = np.zeros((len(true), target.outputs))
     if target.classes is None:
-        return np.full((n, 1), train.mean())
-    logits = np.zeros((n, target.outputs))
-    logits[:, np.bincount(train).argmax()] = 1
-    return logits
+        answers[:] = known.mean()
+    else:
+        answers[:, np.bincount(known).argmax()] = 1
+    found = _metrics_of(answers, true, target).values
+    return {name: value for name, value in found.items() if name in HAVE_CONSTANT}
 
 
-def _softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return np.asarray(torch.softmax(torch.from_numpy(logits), dim=1).numpy())
-
-
-def _table(part: Part, targets: tuple[Target, ...], outputs: list[torch.Tensor]) -> pa.Table:
-    """One row per unit, from which anyone can compute each metric again."""
+def _table(part: Part, targets: tuple[Target, ...], answers: dict[str, list[Floats]]) -> pa.Table:
+    """One row per unit, from which anyone can compute each metric again; `answers` of the head, and of the probe."""
     rows = np.repeat(np.arange(len(part)), part.counts)
     columns: dict[str, pa.Array] = {"row": pa.DictionaryArray.from_arrays(rows.astype(np.int32), part.rows)}
     if len(rows) != len(part) or part.counts.max() > 1:
         first = np.repeat(np.cumsum(part.counts) - part.counts, part.counts)
         columns["position"] = pa.array((np.arange(len(rows)) - first).astype(np.int32))
-    for target, output, value, mask in zip(targets, outputs, part.values, part.masks, strict=True):
-        if target.classes is None:
-            columns[f"{target.name}_target"] = pa.array(value, mask=~mask)
-            columns[f"{target.name}_prediction"] = pa.array(output.numpy()[:, 0])
-        else:
-            names = [*target.classes, *(f"class {index}" for index in range(len(target.classes), target.outputs))]
-            probabilities = _softmax(output.numpy())
-            columns[f"{target.name}_target"] = _labels(value, names, ~mask)
-            columns[f"{target.name}_prediction"] = _labels(probabilities.argmax(1), names, None)
-            columns[f"{target.name}_probabilities"] = _lists(probabilities)
+    for index, (target, value, mask) in enumerate(zip(targets, part.values, part.masks, strict=True)):
+        names = [*(target.classes or ()), *(f"class {i}" for i in range(len(target.classes or ()), target.outputs))]
+        numbers = target.classes is None
+        columns[f"{target.name}_target"] = pa.array(value, mask=~mask) if numbers else _labels(value, names, ~mask)
         columns[f"{target.name}_mask"] = pa.array(mask)
+        for who, found in answers.items():
+            stem, answer = f"{target.name}{who}", found[index]
+            if numbers:
+                columns[f"{stem}_prediction"] = pa.array(answer[:, 0])
+            else:
+                columns[f"{stem}_prediction"] = _labels(answer.argmax(1), names, None)
+                columns[f"{stem}_probabilities"] = _lists(answer)
     return pa.table(columns)
 
 

@@ -236,6 +236,19 @@ def test_ranks() -> None:
         choose(rows, "test_x_mes")
 
 
+def test_the_probe_stands_beside_the_head_and_the_head_ranks() -> None:
+    """Whatever the order in which a server gives the names, here that of the alphabet."""
+    names = ["test_a_probe_accuracy", "test_a_accuracy", "test_b_probe_accuracy", "test_b_accuracy", "test_c_probe_mse"]
+    rows = [Row(label, None, dict.fromkeys(names, value)) for label, value in (("low", 0.25), ("high", 0.5))]
+    shown = choose(rows)
+    assert shown == ["test_a_accuracy", "test_a_probe_accuracy", "test_b_accuracy", "test_b_probe_accuracy"]
+    assert list(leaderboard(rows, shown)["checkpoint"]) == ["high", "low"]
+    assert choose(rows, "test_b_probe_accuracy")[:2] == ["test_b_probe_accuracy", "test_a_accuracy"]
+    assert list(leaderboard(rows, choose(rows, "test_c_probe_mse"))["checkpoint"]) == ["low", "high"]
+    rows = [Row("a", None, {name: 0.5 for name in names if name != "test_a_accuracy"}), rows[0]]
+    assert choose(rows)[0] == "test_a_probe_accuracy"
+
+
 def test_a_leaderboard_as_a_table() -> None:
     rows = [Row("a|b", None, {"test_x_mse": 2.0}), Row("<b>[bold]", 2, {}, "broken")]
     table = board_table(leaderboard(rows, ["test_x_mse", "test_x_r2"]), ["test_x_mse", "test_x_r2"])

@@ -329,6 +329,22 @@ def test_a_curve_for_each_task(tmp_path: Path) -> None:
     assert curves([], tmp_path / "none") == []
 
 
+def test_the_probe_s_line_is_drawn_with_the_head_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(numbers, "save", lambda figure, path: drawn.append(figure) or path)
+    points = [(step, {"test_y_mse": 2.0 - step, "test_y_probe_mse": 1.0 - step, "test_y_r2": 0.5}) for step in (0, 1)]
+    curves(points, tmp_path)
+    both, alone = drawn[0].axes
+    head, beside = both.get_lines()
+    assert (head.get_ydata().tolist(), beside.get_ydata().tolist()) == ([2.0, 1.0], [1.0, 0.0])
+    assert (head.get_linestyle(), beside.get_linestyle()) == ("-", "--")
+    assert both.get_title(loc="left") == "test_y_mse: 1, 0"
+    assert len(alone.get_lines()) == 1
+    assert [text.get_text() for text in drawn[0].artists] == [
+        "metrics by training step; 2 measurements; dashed: the probe"
+    ]
+
+
 def test_file_names_are_safe_and_all_different(tmp_path: Path) -> None:
     """Of targets whose names would be the same file, another folder, or no name."""
     names = ["", ".", "..", "a b", "A_B", "a_b_2", "a/b", "../a", 'a\\:*?"<>|', "\0\n", "蛋白/", "ß", "SS"]

@@ -213,3 +213,23 @@ def test_a_metric_that_is_left_out_is_not_acted_on(
         _, fit = train(Busy(model_folder("esm")), tmp_path, task, monitors)
     assert {path.name for path in (tmp_path / "best").iterdir()} == {"step=4.ckpt", "step=8.ckpt"}
     assert fit.current_epoch == 6
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["companions", "Lightning's"])
+def test_a_metric_of_the_probe_is_monitored(
+    own: bool, tmp_path: Path, tracking: str, model_folder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best weights by the probe are kept, and patience counts: with nothing in place of the real measurement."""
+    shown = "test_label_probe_auroc"
+    task = planted_task(tmp_path / "data", num_epochs=1)
+    save: Any = DownstreamModelCheckpoint if own else pl.callbacks.ModelCheckpoint
+    stop: Any = DownstreamEarlyStopping if own else pl.callbacks.EarlyStopping
+    monitors = [save(tmp_path / "best", "{step}", monitor=shown, mode="max"), stop(shown, mode="max", patience=2)]
+    callback, fit = train(Busy(model_folder("esm")), tmp_path, task, monitors)
+    found = [(step, metrics[shown]) for step, metrics in callback.curve]
+    assert len({value for _, value in found}) > 1
+    best = max(found, key=lambda point: point[1])
+    assert [path.name for path in (tmp_path / "best").iterdir()] == [f"step={best[0]}.ckpt"]
+    assert float(monitors[0].best_model_score) == pytest.approx(best[1], abs=1e-7)
+    assert fit.current_epoch == min(6, found.index(best) + 3)
+    assert callback.config.headlines == ["test_label_accuracy", "test_label_probe_accuracy"]

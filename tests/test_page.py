@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pipeline.report.figures import draw
 from pipeline.report.page import page
 from pipeline.score import Scores
+from pipeline.statistics.metrics import LOSS
 from pipeline.store.embedding_table import Store
 from pipeline.validation import validate
 from tests.support.data import planted_task
@@ -79,10 +80,12 @@ def test_every_number_note_and_picture_is_there(measured: tuple[list[Scores], di
     cells = []
     for one in scores:
         assert one.metrics
-        for name, value in one.metrics.items():
-            cells += [f"{value:.4f}", f"{one.constant[name]:.4f}" if name in one.constant else ""]
+        for metric in (result for result in one.results if not result.probe):
+            beside = "" if metric.name == LOSS else f"{one.metrics[replace(metric, probe=True).key]:.4f}"
+            cells += [f"{metric.value:.4f}", beside]
+            cells += [f"{one.constant[metric.key]:.4f}" if metric.key in one.constant else ""]
     assert reader.texts["td"] == cells
-    names = [name for one in scores for name in one.metrics]
+    names = [metric.key for one in scores for metric in one.results if not metric.probe]
     assert [text for text in reader.texts["th"] if "/" in text] == names
     notes = [note for one in scores for note in (*one.earlier_notes, *one.notes)]
     assert reader.texts["li"] == notes

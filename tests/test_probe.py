@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from sklearn import datasets
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from pipeline.config.schema import Task
@@ -225,6 +227,56 @@ def test_the_bits_do_not_depend_on_the_memory_budget(
         assert embeddings.rows("train").in_memory == (memory_bytes > 0)
         results.append(found.coefficients[0].tobytes() + predicted[0].tobytes())
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_the_bits_do_not_depend_on_the_threads_or_on_the_rows_that_are_read_at_once(tmp_path: Path, level: str) -> None:
+    """200 columns: products of such matrices are shared between threads where a library may use several."""
+    texts = proteins(400, 3)
+    rows = [{"sequence": text, "y": text if level == "token" else text[0]} for text in texts]
+    task = make_task(tmp_path, rows, task_type="classification", level=level)
+    store, results = Store(tmp_path / "store", "float32", 0), []
+    for threads, size in ((1, 20_000), (2, 3)):
+        with threadpool_limits(threads), pytest.MonkeyPatch.context() as patch:
+            (embeddings,) = embed([load(task)], FakeEncoder(200), store)
+            table = embeddings.rows("train")
+            patch.setattr(type(table), "gather", in_pieces(type(table).gather, size))
+            found = fit_probe(embeddings)
+            predicted = found.predict(embeddings.rows("test"), embeddings.examples.test)
+        results.append(found.coefficients[0].tobytes() + predicted[0].tobytes())
+    assert results[0] == results[1]
+
+
+def in_pieces(gather: Callable[..., Tensor], size: int) -> Callable[..., Tensor]:
+    """Reads the rows of a few sequences at a time."""
+
+    def gathered(self: Any, sequences: npt.NDArray[np.int64]) -> Tensor:
+        cuts = range(0, len(sequences), size)
+        return torch.cat([gather(self, sequences[begin : begin + size]).clone() for begin in cuts])
+
+    return gathered
+
+
+@pytest.mark.parametrize(("level", "window"), [("sequence", 1), ("token", 1), ("token", 3)])
+def test_memory_does_not_grow_with_the_rows(
+    tmp_path: Path, level: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings are on disk: what is added for each row is its label, its place and its fold, not 800 bytes."""
+    monkeypatch.setattr(probe, "CHUNK", 256)
+    peaks, units = [], []
+    for sequences in (400, 2000) if level == "sequence" else (50, 250):
+        texts = proteins(sequences, 3)
+        rows = [{"sequence": text, "y": text if level == "token" else text[0]} for text in texts]
+        options = {"task_type": "classification", "level": level, "probe_window": window}
+        task = make_task(tmp_path / str(sequences), rows, rows[:10], **options)
+        (embeddings,) = embed([load(task)], FakeEncoder(100), Store(tmp_path / "store", "float32", 0))
+        embeddings.rows("train")
+        tracemalloc.start()
+        fit_probe(embeddings)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        units.append(int(embeddings.examples.train.counts.sum()))
+    assert (peaks[1] - peaks[0]) / (units[1] - units[0]) < 200
 
 
 def test_a_sequence_longer_than_a_chunk_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:

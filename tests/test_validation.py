@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
 
 from pipeline.config.schema import Files, Task
 from pipeline.embed import embed
 from pipeline.errors import ConfigError, DataError
 from pipeline.heads.batches import Data
 from pipeline.load import load
+from pipeline.report.tables import score_table
 from pipeline.score import Scores, score
 from pipeline.statistics.intervals import intervals
-from pipeline.statistics.metrics import metric_name
+from pipeline.statistics.metrics import LOSS, Interval, Metric, metric_name
 from pipeline.statistics.predictions import from_table
 from pipeline.store.embedding_table import Store
 from pipeline.train_head import train_head
@@ -57,13 +61,65 @@ def test_every_metric_has_the_interval_that_the_stored_predictions_give(tmp_path
     scores = measure(replace(task, task_type=kind, target_column=columns, target_sizes=[2, 2], num_epochs=20), store)
     pq.write_table(scores.table, tmp_path / "predictions.parquet")
     stored = pq.read_table(tmp_path / "predictions.parquet")
-    for target in ("label", "other"):
-        for name, interval in intervals(from_table(stored, target)).values.items():
-            key = f"test_{target}_{name}"
-            assert scores.metrics[f"{key}_ci_low"] == interval.low < scores.metrics[key]
-            assert scores.metrics[f"{key}_ci_high"] == interval.high > scores.metrics[key]
-    assert sum(name.endswith("_ci_low") for name in scores.metrics) == 8
+    expected: dict[str, float] = {}
+    for target, probe in product(("label", "other"), (False, True)):
+        for name, interval in intervals(from_table(stored, target, probe)).values.items():
+            key = f"test_{target}_probe_{name}" if probe else f"test_{target}_{name}"
+            assert interval.low < scores.metrics[key] < interval.high
+            expected |= {f"{key}_ci_low": interval.low, f"{key}_ci_high": interval.high}
+    assert {name: value for name, value in scores.metrics.items() if "_ci_" in name} == expected
+    assert {"test_label_auroc_ci_low", "test_other_probe_auroc_ci_low"} < set(expected)
     assert "_ci_" not in str(scores.notes)
+
+
+def test_what_is_said_of_the_head_and_the_probe_is_said_once(tmp_path: Path, store: Store) -> None:
+    rows = [{"sequence": text, "y": 1.0} for text in proteins(10, 1)]
+    notes = measure(make_task(tmp_path, [{**row, "y": i} for i, row in enumerate(rows)], rows), store).notes
+    names = "test_y_r2, test_y_pearson, test_y_spearman and the probe's"
+    assert notes[0] == f"{names} are left out: the test values are all equal"
+    few = "an interval takes at least 50 test sequences with labels, and there are 10"
+    assert notes[1] == f"test_y_mse, test_y_rmse, test_y_mae and the probe's: {few}"
+
+
+def test_the_printed_table_has_the_probe_beside_the_head_and_their_intervals() -> None:
+    results = (
+        Metric("", "", LOSS, 2.0),
+        Metric("", "y", "mse", 1.5, 2.0, Interval(1.25, 1.75)),
+        Metric("", "y", "mse", 1.0, 2.0, Interval(0.5, 2.0), probe=True),
+        Metric("", "y", "spearman", 0.25, probe=True),  # the head's predictions are all equal
+    )
+    table = score_table([SimpleNamespace(results=results)])  # type: ignore[list-item]
+    assert list(table.columns) == ["metric", "score", "95 %", "probe", "95 %", "constant guess"]
+    assert table.rows == [
+        [LOSS, "2.0000", "", "", "", ""],
+        ["test_y_mse", "1.5000", "1.250 to 1.750", "1.0000", "0.500 to 2.000", "2.0000"],
+        ["test_y_spearman", "", "", "0.2500", "", ""],
+    ]
+    assert max(len(line) for line in table.text().splitlines()) <= 120
+
+
+def test_the_probe_s_metrics_are_those_of_its_predictions(tmp_path: Path, store: Store) -> None:
+    """For classes and numbers, from the table, by scikit-learn; the scores of a ridge regression rank as they are."""
+    task = planted_task(tmp_path, num_epochs=0)
+    table, found = (scores := measure(task, store)).table, scores.metrics
+    mask = np.array(column(table, "label_mask"))
+    true, predicted = (np.array(column(table, f"label_{what}"))[mask] for what in ("target", "probe_prediction"))
+    answers = np.array(column(table, "label_probe_probabilities"))[mask]
+    names = sorted(set(true))
+    assert list(np.array(names)[answers.argmax(1)]) == list(predicted)
+    assert found["test_label_probe_accuracy"] == accuracy_score(true, predicted)
+    assert found["test_label_probe_auroc"] == roc_auc_score(true == names[1], answers[:, 1])
+    assert found["test_label_probe_accuracy"] != found["test_label_accuracy"]
+    assert scores.constant["test_label_probe_accuracy"] == scores.constant["test_label_accuracy"]
+    numbers = replace(task, task_type="regression", target_column=["number"])
+    table, found = (scores := measure(numbers, store)).table, scores.metrics
+    mask = np.array(column(table, "number_mask"))
+    true, predicted = (np.array(column(table, f"number_{what}"))[mask] for what in ("target", "probe_prediction"))
+    assert found["test_number_probe_r2"] == pytest.approx(r2_score(true, predicted))
+    assert "number_probe_probabilities" not in table.column_names
+    none = measure(replace(numbers, probe="none"), store)
+    assert "probe" not in " ".join([*none.metrics, *none.table.column_names])
+    assert list(score_table([none]).columns) == ["metric", "score", "constant guess"]
 
 
 def test_too_few_test_sequences_for_an_interval_are_said_once(tmp_path: Path, store: Store) -> None:

@@ -241,13 +241,16 @@ class Config:
 
     @property
     def metrics(self) -> list[Metric]:
-        """The metrics that a measurement may give, without values: for each task the loss, then its targets' own."""
+        """The metrics that a measurement may give, without values: for each task the loss, then its targets' own.
+
+        Those of a target's probe follow its head's.
+        """
         found = []
         for task in self.dataset:
             name = task.task_name if self.is_list else ""
             found += [Metric(name, "", LOSS)]
-            for probe in (False, True) if task.probe != "none" else (False,):
-                for column in task.target_column:
+            for column in task.target_column:
+                for probe in (False, True) if task.probe != "none" else (False,):
                     found += [Metric(name, column, kind, probe=probe) for kind in OF_KIND[task.task_type]]
         return found
 
@@ -257,7 +260,7 @@ class Config:
 
     @property
     def headlines(self) -> list[str]:
-        """The names of the metrics to show where there is room for one of each target."""
+        """The names of the metrics to show where there is room for one of each target: the head's and the probe's."""
         return [metric.key for metric in self.metrics if metric.is_headline]
 
     @property

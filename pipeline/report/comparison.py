@@ -42,6 +42,8 @@ class Row:
 def choose(rows: Sequence[Row], by: str = "") -> list[str]:
     """The metrics to show: the one to rank by first; by default, the first headline metric that all rows have.
 
+    The probe's follow those of the heads that they are beside.
+
     Raises:
         ConfigError: no row has the metric `by`.
     """
@@ -49,7 +51,10 @@ def choose(rows: Sequence[Row], by: str = "") -> list[str]:
     if by and by not in every:
         raise ConfigError(f"by: expected a metric of the runs, found '{by}'{nearest(by, every)}")
     parsed = {name: Metric.parse(name) for name in every}
-    main = [name for name, metric in parsed.items() if metric and metric.is_headline] or every
+    headlines = {name: metric for name, metric in parsed.items() if metric and metric.is_headline}
+    places = [metric.beside.key for metric in headlines.values()]
+    ordered = sorted(headlines.items(), key=lambda item: (places.index(item[1].beside.key), item[1].probe))
+    main = [name for name, _ in ordered] or every
     common = [name for name in main if all(name in row.metrics for row in rows)]
     return list(dict.fromkeys([*([by] if by else common), *main]))
 

@@ -42,7 +42,7 @@ td { text-align: right; font-variant-numeric: tabular-nums; }
 th { font-weight: normal; }
 thead th { color: var(--dim); white-space: normal; vertical-align: bottom; }
 thead th + th { text-align: right; }
-td + td { color: var(--dim); }
+td:last-child { color: var(--dim); }
 img { display: block; max-width: 100%; height: auto; margin: 1.5rem 0; }
 pre { overflow-x: auto; overflow-wrap: normal; }
 </style>

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.score import Scores
+    from pipeline.statistics.metrics import Metric
+
+INTERVAL = "95 %"  # heads the column of the intervals of the scores before it
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,32 @@ def plain(text: str) -> str:
 
 
 def score_table(scores: Sequence[Scores]) -> Table:
-    """A row per metric, beside what a constant guess would reach."""
+    """A row per metric: the head's with its interval, the probe's beside it, and what a constant guess would reach.
+
+    Columns that would be empty are left out.
+    """
     results = [metric for one in scores for metric in one.results]
-    rows = [(metric.key, number(metric.value), number(metric.constant)) for metric in results]
-    return Table(("metric", "score", "constant guess"), rows, title="Scores on the test set")
+    pairs: dict[str, dict[bool, Metric]] = {}
+    for metric in results:
+        pairs.setdefault(metric.beside.key, {})[metric.probe] = metric
+    columns, rows = ["metric"], [[name] for name in pairs]
+    for title, probe in (("score", False), ("probe", True)):
+        found = [pair.get(probe) for pair in pairs.values()]
+        intervals = [one.interval if one else None for one in found]
+        if probe and not any(found):
+            continue
+        _append(columns, rows, title, [number(one.value if one else None) for one in found])
+        if any(intervals):
+            _append(columns, rows, INTERVAL, [f"{one.low:.3f} to {one.high:.3f}" if one else "" for one in intervals])
+    _append(columns, rows, "constant guess", [number(next(iter(pair.values())).constant) for pair in pairs.values()])
+    return Table(columns, rows, title="Scores on the test set")
+
+
+def _append(columns: list[str], rows: list[list[str]], title: str, cells: Sequence[str]) -> None:
+    """Adds a column to a table."""
+    columns.append(title)
+    for row, cell in zip(rows, cells, strict=True):
+        row.append(cell)
 
 
 def step_table(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str]) -> Table:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 LOSS = "dwnstr_task_val_loss"  # the test loss of a task, over all its targets
@@ -100,8 +100,13 @@ class Metric:
 
     @property
     def is_headline(self) -> bool:
-        """Whether it is the one to show of its target: the head's."""
-        return self.name in HEADLINE.values() and not self.probe
+        """Whether it is the one to show of its target: the head's, and the probe's beside it."""
+        return self.name in HEADLINE.values()
+
+    @property
+    def beside(self) -> Metric:
+        """The head's metric that a metric of the probe stands beside; of a head's, itself."""
+        return replace(self, probe=False)
 
 
 @dataclass(frozen=True)

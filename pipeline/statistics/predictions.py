@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import DataError
+from pipeline.statistics.metrics import PROBE
 
 Floats = npt.NDArray[np.float64]
 
@@ -23,7 +24,7 @@ class Predictions:
 
     Attributes:
         true: class indices or numbers, shape (units,).
-        predicted: numbers, shape (units,), or probabilities, shape (units, outputs).
+        predicted: numbers, shape (units,), or probabilities or scores, shape (units, outputs).
         counts: units of each sequence, all at least 1, shape (sequences,).
         classes: the labels; None where the target is a number.
         rows: of each sequence, where in the data it is from (FILE:ROW); empty where nobody asks.
@@ -57,13 +58,19 @@ class Predictions:
             )
 
 
-def from_table(table: pa.Table, target: str) -> Predictions:
+def from_table(table: pa.Table, target: str, probe: bool = False) -> Predictions:
     """The predictions of one target from `Scores.table`, or from the Parquet file that is kept of it.
+
+    Args:
+        table: a row per unit.
+        target: its name.
+        probe: those of the probe, which are scores where it is a ridge regression on classes; else the head's.
 
     Raises:
         DataError: the table has no such target.
     """
-    names = [f"{target}_{what}" for what in ("target", "prediction", "mask")]
+    stem = f"{target}{PROBE}" if probe else target
+    names = [f"{target}_target", f"{stem}_prediction", f"{target}_mask"]
     missing = [name for name in ("row", *names) if name not in table.column_names]
     if missing:
         raise DataError(
@@ -76,10 +83,10 @@ def from_table(table: pa.Table, target: str) -> Predictions:
     counts = np.diff(np.r_[starts, len(rows)]).astype(np.int64)
     of_sequence = tuple(str(row) for row in rows[starts])
     true = labelled[names[0]].combine_chunks()
-    if f"{target}_probabilities" not in table.column_names:
+    if f"{stem}_probabilities" not in table.column_names:
         predicted = labelled[names[1]].to_numpy().astype(np.float64)
         return Predictions(true.to_numpy(zero_copy_only=False).astype(np.float64), predicted, counts, None, of_sequence)
-    probabilities = labelled[f"{target}_probabilities"].combine_chunks()
+    probabilities = labelled[f"{stem}_probabilities"].combine_chunks()
     width = probabilities.type.list_size
     predicted = probabilities.flatten().to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1, width)
     indices = true.indices.to_numpy(zero_copy_only=False).astype(np.int64)

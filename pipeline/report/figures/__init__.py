@@ -13,7 +13,7 @@ from pipeline.data.parts import Target
 from pipeline.report.figures.canvas import drawable, figure_style
 from pipeline.report.figures.classification import class_figure, confusion, confusion_figure
 from pipeline.report.figures.examples import curve_figure, text_figure
-from pipeline.report.figures.numbers import length_figure, loss_figure, scatter_figure, training_figure
+from pipeline.report.figures.numbers import Lines, length_figure, loss_figure, scatter_figure, training_figure
 from pipeline.statistics.metrics import Metric, metric_name
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def draw(scores: Scores, folder: Path) -> list[Path]:
 
 
 def curves(points: Sequence[tuple[int, Mapping[str, float]]], folder: Path) -> list[Path]:
-    """Draws every metric against the step of a training; returns a PNG file per task.
+    """Draws every metric against the step of a training, the probe's beside the head's; returns a PNG file per task.
 
     Args:
         points: the step and the metrics of each measurement.
@@ -60,11 +60,12 @@ def curves(points: Sequence[tuple[int, Mapping[str, float]]], folder: Path) -> l
     Raises:
         OSError: a file cannot be written.
     """
-    tasks: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    tasks: dict[str, dict[str, Lines]] = {}
     for step, metrics in sorted(points, key=lambda point: point[0]):
         for metric in [Metric.parse(name, value) for name, value in metrics.items()]:
             if metric and np.isfinite(drawable(metric.value)):
-                tasks.setdefault(metric.task, {}).setdefault(metric.short, []).append((step, metric.value))
+                lines = tasks.setdefault(metric.task, {}).setdefault(metric.beside.short, {})
+                lines.setdefault(metric.probe, []).append((step, metric.value))
     folder.mkdir(parents=True, exist_ok=True)
     stems = file_stems([f"curve_{task}" if task else "curve" for task in tasks])
     with figure_style():
@@ -114,10 +115,12 @@ def _target(scores: Scores, index: int, predicted: npt.NDArray[Any], stem: Path)
 
 
 def _headline(scores: Scores, target: Target) -> str:
-    """The target's main metrics, each beside what a constant guess would reach."""
+    """The head's main metrics of a target, each beside what the probe and a constant guess reach."""
     texts = []
+    probes = {metric.beside.key: f"probe {metric.value:.3f}" for metric in scores.results if metric.probe}
     for metric in scores.results:
-        if metric.target == target.name and metric.name in SHOWN:
-            guess = "" if metric.constant is None else f" (constant guess {metric.constant:.3f})"
-            texts.append(f"{metric.name} {metric.value:.3f}{guess}; ")
+        if metric.target == target.name and metric.name in SHOWN and not metric.probe:
+            guess = "" if metric.constant is None else f"constant guess {metric.constant:.3f}"
+            others = ", ".join(filter(None, (probes.get(metric.key), guess)))
+            texts.append(f"{metric.name} {metric.value:.3f}{others and f' ({others})'}; ")
     return "".join(texts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipeline.load import Examples
     from pipeline.score import Scores
 
+Lines = dict[bool, list[tuple[int, float]]]  # of a metric, the step and value: of the head, and (True) of the probe
 POINTS = 20_000  # of a scatter plot at most; a random sample with a fixed seed where there are more
 DENSE = 1500  # number of points from which their density is drawn instead
 SKEWED = 20  # longest by median length from which lengths have a logarithmic axis
@@ -101,17 +102,21 @@ def length_figure(examples: Examples, path: Path) -> Path:
     return save(figure, path)
 
 
-def training_figure(task: str, metrics: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> Path:
-    """Axes of their own for each metric, with a marker at each measured step."""
+def training_figure(task: str, metrics: Mapping[str, Lines], path: Path) -> Path:
+    """Axes of their own for each metric, with a marker at each measured step; the probe's line is dashed."""
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
-    steps = sorted({step for points in metrics.values() for step, _ in points})
+    steps = sorted({step for lines in metrics.values() for points in lines.values() for step, _ in points})
     room = 0.05 * (steps[-1] - steps[0]) or 0.5
-    subtitle = f"metrics by training step; {len(steps)} measurements"
+    beside = "; dashed: the probe" if any(True in lines for lines in metrics.values()) else ""
+    subtitle = f"metrics by training step; {len(steps)} measurements{beside}"
     figure = new_figure(max(3.1 * columns, 5), 1.9 * rows + 0.7, task or "Downstream validation", subtitle)
-    for place, (name, points) in enumerate(metrics.items(), 1):
+    for place, (name, lines) in enumerate(metrics.items(), 1):
         axes = figure.add_subplot(rows, columns, place)
-        axes.plot(*zip(*points, strict=True), marker="o")
-        axes.set(title=f"{shorten(name, 30)}: {points[-1][1]:.4g}", xlim=(steps[0] - room, steps[-1] + room))
+        for probe, points in sorted(lines.items()):
+            look = ("D", "--", "C1") if probe else ("o", "-", "C0")
+            axes.plot(*zip(*points, strict=True), marker=look[0], linestyle=look[1], color=look[2])
+        last = ", ".join(f"{points[-1][1]:.4g}" for _, points in sorted(lines.items()))
+        axes.set(title=f"{shorten(name, 30)}: {last}", xlim=(steps[0] - room, steps[-1] + room))
         axes.locator_params(axis="x", integer=True, nbins=4)
     return save(figure, path)
