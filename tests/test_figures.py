@@ -331,7 +331,7 @@ def test_a_curve_for_each_task(tmp_path: Path) -> None:
 
 def test_the_probe_s_line_is_drawn_with_the_head_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(numbers, "save", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr(numbers, "save", lambda figure, _path: drawn.append(figure))
     points = [(step, {"test_y_mse": 2.0 - step, "test_y_probe_mse": 1.0 - step, "test_y_r2": 0.5}) for step in (0, 1)]
     curves(points, tmp_path)
     both, alone = drawn[0].axes

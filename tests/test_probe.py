@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,16 +48,16 @@ class MatrixEncoder(FakeEncoder):
 
 
 def embedded(
-    folder: Path, matrix: Array, labels: Sequence[object], train: Sequence[int] = (), **options: Any
+    folder: Path, matrix: Array, labels: Iterable[object], train: Iterable[int] | None = None, **options: Any
 ) -> Embeddings:
     """A sequence-level task on the rows of a matrix; the test part has all of them."""
     rows = [{"sequence": f"{row}|", "y": label} for row, label in enumerate(labels)]
-    task = make_task(folder, [rows[row] for row in train] if len(train) else rows, rows, **options)
+    task = make_task(folder, rows if train is None else [rows[row] for row in train], rows, **options)
     (found,) = embed([load(task)], MatrixEncoder(matrix), Store(folder / "store"))
     return found
 
 
-def scaled(matrix: Array, train: Sequence[int] | None = None) -> Array:
+def scaled(matrix: Array, train: npt.NDArray[np.int64] | None = None) -> Array:
     """Standardised as scikit-learn does it, what is stored being float32."""
     stored = matrix.astype(np.float32).astype(np.float64)
     scaler = StandardScaler().fit(stored if train is None else stored[train])
@@ -301,7 +301,8 @@ def test_columns_of_one_value_are_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["ridge", "logistic"])
 def test_one_class_or_one_embedding_is_a_constant_guess(tmp_path: Path, kind: str) -> None:
     source = np.random.default_rng(0)
-    matrix, options = source.normal(size=(20, 4)), {"task_type": "classification", "probe": kind}
+    options: dict[str, Any] = {"task_type": "classification", "probe": kind}
+    matrix = source.normal(size=(20, 4))
     one = embedded(tmp_path / "a", matrix, ["x"] * 10 + ["y"] * 10, range(10), **options)
     (predicted,) = fit_probe(one).predict(one.rows("test"), one.examples.test)
     np.testing.assert_allclose(predicted, np.tile([1, 0], (20, 1)), atol=1e-12)
@@ -348,7 +349,7 @@ def test_large_numbers_keep_their_digits(tmp_path: Path) -> None:
     task = planted_task(tmp_path, task_type="regression", target_column=["number"])
     (embeddings,) = embed([load(task)], FakeEncoder(), Store(tmp_path / "store"))
     part = embeddings.examples.train
-    far = replace(part, values=[part.values[0] + 1e9])
+    far = replace(part, values=[np.asarray(part.values[0] + 1e9, np.float64)])
     moved = replace(embeddings, examples=replace(embeddings.examples, train=far))
     found, other = fit_probe(embeddings), fit_probe(moved)
     assert found.penalties == other.penalties
