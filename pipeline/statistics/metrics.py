@@ -101,7 +101,12 @@ class Metric:
     @property
     def is_headline(self) -> bool:
         """Whether it is the one to show of its target: the head's."""
-        return self.name in HEADLINE.values() and not self.probe
+        return self.is_main and not self.probe
+
+    @property
+    def is_main(self) -> bool:
+        """Whether its changes over a training are followed: the headline metric of a head, or of a probe."""
+        return self.name in HEADLINE.values()
 
 
 @dataclass(frozen=True)
