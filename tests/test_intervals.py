@@ -292,6 +292,49 @@ def test_predictions_come_back_from_the_stored_table(one: Predictions, tmp_path:
     back.check_same_labels(one)
 
 
+def long_form(every: list[Predictions]) -> pa.Table:
+    """A block of rows for each head seed, with the predictions of the first as a probe's in every block."""
+    blocks = []
+    for seed, one in enumerate(every):
+        block, probe = table_of(one, 2), table_of(every[0], 2)
+        for what in ("prediction", "probabilities"):
+            if f"y_{what}" in probe.column_names:
+                block = block.append_column(f"y_probe_{what}", probe[f"y_{what}"])
+        blocks.append(block.append_column("seed", pa.array(np.full(len(block), 1234 + seed))))
+    return pa.concat_tables(blocks)
+
+
+SEVERAL = {
+    "numbers": [numbers(error=error) for error in (0.5, 0.7, 0.9)],
+    "classes of tokens": [classes(signal=signal, longest=9) for signal in (1.0, 1.2, 0.8)],
+}
+
+
+@pytest.mark.parametrize("every", SEVERAL.values(), ids=SEVERAL)
+def test_several_seeds_are_the_mean_of_their_metrics(every: list[Predictions]) -> None:
+    table = long_form(every)
+    several = from_table(table, "y")
+    assert [one.predicted.tolist() for one in several.seeds] == [one.predicted.tolist() for one in every]
+    found = jackknife(several)
+    for name, value in found.values.items():
+        assert value == pytest.approx(np.mean([values(one)[name] for one in every]))
+        assert found.without[name] == pytest.approx(np.mean([jackknife(one).without[name] for one in every], 0))
+    assert set(intervals(several).values) == set(intervals(every[0]).values)
+    assert intervals(from_table(table, "y", probe=True)) == intervals(every[0])
+    assert changes(several, several).values["accuracy" if every[0].classes else "mse"].interval == Interval(0.0, 0.0)
+
+
+def test_seeds_of_other_units_are_refused() -> None:
+    table = long_form([numbers(), numbers(error=0.7)])
+    with pytest.raises(DataError, match="same test sequences and labels only"):
+        from_table(table.slice(0, len(table) - 9), "y")
+
+
+def test_a_table_without_a_probe_says_so() -> None:
+    with pytest.raises(DataError, match="must have the columns y_probe_prediction; found"):
+        from_table(table_of(numbers(), 1), "y", probe=True)
+
+
 def test_an_output_more_than_there_are_classes_is_no_class() -> None:
     one = classes(names=2)
     wider = np.pad(one.predicted, ((0, 0), (0, 1)))

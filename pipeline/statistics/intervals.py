@@ -79,7 +79,9 @@ def changes(now: Predictions, before: Predictions) -> Changes:
     now.check_same_labels(before)
     found, reasons = Changes(), _reasons(now)
     first, second = jackknife(now), jackknife(before)
-    same = np.array_equal(now.predicted, before.predicted)
+    same = len(now.seeds) == len(before.seeds) and all(
+        np.array_equal(one.predicted, other.predicted) for one, other in zip(now.seeds, before.seeds, strict=True)
+    )
     for name, value in first.values.items():
         if not np.isfinite(value - second.values[name]):
             continue

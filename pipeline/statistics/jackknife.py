@@ -31,11 +31,19 @@ class Jackknife:
 
 
 def jackknife(predictions: Predictions) -> Jackknife:
-    """Computes every metric on all sequences and without each. What is not defined is NaN or infinite."""
-    with np.errstate(all="ignore"):
-        found = _regression(predictions) if predictions.classes is None else _classification(predictions)
+    """Computes every metric on all sequences and without each. What is not defined is NaN or infinite.
+
+    Of several head seeds it is the mean of their metrics: without a sequence, the mean of theirs without it.
+    """
+    each = [_metrics(one) for one in predictions.seeds]
+    found = {name: np.mean([one[name] for one in each], axis=0) for name in each[0]}
     values = {name: float(both[0]) for name, both in found.items()}
     return Jackknife(values, {name: both[1:] for name, both in found.items()})
+
+
+def _metrics(predictions: Predictions) -> dict[str, Floats]:
+    with np.errstate(all="ignore"):
+        return _regression(predictions) if predictions.classes is None else _classification(predictions)
 
 
 def _all_and_without(sums: Floats) -> Floats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ class Predictions:
         counts: units of each sequence, all at least 1, shape (sequences,).
         classes: the labels; None where the target is a number.
         rows: of each sequence, where in the data it is from (FILE:ROW); empty where nobody asks.
+        further: what heads of further seeds predicted, each in the shape of `predicted`.
     """
 
     true: npt.NDArray[np.int64] | Floats
@@ -35,6 +36,12 @@ class Predictions:
     counts: npt.NDArray[np.int64]
     classes: Sequence[str] | None = None
     rows: tuple[str, ...] = ()
+    further: tuple[Floats, ...] = ()
+
+    @property
+    def seeds(self) -> list[Predictions]:
+        """Those of each head seed alone."""
+        return [replace(self, predicted=one, further=()) for one in (self.predicted, *self.further)]
 
     def __len__(self) -> int:
         """The number of test sequences."""
@@ -62,12 +69,13 @@ def from_table(table: pa.Table, target: str, probe: bool = False) -> Predictions
     """The predictions of one target from `Scores.table`, or from the Parquet file that is kept of it.
 
     Args:
-        table: a row per unit.
-        target: its name.
-        probe: those of the probe, which are scores where it is a ridge regression on classes; else the head's.
+        table: with a row per unit, or, where it has the column `seed`, per unit and seed of the head.
+        target: the column of the labels.
+        probe: the probe's predictions, the same in the rows of every seed, and not the head's; for ridge on classes
+            they are scores.
 
     Raises:
-        DataError: the table has no such target.
+        DataError: the table has no such target, no probe of it, or not the same units for each seed.
     """
     stem = f"{target}{PROBE}" if probe else target
     names = [f"{target}_target", f"{stem}_prediction", f"{target}_mask"]
@@ -78,13 +86,26 @@ def from_table(table: pa.Table, target: str, probe: bool = False) -> Predictions
             f" {', '.join(table.column_names)}"
         )
     labelled = table.filter(pc.fill_null(table[names[2]], False))
+    first, *others = [_of_seed(one, target, stem) for one in _by_seed(labelled)[: 1 if probe else None]]
+    for other in others:
+        first.check_same_labels(other)
+    return replace(first, further=tuple(other.predicted for other in others))
+
+
+def _by_seed(table: pa.Table) -> list[pa.Table]:
+    """The rows of each seed, in the order in which the seeds come; all rows where there is no such column."""
+    seeds = pc.unique(table["seed"]).to_pylist() if "seed" in table.column_names else []
+    return [table.filter(pc.equal(table["seed"], seed)) for seed in seeds] if len(seeds) > 1 else [table]
+
+
+def _of_seed(labelled: pa.Table, target: str, stem: str) -> Predictions:
     rows = labelled["row"].cast(pa.string()).to_numpy()
     starts = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]]) if len(rows) else np.zeros(0, np.int64)
     counts = np.diff(np.r_[starts, len(rows)]).astype(np.int64)
     of_sequence = tuple(str(row) for row in rows[starts])
-    true = labelled[names[0]].combine_chunks()
-    if f"{stem}_probabilities" not in table.column_names:
-        predicted = labelled[names[1]].to_numpy().astype(np.float64)
+    true = labelled[f"{target}_target"].combine_chunks()
+    if f"{stem}_probabilities" not in labelled.column_names:
+        predicted = labelled[f"{stem}_prediction"].to_numpy().astype(np.float64)
         return Predictions(true.to_numpy(zero_copy_only=False).astype(np.float64), predicted, counts, None, of_sequence)
     probabilities = labelled[f"{stem}_probabilities"].combine_chunks()
     width = probabilities.type.list_size

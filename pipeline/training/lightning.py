@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.training.lightning_package import DescribingIO, pl
 from pipeline.training.measurement import Measurement
 from pipeline.training.monitors import warn_of_monitors
+from pipeline.training.progress import Progress
 from pipeline.training.ranks import LostRankError, Ranks
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class DownstreamValidation(pl.Callback):
         self._trainer: Any = None
         self._run: str | None = None
         self._points: list[tuple[int, dict[str, float]]] = []  # the curve, with what came before an interruption
+        self._progress: dict[str, Any] | None = None  # of rank 0, in the form in which a checkpoint has it
         self._description: dict[str, Any] | None = None  # on rank 0, which writes the checkpoints
         self._rehearsal = False  # whether the trainer only tries a few batches
         self._late = False  # whether the module is to be inspected again when its layers are there
@@ -86,7 +88,7 @@ class DownstreamValidation(pl.Callback):
         _check_strategy(trainer)
         if self._trainer is not None and self._trainer() is not trainer:  # another training, such as another fold
             self._validations, self._last_step, self._run = 0, None, None
-            self._points = []
+            self._points, self._progress = [], None
         self._trainer, self._stage, self._loaded_step = weakref.ref(trainer), stage, None
         self._rehearsal = bool(vars(trainer)["fast_dev_run"])
         # First, so that averaged weights are still in place when this measures. Lightning's loop over the list has come
@@ -96,6 +98,7 @@ class DownstreamValidation(pl.Callback):
         self.ranks.open()
         self._began, self._spent = time.perf_counter(), 0.0
         self.work = Measurement(self.config, trainer, self._run)
+        self._continue_progress()
         # A module may build its layers in one of these hooks, which come later; then it is inspected again.
         kind, base = type(pl_module), pl.LightningModule
         self._late = any(
@@ -171,6 +174,7 @@ class DownstreamValidation(pl.Callback):
             "last_step": self._last_step,
             "run": run or self._run,
             "points": list(self._points),
+            "progress": self.work.progress.state() if self.work else self._progress,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -179,9 +183,16 @@ class DownstreamValidation(pl.Callback):
             self._validations = state_dict["validations"]
             self._last_step = state_dict["last_step"]
             self._points = list(state_dict["points"])
+            self._progress = state_dict.get("progress")
+            self._continue_progress()
         self._run = state_dict["run"]
         if self.work:
             self.work.earlier_run = self._run
+
+    def _continue_progress(self) -> None:
+        """Changes are since the first measurement before an interruption."""
+        if self.work and self._progress is not None:
+            self.work.progress = Progress.from_state(self._progress)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -232,6 +243,7 @@ class DownstreamValidation(pl.Callback):
     def _close(self, status: str) -> None:
         if self.work is not None:
             self._run = self.work.own_run or self._run
+            self._progress = self.work.progress.state()
             self.work.close(status, self._points)
         self.work = None
         self.ranks.close()

@@ -31,9 +31,10 @@ from pipeline.report.tables import step_table
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.mirrors import LoggerTracker, is_kind
-from pipeline.tracking.protocol import FOLDER, NullTracker, Several, Tracker, attempt, guarded
+from pipeline.tracking.protocol import FOLDER, AtStep, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.train_head import make_head
 from pipeline.training.lightning_package import pl
+from pipeline.training.progress import Progress
 from pipeline.training.untouched import untouched
 from pipeline.validation import check, dry_run
 
@@ -47,6 +48,7 @@ class Measurement:
     Attributes:
         earlier_run: key of the MLflow run that an interrupted training had opened, to be continued.
         description: what a `.ckpt` needs to be opened, and how it is measured here; None where that takes a class.
+        progress: what the scores have changed by.
     """
 
     def __init__(self, config: Config, trainer: Any, earlier_run: str | None = None) -> None:
@@ -55,6 +57,7 @@ class Measurement:
         self.trainer = trainer
         self.earlier_run = earlier_run
         self.description: dict[str, Any] | None = None
+        self.progress = Progress()
         self._live: LiveModel | None = None
         self._examples: list[Examples] = []
         self._run: TrainingRun | None = None
@@ -120,7 +123,8 @@ class Measurement:
             several = Several([run.run, *self._loggers])
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
         if run.own and points:
-            run.run.describe(step_table(points, self.config.headlines).markdown())
+            since = f"\n\nChanges (`_delta_start`) are since step {self.progress.start}, the first measurement."
+            run.run.describe(step_table(points, self.config.headlines).markdown() + since)
         attempt("closing of the MLflow run", lambda: run.end(status))
 
     @property
@@ -222,7 +226,10 @@ class Measurement:
                 f"step={step}",
                 examples=self._examples,
             )
-        return validation.metrics_of(scores)
+            changes = self.progress.log(scores, step, tracker, AtStep(Several(self._loggers), step))
+        if self._run is not None:
+            self._run.run.tags({f"{FOLDER}.start": f"step {self.progress.start}"})
+        return validation.metrics_of(scores) | changes
 
     def _save(self, module: Any, step: int) -> Path:
         """Writes `downstream/step=N.ckpt` below the trainer's folder, without the trainer's callbacks and its barrier.

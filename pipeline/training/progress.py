@@ -1,0 +1,131 @@
+"""What scores have changed by in a training: since its first measurement, and since the best one before."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline import validation
+from pipeline.errors import DataError
+from pipeline.statistics.intervals import changes
+from pipeline.statistics.metrics import Change, Metric
+from pipeline.statistics.predictions import from_table
+from pipeline.tracking.protocol import Several, Tracker
+
+if TYPE_CHECKING:
+    from pipeline.score import Scores
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best measurement of a metric so far: at which step, and the metric there."""
+
+    step: int
+    value: float
+
+
+class Progress:
+    """Keeps the predictions of the first measurement of a training, and of the best one of each main metric.
+
+    Attributes:
+        start: the step of the first measurement; None before it.
+    """
+
+    def __init__(self) -> None:
+        """Before the first measurement."""
+        self.start: int | None = None
+        self._best: dict[str, Best] = {}
+        self._tables: dict[tuple[str, int], pa.Table] = {}  # of predictions, by task and step
+
+    def log(self, scores: Sequence[Scores], step: int, tracker: Tracker, mirrors: Tracker) -> dict[str, float]:
+        """Follows a measurement, see `follow`; logs the changes, and why there are none. Returns the changes."""
+        found, notes = self.follow(scores, step)
+        for note in notes:
+            validation.logger.warning("%s", note)
+            tracker.note(note)
+        if found:
+            Several([tracker, mirrors]).metrics(found, step)
+        return found
+
+    def follow(self, scores: Sequence[Scores], step: int) -> tuple[dict[str, float], list[str]]:
+        """Compares a measurement with the first and the best, and keeps what the next one needs.
+
+        Args:
+            scores: of each task.
+            step: of the training.
+
+        Returns:
+            `<metric>_delta_start`, `_delta_best`, their intervals, and `<metric>_p_improved`, of each main metric;
+            and for those without them, why.
+        """
+        found: dict[str, float] = {}
+        notes: list[str] = []
+        if self.start is None:
+            self.start = step
+        for one in scores:
+            for metric in filter(lambda metric: metric.is_headline, one.results):
+                self._compare(one, metric, found, notes)
+                best = self._best.get(metric.key)
+                sign = -1 if metric.lower_is_better else 1
+                if best is None or sign * metric.value > sign * best.value:
+                    self._best[metric.key] = Best(step, metric.value)
+            self._tables.setdefault((one.task_name, step), one.table)
+        needed = {self.start, *(best.step for best in self._best.values())}
+        self._tables = {key: table for key, table in self._tables.items() if key[1] in needed}
+        return found, list(dict.fromkeys(notes))
+
+    def _compare(self, one: Scores, metric: Metric, found: dict[str, float], notes: list[str]) -> None:
+        """Adds what a metric has changed by to `found`, or to `notes` why that cannot be said."""
+        best = self._best.get(metric.key)
+        start = self._tables.get((one.task_name, self.start or 0))
+        if best is None or start is None or metric.interval is None:  # the score has said why there is no interval
+            return
+        try:
+            since_start = self._change(one, metric, start)
+            since_best = self._change(one, metric, self._tables[one.task_name, best.step])
+        except DataError as error:
+            notes.append(f"{metric.key} has no change since step {self.start}: {error}")
+            return
+        for change, since in ((since_start, "start"), (since_best, "best")):
+            if isinstance(change, str):
+                notes.append(f"{metric.key} has no change since the {since}: {change}")
+            else:
+                found |= change.named(metric.key, "start" if since == "start" else "best")
+
+    def _change(self, one: Scores, metric: Metric, before: pa.Table) -> Change | str:
+        """The change since another measurement, or why there is none."""
+        now, then = (from_table(table, metric.target, metric.probe) for table in (one.table, before))
+        every = changes(now, then)
+        return every.values.get(metric.name) or every.refused.get(metric.name, "it is not defined in both")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: numbers, names, and tensors that hold Parquet files."""
+        tables = [(task, step, _packed(table)) for (task, step), table in self._tables.items()]
+        best = {key: (one.step, one.value) for key, one in self._best.items()}
+        return {"start": self.start, "best": best, "tables": tables}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """Continues where `state` was taken."""
+        made = cls()
+        made.start = state["start"]
+        made._best = {key: Best(*values) for key, values in state["best"].items()}
+        made._tables = {(task, step): _unpacked(packed) for task, step, packed in state["tables"]}
+        return made
+
+
+def _packed(table: pa.Table) -> torch.Tensor:
+    """A table as bytes, in a tensor: Lightning may load checkpoints without anything but tensors and numbers."""
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd")
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def _unpacked(packed: torch.Tensor) -> pa.Table:
+    return pq.read_table(pa.BufferReader(packed.cpu().numpy().tobytes()))

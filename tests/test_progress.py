@@ -1,0 +1,66 @@
+"""What scores have changed by in a training: the numbers of the stored predictions, before a resume and after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pyarrow.parquet as pq
+import pytorch_lightning as pl
+from mlflow import MlflowClient
+
+from pipeline import setup_dwnstr_task_validation_callbacks
+from pipeline.statistics.intervals import changes
+from pipeline.statistics.predictions import Predictions, from_table
+from tests.support.data import planted, planted_task, proteins, write_csv
+from tests.support.training import INERT, Busy, Recorder, loader, section, trainer
+
+ACCURACY = "test_label_accuracy"
+
+
+def stored(run_id: str, step: int, folder: Path) -> Predictions:
+    path = f"downstream/step={step}/predictions_downstream.parquet"
+    return from_table(pq.read_table(mlflow.artifacts.download_artifacts(None, run_id, path, str(folder))), "label")
+
+
+def test_changes_are_since_the_start_and_the_best_also_after_a_resume(
+    tmp_path: Path, tracking: str, model_folder: Any
+) -> None:
+    """The training itself is what it is without the callback, to the last bit."""
+    task = planted_task(tmp_path / "data", num_epochs=3)
+    write_csv(tmp_path / "data" / "test" / "x000.csv", planted(proteins(60, 2)))
+    curve: list[tuple[int, dict[str, float]]] = []
+    ends = []
+    for measured in (True, False):
+        path = None
+        for epochs in (2, 4):
+            callbacks: list[Any] = []
+            if measured:
+                callbacks = setup_dwnstr_task_validation_callbacks(section(tmp_path, task, on_start=True))
+            keep = pl.callbacks.ModelCheckpoint(tmp_path / f"kept {measured}", "{step}", save_top_k=-1)
+            recorder = Recorder()
+            pl.seed_everything(4, verbose=False)
+            module = Busy(model_folder("esm"))
+            fit = trainer(tmp_path, [*callbacks, keep, recorder], max_epochs=epochs)
+            fit.fit(module, loader(), loader(shuffle=False), ckpt_path=path, **(INERT if path else {}))
+            path = str(tmp_path / f"kept {measured}" / "step=8.ckpt")
+            ends.append(recorder.end)
+            curve += callbacks[0].curve if measured else []
+    assert ends[:2] == ends[2:]
+    assert [step for step, _ in curve] == [0, 4, 8, 12, 16]
+    (run,) = MlflowClient().search_runs(["0"])
+    assert run.data.tags["downstream.start"] == "step 0"
+    assert "since step 0, the first measurement" in run.data.tags["mlflow.note.content"]
+    predictions = {step: stored(run.info.run_id, step, tmp_path / str(step)) for step, _ in curve}
+    assert not any("delta" in name for name in curve[0][1])
+    for place, (step, metrics) in enumerate(curve[1:], 1):
+        best = max(curve[:place], key=lambda point: point[1][ACCURACY])[0]
+        expected = {
+            **changes(predictions[step], predictions[0]).values["accuracy"].named(ACCURACY, "start"),
+            **changes(predictions[step], predictions[best]).values["accuracy"].named(ACCURACY, "best"),
+        }
+        assert {name: value for name, value in metrics.items() if "delta" in name or "p_improved" in name} == expected
+        for name, value in expected.items():
+            history = MlflowClient().get_metric_history(run.info.run_id, name)
+            assert [point.value for point in history if point.step == step] == [value]
