@@ -77,7 +77,19 @@ class Task:
     num_epochs: int = key("epochs of the head's training", 10, least=0)
     shuffle: bool = key("shuffle the training examples at each epoch", True)
     random_seed: int = key(
-        "seed of the head's weights, dropout and shuffling, and of `max_rows`", 1234, least=0, most=2**63 - 1
+        "seed of the first head's weights, dropout and shuffling, of what is held out, and of `max_rows`",
+        1234,
+        least=0,
+        most=2**63 - 1,
+    )
+    num_seeds: int = key(
+        "heads of the task, with seeds `random_seed`, `random_seed + 1` and so on; scores are the mean of theirs",
+        1,
+        least=1,
+        most=1000,
+    )
+    standardize: bool = key(
+        "train on numbers less their mean, divided by their deviation; losses and scores are in their own units", True
     )
     class_weights: Any = key("`balanced`, or a weight per class (a list of such for several targets)")
     gradient_clip_val: float | None = key("largest norm of a gradient; null: not clipped", least=1e-12)
@@ -96,6 +108,11 @@ class Task:
         "optimiser `name`, `lr` and its options, and its schedule `sched`", lambda: {"name": "adam", "lr": 1e-4}
     )
     head: str | None = field(default=None, metadata={"hidden": True})
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each head; as many as there are, they fit into 63 bits."""
+        return [(self.random_seed + index) % 2**63 for index in range(self.num_seeds)]
 
     @property
     def masks(self) -> list[str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,13 @@ class Data:
         self._masks = [None if mask.all() else torch.from_numpy(mask).to(device) for mask in part.masks]
         self._single = bool((part.counts == 1).all())
         self._buffer = torch.empty(0, device=device)
+
+    def standardise(self, scale: Sequence[tuple[float, float]]) -> None:
+        """From now on batches give labels less a mean, divided by a deviation: one pair per target."""
+        for index, (mean, deviation) in enumerate(scale):
+            if (mean, deviation) != (0, 1):
+                values = (self.part.values[index] - mean) / deviation
+                self._values[index] = torch.from_numpy(values).float().to(self.device)
 
     def batch(self, sequences: Indices) -> Batch:
         """The embeddings and labels of some sequences."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.score import Scores
+    from pipeline.statistics.metrics import Metric
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def plain(text: str) -> str:
 def score_table(scores: Sequence[Scores]) -> Table:
     """A row per metric, beside what a constant guess would reach."""
     results = [metric for one in scores for metric in one.results]
-    rows = [(metric.key, number(metric.value), number(metric.constant)) for metric in results]
+    rows = [(metric.key, score_text(metric), number(metric.constant)) for metric in results]
     return Table(("metric", "score", "constant guess"), rows, title="Scores on the test set")
 
 
@@ -77,6 +78,11 @@ def step_table(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequenc
     """A row per measurement of a training: the step, and some of its metrics."""
     rows = [(str(step), *(number(metrics.get(name)) for name in names)) for step, metrics in points]
     return Table(("step", *names), rows, frozenset(), "Scores on the test set, over the training")
+
+
+def score_text(metric: Metric) -> str:
+    """A metric's value, with its deviation over the seeds where there are several: `0.6420 ± 0.0040`."""
+    return number(metric.value) + ("" if metric.seed_std is None else f" ± {number(metric.seed_std)}")
 
 
 def number(value: float | None) -> str:
