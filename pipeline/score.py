@@ -15,7 +15,8 @@ from pipeline.data.parts import Part, Target
 from pipeline.embed import Embeddings
 from pipeline.heads.architectures import Head
 from pipeline.heads.batches import Data
-from pipeline.heads.fit import loss_of, predict
+from pipeline.heads.fit import predict
+from pipeline.heads.loss import loss_of
 from pipeline.heads.verdict import verdicts
 from pipeline.load import Examples
 from pipeline.statistics.classification import classification
@@ -62,7 +63,7 @@ class Scores:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The values by name, such as `test_3state_accuracy`, each followed by its noise and the ends of its interval."""
+        """The values by name, such as `test_3state_accuracy`, each followed by its noise and its interval's ends."""
         return {name: value for metric in self.results for name, value in metric.named.items()}
 
     @property

@@ -101,7 +101,7 @@ class FittedHead:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Numbers by name: the share of heads from the store, the mean steps of the optimizer, the probe's penalties."""
+        """By name: the share of heads from the store, the mean steps of the optimizer, the probe's penalties."""
         penalties = self.probe.penalties if self.probe else {}
         chosen = {f"{metric_name(name)}{PROBE}_penalty": value for name, value in penalties.items() if value}
         reused, steps = ([getattr(one, name) for one in self.heads] for name in ("reused", "steps"))

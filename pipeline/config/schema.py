@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from pipeline.config.class_paths import ENCODERS, refuse_reference
-from pipeline.config.fields import check_choice, check_values, key, require
+from pipeline.config.fields import check_choice, check_values, key, parse_bytes, require
 from pipeline.errors import ConfigError
 from pipeline.statistics.metrics import LOSS, OF_KIND, PROBE, Metric, metric_name
 
@@ -26,7 +26,6 @@ STORED_DTYPES = ("float32", "float16")
 PROBES = ("ridge", "logistic", "none")
 WANDB_MODES = ("online", "offline", "disabled")
 BOOLEANS = ("True", "False")  # what YAML makes of on, yes and true, and of off, no and false, as text
-BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass
@@ -308,11 +307,3 @@ def check_names(tasks: Sequence[Task]) -> None:
     for first, second in combinations(names, 2):
         same = metric_name(first) == metric_name(second)
         require(not same, f"task_name: '{first}' and '{second}' become one in metric names; rename one")
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes in `500MB`, `2GB`, `1.5GiB` or a plain number. Raises ConfigError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
-    if not match or match[2] not in BYTE_UNITS:
-        raise ConfigError(f"memory_budget: expected a size such as 500MB or 2GB, found '{text}'")
-    return int(float(match[1]) * BYTE_UNITS[match[2]])

@@ -77,10 +77,11 @@ class Data:
             inside = [None if mask is None else mask[number] for mask in masks]
             yield Batch(self._take(some), torch.ones_like(some), [value[number] for value in values], inside)
 
-    def labels(self, sequences: Indices) -> tuple[list[Tensor], list[Tensor]]:
-        """Values and masks of some sequences, on the CPU."""
+    def labels(self, sequences: Indices, exact: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """Values, in float64 where `exact`, and masks of some sequences, on the CPU."""
         units = unit_index(self.part.counts, sequences)
-        return [value[units] for value in _tensors(self.part)], [torch.from_numpy(m[units]) for m in self.part.masks]
+        values = [torch.from_numpy(value) for value in self.part.values] if exact else _tensors(self.part)
+        return [value[units] for value in values], [torch.from_numpy(mask[units]) for mask in self.part.masks]
 
     def _take(self, index: Tensor) -> Tensor:
         """Rows by index, of embeddings in memory."""

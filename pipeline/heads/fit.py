@@ -1,4 +1,4 @@
-"""The loss, and the training of the heads of one task."""
+"""The training of the heads of one task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TypeGuard
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.config.schema import Task
 from pipeline.data.parts import Target, unit_index
@@ -18,67 +17,15 @@ from pipeline.embed import Embeddings
 from pipeline.errors import DataError
 from pipeline.heads.architectures import MLP, Head
 from pipeline.heads.batches import Batch, Data, Indices
+from pipeline.heads.loss import losses_of
 from pipeline.heads.optimizers import ScheduledOptimizer, is_plain, needs_metric
 from pipeline.heads.stack import Stack
 from pipeline.load import Examples
 from pipeline.progress import progress
 
-IGNORED = -100  # the class of a unit that does not count
 Losses = tuple[list[float], list[float]]
 Scale = list[tuple[float, float]]  # per target, what is subtracted from its labels, and what they are divided by
 Backward = Callable[[Batch], Tensor]  # sets the gradients of the heads; returns their losses, shape (heads, targets)
-
-
-def loss_of(
-    outputs: list[Tensor],
-    values: list[Tensor],
-    masks: Sequence[Tensor | None],
-    targets: tuple[Target, ...],
-    weighted: bool = False,
-) -> Tensor:
-    """The sum of `losses_of` over the targets; a scalar."""
-    return losses_of(outputs, values, masks, targets, weighted).sum()
-
-
-def losses_of(
-    outputs: list[Tensor],
-    values: list[Tensor],
-    masks: Sequence[Tensor | None],
-    targets: tuple[Target, ...],
-    weighted: bool = False,
-) -> Tensor:
-    """For each target the mean over unmasked units of cross-entropy or squared error, shape (targets,).
-
-    A target without an unmasked unit adds nothing.
-
-    Args:
-        outputs: per target, shape (units, outputs).
-        values: per target, class indices or numbers, shape (units,).
-        masks: per target, shape (units,), or None where none is masked.
-        targets: what the outputs are.
-        weighted: whether class weights count, as in `torch.nn.CrossEntropyLoss`: in training they do.
-    """
-    losses = []
-    for output, value, mask, target in zip(outputs, values, masks, targets, strict=True):
-        if target.classes is None:
-            wanted = value.to(output.dtype) if mask is None else value.to(output.dtype).where(mask, 0)
-            each = (output[:, 0] - wanted) ** 2
-            losses.append(each.mean() if mask is None else (each * mask).sum() / mask.sum().clamp(min=1))
-            continue
-        wanted = value.long() if mask is None else value.long().where(mask, IGNORED)
-        weight = output.new_tensor(target.weights) if weighted and target.weights else None
-        total = functional.cross_entropy(output, wanted, weight, ignore_index=IGNORED, reduction="sum")
-        losses.append(total / _mass(wanted, weight))
-    return torch.stack(losses)
-
-
-def _mass(wanted: Tensor, weight: Tensor | None) -> Tensor | int:
-    """The divisor of a sum of cross-entropies: the unmasked units' number, or sum of weights; 1 where that is 0."""
-    counted = wanted != IGNORED
-    if weight is None:
-        return counted.sum().clamp(min=1)
-    mass = (weight[wanted.where(counted, 0)] * counted).sum()
-    return mass.where(mass > 0, 1)
 
 
 @torch.no_grad()
@@ -175,7 +122,8 @@ class _Split:
     def val_losses(self, head: Head) -> Tensor:
         """The loss of each target over all validation examples, in the labels' own units, shape (targets,)."""
         outputs = predict(head, self._val_data, self._val, self.examples.task.batch_size)
-        return losses_of(outputs, *self._val_data.labels(self._val), self.examples.targets)
+        labels = self._val_data.labels(self._val, exact=self.scale is not None)  # float32 is too coarse far from 0
+        return losses_of(outputs, *labels, self.examples.targets)
 
     def _hold_out(self) -> tuple[Indices, Indices]:
         task, count, held_out = self.examples.task, len(self.train), _held_out(self.examples)

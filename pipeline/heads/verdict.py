@@ -76,6 +76,8 @@ def verdicts(examples: Examples, fitted: FittedHead, results: Sequence[Metric]) 
 
 def _steps(heads: Sequence[SeedHead]) -> str:
     least, most = min(one.steps for one in heads), max(one.steps for one in heads)
+    if most == 1:
+        return "1 optimizer step"
     return f"{most:,} optimizer steps" if least == most else f"{least:,} to {most:,} optimizer steps"
 
 
