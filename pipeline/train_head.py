@@ -148,9 +148,9 @@ def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> Fi
     probe = fit_probe(embeddings) if task.probe != "none" else None
     result = []
     for index, (seed, head, stored) in enumerate(zip(task.seeds, heads, found, strict=True)):
-        losses, val_losses = stored or trained[index]
-        steps = steps_of(embeddings.examples, len(losses))
-        result.append(SeedHead(seed, head.eval(), losses, val_losses, steps, stored is not None))
+        curves = stored or trained[index]
+        steps = steps_of(embeddings.examples, len(curves[0]))
+        result.append(SeedHead(seed, head.eval(), *curves, steps, stored is not None))
     return FittedHead(tuple(result), probe, notes + (probe.notes if probe else ()))
 
 

@@ -76,10 +76,10 @@ class _FitState:
             raise DataError(f"task '{self.task.task_name}': {found}; {remedy}")
         self.losses.append(loss)
         if self.task.patience is not None:
-            found = split.val_losses(self.head)
-            self.val_losses.append(float(found.sum()))
+            of_targets = split.val_losses(self.head)
+            self.val_losses.append(float(of_targets.sum()))
             self._epochs_since += 1
-            compared = float((found / split.squares).sum())  # each target counts as in training
+            compared = float((of_targets / split.squares).sum())  # each target counts as in training
             if compared < self._least:
                 self._least, self._epochs_since = compared, 0
                 self._best = copy.deepcopy(self.head.state_dict())

@@ -22,7 +22,8 @@ from pipeline.statistics.metrics import LOSS, Metric
 if TYPE_CHECKING:
     from pipeline.train_head import FittedHead, SeedHead
 
-FALLING = 0.02  # of the constant guess's loss, from the second last tenth of the epochs to the last
+FALLING = 0.1  # of what is explained at the end, added from the second last tenth of the epochs to the last
+LEAST = 0.01  # of an explained share: less is the noise of a few epochs
 GAP = 0.4  # of explained shares between train and test set
 TO_95 = 1.96  # standard errors from the middle to the end of an interval
 Array = npt.NDArray[Any]
@@ -35,7 +36,8 @@ class _Shares:
     Attributes:
         train: of the training loss in the epoch whose weights are kept, mean over the heads.
         test: of the test loss, mean over the heads.
-        last, before: of the training loss in the last tenth of the epochs, and in the tenth before.
+        last, before: in the last tenth of the epochs, and in the tenth before: of the validation loss where there is
+            one, else of the training loss, which also falls as a head learns its train set by heart.
     """
 
     train: float
@@ -69,9 +71,15 @@ def verdicts(examples: Examples, fitted: FittedHead, results: Sequence[Metric]) 
             f"the head fits its train set and not the test set: it explains {shares.train:.0%} of the training loss and"
             f" {shares.test:.0%} of the test loss, after {steps}: {remedy}{set_patience}, or give it more train rows"
         )
-    if shares.last - shares.before > FALLING and not overfits:
-        found.append(f"the training loss was still falling at the end, after {steps}: {_more(examples.task)}")
+    to_the_end = any(len(one.losses) == examples.task.num_epochs for one in fitted.heads)
+    if to_the_end and _still_falling(shares) and not overfits:
+        loss = "training" if examples.task.patience is None else "validation"
+        found.append(f"the {loss} loss was still falling at the end, after {steps}: {_more(examples.task)}")
     return found
+
+
+def _still_falling(shares: _Shares) -> bool:
+    return shares.last - shares.before > max(LEAST, FALLING * shares.last)
 
 
 def _steps(heads: Sequence[SeedHead]) -> str:
@@ -83,8 +91,8 @@ def _steps(heads: Sequence[SeedHead]) -> str:
 
 def _more(task: Task) -> str:
     """How to have a head learn more."""
-    until = "" if task.patience is None else " or patience"
-    return f"raise num_epochs{until} or optim.lr, or lower batch_size"
+    keys = "num_epochs or optim.lr" if task.patience is None else "num_epochs, patience or optim.lr"
+    return f"raise {keys}, or lower batch_size"
 
 
 def _no_better(metric: Metric) -> bool:
@@ -104,7 +112,7 @@ def _shares(examples: Examples, heads: Sequence[SeedHead], results: Sequence[Met
     if test is None or not heads[0].losses or train_guess <= 0 or test_guess <= 0:
         return None
     kept = [one.losses[int(np.argmin(one.val_losses)) if one.val_losses else -1] for one in heads]
-    last, before = zip(*(_tenths(one.losses) for one in heads), strict=True)
+    last, before = zip(*(_tenths(one.val_losses or one.losses) for one in heads), strict=True)
     losses = fmean(kept) / train_guess, test / test_guess, fmean(last) / train_guess, fmean(before) / train_guess
     return _Shares(*(1 - loss for loss in losses))
 
