@@ -83,7 +83,7 @@ class Task:
     )
     num_seeds: int = key(
         "heads of the task, with seeds `random_seed`, `random_seed + 1` and so on; scores are the mean of theirs",
-        1,
+        3,
         least=1,
         most=1000,
     )
