@@ -34,7 +34,8 @@ from pipeline.embed import Embeddings, embed
 from pipeline.encoders.protocol import Encoder
 from pipeline.heads.architectures import Dropout, Head
 from pipeline.heads.batches import Batch, Data
-from pipeline.heads.fit import fit, loss_of
+from pipeline.heads.fit import fit
+from pipeline.heads.loss import loss_of
 from pipeline.load import Examples
 from pipeline.train_head import make_head
 

@@ -29,7 +29,7 @@ from timing import write
 from torch import Tensor
 
 from pipeline import Store, Task
-from pipeline.config.schema import parse_bytes
+from pipeline.config.fields import parse_bytes
 from pipeline.embed import embed
 from pipeline.encoders.protocol import Encoder
 from pipeline.load import load

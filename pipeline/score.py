@@ -11,15 +11,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from pipeline.data.parts import Part, Target
+from pipeline.data.parts import Target
 from pipeline.embed import Embeddings
+from pipeline.heads.architectures import Head
 from pipeline.heads.batches import Data
-from pipeline.heads.fit import loss_of, predict
+from pipeline.heads.fit import predict
+from pipeline.heads.loss import loss_of
+from pipeline.heads.verdict import verdicts
 from pipeline.load import Examples
 from pipeline.statistics.classification import classification
 from pipeline.statistics.intervals import intervals
-from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, PROBE, Metric, TargetMetrics
-from pipeline.statistics.predictions import Floats, from_table
+from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, PROBE, Metric, TargetMetrics, over_seeds
+from pipeline.statistics.predictions import Floats, first_seed, from_table, to_table
 from pipeline.statistics.regression import regression
 from pipeline.train_head import FittedHead
 
@@ -33,12 +36,14 @@ class Scores:
 
     Attributes:
         examples: what was scored.
-        results: the metrics, over the whole test set: the loss, the head's for each target, then the probe's.
+        results: the metrics, over the whole test set: the loss, and those of the head, for each target, as the mean
+            over its seeds; then the probe's.
         omitted: by name, why further metrics are not defined on this data.
-        table: the predictions, a row per unit of the test set: `row` (FILE:ROW), `position` in token-level tasks, and
-            for each target `<target>_target`, `_mask`, `_prediction` and, for classes, `_probabilities`; where there is
-            a probe `<target>_probe_prediction` and `_probe_probabilities`, for ridge its scores.
-        losses: the head's mean training loss at each epoch.
+        table: the predictions, for each seed of the head a row per unit of the test set: `seed`, `row` (FILE:ROW),
+            `position` in token-level tasks, and for each target `<target>_target`, `_mask`, `_prediction` and, for
+            classes, `_probabilities`; where there is a probe `<target>_probe_prediction` and `_probe_probabilities`,
+            the same for each seed, and for ridge its scores. One seed stands behind another.
+        losses: the first head's mean training loss at each epoch.
         val_losses: with `patience`, the loss on the validation examples after each epoch.
         notes: warnings about the scores.
         earlier_notes: warnings from the stages before.
@@ -60,17 +65,18 @@ class Scores:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The values by name, such as `test_3state_accuracy`, each followed by the ends of its interval."""
-        named: dict[str, float] = {}
-        for metric in self.results:
-            named[metric.key] = metric.value
-            named |= metric.interval.named(metric.key) if metric.interval else {}
-        return named
+        """The values by name, such as `test_3state_accuracy`, each followed by its noise and its interval's ends."""
+        return {name: value for metric in self.results for name, value in metric.named.items()}
 
     @property
     def constant(self) -> dict[str, float]:
         """By name, where it says something: what the best constant guess from the train labels reaches."""
         return {metric.key: metric.constant for metric in self.results if metric.constant is not None}
+
+    @property
+    def first_seed(self) -> pa.Table:
+        """The predictions of the first head, which pictures show."""
+        return first_seed(self.table)
 
     @property
     def predictions(self) -> pd.DataFrame:
@@ -84,65 +90,63 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
 
     Args:
         embeddings: of the test part.
-        fitted: the head.
+        fitted: the heads, and the probe.
         in_list: the task is one of a list, where the names of metrics begin with the task's.
     """
     examples = embeddings.examples
-    targets, part = examples.targets, examples.test
     task_name = examples.task.task_name if in_list else ""
-    outputs = _predict(embeddings, fitted)
-    loss = float(loss_of(outputs, _tensors(part.values), _tensors(part.masks), targets))
-    answers = {"": [_answers(output.numpy(), target) for output, target in zip(outputs, targets, strict=True)]}
-    if fitted.probe is not None:
-        answers[PROBE] = fitted.probe.predict(embeddings.rows("test"), part)
-    results, omitted = _results(examples, answers, task_name)
-    results.insert(0, Metric(task_name, "", LOSS, loss))
-    for metric in results:
-        if not np.isfinite(metric.value):
-            source = "probe" if metric.probe else "head"
-            omitted[metric.key] = f"it is {metric.value}: the labels or the {source}'s outputs are out of range"
-    table = _table(part, targets, answers)
-    finite, refused = _with_intervals([metric for metric in results if np.isfinite(metric.value)], table, targets)
+    of_probe = {PROBE: fitted.probe.predict(embeddings.rows("test"), examples.test)} if fitted.probe else {}
+    measured, tables = [], []
+    for one in fitted.heads:
+        outputs = _predict(embeddings, one.head)
+        answers = [_answers(output, target) for output, target in zip(outputs, examples.targets, strict=True)]
+        found, why = _results(examples, answers, task_name)
+        measured.append(([_loss(examples, outputs, task_name), *found], why))
+        tables.append(to_table(examples.test, examples.targets, {"": answers, **of_probe}, one.seed))
+    results, omitted = over_seeds([_finite(*one) for one in measured])
+    if of_probe:
+        found, why = _finite(*_results(examples, of_probe[PROBE], task_name, probe=True))
+        results, omitted = results + found, omitted | why
+    table = pa.concat_tables(tables).combine_chunks()
+    with_intervals, refused = _with_intervals(results, table, examples.targets)
     notes = [f"{names} left out: {reason}" for reason, names in _by_reason(omitted, ("is", "are")).items()]
     notes += [f"{names}: {reason}" for reason, names in _by_reason(refused).items()]
-    worse = [
-        one.key
-        for one in finite
-        if one.name == "mse" and not one.probe and one.constant is not None and one.value > one.constant
-    ]
-    if worse:
-        remedy = "train longer, raise optim.lr, or bring the labels to a mean of 0 and a deviation of 1"
-        notes.append(f"{', '.join(worse)} is worse than a constant guess: {remedy}")
     return Scores(
         examples,
-        finite,
+        with_intervals,
         omitted,
         table,
         fitted.losses,
         fitted.val_losses,
-        tuple(notes),
+        tuple(notes + verdicts(examples, fitted, with_intervals)),
         examples.notes + embeddings.notes + fitted.notes,
     )
 
 
 def _results(
-    examples: Examples, answers: dict[str, list[Floats]], task_name: str
+    examples: Examples, answers: list[Floats], task_name: str, probe: bool = False
 ) -> tuple[list[Metric], dict[str, str]]:
-    """The metrics of head and probe, see `_table`, and by name why others are not defined."""
+    """The metrics of a head or a probe, and by name why others are not defined."""
     results, omitted, test = [], dict[str, str](), examples.test
-    guesses = [_constant(examples, index) for index in range(len(examples.targets))]
-    for who, answer in answers.items():
-        of_targets = zip(examples.targets, answer, test.values, test.masks, guesses, strict=True)
-        for target, numbers, true, mask, guess in of_targets:
-            found = _metrics_of(numbers[mask], true[mask], target)
-            for name in (*found.values, *found.omitted):
-                value, constant = found.values.get(name, math.nan), guess.get(name)
-                metric = Metric(task_name, target.name, name, value, constant, probe=who == PROBE)
-                if name in found.values:
-                    results.append(metric)
-                else:
-                    omitted[metric.key] = found.omitted[name]
+    for index, (target, numbers) in enumerate(zip(examples.targets, answers, strict=True)):
+        mask, guess = test.masks[index], _constant(examples, index)
+        found = _metrics_of(numbers[mask], test.values[index][mask], target)
+        results += [
+            Metric(task_name, target.name, name, value, guess.get(name), probe=probe)
+            for name, value in found.values.items()
+        ]
+        undefined = {Metric(task_name, target.name, name, probe=probe).key: why for name, why in found.omitted.items()}
+        omitted.update(undefined)
     return results, omitted
+
+
+def _finite(results: list[Metric], omitted: dict[str, str]) -> tuple[list[Metric], dict[str, str]]:
+    """The metrics that are finite numbers, and by name why others are left out."""
+    for metric in results:
+        if not math.isfinite(metric.value):
+            source = "probe" if metric.probe else "head"
+            omitted[metric.key] = f"it is {metric.value}: the labels or the {source}'s outputs are out of range"
+    return [metric for metric in results if math.isfinite(metric.value)], omitted
 
 
 def _with_intervals(
@@ -182,21 +186,28 @@ def _by_reason(reasons: dict[str, str], verbs: tuple[str, str] = ("", "")) -> di
     return words
 
 
-def _predict(embeddings: Embeddings, fitted: FittedHead) -> list[torch.Tensor]:
-    """For each target, the head's outputs on the test part, shape (units, outputs)."""
-    part, device = embeddings.examples.test, next(fitted.head.parameters()).device
+def _predict(embeddings: Embeddings, head: Head) -> list[torch.Tensor]:
+    """For each target, a head's outputs on the test part, shape (units, outputs)."""
+    part, device = embeddings.examples.test, next(head.parameters()).device
     with torch.autocast(device.type, enabled=False):
         data, batch_size = Data(embeddings.rows("test"), part, device), embeddings.examples.task.batch_size
-        return predict(fitted.head, data, np.arange(len(part)), batch_size)
+        return predict(head, data, np.arange(len(part)), batch_size)
+
+
+def _loss(examples: Examples, outputs: list[torch.Tensor], task_name: str) -> Metric:
+    """The test loss of a head, over all targets."""
+    part = examples.test
+    loss = loss_of(outputs, _tensors(part.values), _tensors(part.masks), examples.targets)
+    return Metric(task_name, "", LOSS, float(loss))
 
 
 def _tensors(arrays: list[Any]) -> list[torch.Tensor]:
     return [torch.from_numpy(array) for array in arrays]
 
 
-def _answers(output: Floats, target: Target) -> Floats:
+def _answers(output: torch.Tensor, target: Target) -> Floats:
     """A head's outputs to numbers or probabilities, shape (units, outputs)."""
-    return output if target.classes is None else np.asarray(torch.softmax(torch.from_numpy(output), dim=1).numpy())
+    return np.asarray((output if target.classes is None else torch.softmax(output, dim=1)).numpy())
 
 
 def _metrics_of(answers: Floats, true: npt.NDArray[Any], target: Target) -> TargetMetrics:
@@ -216,33 +227,3 @@ def _constant(examples: Examples, index: int) -> dict[str, float]:
         answers[:, np.bincount(known).argmax()] = 1
     found = _metrics_of(answers, true, target).values
     return {name: value for name, value in found.items() if name in HAVE_CONSTANT}
-
-
-def _table(part: Part, targets: tuple[Target, ...], answers: dict[str, list[Floats]]) -> pa.Table:
-    """One row per unit, from which anyone can compute each metric again; `answers` of the head, and of the probe."""
-    rows = np.repeat(np.arange(len(part)), part.counts)
-    columns: dict[str, pa.Array] = {"row": pa.DictionaryArray.from_arrays(rows.astype(np.int32), part.rows)}
-    if len(rows) != len(part) or part.counts.max() > 1:
-        first = np.repeat(np.cumsum(part.counts) - part.counts, part.counts)
-        columns["position"] = pa.array((np.arange(len(rows)) - first).astype(np.int32))
-    for index, (target, value, mask) in enumerate(zip(targets, part.values, part.masks, strict=True)):
-        names = [*(target.classes or ()), *(f"class {i}" for i in range(len(target.classes or ()), target.outputs))]
-        numbers = target.classes is None
-        columns[f"{target.name}_target"] = pa.array(value, mask=~mask) if numbers else _labels(value, names, ~mask)
-        columns[f"{target.name}_mask"] = pa.array(mask)
-        for who, found in answers.items():
-            stem, answer = f"{target.name}{who}", found[index]
-            if numbers:
-                columns[f"{stem}_prediction"] = pa.array(answer[:, 0])
-            else:
-                columns[f"{stem}_prediction"] = _labels(answer.argmax(1), names, None)
-                columns[f"{stem}_probabilities"] = _lists(answer)
-    return pa.table(columns)
-
-
-def _labels(indices: npt.NDArray[Any], names: list[str], null: npt.NDArray[np.bool_] | None) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(pa.array(indices.astype(np.int32), mask=null), names)
-
-
-def _lists(values: npt.NDArray[np.float64]) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])

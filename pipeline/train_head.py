@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from pipeline.embed import Embeddings
 from pipeline.encoders.code_digest import code_digest, no_reuse
 from pipeline.errors import CacheError
 from pipeline.heads.architectures import MLP, ConvNet, Head
-from pipeline.heads.fit import Losses, fit
+from pipeline.heads.fit import Losses, fit, steps_of
 from pipeline.heads.probe import Probe, fit_probe
 from pipeline.statistics.metrics import PROBE, metric_name
 from pipeline.store.embedding_table import FORMAT, Store
@@ -35,7 +36,7 @@ FIT_SETTINGS = (
     "batch_size",
     "num_epochs",
     "shuffle",
-    "random_seed",
+    "standardize",
     "optim",
     "patience",
     "val_fraction",
@@ -44,41 +45,77 @@ FIT_SETTINGS = (
 
 
 @dataclass(frozen=True)
-class FittedHead:
-    """A trained head, in evaluation mode.
+class SeedHead:
+    """A trained head of one seed, in evaluation mode.
 
     Attributes:
+        seed: of its weights, batches and dropout.
         head: the module.
-        losses: mean training loss of each epoch.
+        losses: mean training loss of each epoch, in the labels' own units.
         val_losses: with `patience`, the loss on the validation examples after each epoch.
+        steps: of the optimizer.
         reused: whether it was read from the store: same embeddings, labels, settings, device, threads and torch.
-        probe: the head in closed form beside it; None where the task wants none.
-        notes: warnings for whoever reads the result.
     """
 
+    seed: int
     head: Head
     losses: list[float]
     val_losses: list[float]
+    steps: int
     reused: bool
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """The trained heads of a task.
+
+    Attributes:
+        heads: one for each seed; pictures and serving use the first.
+        probe: the head in closed form beside them; None where the task wants none.
+        notes: warnings for whoever reads the result.
+    """
+
+    heads: tuple[SeedHead, ...]
     probe: Probe | None = None
     notes: tuple[str, ...] = ()
 
     @property
+    def head(self) -> Head:
+        """The module of the first seed."""
+        return self.heads[0].head
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean training loss of each epoch, of the first seed."""
+        return self.heads[0].losses
+
+    @property
+    def val_losses(self) -> list[float]:
+        """With `patience`, the loss on the validation examples after each epoch, of the first seed."""
+        return self.heads[0].val_losses
+
+    @property
+    def reused(self) -> bool:
+        """Whether all heads were read from the store."""
+        return all(one.reused for one in self.heads)
+
+    @property
     def metrics(self) -> dict[str, float]:
-        """Numbers by name."""
+        """By name: the share of heads from the store, the mean steps of the optimizer, the probe's penalties."""
         penalties = self.probe.penalties if self.probe else {}
         chosen = {f"{metric_name(name)}{PROBE}_penalty": value for name, value in penalties.items() if value}
-        return {"reused": float(self.reused), **chosen}
+        reused, steps = ([getattr(one, name) for one in self.heads] for name in ("reused", "steps"))
+        return {"reused": fmean(reused), "optimizer_steps": fmean(steps), **chosen}
 
     @property
     def curves(self) -> dict[str, list[float]]:
-        """Losses by name, one for each epoch."""
+        """Losses of the first seed by name, one for each epoch."""
         curves = {"train_loss": self.losses, "val_loss": self.val_losses}
         return {name: losses for name, losses in curves.items() if losses}
 
 
 def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> FittedHead:
-    """Trains a fresh head on the train part, or takes it from the store where the same fit was made before.
+    """Trains a fresh head for each seed on the train part, or takes it from the store where that was done before.
 
     The probe is fitted to the same embeddings.
 
@@ -90,24 +127,36 @@ def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> Fi
     task, targets = embeddings.examples.task, embeddings.examples.targets
     code = code_digest(import_class(task.head, "class", LEVELS)) if task.head else ""
     reusable = code is not None and embeddings.reusable
-    path = store.root.expanduser() / "heads" / f"{_key(embeddings, code, device)}.safetensors"
+    folder, width = store.root.expanduser() / "heads", embeddings.table.hidden_size
+    paths = [folder / f"{_key(embeddings, seed, code, device)}.safetensors" for seed in task.seeds]
     with (  # the caller's modes and random states come back afterwards
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
-        torch.manual_seed(task.random_seed)  # for layers of a user's own head
-        head = make_head(task, embeddings.table.hidden_size, targets, device)
-        losses = _restore(head, path) if reusable else None
-        reused = losses is not None
-        if losses is None:
-            (losses,) = fit([head], [task.random_seed], embeddings, device)
-            if reusable:
-                _keep(head, losses, path)
-    notes = (no_reuse(type(head), "heads are trained"),) if code is None else ()
+        heads = [_fresh(task, seed, width, targets, device) for seed in task.seeds]
+        found = [_restore(head, path) if reusable else None for head, path in zip(heads, paths, strict=True)]
+        missing = [index for index, losses in enumerate(found) if losses is None]
+        trained = dict[int, Losses]()
+        if missing:
+            fitted = fit([heads[i] for i in missing], [task.seeds[i] for i in missing], embeddings, device)
+            trained = dict(zip(missing, fitted, strict=True))
+        for index, losses in trained.items() if reusable else ():
+            _keep(heads[index], losses, paths[index])
+    notes = (no_reuse(type(heads[0]), "heads are trained"),) if code is None else ()
     probe = fit_probe(embeddings) if task.probe != "none" else None
-    return FittedHead(head.eval(), *losses, reused, probe, notes + (probe.notes if probe else ()))
+    result = []
+    for index, (seed, head, stored) in enumerate(zip(task.seeds, heads, found, strict=True)):
+        curves = stored or trained[index]
+        steps = steps_of(embeddings.examples, len(curves[0]))
+        result.append(SeedHead(seed, head.eval(), *curves, steps, stored is not None))
+    return FittedHead(tuple(result), probe, notes + (probe.notes if probe else ()))
+
+
+def _fresh(task: Task, seed: int, hidden_size: int, targets: tuple[Target, ...], device: torch.device) -> Head:
+    torch.manual_seed(seed)  # for layers of a user's own head
+    return make_head(replace(task, random_seed=seed), hidden_size, targets, device)
 
 
 def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...], device: torch.device) -> Head:
@@ -123,8 +172,12 @@ def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...], device:
     return head
 
 
-def _key(embeddings: Embeddings, code: str | None, device: torch.device) -> str:
-    """A digest of everything that a fit depends on; `code` is the digest of a user's own head."""
+def _key(embeddings: Embeddings, seed: int, code: str | None, device: torch.device) -> str:
+    """A digest of everything that the fit of a head depends on; `code` is the digest of a user's own head.
+
+    Other seeds of the task count only where they draw what is held out: a task of more heads reuses those that are
+    there.
+    """
     task, examples = embeddings.examples.task, embeddings.examples
     parts: dict[str, Any] = {
         "format": FORMAT,
@@ -133,6 +186,8 @@ def _key(embeddings: Embeddings, code: str | None, device: torch.device) -> str:
         "val": examples.val.digest if examples.val else None,
         "targets": [(target.outputs, target.classes is None, target.weights) for target in examples.targets],
         "fit": [getattr(task, name) for name in FIT_SETTINGS],
+        "seed": seed,
+        "held out by": task.random_seed if task.patience is not None and examples.val is None else None,
         "head": task.head and [task.head, code],
         "machine": [device.type, torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.__version__],
     }
@@ -145,10 +200,12 @@ def _restore(head: Head, path: Path) -> Losses | None:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             losses, val_losses = json.loads(file.metadata()["losses"])
+            scale = json.loads(file.metadata()["scale"])
         shapes = {name: value.shape for name, value in head.state_dict().items()}
         if {name: value.shape for name, value in state.items()} != shapes:
             return None
         head.load_state_dict(state)
+        head.label_scale = scale and [(mean, deviation) for mean, deviation in scale]
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
         return None
     return losses, val_losses
@@ -158,7 +215,8 @@ def _keep(head: Head, losses: Losses, path: Path) -> None:
     state = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
     try:
         with temporary_folder(path.parent) as folder:
-            save_file(state, folder / path.name, metadata={"losses": json.dumps(losses)})
+            metadata = {"losses": json.dumps(losses), "scale": json.dumps(head.label_scale)}
+            save_file(state, folder / path.name, metadata=metadata)
             (folder / path.name).replace(path)
     except (OSError, SafetensorError) as error:
         raise CacheError(f"store: '{path.parent}' cannot be written ({error}); set store to another folder") from error

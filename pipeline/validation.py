@@ -234,8 +234,10 @@ def _log_embed(embeddings: Sequence[Embeddings], encoder: Encoder, store: Store,
 
 
 def _log_head(head: FittedHead, name: str, run: Tracker) -> None:
-    state = "taken from the store" if head.reused else "trained"
-    logger.info("train_head  %s: %s, %d epochs", name, state, len(head.losses))
+    count, stored = len(head.heads), sum(one.reused for one in head.heads)
+    state = {0: "trained", count: "taken from the store"}.get(stored, f"{stored} of {count} taken from the store")
+    heads, steps = f"{count} heads " if count > 1 else "", max(one.steps for one in head.heads)
+    logger.info("train_head  %s: %s%s, %d epochs, %d steps", name, heads, state, len(head.losses), steps)
     for curve, losses in head.curves.items():
         for epoch, loss in enumerate(losses, 1):
             run.metrics({curve: loss}, step=epoch)

@@ -57,7 +57,7 @@ class Job:
         self.ckpt = str(model_folder("esm"))
         self.config = folder / "config.yaml"
         self.arguments: list[str] = []
-        self.task: dict[str, Any] = {"num_epochs": 1, "dataset_path": str(folder / "data"), **NUMBER}
+        self.task: dict[str, Any] = {"num_epochs": 1, "num_seeds": 1, "dataset_path": str(folder / "data"), **NUMBER}
         self.section: dict[str, Any] = {"store": str(folder / "store"), "device": "cpu"}
         for part in ("train", "test"):
             self.write(part, ROWS)

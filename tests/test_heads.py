@@ -20,7 +20,8 @@ from pipeline.embed import embed
 from pipeline.heads import optimizers as optim
 from pipeline.heads.architectures import MLP, ConvNet, Dropout, Head
 from pipeline.heads.batches import Batch
-from pipeline.heads.fit import fit, loss_of
+from pipeline.heads.fit import fit
+from pipeline.heads.loss import loss_of
 from pipeline.heads.stack import Stack
 from pipeline.load import load
 from pipeline.store.embedding_table import Store

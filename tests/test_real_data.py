@@ -120,7 +120,13 @@ def test_the_main_job_on_real_data(
     task: dict[str, Any],
 ) -> None:
     ckpt = model_folder(model[0], **model[1])
-    settings = {"dataset_path": str(shared_data / name), "task_name": name, "num_epochs": 2, "max_seq_length": 300}
+    settings = {
+        "dataset_path": str(shared_data / name),
+        "task_name": name,
+        "num_epochs": 2,
+        "num_seeds": 1,
+        "max_seq_length": 300,
+    }
     optim = {"name": "adam", "lr": 0.001}
     client, run = run_main(tracking, tmp_path, {"dataset": {**settings, "optim": optim, **task}}, ckpt)
     path = client.download_artifacts(run.info.run_id, f"predictions_{name}.parquet", str(tmp_path))

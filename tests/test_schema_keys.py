@@ -26,7 +26,8 @@ from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.heads.architectures import Head
-from pipeline.heads.fit import fit, loss_of
+from pipeline.heads.fit import fit
+from pipeline.heads.loss import loss_of
 from pipeline.load import load
 from pipeline.score import Scores
 from pipeline.store.embedding_table import Store
@@ -58,6 +59,8 @@ ELSEWHERE = {
     "figures": "test_figures.py",
     "journal": "test_journal.py",
     "architecture": "test_encoders.py: test_a_lightning_checkpoint_that_describes_itself",
+    "num_seeds": "test_seeds.py: test_key_num_seeds",
+    "standardize": "test_seeds.py: test_key_standardize",
     "max_seq_length": "test_load.py: test_long_sequences_go_out_whole_and_are_counted",
     "dataset_path": "every test",
     "target_column": "test_validation.py: test_several_heads_with_a_mask_for_one_of_them",
@@ -595,7 +598,7 @@ class TypedHead(Head):
 DIGEST
 module = Module()
 for _ in range(2):
-    task = Task(level="token", task_type="classification", dataset_path=sys.argv[1], target_column=["label"],
+    task = Task(level="token", num_seeds=1, task_type="classification", dataset_path=sys.argv[1], target_column=["label"],
                 num_epochs=1, head="__main__.TypedHead")
     (scores,) = validate(LiveModel(module).encoder(module), task, Store(Path(sys.argv[2])))
 """

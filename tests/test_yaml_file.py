@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from pipeline.__main__ import main
-from pipeline.config.schema import Config, parse_bytes
+from pipeline.config.fields import parse_bytes
+from pipeline.config.schema import Config
 from pipeline.config.yaml_file import config_from, read_config, to_yaml
 from pipeline.data.tables import expand
 from pipeline.errors import ConfigError

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import field, fields
 from typing import Any
 
 from pipeline.errors import ConfigError, nearest
+
+BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def key(text: str, default: Any = None, **limits: Any) -> Any:
@@ -42,3 +45,11 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in `500MB`, `2GB`, `1.5GiB` or a plain number. Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
+    if not match or match[2] not in BYTE_UNITS:
+        raise ConfigError(f"memory_budget: expected a size such as 500MB or 2GB, found '{text}'")
+    return int(float(match[1]) * BYTE_UNITS[match[2]])

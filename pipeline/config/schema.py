@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from pipeline.config.class_paths import ENCODERS, refuse_reference
-from pipeline.config.fields import check_choice, check_values, key, require
+from pipeline.config.fields import check_choice, check_values, key, parse_bytes, require
 from pipeline.errors import ConfigError
 from pipeline.statistics.metrics import LOSS, OF_KIND, PROBE, Metric, metric_name
 
@@ -26,7 +26,6 @@ STORED_DTYPES = ("float32", "float16")
 PROBES = ("ridge", "logistic", "none")
 WANDB_MODES = ("online", "offline", "disabled")
 BOOLEANS = ("True", "False")  # what YAML makes of on, yes and true, and of off, no and false, as text
-BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass
@@ -77,7 +76,19 @@ class Task:
     num_epochs: int = key("epochs of the head's training", 10, least=0)
     shuffle: bool = key("shuffle the training examples at each epoch", True)
     random_seed: int = key(
-        "seed of the head's weights, dropout and shuffling, and of `max_rows`", 1234, least=0, most=2**63 - 1
+        "seed of the first head's weights, dropout and shuffling, of what is held out, and of `max_rows`",
+        1234,
+        least=0,
+        most=2**63 - 1,
+    )
+    num_seeds: int = key(
+        "heads of the task, with seeds `random_seed`, `random_seed + 1` and so on; scores are the mean of theirs",
+        3,
+        least=1,
+        most=1000,
+    )
+    standardize: bool = key(
+        "train on numbers less their mean, divided by their deviation; losses and scores are in their own units", True
     )
     class_weights: Any = key("`balanced`, or a weight per class (a list of such for several targets)")
     gradient_clip_val: float | None = key("largest norm of a gradient; null: not clipped", least=1e-12)
@@ -96,6 +107,11 @@ class Task:
         "optimiser `name`, `lr` and its options, and its schedule `sched`", lambda: {"name": "adam", "lr": 1e-4}
     )
     head: str | None = field(default=None, metadata={"hidden": True})
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each head; as many as there are, they fit into 63 bits."""
+        return [(self.random_seed + index) % 2**63 for index in range(self.num_seeds)]
 
     @property
     def masks(self) -> list[str | None]:
@@ -294,11 +310,3 @@ def check_names(tasks: Sequence[Task]) -> None:
     for first, second in combinations(names, 2):
         same = metric_name(first) == metric_name(second)
         require(not same, f"task_name: '{first}' and '{second}' become one in metric names; rename one")
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes in `500MB`, `2GB`, `1.5GiB` or a plain number. Raises ConfigError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
-    if not match or match[2] not in BYTE_UNITS:
-        raise ConfigError(f"memory_budget: expected a size such as 500MB or 2GB, found '{text}'")
-    return int(float(match[1]) * BYTE_UNITS[match[2]])

@@ -29,7 +29,20 @@ class Head(nn.Module):
 
     A user's own is a subclass with `level` (`sequence` or `token`) and the constructor `(hidden_size, outputs)`, named
     by its path in `class`. `reset` initialises linear and 2-D convolution layers; a head with others overrides it.
+
+    Attributes:
+        label_scale: per target, mean and deviation of the labels that it was trained on, where those were standardised
+            (0 and 1 for classes): `in_own_units` undoes that. None where it was trained on labels as they are.
     """
+
+    label_scale: Sequence[tuple[float, float]] | None = None
+
+    def in_own_units(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """What `forward` gives, in the units of the labels: per target float64 on the CPU, of the same shape."""
+        exact = [output.cpu().double() for output in outputs]
+        if self.label_scale is None:
+            return exact
+        return [output * deviation + mean for output, (mean, deviation) in zip(exact, self.label_scale, strict=True)]
 
     def reset(self, seed: int) -> None:
         """Fresh weights, as torch initialises linear and convolution layers, and dropout, both from `seed`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,13 @@ class Data:
         self._single = bool((part.counts == 1).all())
         self._buffer = torch.empty(0, device=device)
 
+    def standardise(self, scale: Sequence[tuple[float, float]]) -> None:
+        """From now on batches give labels less a mean, divided by a deviation: one pair per target."""
+        for index, (mean, deviation) in enumerate(scale):
+            if (mean, deviation) != (0, 1):
+                values = (self.part.values[index] - mean) / deviation
+                self._values[index] = torch.from_numpy(values).float().to(self.device)
+
     def batch(self, sequences: Indices) -> Batch:
         """The embeddings and labels of some sequences."""
         counts = torch.from_numpy(self.part.counts[sequences]).to(self.device)
@@ -70,10 +77,11 @@ class Data:
             inside = [None if mask is None else mask[number] for mask in masks]
             yield Batch(self._take(some), torch.ones_like(some), [value[number] for value in values], inside)
 
-    def labels(self, sequences: Indices) -> tuple[list[Tensor], list[Tensor]]:
-        """Values and masks of some sequences, on the CPU."""
+    def labels(self, sequences: Indices, exact: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """Values, in float64 where `exact`, and masks of some sequences, on the CPU."""
         units = unit_index(self.part.counts, sequences)
-        return [value[units] for value in _tensors(self.part)], [torch.from_numpy(m[units]) for m in self.part.masks]
+        values = [torch.from_numpy(value) for value in self.part.values] if exact else _tensors(self.part)
+        return [value[units] for value in values], [torch.from_numpy(mask[units]) for mask in self.part.masks]
 
     def _take(self, index: Tensor) -> Tensor:
         """Rows by index, of embeddings in memory."""

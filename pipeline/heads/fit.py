@@ -1,4 +1,4 @@
-"""The loss, and the training of the heads of one task."""
+"""The training of the heads of one task."""
 
 from __future__ import annotations
 
@@ -10,73 +10,33 @@ from typing import TypeGuard
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.config.schema import Task
-from pipeline.data.parts import Target
+from pipeline.data.parts import Target, unit_index
 from pipeline.embed import Embeddings
 from pipeline.errors import DataError
 from pipeline.heads.architectures import MLP, Head
 from pipeline.heads.batches import Batch, Data, Indices
+from pipeline.heads.loss import losses_of
 from pipeline.heads.optimizers import ScheduledOptimizer, is_plain, needs_metric
 from pipeline.heads.stack import Stack
+from pipeline.load import Examples
 from pipeline.progress import progress
 
-IGNORED = -100  # the class of a unit that does not count
 Losses = tuple[list[float], list[float]]
-Backward = Callable[[Batch], Tensor]  # sets the gradients of the heads; returns the loss of each, shape (heads,)
-
-
-def loss_of(
-    outputs: list[Tensor],
-    values: list[Tensor],
-    masks: Sequence[Tensor | None],
-    targets: tuple[Target, ...],
-    weighted: bool = False,
-) -> Tensor:
-    """The sum over targets of the mean over unmasked units of cross-entropy or squared error; a scalar.
-
-    A target without an unmasked unit adds nothing.
-
-    Args:
-        outputs: per target, shape (units, outputs).
-        values: per target, class indices or numbers, shape (units,).
-        masks: per target, shape (units,), or None where none is masked.
-        targets: what the outputs are.
-        weighted: whether class weights count, as in `torch.nn.CrossEntropyLoss`: in training they do.
-    """
-    losses = []
-    for output, value, mask, target in zip(outputs, values, masks, targets, strict=True):
-        if target.classes is None:
-            wanted = value.to(output.dtype) if mask is None else value.to(output.dtype).where(mask, 0)
-            each = (output[:, 0] - wanted) ** 2
-            losses.append(each.mean() if mask is None else (each * mask).sum() / mask.sum().clamp(min=1))
-            continue
-        wanted = value.long() if mask is None else value.long().where(mask, IGNORED)
-        weight = output.new_tensor(target.weights) if weighted and target.weights else None
-        total = functional.cross_entropy(output, wanted, weight, ignore_index=IGNORED, reduction="sum")
-        losses.append(total / _mass(wanted, weight))
-    return torch.stack(losses).sum()
-
-
-def _mass(wanted: Tensor, weight: Tensor | None) -> Tensor | int:
-    """The divisor of a sum of cross-entropies: the unmasked units' number, or sum of weights; 1 where that is 0."""
-    counted = wanted != IGNORED
-    if weight is None:
-        return counted.sum().clamp(min=1)
-    mass = (weight[wanted.where(counted, 0)] * counted).sum()
-    return mass.where(mass > 0, 1)
+Scale = list[tuple[float, float]]  # per target, what is subtracted from its labels, and what they are divided by
+Backward = Callable[[Batch], Tensor]  # sets the gradients of the heads; returns their losses, shape (heads, targets)
 
 
 @torch.no_grad()
 def predict(head: Head, data: Data, sequences: Indices, batch_size: int) -> list[Tensor]:
-    """For each target, the outputs of a head in evaluation mode, float64 on the CPU, shape (units, outputs)."""
+    """For each target, the outputs of a head in evaluation mode, float64 on the CPU, shape (units, outputs).
+
+    Numbers are in the units of the labels.
+    """
     training = head.training
     head.eval()
-    outputs = [
-        [output.cpu().double() for output in head(batch.rows, batch.counts)]
-        for batch in data.batches(sequences, batch_size)
-    ]
+    outputs = [head.in_own_units(head(batch.rows, batch.counts)) for batch in data.batches(sequences, batch_size)]
     head.train(training)
     return [torch.cat(target) for target in zip(*outputs, strict=True)]
 
@@ -116,10 +76,12 @@ class _FitState:
             raise DataError(f"task '{self.task.task_name}': {found}; {remedy}")
         self.losses.append(loss)
         if self.task.patience is not None:
-            self.val_losses.append(split.val_loss(self.head))
+            of_targets = split.val_losses(self.head)
+            self.val_losses.append(float(of_targets.sum()))
             self._epochs_since += 1
-            if self.val_losses[-1] < self._least:
-                self._least, self._epochs_since = self.val_losses[-1], 0
+            compared = float((of_targets / split.squares).sum())  # each target counts as in training
+            if compared < self._least:
+                self._least, self._epochs_since = compared, 0
                 self._best = copy.deepcopy(self.head.state_dict())
             self.done = self._epochs_since >= self.task.patience
 
@@ -136,6 +98,8 @@ class _Split:
     Attributes:
         data: the train part.
         train: the sequences of it to train on.
+        scale: per target, mean and deviation by which the labels are standardised; None where they are not.
+        squares: per target, the factor from the squared error of those to the labels' own units, shape (targets,).
     """
 
     def __init__(self, embeddings: Embeddings, device: torch.device) -> None:
@@ -143,29 +107,65 @@ class _Split:
         self.data = Data(embeddings.rows("train"), examples.train, device)
         self.train = np.arange(len(examples.train))
         self._val_data, self._val = self.data, self.train[:0]
-        if examples.task.patience is None:
-            return
-        if examples.val is not None:
-            self._val_data = Data(embeddings.rows("val"), examples.val, device)
-            self._val = np.arange(len(examples.val))
-        else:
-            self.train, self._val = self._hold_out()
+        if examples.task.patience is not None:
+            if examples.val is not None:
+                self._val_data = Data(embeddings.rows("val"), examples.val, device)
+                self._val = np.arange(len(examples.val))
+            else:
+                self.train, self._val = self._hold_out()
+        self.scale = _scale(examples, self.train)
+        if self.scale is not None:
+            self.data.standardise(self.scale)
+        self.squares = torch.tensor([deviation**2 for _, deviation in self.scale or [(0, 1.0)] * len(examples.targets)])
+        self.squares = self.squares.double()
 
-    def val_loss(self, head: Head) -> float:
-        """The loss over all validation examples."""
+    def val_losses(self, head: Head) -> Tensor:
+        """The loss of each target over all validation examples, in the labels' own units, shape (targets,)."""
         outputs = predict(head, self._val_data, self._val, self.examples.task.batch_size)
-        return float(loss_of(outputs, *self._val_data.labels(self._val), self.examples.targets))
+        labels = self._val_data.labels(self._val, exact=self.scale is not None)  # float32 is too coarse far from 0
+        return losses_of(outputs, *labels, self.examples.targets)
 
     def _hold_out(self) -> tuple[Indices, Indices]:
-        task, count = self.examples.task, len(self.train)
+        task, count, held_out = self.examples.task, len(self.train), _held_out(self.examples)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(task.random_seed)).numpy()
-        held_out = max(1, round(task.val_fraction * count))
         if held_out >= count:
             raise DataError(f"task '{task.task_name}': {count} train sequences are too few to hold some out")
         val = np.sort(order[:held_out])
         if not any(mask.any() for mask in self.data.labels(val)[1]):
             raise DataError(f"task '{task.task_name}': no label is left in the held-out part; raise val_fraction")
         return np.sort(order[held_out:]), val
+
+
+def _held_out(examples: Examples) -> int:
+    """How many sequences of the train part are not trained on: those that decide when to stop."""
+    task = examples.task
+    if task.patience is None or examples.val is not None:
+        return 0
+    return max(1, round(task.val_fraction * len(examples.train)))
+
+
+def steps_of(examples: Examples, epochs: int) -> int:
+    """The optimizer steps that so many epochs of a task take."""
+    return epochs * -(-(len(examples.train) - _held_out(examples)) // examples.task.batch_size)
+
+
+def _scale(examples: Examples, sequences: Indices) -> Scale | None:
+    """Mean and deviation of the unmasked labels of these train sequences; 0 and 1 for classes, and 1 for equal labels.
+
+    None where the labels are trained on as they are.
+    """
+    if not examples.task.standardize or all(target.classes is not None for target in examples.targets):
+        return None
+    part, units = examples.train, unit_index(examples.train.counts, sequences)
+    scale = Scale()
+    for target, values, mask in zip(examples.targets, part.values, part.masks, strict=True):
+        labels = values[units][mask[units]].astype(np.float64)
+        if target.classes is not None or not len(labels):
+            scale.append((0.0, 1.0))
+            continue
+        deviation = float(labels.std()) if np.ptp(labels) else 0.0
+        scale.append((float(labels.mean()), deviation or 1.0))
+    return scale
 
 
 def fit(heads: Sequence[Head], seeds: Sequence[int], embeddings: Embeddings, device: torch.device) -> list[Losses]:
@@ -179,7 +179,8 @@ def fit(heads: Sequence[Head], seeds: Sequence[int], embeddings: Embeddings, dev
 
     Returns:
         For each head the mean training loss of each epoch, and, with `patience`, the loss on the validation examples
-        after each; the head then has the weights of the epoch with the least loss.
+        after each; the head then has the weights of the epoch with the least loss. All are in the labels' own units,
+        also where the heads are trained on standardised labels; their `label_scale` then says how.
 
     Raises:
         ConfigError: the optimizer's or the schedule's name or options are not valid.
@@ -187,10 +188,12 @@ def fit(heads: Sequence[Head], seeds: Sequence[int], embeddings: Embeddings, dev
     """
     examples, split = embeddings.examples, _Split(embeddings, device)
     task, targets = examples.task, examples.targets
+    for head in heads:
+        head.label_scale = split.scale
     states = [_FitState(head, seed, task) for head, seed in zip(heads, seeds, strict=True)]
     if _stackable(heads, task, targets):
         stack = Stack(heads, targets[0].classes is not None)
-        _train([stack.weights], stack.backward, states, split)
+        _train([stack.weights], lambda batch: stack.backward(batch)[:, None], states, split)
         stack.release()
     else:
         for state, seed in zip(states, seeds, strict=True):
@@ -206,24 +209,25 @@ def _stackable(heads: Sequence[Head], task: Task, targets: Sequence[Target]) -> 
 
 
 def _backward(head: Head, targets: tuple[Target, ...], batch: Batch) -> Tensor:
-    """Sets the gradients of a head of any architecture; its loss, shape (1,)."""
+    """Sets the gradients of a head of any architecture; its losses, shape (1, targets)."""
     head.zero_grad()
     outputs = head(batch.rows, batch.counts)
-    loss = loss_of(outputs, batch.values, batch.masks, targets, weighted=True)
-    loss.backward()
-    return loss.detach()[None]
+    losses = losses_of(outputs, batch.values, batch.masks, targets, weighted=True)
+    losses.sum().backward()
+    return losses.detach()[None]
 
 
 def _train(parameters: Iterable[nn.Parameter], backward: Backward, states: Sequence[_FitState], split: _Split) -> None:
     """Runs the epochs of all heads at once; `parameters` are what the optimizer changes."""
     task = states[0].task
-    steps = task.num_epochs * -(-len(split.train) // task.batch_size)
-    optimizer = ScheduledOptimizer(parameters, task.optim, steps)
+    optimizer = ScheduledOptimizer(parameters, task.optim, steps_of(split.examples, task.num_epochs))
+    squares = split.squares.float().to(split.data.device)
     with progress(f"train_head {task.task_name}", task.num_epochs, "epochs") as advance:
         for _ in range(task.num_epochs):
             totals = torch.zeros(len(states), device=split.data.device)
             for batch in _batches(states, split):
-                totals += _step(backward, states, batch, optimizer) * (len(batch.counts) // len(states))
+                losses = (_step(backward, states, batch, optimizer) * squares).sum(1)
+                totals += losses * (len(batch.counts) // len(states))
             for state, total in zip(states, totals.tolist(), strict=True):
                 state.end_epoch(total / len(split.train), split)
             optimizer.end_epoch((states[0].val_losses or states[0].losses)[-1])
@@ -240,7 +244,7 @@ def _batches(states: Sequence[_FitState], split: _Split) -> Iterator[Batch]:
 
 
 def _step(backward: Backward, states: Sequence[_FitState], batch: Batch, optimizer: ScheduledOptimizer) -> Tensor:
-    """One optimizer step; the loss of each head before it, shape (heads,).
+    """One optimizer step; the losses of each head before it, shape (heads, targets).
 
     An optimizer that evaluates the loss several times sees the same dropout each time.
     """

@@ -84,7 +84,7 @@ def score_table(scores: Sequence[Scores]) -> Table:
         intervals = [one.interval if one else None for one in found]
         if probe and not any(found):
             continue
-        _append(columns, rows, title, [number(one.value if one else None) for one in found])
+        _append(columns, rows, title, [score_text(one) if one else "" for one in found])
         if any(intervals):
             _append(columns, rows, INTERVAL, [f"{one.low:.3f} to {one.high:.3f}" if one else "" for one in intervals])
     _append(columns, rows, "constant guess", [number(next(iter(pair.values())).constant) for pair in pairs.values()])
@@ -102,6 +102,11 @@ def step_table(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequenc
     """A row per measurement of a training: the step, and some of its metrics."""
     rows = [(str(step), *(number(metrics.get(name)) for name in names)) for step, metrics in points]
     return Table(("step", *names), rows, frozenset(), "Scores on the test set, over the training")
+
+
+def score_text(metric: Metric) -> str:
+    """A metric's value, with its deviation over the seeds where there are several: `0.6420 ± 0.0040`."""
+    return number(metric.value) + ("" if metric.seed_std is None else f" ± {number(metric.seed_std)}")
 
 
 def number(value: float | None) -> str:

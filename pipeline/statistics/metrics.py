@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean, stdev
 from typing import Literal
 
 LOSS = "dwnstr_task_val_loss"  # the test loss of a task, over all its targets
@@ -49,6 +51,7 @@ class Metric:
         value: the number; NaN where it is not measured yet.
         constant: what the best constant guess from the train labels reaches; None where that says nothing.
         interval: of `value`, 95 %; None where there is none.
+        seed_std: standard deviation over the seeds of the head, of which `value` is the mean; None for a single one.
         probe: whether it is of the probe, not of the head.
     """
 
@@ -59,13 +62,15 @@ class Metric:
     constant: float | None = None
     interval: Interval | None = None
     probe: bool = False
+    seed_std: float | None = None
 
     @classmethod
     def parse(cls, key: str, value: float = math.nan) -> Metric | None:
         """The metric that is logged as `key`; None where that is no downstream metric.
 
-        >>> Metric.parse("structure/test_3state_macro_f1")
-        Metric(task='structure', target='3state', name='macro_f1', value=nan, constant=None, interval=None, probe=False)
+        >>> found = Metric.parse("structure/test_3state_probe_macro_f1")
+        >>> (found.task, found.target, found.name, found.probe)
+        ('structure', '3state', 'macro_f1', True)
         """
         task, _, last = key.rpartition("/")
         if last == LOSS:
@@ -92,6 +97,16 @@ class Metric:
     def stem(self) -> str:
         """What the names of all metrics of its target, and of its head or probe, begin with."""
         return self.key if self.name == LOSS else self.key.removesuffix(self.name)
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The value, the deviation over seeds and the ends of the interval, under the names that they are logged under.
+
+        >>> Metric("", "x", "mcc", 0.5, interval=Interval(0.25, 0.75), seed_std=0.125).named
+        {'test_x_mcc': 0.5, 'test_x_mcc_seed_std': 0.125, 'test_x_mcc_ci_low': 0.25, 'test_x_mcc_ci_high': 0.75}
+        """
+        deviation = {} if self.seed_std is None else {f"{self.key}_seed_std": self.seed_std}
+        return {self.key: self.value, **deviation, **(self.interval.named(self.key) if self.interval else {})}
 
     @property
     def lower_is_better(self) -> bool:
@@ -146,6 +161,22 @@ class TargetMetrics:
 
     values: dict[str, float] = field(default_factory=dict)
     omitted: dict[str, str] = field(default_factory=dict)
+
+
+def over_seeds(found: Sequence[tuple[list[Metric], dict[str, str]]]) -> tuple[list[Metric], dict[str, str]]:
+    """The mean of each metric over the heads of several seeds, with its deviation, and why others are left out.
+
+    Args:
+        found: of each head, the metrics, and by name the reasons why others are not defined. A metric that one head
+            does not have is left out: the mean of the others would be of an easier question.
+    """
+    omitted = {name: reason for _, reasons in found for name, reason in reasons.items()}
+    values = [{metric.key: metric.value for metric in metrics} for metrics, _ in found]
+    first = [metric for metric in found[0][0] if metric.key not in omitted]
+    if len(found) == 1:
+        return first, omitted
+    each = {metric.key: [of_seed[metric.key] for of_seed in values] for metric in first}
+    return [replace(one, value=fmean(each[one.key]), seed_std=stdev(each[one.key])) for one in first], omitted
 
 
 def metric_name(column: str) -> str:

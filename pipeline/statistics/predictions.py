@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.data.parts import Part, Target
 from pipeline.errors import DataError
 from pipeline.statistics.metrics import PROBE
 
@@ -65,6 +67,37 @@ class Predictions:
             )
 
 
+def to_table(part: Part, targets: Sequence[Target], answers: Mapping[str, list[Floats]], seed: int) -> pa.Table:
+    """A row per unit of the test part, from which anyone can compute each metric again.
+
+    Args:
+        part: the test part.
+        targets: of the task.
+        answers: for each target, what is predicted, shape (units, outputs): under "" the head's numbers or
+            probabilities, under `PROBE` the probe's.
+        seed: of the head.
+    """
+    rows = np.repeat(np.arange(len(part)), part.counts)
+    columns: dict[str, pa.Array] = {"seed": pa.array(np.full(len(rows), seed, np.int64))}
+    columns |= {"row": pa.DictionaryArray.from_arrays(rows.astype(np.int32), part.rows)}
+    if len(rows) != len(part) or part.counts.max() > 1:
+        first = np.repeat(np.cumsum(part.counts) - part.counts, part.counts)
+        columns["position"] = pa.array((np.arange(len(rows)) - first).astype(np.int32))
+    for index, (target, value, mask) in enumerate(zip(targets, part.values, part.masks, strict=True)):
+        names = [*(target.classes or ()), *(f"class {i}" for i in range(len(target.classes or ()), target.outputs))]
+        numbers = target.classes is None
+        columns[f"{target.name}_target"] = pa.array(value, mask=~mask) if numbers else _labels(value, names, ~mask)
+        columns[f"{target.name}_mask"] = pa.array(mask)
+        for who, found in answers.items():
+            stem, answer = f"{target.name}{who}", found[index]
+            if numbers:
+                columns[f"{stem}_prediction"] = pa.array(answer[:, 0])
+            else:
+                columns[f"{stem}_prediction"] = _labels(answer.argmax(1), names, None)
+                columns[f"{stem}_probabilities"] = _lists(answer)
+    return pa.table(columns)
+
+
 def from_table(table: pa.Table, target: str, probe: bool = False) -> Predictions:
     """The predictions of one target from `Scores.table`, or from the Parquet file that is kept of it.
 
@@ -90,6 +123,11 @@ def from_table(table: pa.Table, target: str, probe: bool = False) -> Predictions
     for other in others:
         first.check_same_labels(other)
     return replace(first, further=tuple(other.predicted for other in others))
+
+
+def first_seed(table: pa.Table) -> pa.Table:
+    """The rows of the first head in a table of predictions; all where no seed is told apart."""
+    return _by_seed(table)[0]
 
 
 def _by_seed(table: pa.Table) -> list[pa.Table]:
@@ -120,3 +158,11 @@ def _learnt(names: list[str], indices: npt.NDArray[np.int64]) -> list[str]:
     while len(names) > used and names[-1] == f"class {len(names) - 1}":
         names = names[:-1]
     return names
+
+
+def _labels(indices: npt.NDArray[Any], names: list[str], null: npt.NDArray[np.bool_] | None) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(indices.astype(np.int32), mask=null), names)
+
+
+def _lists(values: npt.NDArray[np.float64]) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])

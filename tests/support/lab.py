@@ -46,7 +46,7 @@ class Lab:
 
     def command(self, *tasks: dict[str, Any], entry: str = "main", name: str = "config", **section: Any) -> list[str]:
         """The arguments of a measurement; several tasks are a list, one is not."""
-        given = {"dataset_path": str(self.folder), "max_seq_length": 30, "num_epochs": 2, **self.task}
+        given = {"dataset_path": str(self.folder), "max_seq_length": 30, "num_epochs": 2, "num_seeds": 1, **self.task}
         entries = [{**given, **task} for task in tasks]
         dataset: Any = entries if len(entries) > 1 else entries[0]
         where = {"store": str(self.folder / "store"), "device": "cpu", "logging": {"figures": False}}

@@ -89,7 +89,7 @@ def file_stems(names: Sequence[str]) -> list[str]:
 
 def predictions_of(scores: Scores, target: Target) -> npt.NDArray[Any]:
     """Class indices or numbers, shape (units,)."""
-    column = scores.table[f"{target.name}_prediction"].combine_chunks()  # the DataFrame would take all columns
+    column = scores.first_seed[f"{target.name}_prediction"].combine_chunks()  # the DataFrame would take all columns
     return np.asarray(column if target.classes is None else column.indices)
 
 
