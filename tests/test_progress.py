@@ -31,7 +31,7 @@ def test_changes_are_since_the_start_and_the_best_also_after_a_resume(
     task = planted_task(tmp_path / "data", num_epochs=3)
     write_csv(tmp_path / "data" / "test" / "x000.csv", planted(proteins(60, 2)))
     curve: list[tuple[int, dict[str, float]]] = []
-    ends = []
+    ends, folder = [], model_folder("esm")
     for measured in (True, False):
         path = None
         for epochs in (2, 4):
@@ -41,7 +41,7 @@ def test_changes_are_since_the_start_and_the_best_also_after_a_resume(
             keep = pl.callbacks.ModelCheckpoint(tmp_path / f"kept {measured}", "{step}", save_top_k=-1)
             recorder = Recorder()
             pl.seed_everything(4, verbose=False)
-            module = Busy(model_folder("esm"))
+            module = Busy(folder)
             fit = trainer(tmp_path, [*callbacks, keep, recorder], max_epochs=epochs)
             fit.fit(module, loader(), loader(shuffle=False), ckpt_path=path, **(INERT if path else {}))
             path = str(tmp_path / f"kept {measured}" / "step=8.ckpt")
