@@ -103,7 +103,7 @@ def test_random_splits_seldom_warn(tmp_path: Path) -> None:
     """One data set, split anew 40 times: at a level of 0.001 none is expected to warn."""
     texts, labels = sequences(150, 1), np.random.default_rng(0)
     rows = [(text, float(value)) for text, value in zip(texts, labels.gamma(1, 1, 150), strict=True)]
-    notes = []
+    notes: list[str] = []
     for seed in range(40):
         order = np.random.default_rng(seed).permutation(150)
         notes += loaded(tmp_path, [rows[i] for i in order[:100]], [rows[i] for i in order[100:]]).notes
