@@ -11,10 +11,12 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError, DataError
 from pipeline.load import Examples
 from pipeline.progress import progress
+from pipeline.statistics.label_free import MOST, label_free
 from pipeline.store.embedding_table import EmbeddingTable, Store, sequence_key
 from pipeline.store.reading import Rows
 from pipeline.store.shards import DamagedShardsError, Entry
@@ -68,6 +71,18 @@ class Embeddings:
     def key(self) -> str:
         """The key of the table: it changes with the encoder, pooling and dtype."""
         return self.table.folder.name
+
+    @cached_property
+    def label_free(self) -> dict[str, float]:
+        """What the embeddings of train are like, whatever the labels, by name; see `statistics.label_free`.
+
+        A bounded sample of sequences, which their digests decide, is looked at; tokens are pooled by their mean.
+        """
+        train = self.examples.train.sequences
+        first = {sequence_key(text): place for place, text in enumerate(train)}
+        chosen, rows = [first[key] for key in sorted(first)[:MOST]], self.rows("train")
+        pooled = [rows.gather(np.array([place])).mean(0).numpy() for place in chosen]
+        return {f"embedding_{name}": value for name, value in label_free(np.stack(pooled)).items()}
 
     def rows(self, part: str) -> Rows:
         """The embedding rows of a part, in memory if the rows of all tasks or of the part fit the budget."""

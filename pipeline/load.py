@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from pipeline.config.schema import Task
 from pipeline.data.labels import READERS, Labels
 from pipeline.data.parts import UNKNOWN, Part, Target
+from pipeline.data.report import data_report
 from pipeline.data.tables import Table, of_frame, read
 from pipeline.errors import ConfigError, DataError
 from pipeline.statistics.metrics import metric_name
@@ -40,6 +41,7 @@ class Examples:
         notes: warnings for whoever reads the result.
         limit: the most characters that a sequence may have; longer ones are left out.
         encoder_limit: the encoder's own limit, which `limit` never exceeds.
+        found: shares that the report on the data gives, see `DataReport.metrics`.
     """
 
     task: Task
@@ -50,6 +52,7 @@ class Examples:
     notes: tuple[str, ...] = ()
     limit: int | None = None
     encoder_limit: int | None = None
+    found: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -59,10 +62,11 @@ class Examples:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """How many sequences of each part are used, and how many are left out because they are too long."""
+        """Sequences of each part that are used, and left out because they are too long; shares that were found."""
         name = metric_name(self.task.task_name)
         used = {f"{name}/{part}_rows": float(len(content)) for part, content in self.parts.items()}
-        return used | {f"{name}/{part}_left_out": float(content.left_out) for part, content in self.parts.items()}
+        left_out = {f"{name}/{part}_left_out": float(content.left_out) for part, content in self.parts.items()}
+        return used | left_out | {f"{name}/{what}": share for what, share in self.found.items()}
 
 
 @dataclass
@@ -99,7 +103,10 @@ def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.
             notes.append(f"{name}: max_rows takes {len(part)} of {fitting} sequences")
         if part.left_out:
             notes.append(f"{name}: {part.left_out} of {len(raw[name].counts)} sequences left out, over {limit}")
-    return Examples(task, targets, parts["train"], parts["test"], parts.get("val"), tuple(notes), limit, max_seq_length)
+    report = data_report(targets, parts)
+    notes += report.notes
+    train, test, val = parts["train"], parts["test"], parts.get("val")
+    return Examples(task, targets, train, test, val, tuple(notes), limit, max_seq_length, report.metrics)
 
 
 def _tables(task: Task, frames: Mapping[str, pd.DataFrame] | None, notes: list[str]) -> dict[str, Table]:

@@ -86,6 +86,7 @@ def validate(
     with _stage(tracker, "embed") as run:
         embeddings = embed(examples, encoder, store)
         _log_embed(embeddings, encoder, store, run)
+        _log_label_free(embeddings, in_list, run, tracker)
     scores = []
     for task_embeddings in embeddings if last >= STAGES.index("train_head") else []:
         suffix = f" {task_embeddings.examples.task.task_name}" if in_list else ""
@@ -231,6 +232,15 @@ def _log_embed(embeddings: Sequence[Embeddings], encoder: Encoder, store: Store,
     _warn(encoder.notes, "encoder", run)
     here = made_with(encoder.device, encoder.precision, store, [task.examples for task in embeddings])
     _warn(differences(encoder.made_with, here), "checkpoint", run)
+
+
+def _log_label_free(embeddings: Sequence[Embeddings], in_list: bool, run: Tracker, tracker: Tracker) -> None:
+    """Named as metrics of scores are: behind the task's name where there may be several."""
+    for task in embeddings:
+        prefix = f"{metric_name(task.examples.task.task_name)}/" if in_list else ""
+        named = {prefix + name: value for name, value in task.label_free.items()}
+        run.metrics(named)
+        tracker.metrics(named)
 
 
 def _log_head(head: FittedHead, name: str, run: Tracker) -> None:

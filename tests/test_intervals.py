@@ -247,7 +247,7 @@ def test_a_rare_class_leaves_accuracy_alone() -> None:
     true[np.flatnonzero(true == 2)[9:]] = 0
     found = intervals(Predictions(true, one.predicted, one.counts, CLASSES))
     reason = "an interval takes at least 10 test sequences of each class, and c in 9"
-    assert found.refused == dict.fromkeys(("macro_f1", "mcc", "auroc"), reason)
+    assert found.refused == dict.fromkeys(("balanced_accuracy", "macro_f1", "mcc", "auroc"), reason)
     assert set(found.values) == {"accuracy"}
 
 

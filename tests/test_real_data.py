@@ -91,6 +91,7 @@ def recomputed(table: dict[str, npt.NDArray[Any]], name: str) -> dict[str, float
     areas = [sk.roc_auc_score(true == label, shares[:, index]) for index, label in enumerate(classes)]
     return {
         "accuracy": float(sk.accuracy_score(true, predicted)),
+        "balanced_accuracy": float(sk.balanced_accuracy_score(true, predicted)),
         "macro_f1": float(sk.f1_score(true, predicted, average="macro", zero_division=0)),
         "mcc": float(sk.matthews_corrcoef(true, predicted)),
         "auroc": float(np.mean(areas)),

@@ -19,6 +19,7 @@ def test_classification_by_hand() -> None:
     probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7], [0.2, 0.8]])
     found = classification(true, probabilities, ["a", "b"])
     assert found.values["accuracy"] == 0.75
+    assert found.values["balanced_accuracy"] == 0.75
     assert found.values["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
     assert found.values["mcc"] == pytest.approx((2 * 1 - 1 * 0) / np.sqrt(3 * 2 * 2 * 1))
     assert found.values["auroc"] == 1.0
@@ -69,6 +70,12 @@ def test_classification_agrees_with_scikit_learn(seed: int, classes: int, n: int
     assert found.values["accuracy"] == pytest.approx(np.mean(true == predicted))
     expected = reference.precision_recall_fscore_support(true, predicted, average="macro", zero_division=0)[2]
     assert found.values["macro_f1"] == pytest.approx(expected)
+    present = np.unique(true)
+    recall = reference.recall_score(true, predicted, labels=present, average=None)
+    assert found.values["balanced_accuracy"] == pytest.approx(recall.mean())
+    if set(predicted) <= set(true):  # else it warns
+        expected = reference.balanced_accuracy_score(true, predicted)
+        assert found.values["balanced_accuracy"] == pytest.approx(expected)
     if "auroc" in found.values:
         scores = probabilities if classes > 2 else probabilities[:, 1]
         assert found.values["auroc"] == pytest.approx(reference.roc_auc_score(true, scores, multi_class="ovr"))

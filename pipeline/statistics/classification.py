@@ -13,18 +13,20 @@ from pipeline.statistics.metrics import TargetMetrics
 def classification(
     true: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64], classes: Sequence[str]
 ) -> TargetMetrics:
-    """Accuracy, macro F1, Matthews correlation and macro one-vs-rest AUROC (binary: of the second class).
+    """Accuracy, balanced and not, macro F1, Matthews correlation, macro one-vs-rest AUROC (binary: the second class).
 
     Args:
         true: class indices, shape (n,).
         probabilities: shape (n, outputs), outputs being at least the number of classes.
         classes: the labels.
     """
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_score
 
     predicted = probabilities.argmax(1)
     found = TargetMetrics()
     found.values["accuracy"] = float(accuracy_score(true, predicted))
+    recall = recall_score(true, predicted, labels=np.unique(true), average="macro")  # of the classes that test has
+    found.values["balanced_accuracy"] = float(recall)
     found.values["macro_f1"] = float(f1_score(true, predicted, average="macro", zero_division=0))
     if len(np.unique(true)) < 2:
         found.omitted["mcc"] = found.omitted["auroc"] = "the test labels are all of one class"

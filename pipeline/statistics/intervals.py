@@ -23,7 +23,7 @@ from pipeline.statistics.predictions import Floats, Predictions
 
 MIN_SEQUENCES = 50
 MIN_OF_CLASS = 10  # test sequences that have a label, for metrics in which each class counts alike
-BY_CLASS = ("macro_f1", "mcc", "auroc")
+BY_CLASS = ("balanced_accuracy", "macro_f1", "mcc", "auroc")
 ALONE = 0.9  # the share of a metric's variance that is too much for one sequence
 UPPER = 0.975
 
@@ -218,6 +218,7 @@ def _explained(value: Floats) -> Floats:
 
 
 SCALES: dict[str, tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]] = {
+    "balanced_accuracy": (_logit, _expit),
     "macro_f1": (_logit, _expit),
     "auroc": (_logit, _expit),
     "mcc": (np.arctanh, np.tanh),

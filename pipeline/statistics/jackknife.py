@@ -111,6 +111,7 @@ def _classification(predictions: Predictions) -> dict[str, Floats]:
     spread = (n**2 - (st**2).sum(0)) * (n**2 - (sp**2).sum(0))
     return {
         "accuracy": right / n,
+        "balanced_accuracy": (both / np.maximum(st, 1)).sum(0) / (st > 0).sum(0),
         "macro_f1": (2 * both / np.maximum(st + sp, 1)).mean(0),
         "mcc": np.where(spread > 0, (right * n - chance) / np.sqrt(spread), 0.0),  # Gorodkin 2004
         "auroc": _auroc(predictions, true, probabilities),

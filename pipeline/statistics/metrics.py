@@ -14,12 +14,19 @@ from typing import Literal
 
 LOSS = "dwnstr_task_val_loss"  # the test loss of a task, over all its targets
 OF_KIND = {
-    "classification": ("accuracy", "macro_f1", "mcc", "auroc"),
+    "classification": ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "auroc"),
     "regression": ("mse", "rmse", "mae", "r2", "pearson", "spearman"),
 }
 HEADLINE = {"classification": "accuracy", "regression": "spearman"}  # to show where there is room for one
 LOWER_IS_BETTER = (LOSS, "mse", "rmse", "mae")
-HAVE_CONSTANT = ("accuracy", "macro_f1", "mse", "rmse", "mae")  # a constant guess says something of these
+HAVE_CONSTANT = (
+    "accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "mse",
+    "rmse",
+    "mae",
+)  # a constant guess says something of these
 PROBE = "_probe"  # stands between a target and a metric of the probe's
 _KEY = re.compile(f"test_(.+?)({PROBE})?_({'|'.join(name for names in OF_KIND.values() for name in names)})")
 
