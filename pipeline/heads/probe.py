@@ -10,11 +10,13 @@ computed on the CPU, in one thread: the bits depend neither on the device nor on
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from pipeline.config.schema import Task
 from pipeline.data.parts import Part, Target
@@ -56,8 +58,10 @@ class Features:
     def chunks(self, rows: Rows, part: Part) -> Iterator[tuple[slice, Array]]:
         """Units of a part, and their features, shape (units, features)."""
         for units, sequences in _chunks(part.counts):
-            values = rows.gather(sequences).numpy().astype(np.float64)[:, self.columns]
-            values = (values - self.mean) / self.deviation
+            found = rows.gather(sequences).numpy()
+            values = (found if len(self.columns) == found.shape[1] else found[:, self.columns]).astype(np.float64)
+            values -= self.mean  # in place: these are the largest arrays
+            values /= self.deviation
             yield units, _windows(values, part.counts[sequences], self.window)
 
 
@@ -113,11 +117,18 @@ def fit_probe(embeddings: Embeddings) -> Probe:
     return Probe(features, coefficients, chosen, task.probe == "logistic", tuple(notes))
 
 
-def _one_thread() -> threadpool_limits:
+def _one_thread() -> AbstractContextManager[object]:
     """Within, matrix products run in one thread: with more, their last bits depend on how many."""
-    import scipy.linalg  # noqa: F401  (has a library of matrix products of its own, which must be loaded by now)
+    limited: AbstractContextManager[object] = _libraries().limit(limits=1, user_api="blas")
+    return limited
 
-    return threadpool_limits(1, user_api="blas")
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """The libraries of matrix products; to look for them takes as long as a small fit."""
+    import scipy.linalg  # noqa: F401  (has one of its own, which must be loaded by now)
+
+    return ThreadpoolController()
 
 
 def standardise(rows: Rows, part: Part, window: int = 1) -> Features:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -147,8 +148,10 @@ def by_folds(data: Data, folds: Sequence[npt.NDArray[np.int64]] | None) -> Choic
         def solve(penalty: float) -> Array:
             slopes = centred[:width, width + 1 :]
             if width:
-                factor = cho_factor(centred[:width, :width] + penalty * np.eye(width), overwrite_a=True)
-                slopes = cho_solve(factor, slopes)
+                gram = centred[:width, :width].copy()
+                gram.flat[:: width + 1] += penalty
+                factor = cho_factor(gram, overwrite_a=True, check_finite=False)
+                slopes = cho_solve(factor, slopes, check_finite=False)
             return _with_intercept(slopes, mean, width)
 
         return solve
@@ -175,10 +178,15 @@ def _moments(data: Data, folds: Sequence[npt.NDArray[np.int64] | None], number: 
     size = data.features + 1 + data.outputs
     found = np.zeros((number, size, size))
     for place, (features, labels) in enumerate(data):
-        joined = np.concatenate([features, np.ones((len(features), 1)), labels], 1)
         of_unit = folds[place] if folds[0] is not None else None
-        for fold in range(number):
-            some = joined if of_unit is None else joined[of_unit == fold]
+        order = slice(None) if of_unit is None else np.argsort(of_unit, kind="stable")
+        joined = np.empty((len(features), size))
+        joined[:, : data.features] = features[order]
+        joined[:, data.features] = 1
+        joined[:, data.features + 1 :] = labels[order]
+        ends = [len(features)] if of_unit is None else np.cumsum(np.bincount(of_unit, minlength=number)).tolist()
+        for fold, (begin, end) in enumerate(pairwise([0, *ends])):
+            some = joined[begin:end]
             found[fold] += some.T @ some
     return found
 
