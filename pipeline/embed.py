@@ -26,7 +26,7 @@ from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError, DataError
 from pipeline.load import Examples
 from pipeline.progress import progress
-from pipeline.statistics.label_free import MOST, label_free
+from pipeline.statistics.label_free import label_free, sample
 from pipeline.store.embedding_table import EmbeddingTable, Store, sequence_key
 from pipeline.store.reading import Rows
 from pipeline.store.shards import DamagedShardsError, Entry
@@ -74,14 +74,9 @@ class Embeddings:
 
     @cached_property
     def label_free(self) -> dict[str, float]:
-        """What the embeddings of train are like, whatever the labels, by name; see `statistics.label_free`.
-
-        A bounded sample of sequences, which their digests decide, is looked at; tokens are pooled by their mean.
-        """
-        train = self.examples.train.sequences
-        first = {sequence_key(text): place for place, text in enumerate(train)}
-        chosen, rows = [first[key] for key in sorted(first)[:MOST]], self.rows("train")
-        pooled = [rows.gather(np.array([place])).mean(0).numpy() for place in chosen]
+        """What the embeddings of train are like, tokens pooled by their mean; see `statistics.label_free`."""
+        rows = self.rows("train")
+        pooled = [rows.gather(np.array([place])).mean(0).numpy() for place in sample(self.examples.train.sequences)]
         return {f"embedding_{name}": value for name, value in label_free(np.stack(pooled)).items()}
 
     def rows(self, part: str) -> Rows:

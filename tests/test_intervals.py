@@ -149,7 +149,9 @@ def test_a_paired_difference_by_hand() -> None:
 def test_tokens_of_one_sequence_are_no_independent_draws() -> None:
     """Each token nine times more says nothing new."""
     one = classes(sequences=90)
-    repeated = Predictions(np.repeat(one.true, 9), np.repeat(one.predicted, 9, axis=0), one.counts * 9, CLASSES)
+    repeated = Predictions(
+        np.repeat(np.asarray(one.true), 9), np.repeat(one.predicted, 9, axis=0), one.counts * 9, CLASSES
+    )
     for name, interval in intervals(one).values.items():
         assert ends(intervals(repeated).values[name]) == pytest.approx(ends(interval), rel=0.01), name
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.schema import Logging
+from pipeline.config.trackers import Logging
 from pipeline.config.yaml_file import config_from, read_config, to_mapping, to_yaml
 from pipeline.errors import ConfigError
 from pipeline.tracking.mirrors import LoggerTracker, mirrors
@@ -191,7 +191,7 @@ def check_tensorboard(folder: Path, picture: Path) -> None:
 ONLINE = """
 import logging, sys
 from pathlib import Path
-from pipeline.config.schema import Logging
+from pipeline.config.trackers import Logging
 from pipeline.errors import ConfigError
 from pipeline.tracking.mirrors import mirrors
 logging.basicConfig(format="%(message)s", stream=sys.stderr)

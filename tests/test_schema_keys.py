@@ -18,7 +18,8 @@ from torch import Tensor
 from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.class_paths import import_class
 from pipeline.config.documentation import markdown
-from pipeline.config.schema import Config, Files, Logging, MaxRows, Task
+from pipeline.config.schema import Config, Files, MaxRows, Task
+from pipeline.config.trackers import Logging
 from pipeline.config.yaml_file import config_from, read_config
 from pipeline.embed import embed
 from pipeline.encoders.code_digest import code_digest

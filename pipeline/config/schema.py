@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -13,7 +12,7 @@ from typing import Any
 
 from pipeline.config.class_paths import ENCODERS, refuse_reference
 from pipeline.config.fields import check_choice, check_values, key, parse_bytes, require
-from pipeline.errors import ConfigError
+from pipeline.config.trackers import Logging
 from pipeline.statistics.metrics import LOSS, OF_KIND, PROBE, Metric, metric_name
 
 LEVELS = ("sequence", "token")
@@ -24,8 +23,6 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STORED_DTYPES = ("float32", "float16")
 PROBES = ("ridge", "logistic", "none")
-WANDB_MODES = ("online", "offline", "disabled")
-BOOLEANS = ("True", "False")  # what YAML makes of on, yes and true, and of off, no and false, as text
 
 
 @dataclass
@@ -176,37 +173,6 @@ class Task:
 
 
 @dataclass
-class Logging:
-    """Where results go beside MLflow, and whether pictures are drawn."""
-
-    wandb: str = key("W&B run of a measurement on the command line: `online`, `offline` or `disabled`", "disabled")
-    project: str = key("W&B project of that run", "downstream-validation")
-    entity: str | None = key("W&B user or team; null: the account's default")
-    tags: list[str] = key("tags of the W&B run", list)
-    tensorboard: str | None = key("folder for TensorBoard's files, from the command line; null: none")
-    figures: bool = key("make pictures, and `report.html`", True)
-    journal: str | None = key(
-        "folder where what MLflow is sent is written first, and stays; null: `<store>/journal`, until all has arrived"
-    )
-
-    def check(self) -> None:
-        """Raises ConfigError for a value that W&B or a file system does not take."""
-        if self.wandb in BOOLEANS:
-            why = f"'{self.wandb.lower()}', which YAML reads for on, off, yes and no; for off, write disabled"
-            raise ConfigError(f"logging.wandb: expected one of {', '.join(WANDB_MODES)}, found {why}")
-        check_choice("logging.wandb", self.wandb, WANDB_MODES)
-        for name in ("tensorboard", "journal"):
-            folder = getattr(self, name)
-            named = folder is None or (folder.strip() and folder not in BOOLEANS)
-            require(bool(named), f"logging.{name}: expected a folder, or null, found '{folder}'")
-        project = "expected 1 to 128 characters without / \\ # ? % :"
-        fits = 0 < len(self.project) <= 128 and not re.search(r"[/\\#?%:]", self.project)
-        require(fits, f"logging.project: {project}, found '{self.project[:200]}'")
-        for tag in self.tags:
-            require(0 < len(tag) <= 64, f"logging.tags: expected 1 to 64 characters in a tag, found '{tag[:100]}'")
-
-
-@dataclass
 class Config:
     """The whole section: the tasks, and how embeddings are made and kept.
 
@@ -231,7 +197,7 @@ class Config:
     )
     trust_pickle: bool = key("unpickle a `.ckpt` as it is, with the code that it names", False)
     every_n_validations: int = key("the callback measures at the first validation and then at every n-th", 1, least=1)
-    on_start: bool = key("the callback measures before the first training step too, at step 0", False)
+    on_start: bool = key("the callback measures before the first training step too, at step 0", True)
     on_end: bool = key("the callback measures at the end of training, unless the last validation just did", False)
     on_error: str = key(
         "when a measurement of the callback fails: `warn` and train on, or `raise`", "warn", choices=ON_ERROR

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from pipeline.config.schema import Logging
+from pipeline.config.trackers import Logging
 from pipeline.errors import ConfigError
 from pipeline.tracking import tensorboard as tensorboard_adapter
 from pipeline.tracking import wandb as wandb_adapter

@@ -9,7 +9,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.schema import Logging
+from pipeline.config.trackers import Logging
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.tracking.protocol import Data, NullTracker
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, EsmConfig, EsmForMaskedLM
 
-from pipeline.config.schema import Config, Logging, Task
+from pipeline.config.schema import Config, Task
+from pipeline.config.trackers import Logging
 from pipeline.tracking.sender import flush
 from tests.support.models import RESIDUES
 
@@ -205,5 +206,10 @@ def trainer(folder: Path, callbacks: Sequence[pl.Callback] = (), **options: Any)
 def section(folder: Path, tasks: Task | list[Task], **options: Any) -> Config:
     """A configuration of one task, or of a list, that keeps everything in `folder`."""
     several = isinstance(tasks, list)
-    given: dict[str, Any] = {"store": str(folder / "store"), "logging": Logging(figures=False), **options}
+    given: dict[str, Any] = {
+        "store": str(folder / "store"),
+        "logging": Logging(figures=False),
+        "on_start": False,
+        **options,
+    }
     return Config(dataset=tasks if isinstance(tasks, list) else [tasks], is_list=several, **given)

@@ -1,0 +1,43 @@
+"""The section `logging` of the configuration: where results go beside MLflow, and what is made of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pipeline.config.fields import check_choice, key, require
+from pipeline.errors import ConfigError
+
+WANDB_MODES = ("online", "offline", "disabled")
+BOOLEANS = ("True", "False")  # what YAML makes of on, yes and true, and of off, no and false, as text
+
+
+@dataclass
+class Logging:
+    """Where results go beside MLflow, and whether pictures are drawn."""
+
+    wandb: str = key("W&B run of a measurement on the command line: `online`, `offline` or `disabled`", "disabled")
+    project: str = key("W&B project of that run", "downstream-validation")
+    entity: str | None = key("W&B user or team; null: the account's default")
+    tags: list[str] = key("tags of the W&B run", list)
+    tensorboard: str | None = key("folder for TensorBoard's files, from the command line; null: none")
+    figures: bool = key("make pictures, and `report.html`", True)
+    journal: str | None = key(
+        "folder where what MLflow is sent is written first, and stays; null: `<store>/journal`, until all has arrived"
+    )
+
+    def check(self) -> None:
+        """Raises ConfigError for a value that W&B or a file system does not take."""
+        if self.wandb in BOOLEANS:
+            why = f"'{self.wandb.lower()}', which YAML reads for on, off, yes and no; for off, write disabled"
+            raise ConfigError(f"logging.wandb: expected one of {', '.join(WANDB_MODES)}, found {why}")
+        check_choice("logging.wandb", self.wandb, WANDB_MODES)
+        for name in ("tensorboard", "journal"):
+            folder = getattr(self, name)
+            named = folder is None or (folder.strip() and folder not in BOOLEANS)
+            require(bool(named), f"logging.{name}: expected a folder, or null, found '{folder}'")
+        project = "expected 1 to 128 characters without / \\ # ? % :"
+        fits = 0 < len(self.project) <= 128 and not re.search(r"[/\\#?%:]", self.project)
+        require(fits, f"logging.project: {project}, found '{self.project[:200]}'")
+        for tag in self.tags:
+            require(0 < len(tag) <= 64, f"logging.tags: expected 1 to 64 characters in a tag, found '{tag[:100]}'")
