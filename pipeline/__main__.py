@@ -124,17 +124,18 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
         if len(ckpts) == 1:
             scores = commands.measure_checkpoint(ckpts[0], config, store, opened.run, others, until).scores
             table = score_table(scores) if scores else None
-            failed = {}
+            failed, remarks = {}, list[str]()
         else:
             rows = commands.measure_checkpoints(ckpts, config, store, opened.run, others, until)
             names = commands.shown(rows, config)
             some = any(row.metrics for row in rows)
             table = compare.board_table(compare.leaderboard(rows, names), names) if some else None
+            remarks = compare.remarks(rows, names)
             failed = {row.label: row.error for row in rows if row.error}
         if failed:
             opened.run.end("FAILED")
     if table is not None:
-        print(table.text())
+        print("\n".join([table.text(), *remarks]))
     print_links(opened)
     return failed
 
@@ -148,10 +149,11 @@ def _compare(options: argparse.Namespace) -> None:
 
     check_tracking(options.tracking_uri)
     runs = read_runs(options.runs, options.tracking_uri)
-    names = compare.choose([row for run in runs for row in commands.rows_of_run(run)], options.by)
+    rows = [row for run in runs for row in commands.rows_of_run(run)]
+    names = compare.choose(rows, options.by)
     with open_run(f"{len(runs)} runs compared", Config(), options.tracking_uri) as opened:
         board = commands.compare_runs(runs, names, opened.run)
-    print(compare.board_table(board, names).text())
+    print("\n".join([compare.board_table(board, names).text(), *compare.remarks(rows, names)]))
     print_links(opened)
 
 

@@ -81,7 +81,8 @@ def measure_checkpoint(
     if scores:
         run.describe(summary(facts_of(ckpt, step, encoder, scores), scores))
     data = frozenset(one.examples.test.digest for one in scores)
-    return CheckpointResult(compare.Row(label, step, validation.metrics_of(scores), "", data), scores)
+    tables = {metric_name(one.task_name): one.table for one in scores[:1]}  # rows are ranked by the first task
+    return CheckpointResult(compare.Row(label, step, validation.metrics_of(scores), "", data, tables), scores)
 
 
 def measure_checkpoints(
@@ -150,7 +151,7 @@ def rows_of_run(run: Earlier) -> list[compare.Row]:
     """A row for each step that a run was measured at."""
     single, name = len(run.points) == 1, f"{run.name} ({run.run_id[:8]})"
     return [
-        compare.Row(name if single else f"step={step} {name}", step, metrics, "", run.data)
+        compare.Row(name if single else f"step={step} {name}", step, metrics, "", run.data, run.tables.get(step, {}))
         for step, metrics in run.points
     ]
 

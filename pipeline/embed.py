@@ -75,8 +75,8 @@ class Embeddings:
     @cached_property
     def label_free(self) -> dict[str, float]:
         """What the embeddings of train are like, tokens pooled by their mean; see `statistics.label_free`."""
-        rows = self.rows("train")
-        pooled = [rows.gather(np.array([place])).mean(0).numpy() for place in sample(self.examples.train.sequences)]
+        rows, keys = self.rows("train"), [sequence_key(text) for text in self.examples.train.sequences]
+        pooled = [rows.gather(np.array([place])).mean(0).numpy() for place in sample(keys)]
         return {f"embedding_{name}": value for name, value in label_free(np.stack(pooled)).items()}
 
     def rows(self, part: str) -> Rows:

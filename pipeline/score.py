@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from pipeline.data.parts import Target
+from pipeline.data.parts import Part, Target
 from pipeline.embed import Embeddings
 from pipeline.heads.architectures import Head
 from pipeline.heads.batches import Data
@@ -21,8 +21,8 @@ from pipeline.heads.verdict import verdicts
 from pipeline.load import Examples
 from pipeline.statistics.classification import classification
 from pipeline.statistics.intervals import intervals
-from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, PROBE, Metric, TargetMetrics, over_seeds
-from pipeline.statistics.predictions import Floats, first_seed, from_table, to_table
+from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, PROBE, Metric, TargetMetrics, metric_name, over_seeds
+from pipeline.statistics.predictions import Floats, first_seed, from_table
 from pipeline.statistics.regression import regression
 from pipeline.train_head import FittedHead
 
@@ -47,6 +47,7 @@ class Scores:
         val_losses: with `patience`, the loss on the validation examples after each epoch.
         notes: warnings about the scores.
         earlier_notes: warnings from the stages before.
+        companions: by name, what the embeddings are like whatever the labels; see `Embeddings.label_free`.
     """
 
     examples: Examples
@@ -57,6 +58,7 @@ class Scores:
     val_losses: list[float]
     notes: tuple[str, ...] = ()
     earlier_notes: tuple[str, ...] = ()
+    companions: dict[str, float] = field(default_factory=dict)
 
     @property
     def task_name(self) -> str:
@@ -102,7 +104,7 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
         answers = [_answers(output, target) for output, target in zip(outputs, examples.targets, strict=True)]
         found, why = _results(examples, answers, task_name)
         measured.append(([_loss(examples, outputs, task_name), *found], why))
-        tables.append(to_table(examples.test, examples.targets, {"": answers, **of_probe}, one.seed))
+        tables.append(_table(examples.test, examples.targets, {"": answers, **of_probe}, one.seed))
     results, omitted = over_seeds([_finite(*one) for one in measured])
     if of_probe:
         found, why = _finite(*_results(examples, of_probe[PROBE], task_name, probe=True))
@@ -118,9 +120,16 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
         table,
         fitted.losses,
         fitted.val_losses,
-        tuple(notes + verdicts(examples, fitted, with_intervals)),
+        tuple(notes + verdicts(examples, fitted.heads, with_intervals)),
         examples.notes + embeddings.notes + fitted.notes,
+        companions(embeddings, in_list),
     )
+
+
+def companions(embeddings: Embeddings, in_list: bool) -> dict[str, float]:
+    """What the embeddings of a task are like, under the names that are logged: in a list they begin with the task's."""
+    prefix = f"{metric_name(embeddings.examples.task.task_name)}/" if in_list else ""
+    return {prefix + name: value for name, value in embeddings.label_free.items()}
 
 
 def _results(
@@ -227,3 +236,42 @@ def _constant(examples: Examples, index: int) -> dict[str, float]:
         answers[:, np.bincount(known).argmax()] = 1
     found = _metrics_of(answers, true, target).values
     return {name: value for name, value in found.items() if name in HAVE_CONSTANT}
+
+
+def _table(part: Part, targets: tuple[Target, ...], answers: dict[str, list[Floats]], seed: int) -> pa.Table:
+    """A row per unit of the test part, from which anyone can compute each metric again.
+
+    Args:
+        part: the test part.
+        targets: of the task.
+        answers: for each target, what is predicted, shape (units, outputs): under "" the head's numbers or
+            probabilities, under `PROBE` the probe's.
+        seed: of the head.
+    """
+    rows = np.repeat(np.arange(len(part)), part.counts)
+    columns: dict[str, pa.Array] = {"seed": pa.array(np.full(len(rows), seed, np.int64))}
+    columns |= {"row": pa.DictionaryArray.from_arrays(rows.astype(np.int32), part.rows)}
+    if len(rows) != len(part) or part.counts.max() > 1:
+        first = np.repeat(np.cumsum(part.counts) - part.counts, part.counts)
+        columns["position"] = pa.array((np.arange(len(rows)) - first).astype(np.int32))
+    for index, (target, value, mask) in enumerate(zip(targets, part.values, part.masks, strict=True)):
+        names = [*(target.classes or ()), *(f"class {i}" for i in range(len(target.classes or ()), target.outputs))]
+        numbers = target.classes is None
+        columns[f"{target.name}_target"] = pa.array(value, mask=~mask) if numbers else _labels(value, names, ~mask)
+        columns[f"{target.name}_mask"] = pa.array(mask)
+        for who, found in answers.items():
+            stem, answer = f"{target.name}{who}", found[index]
+            if numbers:
+                columns[f"{stem}_prediction"] = pa.array(answer[:, 0])
+            else:
+                columns[f"{stem}_prediction"] = _labels(answer.argmax(1), names, None)
+                columns[f"{stem}_probabilities"] = _lists(answer)
+    return pa.table(columns)
+
+
+def _labels(indices: npt.NDArray[Any], names: list[str], null: npt.NDArray[np.bool_] | None) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(indices.astype(np.int32), mask=null), names)
+
+
+def _lists(values: npt.NDArray[np.float64]) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])

@@ -24,7 +24,7 @@ from pipeline.embed import Embeddings
 from pipeline.encoders.code_digest import code_digest, no_reuse
 from pipeline.errors import CacheError
 from pipeline.heads.architectures import MLP, ConvNet, Head
-from pipeline.heads.fit import Losses, fit, steps_of
+from pipeline.heads.fit import Losses, SeedHead, fit, steps_of
 from pipeline.heads.probe import Probe, fit_probe
 from pipeline.statistics.metrics import PROBE, metric_name
 from pipeline.store.embedding_table import FORMAT, Store
@@ -42,27 +42,6 @@ FIT_SETTINGS = (
     "val_fraction",
     "gradient_clip_val",
 )
-
-
-@dataclass(frozen=True)
-class SeedHead:
-    """A trained head of one seed, in evaluation mode.
-
-    Attributes:
-        seed: of its weights, batches and dropout.
-        head: the module.
-        losses: mean training loss of each epoch, in the labels' own units.
-        val_losses: with `patience`, the loss on the validation examples after each epoch.
-        steps: of the optimizer.
-        reused: whether it was read from the store: same embeddings, labels, settings, device, threads and torch.
-    """
-
-    seed: int
-    head: Head
-    losses: list[float]
-    val_losses: list[float]
-    steps: int
-    reused: bool
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from pipeline.encoders.protocol import Encoder
 from pipeline.heads import optimizers
 from pipeline.load import Examples, load
 from pipeline.report.publishing import facts_of, publish
-from pipeline.score import Scores, score
+from pipeline.score import Scores, companions, score
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
-from pipeline.tracking.protocol import AtStep, Data, NullTracker, Several, Tracker, attempt
+from pipeline.tracking.protocol import PREDICTIONS, AtStep, Data, NullTracker, Several, Tracker, attempt
 from pipeline.train_head import FittedHead, make_head, train_head
 
 logger = logging.getLogger(__name__)
@@ -142,8 +142,8 @@ def measure(
 
 
 def metrics_of(scores: Sequence[Scores]) -> dict[str, float]:
-    """The metrics of all tasks by name."""
-    return {name: value for one in scores for name, value in one.metrics.items()}
+    """The metrics of all tasks by name, and what their embeddings are like."""
+    return {name: value for one in scores for name, value in (one.metrics | one.companions).items()}
 
 
 def check(tasks: Sequence[Task], with_files: bool = True) -> None:
@@ -235,12 +235,9 @@ def _log_embed(embeddings: Sequence[Embeddings], encoder: Encoder, store: Store,
 
 
 def _log_label_free(embeddings: Sequence[Embeddings], in_list: bool, run: Tracker, tracker: Tracker) -> None:
-    """Named as metrics of scores are: behind the task's name where there may be several."""
     for task in embeddings:
-        prefix = f"{metric_name(task.examples.task.task_name)}/" if in_list else ""
-        named = {prefix + name: value for name, value in task.label_free.items()}
-        run.metrics(named)
-        tracker.metrics(named)
+        run.metrics(companions(task, in_list))
+        tracker.metrics(companions(task, in_list))
 
 
 def _log_head(head: FittedHead, name: str, run: Tracker) -> None:
@@ -260,6 +257,6 @@ def _log_scores(scores: Scores, run: Tracker, tracker: Tracker) -> None:
     tracker.metrics(scores.metrics, data=data)
     _warn(scores.notes, scores.task_name, run)
     with temporary_folder() as folder:
-        path = folder / f"predictions_{metric_name(scores.task_name)}.parquet"
+        path = folder / f"{PREDICTIONS}{metric_name(scores.task_name)}.parquet"
         pq.write_table(scores.table, path)
         tracker.artifact(path)

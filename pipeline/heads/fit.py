@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeGuard
 
@@ -166,6 +167,27 @@ def _scale(examples: Examples, sequences: Indices) -> Scale | None:
         deviation = float(labels.std()) if np.ptp(labels) else 0.0
         scale.append((float(labels.mean()), deviation or 1.0))
     return scale
+
+
+@dataclass(frozen=True)
+class SeedHead:
+    """A trained head of one seed, in evaluation mode.
+
+    Attributes:
+        seed: of its weights, batches and dropout.
+        head: the module.
+        losses: mean training loss of each epoch, in the labels' own units.
+        val_losses: with `patience`, the loss on the validation examples after each epoch.
+        steps: of the optimizer.
+        reused: whether it was read from the store: same embeddings, labels, settings, device, threads and torch.
+    """
+
+    seed: int
+    head: Head
+    losses: list[float]
+    val_losses: list[float]
+    steps: int
+    reused: bool
 
 
 def fit(heads: Sequence[Head], seeds: Sequence[int], embeddings: Embeddings, device: torch.device) -> list[Losses]:

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.schema import Task
 from pipeline.data.parts import Part, Target
+from pipeline.heads.fit import SeedHead
 from pipeline.load import Examples
 from pipeline.statistics.metrics import LOSS, Metric
-
-if TYPE_CHECKING:
-    from pipeline.train_head import FittedHead, SeedHead
 
 FALLING = 0.1  # of what is explained at the end, added from the second last tenth of the epochs to the last
 LEAST = 0.01  # of an explained share: less is the noise of a few epochs
@@ -46,21 +44,21 @@ class _Shares:
     before: float
 
 
-def verdicts(examples: Examples, fitted: FittedHead, results: Sequence[Metric]) -> list[str]:
+def verdicts(examples: Examples, heads: Sequence[SeedHead], results: Sequence[Metric]) -> list[str]:
     """What is wrong with the heads of a task; empty where nothing is.
 
     Args:
         examples: of the task.
-        fitted: its heads.
+        heads: one for each seed.
         results: their metrics on the test set.
     """
-    steps = _steps(fitted.heads)
+    steps = _steps(heads)
     found = [
         f"{metric.key} is no better than a constant guess, after {steps}: {_more(examples.task)}"
         for metric in results
         if not metric.probe and _no_better(metric)
     ]
-    shares = _shares(examples, fitted.heads, results)
+    shares = _shares(examples, heads, results)
     if shares is None:
         return found
     overfits = shares.train - shares.test > GAP
@@ -71,7 +69,7 @@ def verdicts(examples: Examples, fitted: FittedHead, results: Sequence[Metric]) 
             f"the head fits its train set and not the test set: it explains {shares.train:.0%} of the training loss and"
             f" {shares.test:.0%} of the test loss, after {steps}: {remedy}{set_patience}, or give it more train rows"
         )
-    to_the_end = any(len(one.losses) == examples.task.num_epochs for one in fitted.heads)
+    to_the_end = any(len(one.losses) == examples.task.num_epochs for one in heads)
     if to_the_end and _still_falling(shares) and not overfits:
         loss = "training" if examples.task.patience is None else "validation"
         found.append(f"the {loss} loss was still falling at the end, after {steps}: {_more(examples.task)}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, nearest
+from pipeline.report.differences import FIRST, differences
 from pipeline.report.tables import Table, number, plain
 from pipeline.statistics.metrics import Metric, lower_is_better
 from pipeline.store.temporary import temporary_folder
@@ -16,6 +17,7 @@ from pipeline.tracking.protocol import Tracker
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 FILE = "leaderboard.json"
 
@@ -30,6 +32,7 @@ class Row:
         metrics: by name; empty where the measurement failed.
         error: why it failed.
         data: digests of the test sets.
+        tables: predictions by task, as `Scores.table`; empty where they were not kept.
     """
 
     label: str
@@ -37,6 +40,7 @@ class Row:
     metrics: Mapping[str, float]
     error: str = ""
     data: frozenset[str] = field(default_factory=frozenset)
+    tables: Mapping[str, pa.Table] = field(default_factory=dict, compare=False)
 
 
 def choose(rows: Sequence[Row], by: str = "") -> list[str]:
@@ -63,27 +67,48 @@ def leaderboard(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
     """The checkpoints, best first in the first of `names`; those without it are last, ties in the order given.
 
     Returns:
-        The columns `rank` (from 1), `checkpoint`, `step`, each metric, those of `names` first, and `error`.
+        The columns `rank` (from 1), `checkpoint`, `step`, each metric, those of `names` first, and `error`. Where
+        predictions are at hand, `<metric>_delta_first` and its `_ci_low` and `_ci_high` follow the first of `names`:
+        the difference to the first row, with its paired 95 % interval.
     """
     import pandas as pd
 
     metrics = list(dict.fromkeys([*names, *(name for row in rows for name in row.metrics)]))
     records = [{"checkpoint": row.label, "step": row.step, **row.metrics, "error": row.error} for row in rows]
     frame = pd.DataFrame(records, columns=["checkpoint", "step", *metrics, "error"])
+    frame["row"] = range(len(rows))
     frame = frame.astype({"step": "Int64", **dict.fromkeys(metrics, "float64")})
     frame = frame.sort_values(names[0], ascending=lower_is_better(names[0]), kind="stable", ignore_index=True)
+    tables = [rows[place].tables for place in frame.pop("row")]
+    found, _ = differences(tables, names[0])
+    if any(found):
+        key = names[0] + FIRST
+        columns = pd.DataFrame([one.interval.named(key) | {key: one.value} if one else {} for one in found])
+        for offset, column in enumerate((key, f"{key}_ci_low", f"{key}_ci_high")):
+            frame.insert(frame.columns.get_loc(names[0]) + 1 + offset, column, columns[column])
     frame.insert(0, "rank", frame.index + 1)
     return frame
 
 
 def board_table(board: pd.DataFrame, names: Sequence[str]) -> Table:
-    """A leaderboard with some of its metrics."""
-    rows = []
+    """A leaderboard with some of its metrics, and beside the first how far each row is from the first row."""
+    rows, key = [], names[0] + FIRST
+    compared = key in board.columns
     for row in board.to_dict("records"):
         values = [number(row[name]) if row[name] == row[name] else "" for name in names]
         cells = ["failed", *values[1:]] if row["error"] else values
+        if compared:
+            cells.insert(1, _difference(row[key], row[f"{key}_ci_low"], row[f"{key}_ci_high"]))
         rows.append([str(row["rank"]), row["checkpoint"], *cells])
-    return Table(("#", "checkpoint", *names), rows, frozenset({1}), f"Checkpoints by {names[0]}")
+    columns = [*names[:1], *(["against #1 (95 %)"] if compared else []), *names[1:]]
+    return Table(("#", "checkpoint", *columns), rows, frozenset({1}), f"Checkpoints by {names[0]}")
+
+
+def _difference(value: float, low: float, high: float) -> str:
+    """`-0.021 (-0.050 to 0.008) =`, where `=` marks rows that cannot be told apart; empty where there is none."""
+    if value != value:
+        return ""
+    return f"{value:+.3f} ({low:+.3f} to {high:+.3f})" + (" =" if low <= 0 <= high else "")
 
 
 def comparable(rows: Sequence[Row]) -> bool:
@@ -91,13 +116,27 @@ def comparable(rows: Sequence[Row]) -> bool:
     return len({row.data for row in rows if row.metrics}) <= 1
 
 
+def remarks(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """How a leaderboard is to be read: what its marks mean, and what its rows differ in."""
+    measured = [row for row in rows if row.metrics]
+    found, reasons = differences([row.tables for row in measured], names[0])
+    lines = [f"There is no difference to the first row: {reason}" for reason in reasons]
+    if any(found):
+        lines.append("Rows with = cannot be told apart from the first: the interval of the difference holds 0.")
+    if any(found) and len(measured) > 2:
+        lines.append(f"The first is the best of {len(measured)}: its lead is not corrected for that choice.")
+    if len({row.step for row in measured}) > 1:
+        lines.append("The rows are of different steps.")
+    if not comparable(rows):
+        lines.append("The test sets differ between rows: sequences that one encoder takes are too long for another.")
+    return lines
+
+
 def summary(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """The leaderboard in Markdown, the errors, and whether the rows can be compared."""
+    """The leaderboard in Markdown, the errors, and how it is to be read."""
     lines = [board_table(leaderboard(rows, names), names).markdown(), ""]
     lines += [f"- {plain(row.label)}: {row.error}" for row in rows if row.error]
-    if not comparable(rows):
-        lines.append("- The test sets differ between rows: sequences that one encoder takes are too long for another.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"- {remark}" for remark in remarks(rows, names))])
 
 
 def publish(rows: Sequence[Row], names: Sequence[str], tracker: Tracker, run: JournalRun) -> pd.DataFrame:

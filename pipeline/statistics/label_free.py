@@ -7,15 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.store.embedding_table import sequence_key
-
 MOST = 1_000  # sequences that are looked at: the first in the order of their digests
 DEAD = 1e-6  # of the largest standard deviation of a dimension
 
 
-def sample(sequences: Sequence[str]) -> list[int]:
+def sample(keys: Sequence[bytes]) -> list[int]:
     """The places of at most `MOST` distinct sequences, which their digests decide."""
-    first = {sequence_key(text): place for place, text in enumerate(sequences)}
+    first = {key: place for place, key in enumerate(keys)}
     return [first[key] for key in sorted(first)[:MOST]]
 
 

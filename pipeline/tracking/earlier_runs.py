@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
+import pyarrow as pa
+import pyarrow.parquet as pq
 from filelock import Timeout
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.statistics.metrics import Metric
-from pipeline.store.temporary import host_mark
+from pipeline.store.temporary import host_mark, temporary_folder
 from pipeline.tracking.client import connect, fail_fast, shown
 from pipeline.tracking.delivery import is_bug, replay
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.journal_owner import HOST, deserted, is_original, journals_in, remove_journal
 from pipeline.tracking.mlflow import MlflowSink
+from pipeline.tracking.protocol import FOLDER, PREDICTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +38,14 @@ class Earlier:
         name: the run's.
         points: downstream metrics at each step, the first step first.
         data: digests of the test sets.
+        tables: at each step, the predictions by task, those that were kept; see `Scores.table`.
     """
 
     run_id: str
     name: str
     points: list[tuple[int, dict[str, float]]]
     data: frozenset[str]
+    tables: dict[int, dict[str, pa.Table]]
 
 
 def read_runs(run_ids: Sequence[str], tracking_uri: str = "") -> list[Earlier]:
@@ -70,7 +75,24 @@ def _read(client: MlflowClient, run_id: str) -> Earlier:
         raise ConfigError(f"run '{run_id}' holds no measurement; give runs of measurements or of trainings")
     sets = [given.dataset for given in (run.inputs.dataset_inputs if run.inputs else [])]
     data = frozenset(dataset.digest for dataset in sets if dataset.name.endswith(" test"))
-    return Earlier(run_id, str(run.info.run_name), sorted(points.items(), key=lambda point: point[0]), data)
+    tables = {step: _tables(client, run_id, step) for step in points}
+    return Earlier(run_id, str(run.info.run_name), sorted(points.items(), key=lambda point: point[0]), data, tables)
+
+
+def _tables(client: MlflowClient, run_id: str, step: int) -> dict[str, pa.Table]:
+    """The predictions of a measurement in a training, or of one alone; none where they cannot be had."""
+    found = {}
+    try:
+        paths = [one.path for one in client.list_artifacts(run_id, f"{FOLDER}/step={step}")]
+        for path in paths or [one.path for one in client.list_artifacts(run_id)]:
+            name = Path(path).name
+            if name.startswith(PREDICTIONS) and name.endswith(".parquet"):
+                with temporary_folder() as folder:
+                    local = client.download_artifacts(run_id, path, str(folder))
+                    found[name.removeprefix(PREDICTIONS).removesuffix(".parquet")] = pq.read_table(local)
+    except (MlflowException, OSError, pa.ArrowException) as error:
+        logger.warning("run %s: its predictions cannot be read, so it has no intervals: %s", run_id, error)
+    return found
 
 
 def replay_journal(name: str, tracking_uri: str = "") -> tuple[int, int]:

@@ -13,6 +13,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 FOLDER = "downstream"  # of a measurement's files, in the run of a training
+PREDICTIONS = "predictions_"  # before the task's name, in the name of the file of its predictions
 
 
 @dataclass(frozen=True)
