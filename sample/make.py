@@ -39,7 +39,7 @@ def make_files() -> dict[str, list[Row]]:
     sequences = [{"sequence": source.draw(unlabelled).sequence} for _ in range(2600)]
     molecules = molecule_rows(Dice(4), 300)
     family, labelled = Family(Dice(5)), Dice(6)
-    variants = [family.variant(labelled) for _ in range(1000)]
+    variants = [family.variant(labelled) for _ in range(1500)]
     natural = Dice(7)
     members = [{"sequence": family.member(natural)} for _ in range(3200)]
     halves = {"train/x000": 160, "train/x001": 160, "test/x000": 100}
@@ -48,7 +48,7 @@ def make_files() -> dict[str, list[Row]]:
         **split_files("proteins", "p", proteins, halves),
         **split_files("unlabelled", "u", sequences, many),
         **split_files("family", "f", members, {"train/x000": 3000, "test/x000": 200}),
-        **split_files("variants", "v", variants, {"train/x000": 500, "test/x000": 500}),
+        **split_files("variants", "v", variants, {"train/x000": 1000, "test/x000": 500}),
         **split_files("molecules", "m", molecules, {"train/x000": 240, "test/x000": 60}),
     }
 
