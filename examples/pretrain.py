@@ -1,6 +1,6 @@
 """Pre-trains a small ESM by masked language modelling, and measures on the way what its embeddings are worth.
 
-    python examples/pretrain.py [--steps 1000] [--config configs/pretrain.yaml] [--out FOLDER]
+    python examples/pretrain.py [--steps 600] [--config configs/pretrain.yaml] [--out FOLDER]
 
 A Lightning script like any other: the curve takes the two lines that are marked (1) and (2). `mlflow run . -e pretrain`
 runs it too. Run it from the root of the project.
@@ -46,8 +46,8 @@ class Settings:
     layers: int = 2
     hidden_size: int = 96
     heads: int = 6
-    steps: int = 1000
-    validations: int = 5
+    steps: int = 600
+    validations: int = 6
     batch_size: int = 32
     crop: int = 40
     lr: float = 0.003
@@ -233,8 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default="sample/data/family/train", help="folder of CSV files")
     parser.add_argument("--files", default="x000", help="file or range of files with a column `sequence`")
     parser.add_argument("--out", default="", help="new folder for checkpoints and model; by default pretrained/RUN")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--validations", type=int, default=5, help="how often it is measured on the way")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--validations", type=int, default=6, help="how often it is measured on the way")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
     return run_program(parser, run, arguments)

@@ -2,7 +2,7 @@
 """A made-up protein family whose sites are coupled in pairs: natural members, and variants with a fitness.
 
 Four helices of eight sites and a loop of two. In a helix the side chains at i and i + 4 are one turn apart and touch;
-three such contacts each, of one of two kinds: opposite charges, or a large and a small side chain. Which of the two
+three such contacts each, two of opposite charges and one of a large and a small side chain. Which of the two
 comes first is drawn for each protein, so a residue by itself says nothing about whether its contact is made: fitness
 counts the contacts that are made, a sum over pairs.
 """
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from dice import Dice
 
 HELICES, TURN, LENGTH = 4, 4, 10
-KINDS = (("KR", "DE"), ("FWY", "AGS"))  # two classes of residues, of which a contact takes one each
+CHARGE, SIZE = ("KR", "DE"), ("FWY", "AGS")  # two classes of residues each, of which a contact takes one each
+KINDS = (CHARGE, SIZE, CHARGE)  # of the contacts of a helix
 CORE = "ILVMPTNQHC"  # conserved, so a site can be told by its surroundings; never part of a contact
 KEPT = 0.95  # selection: the share of contacts that natural members make, and of core sites as in the founder
 MUTATIONS = (0, 16)
@@ -40,11 +41,13 @@ class Family:
     """Draws members and variants of one family, never the same sequence twice."""
 
     def __init__(self, dice: Dice) -> None:
-        """Choose the kinds of the contacts and the residues of the core."""
+        """Choose the residues of the core, no two alike."""
         starts = range(0, HELICES * LENGTH, LENGTH)
-        places = [start + site for start in starts for site in range(TURN - 1)]
-        self._contacts = [Contact(site, site + TURN, dice.pick(KINDS)) for site in places]
-        self._core = {start + site: dice.pick(CORE) for start in starts for site in (TURN - 1, 2 * TURN - 1)}
+        self._contacts = [
+            Contact(start + site, start + site + TURN, kind) for start in starts for site, kind in enumerate(KINDS)
+        ]
+        places = [start + site for start in starts for site in (TURN - 1, 2 * TURN - 1)]
+        self._core = dict(zip(places, dice.shuffled(CORE), strict=False))
         self._loops = [start + site for start in starts for site in (2 * TURN, 2 * TURN + 1)]
         self._seen: set[str] = set()
 
@@ -81,7 +84,7 @@ class Family:
 
     def _choices(self) -> dict[int, str]:
         """What a site outside the core may hold; loops hold the residues of contacts, so their number says little."""
-        found = dict.fromkeys(self._loops, "".join(KINDS[0] + KINDS[1]))
+        found = dict.fromkeys(self._loops, "".join(CHARGE + SIZE))
         for contact in self._contacts:
             found[contact.first] = found[contact.second] = "".join(contact.kind)
         return found
