@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the sample data: synthetic proteins and molecules, the same bytes on every run.
+"""Make the sample data: synthetic proteins, variants and molecules, the same bytes on every run.
 
-Nothing here is copied from a data set. See ``proteins.py`` and ``molecules.py`` for how the data are made.
+Nothing here is copied from a data set. See ``proteins.py``, ``variants.py`` and ``molecules.py`` for how
+the data are made.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from dice import Dice
 from molecules import molecule_rows
 from proteins import Source, protein_row
+from variants import Family
 
 Row = dict[str, str]
 
@@ -36,11 +38,17 @@ def make_files() -> dict[str, list[Row]]:
     proteins = [protein_row(labelled, source.draw(labelled)) for _ in range(420)]
     sequences = [{"sequence": source.draw(unlabelled).sequence} for _ in range(2600)]
     molecules = molecule_rows(Dice(4), 300)
+    family, labelled = Family(Dice(5)), Dice(6)
+    variants = [family.variant(labelled) for _ in range(1500)]
+    natural = Dice(7)
+    members = [{"sequence": family.member(natural)} for _ in range(3200)]
     halves = {"train/x000": 160, "train/x001": 160, "test/x000": 100}
     many = {"train/x000": 1200, "train/x001": 1200, "test/x000": 200}
     return {
         **split_files("proteins", "p", proteins, halves),
         **split_files("unlabelled", "u", sequences, many),
+        **split_files("family", "f", members, {"train/x000": 3000, "test/x000": 200}),
+        **split_files("variants", "v", variants, {"train/x000": 1000, "test/x000": 500}),
         **split_files("molecules", "m", molecules, {"train/x000": 240, "test/x000": 60}),
     }
 

@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import yaml
+from scipy.stats import spearmanr
 
 from pipeline import Store, open_encoder, read_config, validate
+from pipeline.data import tables
 from tests.support.programs import ROOT
 
 CHECKPOINT = ROOT / "sample" / "checkpoint"
@@ -27,6 +31,37 @@ def test_the_sample_data_are_made_again_byte_for_byte(tmp_path: Path) -> None:
     assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*.csv")} == shipped
     for path in shipped:
         assert (tmp_path / path).read_bytes() == (ROOT / "sample" / "data" / path).read_bytes()
+
+
+def test_fitness_is_in_pairs_of_sites_and_in_nothing_else() -> None:
+    """Else the demonstration's curve would show what needs no pre-training."""
+    (texts, labels), (test_texts, test_labels) = (variants(part) for part in ("train", "test"))
+    for encode in (one_hot, lambda texts: one_hot(texts).reshape(len(texts), -1, 20).sum(1)):
+        features, mean = encode(texts), labels.mean()
+        gram = features.T @ features + 10 * np.eye(features.shape[1])
+        slopes = np.linalg.solve(gram, features.T @ (labels - mean))
+        assert abs(spearmanr(encode(test_texts) @ slopes, test_labels)[0]) < 0.15
+    assert spearmanr([contacts(text) for text in test_texts], test_labels)[0] > 0.9
+    members = tables.read(ROOT / "sample/data/family/test", "x000", ["sequence"]).columns["sequence"]
+    assert np.mean([contacts(text) for text in members]) > 11  # of 12: what there is to learn from them
+
+
+def variants(part: str) -> tuple[list[str], npt.NDArray[np.float64]]:
+    columns = tables.read(ROOT / "sample/data/variants" / part, "x000", ["sequence", "fitness"]).columns
+    return list(columns["sequence"]), np.array(columns["fitness"], dtype=float)
+
+
+def one_hot(texts: list[str]) -> npt.NDArray[np.float64]:
+    """Shape (n, 40 * 20)."""
+    letters = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
+    return (np.array([list(text) for text in texts])[..., None] == letters).astype(float).reshape(len(texts), -1)
+
+
+def contacts(text: str) -> int:
+    """The pairs four apart of opposite charge, or of a large and a small side chain, where a helix has them."""
+    kinds = ("KR", "DE"), ("FWY", "AGS"), ("KR", "DE")
+    places = [(start + site, kind) for start in range(0, 40, 10) for site, kind in enumerate(kinds)]
+    return sum((text[site] in kind[0]) != (text[site + 4] in kind[0]) for site, kind in places)
 
 
 def test_the_checkpoint_is_small() -> None:

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
 ACCURACY = "secondary_structure/test_3state_accuracy"
-SPEARMAN = "stability/test_stability_spearman"
+SPEARMAN = "fitness/test_fitness_spearman"
 PARENT = "mlflow.parentRunId"
 NAMES = {
     "single": "checkpoint 4 tasks",
     "training": "pretrain",
-    "several": "2 checkpoints secondary_structure, stability",
+    "several": "2 checkpoints secondary_structure, fitness",
 }
 
 
@@ -175,7 +175,7 @@ def test_two_runs_side_by_side(ui: Ui, lab: Lab) -> None:
 def test_the_charts_of_a_run_are_grouped_by_task(key: str, steps: list[int], ui: Ui, lab: Lab) -> None:
     run = lab.runs[key]
     page = ui.run(run.info.run_id, "model-metrics")
-    for task in ("secondary_structure", "stability"):
+    for task in ("secondary_structure", "fitness"):
         names = [name for name in run.data.metrics if name.startswith(f"{task}/")]
         page.get_by_text(task, exact=True).wait_for()
         page.get_by_text(f"({len(names)})", exact=True).wait_for()
