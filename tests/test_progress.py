@@ -60,7 +60,10 @@ def test_changes_are_since_the_start_and_the_best_also_after_a_resume(
             **changes(predictions[step], predictions[0]).values["accuracy"].named(ACCURACY, "start"),
             **changes(predictions[step], predictions[best]).values["accuracy"].named(ACCURACY, "best"),
         }
-        assert {name: value for name, value in metrics.items() if "delta" in name or "p_improved" in name} == expected
+        since = {name: value for name, value in metrics.items() if "delta" in name or "p_improved" in name}
+        of_probe = {name: value for name, value in since.items() if "_probe_" in name}
+        assert since == {**expected, **of_probe}
+        assert {name.replace("_probe_", "_") for name in of_probe} == set(expected)
         for name, value in expected.items():
             history = MlflowClient().get_metric_history(run.info.run_id, name)
             assert [point.value for point in history if point.step == step] == [value]
