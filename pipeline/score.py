@@ -67,8 +67,8 @@ class Scores:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The values by name, such as `test_3state_accuracy`, each followed by its noise and its interval's ends."""
-        return {name: value for metric in self.results for name, value in metric.named.items()}
+        """The values by name, such as `test_3state_accuracy`, each with its noise and its interval; the companions."""
+        return {name: value for metric in self.results for name, value in metric.named.items()} | self.companions
 
     @property
     def constant(self) -> dict[str, float]:

@@ -86,7 +86,7 @@ def validate(
     with _stage(tracker, "embed") as run:
         embeddings = embed(examples, encoder, store)
         _log_embed(embeddings, encoder, store, run)
-        _log_label_free(embeddings, in_list, run, tracker)
+        _log_label_free(embeddings, in_list, run)
     scores = []
     for task_embeddings in embeddings if last >= STAGES.index("train_head") else []:
         suffix = f" {task_embeddings.examples.task.task_name}" if in_list else ""
@@ -142,8 +142,8 @@ def measure(
 
 
 def metrics_of(scores: Sequence[Scores]) -> dict[str, float]:
-    """The metrics of all tasks by name, and what their embeddings are like."""
-    return {name: value for one in scores for name, value in (one.metrics | one.companions).items()}
+    """The metrics of all tasks by name."""
+    return {name: value for one in scores for name, value in one.metrics.items()}
 
 
 def check(tasks: Sequence[Task], with_files: bool = True) -> None:
@@ -234,10 +234,9 @@ def _log_embed(embeddings: Sequence[Embeddings], encoder: Encoder, store: Store,
     _warn(differences(encoder.made_with, here), "checkpoint", run)
 
 
-def _log_label_free(embeddings: Sequence[Embeddings], in_list: bool, run: Tracker, tracker: Tracker) -> None:
+def _log_label_free(embeddings: Sequence[Embeddings], in_list: bool, run: Tracker) -> None:
     for task in embeddings:
         run.metrics(companions(task, in_list))
-        tracker.metrics(companions(task, in_list))
 
 
 def _log_head(head: FittedHead, name: str, run: Tracker) -> None:

@@ -187,8 +187,14 @@ def test_a_training_with_a_server(
     assert [step for step, _ in undisturbed["metrics"]["train_loss"]] == list(range(8))
     assert [step for step, _ in undisturbed["metrics"]["test_label_accuracy"]] == [4, 8]
     assert undisturbed["models"] == [("step=4", 4), ("step=8", 8)]
-    assert {key for _, key, *_ in undisturbed["ranked"]} == {"dwnstr_task_val_loss"} | {
-        f"test_label_{name}" for name in ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "auroc")
+    assert {key for _, key, *_ in undisturbed["ranked"]} == {
+        "dwnstr_task_val_loss",
+        *(f"embedding_{name}" for name in ("rank_me", "mean_cosine", "dead_dimensions")),
+        *(
+            f"test_label{who}_{name}"
+            for who in ("", "_probe")
+            for name in ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "auroc")
+        ),
     }
     assert same(state(server.uri, "training"), undisturbed)
     assert sent(journal) == journal.stat().st_size

@@ -32,17 +32,19 @@ class Table:
     title: str = ""
 
     def text(self) -> str:
-        """For the terminal, as wide as it is; 120 characters where the output is a file."""
+        """For the terminal, as wide as it is; 130 characters where the output is a file."""
         from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
 
         view = RichTable(title=Text(self.title), title_justify="left")
         for index, name in enumerate(self.columns):
-            view.add_column(Text(name), justify="left" if index in self.left else "right", overflow="fold")
+            cells = max((len(row[index]) for row in self.rows), default=0)
+            heading = name if len(name) <= cells else name.replace(" ", "\n")
+            view.add_column(Text(heading), justify="left" if index in self.left else "right", overflow="fold")
         for row in self.rows:
             view.add_row(*map(Text, row))
-        console = Console(width=None if sys.stdout.isatty() else 120)
+        console = Console(width=None if sys.stdout.isatty() else 130)
         with console.capture() as captured:
             console.print(view)
         return captured.get().rstrip("\n")
@@ -86,7 +88,7 @@ def score_table(scores: Sequence[Scores]) -> Table:
             continue
         _append(columns, rows, title, [score_text(one) if one else "" for one in found])
         if any(intervals):
-            _append(columns, rows, INTERVAL, [f"{one.low:.3f} to {one.high:.3f}" if one else "" for one in intervals])
+            _append(columns, rows, INTERVAL, [f"{one.low:.3f}, {one.high:.3f}" if one else "" for one in intervals])
     _append(columns, rows, "constant guess", [number(next(iter(pair.values())).constant) for pair in pairs.values()])
     return Table(columns, rows, title="Scores on the test set")
 
