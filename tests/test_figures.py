@@ -226,7 +226,7 @@ def test_pictures_of_numbers(tmp_path: Path, store: Store, level: str) -> None:
     check_pictures(paths, tmp_path / "out")
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data(), st.sampled_from(["sequence", "token"]), st.lists(st.integers(1, 70), min_size=1, max_size=6))
 def test_any_numbers_can_be_drawn(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, level: str, lengths: list[int]
@@ -246,7 +246,7 @@ def test_any_numbers_can_be_drawn(
     check_pictures(paths, folder)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.data(), st.lists(st.text(min_size=1), min_size=1, max_size=5, unique=True), st.sampled_from([1, 3, 200, 9000])
 )

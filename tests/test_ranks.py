@@ -157,12 +157,7 @@ def test_a_data_error_stops_both_before_the_first_step(both: Any) -> None:
     [
         ("late", 0, "rank 0 waited 20 s for every rank: .*[Rr]anks?.* 1"),
         ("dead", 0, "rank 0 waited 20 s for every rank: .*[Rr]anks?.* 1"),
-        pytest.param(
-            "stuck",
-            1,
-            "rank 1 waited up to 20 s for rank 0: .*raise timeout if it was still at work",
-            marks=pytest.mark.slow,
-        ),
+        ("stuck", 1, "rank 1 waited up to 20 s for rank 0: .*raise timeout if it was still at work"),
     ],
 )
 def test_a_rank_that_does_not_come_is_named(

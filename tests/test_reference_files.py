@@ -291,7 +291,7 @@ SECTIONS = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5)
 TASKS = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(section=SECTIONS, task=TASKS, listed=st.booleans())
 def test_any_mapping_is_a_configuration_or_a_one_line_error(
     section: dict[Any, Any], task: dict[Any, Any], listed: bool
