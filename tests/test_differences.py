@@ -1,4 +1,4 @@
-"""How far the rows of a leaderboard are from its first: measured together, and compared later from what MLflow keeps."""
+"""How far the rows of a leaderboard are from its first: measured together, or compared from what MLflow keeps."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ def row(label: str, table: pa.Table | None, step: int | None = 1) -> Row:
     if table is None:
         return Row(label, step, {"test_y_mse": 5.0})
     one = from_table(table, "y")
-    return Row(label, step, {"test_y_mse": float(np.mean((one.predicted - one.true) ** 2))}, tables={"downstream": table})
+    error = float(np.mean((one.predicted - one.true) ** 2))
+    return Row(label, step, {"test_y_mse": error}, tables={"downstream": table})
 
 
 def test_rows_that_cannot_be_told_apart_are_marked() -> None:
