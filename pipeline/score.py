@@ -22,7 +22,8 @@ from pipeline.load import Examples
 from pipeline.statistics.classification import classification
 from pipeline.statistics.intervals import intervals
 from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, PROBE, Metric, TargetMetrics, metric_name, over_seeds
-from pipeline.statistics.predictions import Floats, first_seed, from_table
+from pipeline.statistics.per_sequence import per_sequence_mean
+from pipeline.statistics.predictions import Floats, Predictions, first_seed, from_table
 from pipeline.statistics.regression import regression
 from pipeline.train_head import FittedHead
 
@@ -136,10 +137,9 @@ def _results(
     examples: Examples, answers: list[Floats], task_name: str, probe: bool = False
 ) -> tuple[list[Metric], dict[str, str]]:
     """The metrics of a head or a probe, and by name why others are not defined."""
-    results, omitted, test = [], dict[str, str](), examples.test
+    results, omitted = [], dict[str, str]()
     for index, (target, numbers) in enumerate(zip(examples.targets, answers, strict=True)):
-        mask, guess = test.masks[index], _constant(examples, index)
-        found = _metrics_of(numbers[mask], test.values[index][mask], target)
+        found, guess = _metrics_of(examples, index, numbers), _constant(examples, index)
         results += [
             Metric(task_name, target.name, name, value, guess.get(name), probe=probe)
             for name, value in found.values.items()
@@ -219,22 +219,31 @@ def _answers(output: torch.Tensor, target: Target) -> Floats:
     return np.asarray((output if target.classes is None else torch.softmax(output, dim=1)).numpy())
 
 
-def _metrics_of(answers: Floats, true: npt.NDArray[Any], target: Target) -> TargetMetrics:
-    if target.classes is None:
-        return regression(true, answers[:, 0])
-    return classification(true, answers, target.classes)
+def _metrics_of(examples: Examples, index: int, answers: Floats) -> TargetMetrics:
+    """The metrics of a target from what is predicted for all units of the test part, shape (units, outputs)."""
+    target, test = examples.targets[index], examples.test
+    mask = test.masks[index]
+    answers, true = answers[mask], test.values[index][mask]
+    found = regression(true, answers[:, 0]) if target.classes is None else classification(true, answers, target.classes)
+    if examples.task.level == "token":
+        counts = np.add.reduceat(mask, np.cumsum(test.counts) - test.counts, dtype=np.int64)
+        predicted = answers[:, 0] if target.classes is None else answers
+        each = per_sequence_mean(Predictions(true, predicted, counts[counts > 0], target.classes))
+        found.values |= each.values
+        found.omitted |= each.omitted
+    return found
 
 
 def _constant(examples: Examples, index: int) -> dict[str, float]:
     """The metrics that say something of a head that knows nothing but the train labels of a target."""
     target, train, test = examples.targets[index], examples.train, examples.test
-    known, true = train.values[index][train.masks[index]], test.values[index][test.masks[index]]
-    answers = np.zeros((len(true), target.outputs))
+    known = train.values[index][train.masks[index]]
+    answers = np.zeros((len(test.values[index]), target.outputs))
     if target.classes is None:
         answers[:] = known.mean()
     else:
         answers[:, np.bincount(known).argmax()] = 1
-    found = _metrics_of(answers, true, target).values
+    found = _metrics_of(examples, index, answers).values
     return {name: value for name, value in found.items() if name in HAVE_CONSTANT}
 
 

@@ -15,9 +15,10 @@ from scipy import stats
 
 from pipeline.errors import DataError
 from pipeline.statistics.classification import classification
-from pipeline.statistics.intervals import Changes, changes, intervals
+from pipeline.statistics.intervals import BY_CLASS, Changes, changes, intervals
 from pipeline.statistics.jackknife import jackknife
-from pipeline.statistics.metrics import LOWER_IS_BETTER, OF_KIND, Interval, Metric
+from pipeline.statistics.metrics import LOWER_IS_BETTER, Interval, Metric, metrics_of_kind
+from pipeline.statistics.per_sequence import per_sequence, per_sequence_mean
 from pipeline.statistics.predictions import Predictions, from_table
 from pipeline.statistics.regression import regression
 
@@ -54,9 +55,10 @@ def chosen(one: Predictions, order: Order) -> Predictions:
 
 
 def values(one: Predictions) -> dict[str, float]:
+    within = per_sequence_mean(one).values if one.counts.max() > 1 else {}
     if one.classes is None:
-        return regression(np.asarray(one.true, np.float64), one.predicted).values
-    return classification(np.asarray(one.true, np.int64), one.predicted, one.classes).values
+        return regression(np.asarray(one.true, np.float64), one.predicted).values | within
+    return classification(np.asarray(one.true, np.int64), one.predicted, one.classes).values | within
 
 
 def ends(one: Interval) -> tuple[float, float]:
@@ -78,7 +80,8 @@ def test_the_values_are_those_that_are_logged_and_lie_within(one: Predictions) -
     assert found.values == pytest.approx(values(one), abs=1e-12)
     within = intervals(one)
     assert not within.refused
-    assert set(within.values) == set(OF_KIND["regression" if one.classes is None else "classification"])
+    level = "token" if one.counts.max() > 1 else "sequence"
+    assert set(within.values) == set(metrics_of_kind("regression" if one.classes is None else "classification", level))
     assert all(interval.low < found.values[name] < interval.high for name, interval in within.values.items())
 
 
@@ -88,7 +91,7 @@ def test_what_a_metric_is_without_a_sequence_is_what_it_is_without_it(name: str,
     brute = [values(chosen(one, np.delete(np.arange(n), index))) for index in range(n)]
     for metric, without in found.without.items():
         exact = np.array([found[metric] for found in brute])
-        linear = metric == "spearman" or (metric == "auroc" and name in TOKENS)  # see their docstrings
+        linear = metric == "spearman" or (metric in ("auroc", "average_precision") and name in TOKENS)
         assert without.std() == pytest.approx(exact.std(), rel=0.03 if linear else 1e-9), metric
         assert without == pytest.approx(
             exact, abs=0.05 * np.abs(exact - found.values[metric]).max() if linear else 1e-12
@@ -153,7 +156,8 @@ def test_tokens_of_one_sequence_are_no_independent_draws() -> None:
         np.repeat(np.asarray(one.true), 9), np.repeat(one.predicted, 9, axis=0), one.counts * 9, CLASSES
     )
     for name, interval in intervals(one).values.items():
-        assert ends(intervals(repeated).values[name]) == pytest.approx(ends(interval), rel=0.01), name
+        rel = 0.02 if name == "average_precision" else 0.01
+        assert ends(intervals(repeated).values[name]) == pytest.approx(ends(interval), rel=rel), name
 
 
 @pytest.mark.parametrize("one", [*EVERY.values(), *TOKENS.values()], ids=[*EVERY, *TOKENS])
@@ -249,7 +253,7 @@ def test_a_rare_class_leaves_accuracy_alone() -> None:
     true[np.flatnonzero(true == 2)[9:]] = 0
     found = intervals(Predictions(true, one.predicted, one.counts, CLASSES))
     reason = "an interval takes at least 10 test sequences of each class, and c in 9"
-    assert found.refused == dict.fromkeys(("balanced_accuracy", "macro_f1", "mcc", "auroc"), reason)
+    assert found.refused == dict.fromkeys(BY_CLASS, reason)
     assert set(found.values) == {"accuracy"}
 
 
@@ -360,3 +364,41 @@ def test_names_of_intervals_are_no_metrics_of_their_own() -> None:
         delta_best delta_best_ci_low delta_best_ci_high""".split()
     ]
     assert not any(Metric.parse(name) for name in named)
+
+
+@pytest.mark.parametrize("one", TOKENS.values(), ids=TOKENS)
+def test_metrics_within_sequences_are_those_of_each_alone(one: Predictions) -> None:
+    """By hand, sequences of one label left out; and their interval is the t interval of a mean."""
+    expected = []
+    for index in range(len(one)):
+        alone = chosen(one, np.array([index]))
+        if len(alone.true) == 1:
+            continue
+        if one.classes is None:
+            expected.append(stats.spearmanr(alone.true, alone.predicted).statistic)
+        else:
+            expected.append(float(np.mean(alone.predicted.argmax(1) == alone.true)))
+    each = per_sequence(one)
+    assert each[~np.isnan(each)] == pytest.approx(expected)
+    assert np.isnan(each).sum() == (one.counts == 1).sum() > 0
+    ((name, value),) = per_sequence_mean(one).values.items()
+    assert value == pytest.approx(np.mean(expected))
+    theirs = stats.ttest_1samp(expected, 0).confidence_interval(0.95)
+    assert ends(intervals(one).values[name]) == pytest.approx(tuple(theirs), rel=0.01)
+
+
+def test_ranks_within_a_sequence_have_ties_and_equal_predictions_rank_nothing() -> None:
+    true = np.array([1.0, 2, 2, 3, 0, 1, 5, 5, 7, 1, 2])
+    predicted = np.array([1.0, 1, 2, 4, 3, 3, 1, 2, 9, 2, 1])
+    one = Predictions(true, predicted, np.array([4, 2, 2, 1, 2]))
+    expected = [stats.spearmanr(true[:4], predicted[:4]).statistic, 0.0, np.nan, np.nan, -1.0]
+    assert per_sequence(one) == pytest.approx(expected, nan_ok=True)
+    flat = Predictions(np.ones(6), np.arange(6.0), np.full(3, 2))
+    assert per_sequence_mean(flat).omitted == {"per_sequence_spearman": "no test sequence has two labels that differ"}
+
+
+def test_few_sequences_with_two_labels_have_no_interval_within_them() -> None:
+    one = classes(sequences=100, longest=9)
+    few = chosen(one, np.r_[np.flatnonzero(one.counts > 1)[:49], np.flatnonzero(one.counts == 1)[:9]])
+    reason = "an interval takes at least 50 test sequences with two labels, and there are 49"
+    assert intervals(few).refused == {"per_sequence_accuracy": reason}

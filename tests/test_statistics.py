@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn import metrics as reference
 
 from pipeline.statistics.classification import classification
-from pipeline.statistics.metrics import LOSS, OF_KIND, Metric
+from pipeline.statistics.metrics import EVERY, LOSS, OF_KIND, Metric
 from pipeline.statistics.regression import regression
 
 
@@ -22,7 +22,7 @@ def test_classification_by_hand() -> None:
     assert found.values["balanced_accuracy"] == 0.75
     assert found.values["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
     assert found.values["mcc"] == pytest.approx((2 * 1 - 1 * 0) / np.sqrt(3 * 2 * 2 * 1))
-    assert found.values["auroc"] == 1.0
+    assert found.values["auroc"] == found.values["average_precision"] == 1.0
     assert found.omitted == {}
 
 
@@ -40,7 +40,7 @@ def test_regression_by_hand() -> None:
         (
             [0, 0],
             ["a", "b"],
-            {"mcc": "the test labels are all of one class", "auroc": "the test labels are all of one class"},
+            dict.fromkeys(("mcc", "auroc", "average_precision"), "the test labels are all of one class"),
         ),
         ([0, 1], ["a", "b", "c"], {"auroc": "no test label is c"}),
     ],
@@ -73,12 +73,16 @@ def test_classification_agrees_with_scikit_learn(seed: int, classes: int, n: int
     present = np.unique(true)
     recall = reference.recall_score(true, predicted, labels=present, average=None)
     assert found.values["balanced_accuracy"] == pytest.approx(recall.mean())
-    if set(predicted) <= set(true):  # else it warns
+    if set(predicted) <= set(true) and len(present) > 1:  # else it warns
         expected = reference.balanced_accuracy_score(true, predicted)
         assert found.values["balanced_accuracy"] == pytest.approx(expected)
     if "auroc" in found.values:
         scores = probabilities if classes > 2 else probabilities[:, 1]
         assert found.values["auroc"] == pytest.approx(reference.roc_auc_score(true, scores, multi_class="ovr"))
+    if len(present) > 1:
+        every = [reference.average_precision_score(true == index, probabilities[:, index]) for index in present]
+        mean = every[-1] if classes == 2 else np.mean(every)
+        assert found.values["average_precision"] == pytest.approx(mean)
     assert np.isfinite(list(found.values.values())).all()
 
 
@@ -98,13 +102,10 @@ def test_regression_agrees_with_scikit_learn_and_scipy(seed: int, n: int) -> Non
     assert np.isfinite(list(found.values.values())).all()
 
 
-KINDS = [name for names in OF_KIND.values() for name in names]
-
-
 @given(
     st.text("ab_ /.é", min_size=1, max_size=9).filter(str.strip),
     st.text("ab_1 .", min_size=1, max_size=9),
-    st.sampled_from(KINDS),
+    st.sampled_from(EVERY),
 )
 def test_a_logged_name_says_task_target_and_metric(task: str, target: str, name: str) -> None:
     metric = Metric(task, target, name)

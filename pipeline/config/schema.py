@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.config.class_paths import ENCODERS, refuse_reference
 from pipeline.config.fields import check_choice, check_values, key, parse_bytes, require
 from pipeline.config.trackers import Logging
-from pipeline.statistics.metrics import LOSS, OF_KIND, PROBE, Metric, metric_name
+from pipeline.statistics.metrics import LOSS, PROBE, Metric, metric_name, metrics_of_kind
 
 LEVELS = ("sequence", "token")
 KINDS = ("classification", "regression")
@@ -233,7 +233,8 @@ class Config:
             found += [Metric(name, "", LOSS)]
             for column in task.target_column:
                 for probe in (False, True) if task.probe != "none" else (False,):
-                    found += [Metric(name, column, kind, probe=probe) for kind in OF_KIND[task.task_type]]
+                    kinds = metrics_of_kind(task.task_type, task.level)
+                    found += [Metric(name, column, kind, probe=probe) for kind in kinds]
         return found
 
     def has_metric(self, name: str) -> bool:

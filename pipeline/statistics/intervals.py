@@ -18,12 +18,13 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from pipeline.statistics.jackknife import Jackknife, jackknife
-from pipeline.statistics.metrics import LOWER_IS_BETTER, Change, Interval
+from pipeline.statistics.metrics import EVERY, LOWER_IS_BETTER, PER_SEQUENCE, Change, Interval
+from pipeline.statistics.per_sequence import counted
 from pipeline.statistics.predictions import Floats, Predictions
 
 MIN_SEQUENCES = 50
 MIN_OF_CLASS = 10  # test sequences that have a label, for metrics in which each class counts alike
-BY_CLASS = ("balanced_accuracy", "macro_f1", "mcc", "auroc")
+BY_CLASS = ("balanced_accuracy", "macro_f1", "mcc", "auroc", "average_precision")
 ALONE = 0.9  # the share of a metric's variance that is too much for one sequence
 UPPER = 0.975
 
@@ -96,17 +97,21 @@ def changes(now: Predictions, before: Predictions) -> Changes:
 
 def _reasons(predictions: Predictions) -> dict[str, str]:
     """By metric, why it can have no interval on these test sequences."""
-    every = ("accuracy", *BY_CLASS, "mse", "rmse", "mae", "r2", "pearson", "spearman")
     if len(predictions) < MIN_SEQUENCES:
         few = f"an interval takes at least {MIN_SEQUENCES} test sequences with labels, and there are {len(predictions)}"
-        return dict.fromkeys(every, few)
+        return dict.fromkeys(EVERY, few)
+    found, several = dict[str, str](), int(counted(predictions).sum())
+    if several < MIN_SEQUENCES:
+        differ = " that differ" if predictions.classes is None else ""
+        few = f"an interval takes at least {MIN_SEQUENCES} test sequences with two labels{differ}"
+        found = dict.fromkeys(PER_SEQUENCE.values(), f"{few}, and there are {several}")
     if predictions.classes is None:
-        return {}
+        return found
     of_class = predictions.by_sequence(predictions.true[:, None] == np.arange(len(predictions.classes)))
     sequences = (of_class > 0).sum(0)
     rare = [f"{name} in {n}" for name, n in zip(predictions.classes, sequences, strict=True) if n < MIN_OF_CLASS]
     reason = f"an interval takes at least {MIN_OF_CLASS} test sequences of each class, and {', '.join(rare)}"
-    return dict.fromkeys(BY_CLASS, reason) if rare else {}
+    return found | (dict.fromkeys(BY_CLASS, reason) if rare else {})
 
 
 def _unsound(name: str, without: Floats) -> str:
@@ -209,6 +214,18 @@ def _expit(value: Floats) -> Floats:
     return np.asarray(1 / (1 + np.exp(-value)))
 
 
+def _as_it_is(value: Floats) -> Floats:
+    return np.asarray(value)
+
+
+def _share(value: Floats) -> Floats:
+    return np.clip(value, 0, 1)
+
+
+def _correlation(value: Floats) -> Floats:
+    return np.clip(value, -1, 1)
+
+
 def _log_unexplained(r2: Floats) -> Floats:
     return np.log1p(-r2)
 
@@ -221,6 +238,9 @@ SCALES: dict[str, tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]]
     "balanced_accuracy": (_logit, _expit),
     "macro_f1": (_logit, _expit),
     "auroc": (_logit, _expit),
+    "average_precision": (_logit, _expit),
+    "per_sequence_accuracy": (_as_it_is, _share),
+    "per_sequence_spearman": (_as_it_is, _correlation),
     "mcc": (np.arctanh, np.tanh),
     "pearson": (np.arctanh, np.tanh),
     "spearman": (np.arctanh, np.tanh),

@@ -3,7 +3,7 @@
 What an interval needs to know is how a metric varies from one draw of test sequences to another. The jackknife (Efron
 and Stein 1981) reads that from the metric without sequence 1, without sequence 2, and so on: sums over the test set
 minus those of one sequence, for all sequences and metrics at once. Ranks change a little with each sequence that is
-left out; how much follows from sums too, as described at `_spearman` and `_auroc`.
+left out; how much follows from sums too, as described at `_spearman`, `_auroc` and `_average_precision_of`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
+from pipeline.statistics.per_sequence import metric_of, per_sequence
 from pipeline.statistics.predictions import Floats, Predictions
 
 
@@ -43,7 +44,12 @@ def jackknife(predictions: Predictions) -> Jackknife:
 
 def _metrics(predictions: Predictions) -> dict[str, Floats]:
     with np.errstate(all="ignore"):
-        return _regression(predictions) if predictions.classes is None else _classification(predictions)
+        found = _regression(predictions) if predictions.classes is None else _classification(predictions)
+        if predictions.counts.max(initial=0) > 1:
+            each = per_sequence(predictions)
+            count, total = _all_and_without(np.stack([~np.isnan(each), np.nan_to_num(each)], 1))
+            found[metric_of(predictions)] = total / count
+        return found
 
 
 def _all_and_without(sums: Floats) -> Floats:
@@ -115,6 +121,7 @@ def _classification(predictions: Predictions) -> dict[str, Floats]:
         "macro_f1": (2 * both / np.maximum(st + sp, 1)).mean(0),
         "mcc": np.where(spread > 0, (right * n - chance) / np.sqrt(spread), 0.0),  # Gorodkin 2004
         "auroc": _auroc(predictions, true, probabilities),
+        "average_precision": _average_precision(predictions, true, probabilities),
     }
 
 
@@ -144,3 +151,41 @@ def _auroc_of(predictions: Predictions, positive: npt.NDArray[np.bool_], score: 
     share = pairs / (n1 * np.float64(n0))
     without = (pairs - taken + share * a * b) / ((n1 - a) * (n0 - b))
     return np.concatenate([[share], without])
+
+
+def _average_precision(predictions: Predictions, true: npt.NDArray[np.int64], probabilities: Floats) -> Floats:
+    """Of two classes the second one's, of more the mean of each that has labels against the rest."""
+    present = [1] if len(predictions.classes or ()) == 2 else np.unique(true)
+    every = [_average_precision_of(predictions, true == index, probabilities[:, index]) for index in present]
+    return np.asarray(np.mean(every, 0))
+
+
+def _average_precision_of(predictions: Predictions, positive: npt.NDArray[np.bool_], score: Floats) -> Floats:
+    """The mean, over the units of the class, of the precision among the units that score as high and higher.
+
+    A unit that is left out takes its own precision away, and changes that of each unit of the class below it: both are
+    exact, and sums of cumulative sums. Those of a sequence's units are added up, less what they do to one another.
+    """
+    _, place = np.unique(score, return_inverse=True)
+    above, hits = (_at_or_above(place, one.astype(np.float64)) for one in (np.ones_like(positive), positive))
+    precision = positive * hits / above
+    # What the precision at a unit of the class loses with another, of the class or not, that scores as high.
+    with_hit, with_miss = (positive * (precision - (hits - one) / np.maximum(above - 1, 1)) for one in (1, 0))
+    below = [np.bincount(place, loss).cumsum()[place] for loss in (with_hit, with_miss)]
+    removed = np.where(positive, precision + below[0] - with_hit, below[1])
+    if predictions.counts.max() > 1:
+        owner = np.repeat(np.arange(len(predictions)), predictions.counts)
+        ours, hit = (_at_or_above(place, one, owner) for one in (np.ones_like(score), positive.astype(np.float64)))
+        removed -= (hit - 1) * with_hit + (ours - hit) * with_miss
+    taken, a = predictions.by_sequence(np.stack([removed, positive], 1)).T
+    total, n1 = precision.sum(), np.float64(positive.sum())
+    return np.concatenate([[total / n1], (total - taken) / (n1 - a)])
+
+
+def _at_or_above(place: npt.NDArray[np.int64], weights: Floats, owner: npt.NDArray[np.int64] | int = 0) -> Floats:
+    """For each unit, the sum of the weights of the units of the same owner that are at its place or above."""
+    keys, at = np.unique(owner * (place.max() + 1) + place, return_inverse=True)
+    summed = np.bincount(at, weights)
+    ends = np.searchsorted(keys // (place.max() + 1), keys // (place.max() + 1), side="right") - 1
+    cumulated = summed.cumsum()
+    return np.asarray((cumulated[ends] - cumulated + summed)[at])

@@ -14,21 +14,26 @@ from typing import Literal
 
 LOSS = "dwnstr_task_val_loss"  # the test loss of a task, over all its targets
 OF_KIND = {
-    "classification": ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "auroc"),
+    "classification": ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "auroc", "average_precision"),
     "regression": ("mse", "rmse", "mae", "r2", "pearson", "spearman"),
 }
+# Of token-level tasks: the mean over the test sequences with two labels or more of the metric within each.
+PER_SEQUENCE = {"classification": "per_sequence_accuracy", "regression": "per_sequence_spearman"}
 HEADLINE = {"classification": "accuracy", "regression": "spearman"}  # to show where there is room for one
 LOWER_IS_BETTER = (LOSS, "mse", "rmse", "mae")
 HAVE_CONSTANT = (
     "accuracy",
     "balanced_accuracy",
     "macro_f1",
+    "average_precision",
+    "per_sequence_accuracy",
     "mse",
     "rmse",
     "mae",
 )  # a constant guess says something of these
 PROBE = "_probe"  # stands between a target and a metric of the probe's
-_KEY = re.compile(f"test_(.+?)({PROBE})?_({'|'.join(name for names in OF_KIND.values() for name in names)})")
+EVERY = (*(name for names in OF_KIND.values() for name in names), *PER_SEQUENCE.values())
+_KEY = re.compile(f"test_(.+?)({PROBE})?_({'|'.join(EVERY)})")
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Metric:
     Attributes:
         task: the task's name; empty where the tasks are no list, and names carry no prefix.
         target: the column of the labels; empty for the loss, which is of all targets.
-        name: `LOSS`, or a name in `OF_KIND`.
+        name: `LOSS`, or a name in `EVERY`.
         value: the number; NaN where it is not measured yet.
         constant: what the best constant guess from the train labels reaches; None where that says nothing.
         interval: of `value`, 95 %; None where there is none.
@@ -184,6 +189,16 @@ def over_seeds(found: Sequence[tuple[list[Metric], dict[str, str]]]) -> tuple[li
         return first, omitted
     each = {metric.key: [of_seed[metric.key] for of_seed in values] for metric in first}
     return [replace(one, value=fmean(each[one.key]), seed_std=stdev(each[one.key])) for one in first], omitted
+
+
+def metrics_of_kind(kind: str, level: str) -> tuple[str, ...]:
+    """The names of the metrics of a target, in the order to show them.
+
+    Args:
+        kind: `classification` or `regression`.
+        level: `sequence` or `token`.
+    """
+    return (*OF_KIND[kind], *([PER_SEQUENCE[kind]] if level == "token" else []))
 
 
 def metric_name(column: str) -> str:
