@@ -28,6 +28,7 @@ from rich.table import Table
 
 from pipeline.statistics.classification import classification
 from pipeline.statistics.intervals import Changes, Intervals, changes, intervals
+from pipeline.statistics.per_sequence import per_sequence_mean
 from pipeline.statistics.predictions import Predictions
 from pipeline.statistics.regression import regression
 
@@ -115,9 +116,10 @@ def truth(draw: Draw, rng: np.random.Generator, sequences: int) -> tuple[dict[st
 
 
 def _metrics(one: Predictions) -> dict[str, float]:
+    within = per_sequence_mean(one).values if one.counts.max() > 1 else {}
     if one.classes is None:
-        return regression(np.asarray(one.true, np.float64), one.predicted).values
-    return classification(np.asarray(one.true, np.int64), one.predicted, one.classes).values
+        return regression(np.asarray(one.true, np.float64), one.predicted).values | within
+    return classification(np.asarray(one.true, np.int64), one.predicted, one.classes).values | within
 
 
 def coverage(draw: Draw, seed: int, sequences: int, sets: int, known: dict[str, float]) -> dict[str, tuple[int, int]]:

@@ -223,7 +223,8 @@ def _metrics_of(examples: Examples, index: int, answers: Floats) -> TargetMetric
     """The metrics of a target from what is predicted for all units of the test part, shape (units, outputs)."""
     target, test = examples.targets[index], examples.test
     mask = test.masks[index]
-    answers, true = answers[mask], test.values[index][mask]
+    true: npt.NDArray[Any] = test.values[index][mask]
+    answers = answers[mask]
     found = regression(true, answers[:, 0]) if target.classes is None else classification(true, answers, target.classes)
     if examples.task.level == "token":
         counts = np.add.reduceat(mask, np.cumsum(test.counts) - test.counts, dtype=np.int64)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.load import Examples, load
+from pipeline.statistics import leakage
 from pipeline.statistics.leakage import LEAST, SHARED, K, nearly_the_same
 from tests.support.data import make_task
 from tests.support.models import RESIDUES
@@ -59,6 +60,16 @@ def test_planted_duplicates_are_said_with_their_rows(tmp_path: Path) -> None:
     assert near.startswith("1 of 100 test sequences are nearly the same as one in train")
     assert "such as that of x000.csv:7:" in near
     assert examples.metrics["downstream/test_in_train"] == examples.metrics["downstream/test_near_train"] == 0.01
+
+
+def test_what_is_not_compared_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 sequences of 120 letters in train, where 1,300 are looked at: each third."""
+    monkeypatch.setattr(leakage, "MOST", 1300)
+    train, test = sequences(30, 1), sequences(10, 2)
+    test[3], test[4] = changed(train[6], 4), changed(train[7], 4)
+    near, said = loaded(tmp_path, numbered(train, 1), numbered(test, 1)).notes
+    assert near.startswith("1 of 10 test sequences are nearly the same")
+    assert said == "of train 1 of 3 sequences was compared for sequences that are nearly the same: there may be more"
 
 
 def jaccard(first: str, second: str) -> float:

@@ -32,6 +32,7 @@ PLACE = {"class": "sequence", "task_type": "classification", "target_column": "p
 STATE = {"class": "token", "task_type": "classification", "target_column": "state", "target_sizes": 2}
 MASKED = {**STATE, "mask_column": "seen"}
 PROFILE = {"class": "token", "task_type": "regression", "target_column": "profile"}
+ALIKE = {**STATE, "target_column": ["x_balanced", "x"], "target_sizes": [2, 2]}
 TWO_TARGETS = {**STATE, "target_column": ["a/b", "a_b"], "target_sizes": [2, 2]}
 ROWS = [
     {
@@ -252,6 +253,7 @@ SETTINGS: list[tuple[str, Any, str, str]] = [
     ("task", {"optim": {"name": "adom"}}, "ckpt", "optim.name: unknown optimiser 'adom'"),
     ("task", {"optim": {"momentum": 1}}, "ckpt", "'momentum'"),
     ("task", TWO_TARGETS, "config", "target_column: a/b and a_b both become 'a_b' in metric names; rename one\n"),
+    ("task", ALIKE, "config", "x_balanced and x both have a metric test_x_balanced_accuracy; rename one\n"),
     ("section", {"dataset": TWINS}, "config", "a/b"),
     ("section", {"dataset": None}, "config", "dataset: expected a task or a list of tasks, found None\n"),
     ("section", {"dataset": []}, "config", "dataset is missing; give a task, or a list of tasks\n"),

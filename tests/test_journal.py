@@ -24,6 +24,7 @@ from mlflow import MlflowClient, environment_variables
 
 from pipeline import DownstreamValidation, JournalLogger
 from pipeline.__main__ import main
+from pipeline.statistics.metrics import metrics_of_kind
 from pipeline.tracking import runs
 from pipeline.tracking import sender as sending
 from pipeline.tracking.client import fail_fast
@@ -190,11 +191,7 @@ def test_a_training_with_a_server(
     assert {key for _, key, *_ in undisturbed["ranked"]} == {
         "dwnstr_task_val_loss",
         *(f"embedding_{name}" for name in ("rank_me", "mean_cosine", "dead_dimensions")),
-        *(
-            f"test_label{who}_{name}"
-            for who in ("", "_probe")
-            for name in ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "auroc")
-        ),
+        *(f"test_label{who}_{name}" for who in ("", "_probe") for name in metrics_of_kind("classification", "token")),
     }
     assert same(state(server.uri, "training"), undisturbed)
     assert sent(journal) == journal.stat().st_size

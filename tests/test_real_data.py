@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -79,15 +80,21 @@ def recomputed(table: dict[str, npt.NDArray[Any]], name: str) -> dict[str, float
     """Every metric of a target that can be had from the predictions alone, by scikit-learn and scipy."""
     mask = table[f"{name}_mask"]
     true, predicted = table[f"{name}_target"][mask], table[f"{name}_prediction"][mask]
+    groups = pd.Series(np.arange(len(true))).groupby(np.asarray(table["row"][mask])).indices.values()
+    several = [rows for rows in groups if len(rows) > 1]
     if f"{name}_probabilities" not in table:
         true, predicted = true.astype(float), predicted.astype(float)
         mse = float(sk.mean_squared_error(true, predicted))
         values = {"mse": mse, "rmse": mse**0.5, "mae": sk.mean_absolute_error(true, predicted)}
         values |= {"r2": sk.r2_score(true, predicted), "pearson": pearsonr(true, predicted)[0]}
+        ranked = [rows for rows in several if len(set(true[rows])) > 1]
+        within = [spearmanr(true[rows], predicted[rows])[0] if np.ptp(predicted[rows]) else 0.0 for rows in ranked]
+        values |= {"per_sequence_spearman": float(np.mean(within))} if ranked else {}
         return {**values, "spearman": spearmanr(true, predicted)[0]}
     probabilities = np.stack(list(table[f"{name}_probabilities"][mask]))
     classes = sorted(set(true))
     shares = probabilities[:, : len(classes)]
+    precisions = [sk.average_precision_score(true == label, shares[:, index]) for index, label in enumerate(classes)]
     areas = [sk.roc_auc_score(true == label, shares[:, index]) for index, label in enumerate(classes)]
     return {
         "accuracy": float(sk.accuracy_score(true, predicted)),
@@ -95,6 +102,8 @@ def recomputed(table: dict[str, npt.NDArray[Any]], name: str) -> dict[str, float
         "macro_f1": float(sk.f1_score(true, predicted, average="macro", zero_division=0)),
         "mcc": float(sk.matthews_corrcoef(true, predicted)),
         "auroc": float(np.mean(areas)),
+        "average_precision": float(precisions[1] if len(classes) == 2 else np.mean(precisions)),
+        **({"per_sequence_accuracy": np.mean([np.mean(true[i] == predicted[i]) for i in several])} if several else {}),
     }
 
 
@@ -168,6 +177,4 @@ def test_a_list_of_real_tasks_goes_through_the_encoder_once(
 
 
 def pq_sequences(path: Path) -> list[str]:
-    import pandas as pd
-
     return list(pd.read_csv(path, dtype=str, keep_default_na=False)["sequence"])

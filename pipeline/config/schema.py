@@ -144,6 +144,10 @@ class Task:
         tokens = self.probe_window == 1 or self.level == "token"
         require(tokens, f"{window} is for token-level tasks; leave it out")
 
+    def _names(self, column: str) -> set[str]:
+        """The names of a target's metrics."""
+        return {Metric("", column, kind).key for kind in metrics_of_kind(self.task_type, self.level)}
+
     def _check_targets(self, where: str) -> None:
         """Checks the columns of labels, and the declarations of each."""
         require(bool(self.target_column), f"{where}: target_column is missing; name the column of the labels")
@@ -156,6 +160,9 @@ class Task:
             name = metric_name(second)
             remedy = f"both become '{name}' in metric names; rename one"
             require(metric_name(first) != name, f"{where}: target_column: {first} and {second} {remedy}")
+            both = self._names(first) & self._names(second)
+            remedy = f"both have a metric {', '.join(both)}; rename one"
+            require(not both, f"{where}: target_column: {first} and {second} {remedy}")
         probes = {metric_name(column) + PROBE for column in self.target_column}
         for column in self.target_column if self.probe != "none" else []:
             remedy = "is what the metrics of another target's probe begin with; rename it, or write probe: none"

@@ -24,7 +24,7 @@ def nearly_the_same(sequences: Sequence[str], known: Sequence[str]) -> npt.NDArr
     many known sequences resemble one another, each other pair that shares just half once in 2**12.
     """
     found = np.zeros(len(sequences), dtype=np.bool_)
-    ours, theirs = (_thinned([len(one) for one in part]) for part in (sequences, known))
+    ours, theirs = (np.arange(0, len(part), every(part)) for part in (sequences, known))
     if not len(ours) or not len(theirs):
         return found
     first, second = _KMers([sequences[row] for row in ours]), _KMers([known[row] for row in theirs])
@@ -42,10 +42,9 @@ def nearly_the_same(sequences: Sequence[str], known: Sequence[str]) -> npt.NDArr
     return found
 
 
-def _thinned(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
-    """The rows that are looked at."""
-    step = max(1, -(-sum(lengths) // MOST))
-    return np.arange(0, len(lengths), step)
+def every(sequences: Sequence[str]) -> int:
+    """Each how many-th sequence is looked at: 1 where all are."""
+    return max(1, -(-sum(map(len, sequences)) // MOST))
 
 
 class _KMers:
