@@ -17,7 +17,7 @@ from pipeline.heads.architectures import Head
 from pipeline.heads.batches import Data
 from pipeline.heads.fit import predict
 from pipeline.heads.loss import loss_of
-from pipeline.heads.verdict import verdicts
+from pipeline.heads.verdict import Verdict, verdicts
 from pipeline.load import Examples
 from pipeline.statistics.classification import classification
 from pipeline.statistics.intervals import intervals
@@ -48,6 +48,7 @@ class Scores:
         notes: warnings about the scores.
         earlier_notes: warnings from the stages before.
         companions: by name, what the embeddings are like whatever the labels; see `Embeddings.label_free`.
+        verdicts: what is wrong with the head; in full among the notes.
     """
 
     examples: Examples
@@ -59,6 +60,7 @@ class Scores:
     notes: tuple[str, ...] = ()
     earlier_notes: tuple[str, ...] = ()
     companions: dict[str, float] = field(default_factory=dict)
+    verdicts: tuple[Verdict, ...] = ()
 
     @property
     def task_name(self) -> str:
@@ -113,6 +115,7 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
     with_intervals, refused = _with_intervals(results, table, examples.targets)
     notes = [f"{names} left out: {reason}" for reason, names in _by_reason(omitted, ("is", "are")).items()]
     notes += [f"{names}: {reason}" for reason, names in _by_reason(refused).items()]
+    found_wrong = tuple(verdicts(examples, fitted.heads, with_intervals))
     return Scores(
         examples,
         with_intervals,
@@ -120,9 +123,10 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
         table,
         fitted.losses,
         fitted.val_losses,
-        tuple(notes + verdicts(examples, fitted.heads, with_intervals)),
+        tuple(notes + [one.text for one in found_wrong]),
         examples.notes + embeddings.notes + fitted.notes,
         companions(embeddings, in_list),
+        found_wrong,
     )
 
 

@@ -27,7 +27,6 @@ from pipeline.errors import CheckpointError
 from pipeline.load import Examples, load
 from pipeline.progress import no_progress
 from pipeline.report.publishing import describe, publish_curves
-from pipeline.report.tables import step_table
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.mirrors import LoggerTracker, is_kind
@@ -123,8 +122,7 @@ class Measurement:
             several = Several([run.run, *self._loggers])
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
         if run.own and points:
-            since = f"\n\nChanges (`_delta_start`) are since step {self.progress.start}, the first measurement."
-            run.run.describe(step_table(points, self.config.headlines).markdown() + since)
+            run.run.describe(self.progress.summary(points, self.config.headlines))
         attempt("closing of the MLflow run", lambda: run.end(status))
 
     @property

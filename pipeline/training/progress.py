@@ -13,6 +13,8 @@ import torch
 
 from pipeline import validation
 from pipeline.errors import DataError
+from pipeline.report.overview import overview
+from pipeline.report.tables import Table, step_table
 from pipeline.statistics.intervals import changes
 from pipeline.statistics.metrics import Change, Metric
 from pipeline.statistics.predictions import from_table
@@ -35,23 +37,37 @@ class Progress:
 
     Attributes:
         start: the step of the first measurement; None before it.
+        overview: the latest scores, and their change since the start; None before a measurement.
     """
 
     def __init__(self) -> None:
         """Before the first measurement."""
         self.start: int | None = None
+        self.overview: Table | None = None
         self._best: dict[str, Best] = {}
         self._tables: dict[tuple[str, int], pa.Table] = {}  # of predictions, by task and step
 
     def log(self, scores: Sequence[Scores], step: int, tracker: Tracker, mirrors: Tracker) -> dict[str, float]:
         """Follows a measurement, see `follow`; logs the changes, and why there are none. Returns the changes."""
         found, notes = self.follow(scores, step)
+        self.overview = overview(scores, found, f"step {self.start}", f"Scores on the test set at step {step}")
         for note in notes:
             validation.logger.warning("%s", note)
             tracker.note(note)
         if found:
             Several([tracker, mirrors]).metrics(found, step)
         return found
+
+    def summary(self, points: Sequence[tuple[int, Mapping[str, float]]], headlines: Sequence[str]) -> str:
+        """The description of a training's run.
+
+        Args:
+            points: the step and the metrics of each measurement.
+            headlines: the metrics to show of each.
+        """
+        latest = [self.overview.markdown(), ""] if self.overview else []
+        since = f"Changes are since step {self.start}, the first measurement."
+        return "\n".join([*latest, since, "", step_table(points, headlines).markdown()])
 
     def follow(self, scores: Sequence[Scores], step: int) -> tuple[dict[str, float], list[str]]:
         """Compares a measurement with the first and the best, and keeps what the next one needs.
