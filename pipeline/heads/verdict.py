@@ -20,7 +20,6 @@ from pipeline.heads.fit import SeedHead
 from pipeline.load import Examples
 from pipeline.statistics.metrics import LOSS, Metric
 
-GUESS = "no better than a constant guess"
 FALLING = 0.1  # of what is explained at the end, added from the second last tenth of the epochs to the last
 LEAST = 0.01  # of an explained share: less is the noise of a few epochs
 GAP = 0.4  # of explained shares between train and test set
@@ -70,7 +69,11 @@ def verdicts(examples: Examples, heads: Sequence[SeedHead], results: Sequence[Me
     """
     steps = _steps(heads)
     found = [
-        Verdict(metric.target, GUESS, f"{metric.key} is {GUESS}, after {steps}: {_more(examples.task)}")
+        Verdict(
+            metric.target,
+            "no better than a guess",
+            f"{metric.key} is no better than a constant guess, after {steps}: {_more(examples.task)}",
+        )
         for metric in results
         if not metric.probe and _no_better(metric)
     ]

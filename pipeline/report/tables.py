@@ -41,10 +41,10 @@ class Table:
         for index, name in enumerate(self.columns):
             cells = max((len(row[index]) for row in self.rows), default=0)
             heading = name if len(name) <= cells else name.replace(" ", "\n").replace("/", "/\n")
-            if index in self.left:
-                view.add_column(Text(heading), overflow="fold")
-            else:
-                view.add_column(Text(heading), justify="right", overflow="fold", min_width=cells)
+            fixed = index not in self.left and max(map(len, heading.split("\n"))) <= cells  # folded last
+            view.add_column(
+                Text(heading), justify="left" if index in self.left else "right", overflow="fold", no_wrap=fixed
+            )
         for row in self.rows:
             view.add_row(*map(Text, row))
         console = Console(width=None if sys.stdout.isatty() else 160)
