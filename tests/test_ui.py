@@ -161,7 +161,7 @@ def test_two_runs_side_by_side(ui: Ui, lab: Lab) -> None:
     for run in lab.children:
         page.get_by_text(str(run.info.run_name), exact=True).first.wait_for()
     for metric in (ACCURACY, SPEARMAN):
-        name = page.locator("[role=rowgroup] > div", has_text=metric)
+        name = page.locator("[role=rowgroup] > div").filter(has=page.get_by_text(metric, exact=True))
         name.wait_for()
         top = name.evaluate("one => one.style.top")
         section = name.locator("xpath=ancestor::*[contains(@class, 'collapse-content-box')]")
@@ -216,7 +216,7 @@ def test_a_picture_among_the_artifacts(ui: Ui, lab: Lab) -> None:
 
 def test_the_leaderboard_is_a_table(ui: Ui, lab: Lab) -> None:
     page = ui.run(lab.id("several"), "artifacts/leaderboard.json")
-    page.get_by_role("columnheader").filter(has_text=ACCURACY).wait_for()
+    page.get_by_role("columnheader").filter(has=page.get_by_text(ACCURACY, exact=True)).wait_for()
     heads, *rows = [
         row.all_inner_texts()
         for row in [each.locator("[role=columnheader], [role=cell]") for each in page.get_by_role("row").all()]

@@ -88,7 +88,7 @@ def show_columns(page: Page, metrics: Sequence[str]) -> None:
     page.get_by_role("button", name="Columns", exact=True).click()
     for name in metrics:
         page.get_by_placeholder("Search columns").fill(name)
-        page.locator("strong", has_text=name).click()
+        page.locator("strong").get_by_text(name, exact=True).click()
     page.get_by_role("heading", name="Runs").click()
 
 
