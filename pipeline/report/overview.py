@@ -31,6 +31,7 @@ def overview(
         there is a start, whose change leaves 0 out of its 95 % interval.
     """
     changes = changes or {}
+    lines = {key: value for one in scores for key, value in one.baselines.items()}
     pairs = [(one, pair) for one in scores for pair in _pairs(one)]
     columns, rows = ["metric"], [[next(iter(pair.values())).beside.key] for _, pair in pairs]
     for name, which in (("score", HEAD), ("probe", PROBE)):
@@ -38,6 +39,7 @@ def overview(
         if any(found):
             append(columns, rows, name, [score_text(one) if one else "" for one in found])
             append(columns, rows, INTERVAL, [_interval(one) for one in found])
+            append(columns, rows, "baseline", [number(lines.get(one.key)) if one else "" for one in found])
             append(columns, rows, f"{name} since {start}", [_change(one, changes) for one in found])
     append(columns, rows, "constant guess", [number(next(iter(pair.values())).constant) for _, pair in pairs])
     append(columns, rows, "verdict", [_verdict(one, pair, changes) for one, pair in pairs])
