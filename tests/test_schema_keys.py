@@ -601,7 +601,7 @@ DIGEST
 module = Module()
 for _ in range(2):
     task = Task(level="token", task_type="classification", dataset_path=sys.argv[1], target_column=["label"],
-                num_epochs=1, num_seeds=1, head="__main__.TypedHead")
+                num_epochs=1, num_seeds=1, baselines=False, head="__main__.TypedHead")
     (scores,) = validate(LiveModel(module).encoder(module), task, Store(Path(sys.argv[2])))
 """
 
