@@ -156,8 +156,9 @@ def _no_better(scores: Scores, baseline: BaselineScores) -> list[Verdict]:
             if (change := _difference(scores, baseline, metric))
         ]
         if compared and not any(_improved(metric, change) for metric, change in compared):
-            each = [_words(metric, scores.baselines[metric.key], change, short) for metric, change in compared]
-            found.append(Verdict(target.name, short, "; ".join(each)))
+            first, *others = [_words(metric, scores.baselines[metric.key], change) for metric, change in compared]
+            said = ", ".join([f"{first[0]} is {short} {first[1]}", *(f"nor is {key} {why}" for key, why in others)])
+            found.append(Verdict(target.name, short, said))
     return found
 
 
@@ -171,6 +172,6 @@ def _improved(metric: Metric, change: Change) -> bool:
     return change.interval.high < 0 if metric.lower_is_better else change.interval.low > 0
 
 
-def _words(metric: Metric, value: float, change: Change, short: str) -> str:
+def _words(metric: Metric, value: float, change: Change) -> tuple[str, str]:
     ends = f"{change.interval.low:.3f} to {change.interval.high:.3f}"
-    return f"{metric.key} is {short} ({metric.value:.3f} against {value:.3f}, interval of the difference {ends})"
+    return metric.key, f"({metric.value:.3f} against {value:.3f}, interval of the difference {ends})"

@@ -182,7 +182,8 @@ def test_a_checkpoint_that_is_no_better_is_said_to_be(tmp_path: Path) -> None:
         assert interval.high < 0
         both = f"{scores.metrics[key]:.3f} against {scores.baselines[key]:.3f}"
         ends = f"{interval.low:.3f} to {interval.high:.3f}"
-        assert f"{key} is not better than composition ({both}, interval of the difference {ends})" in note
+        words = f"nor is {key}" if probe else f"{key} is not better than composition"
+        assert f"{words} ({both}, interval of the difference {ends})" in note
     assert "not better than composition" in overview([scores]).text()
 
 
