@@ -28,7 +28,7 @@ from pipeline.heads.verdict import Verdict
 from pipeline.load import Examples
 from pipeline.score import Scores, score
 from pipeline.statistics.intervals import changes
-from pipeline.statistics.metrics import Change, Metric
+from pipeline.statistics.metrics import Change, Metric, metric_name
 from pipeline.statistics.predictions import from_table
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
@@ -54,13 +54,14 @@ class BaselineScores:
     table: pa.Table
 
 
-def beside_baseline(scores: Scores, store: Store, device: torch.device) -> Scores:
+def beside_baseline(scores: Scores, store: Store, device: torch.device, in_list: bool = False) -> Scores:
     """The scores of a checkpoint with those of the baseline, and a note on each target where they are no better.
 
     Args:
         scores: of the checkpoint.
         store: where the scores of baselines are kept.
         device: where heads are trained.
+        in_list: see `score`.
 
     Returns:
         The scores as they were, with a note, where the baseline cannot be measured: a checkpoint's scores do not
@@ -72,8 +73,8 @@ def beside_baseline(scores: Scores, store: Store, device: torch.device) -> Score
         baseline = measure_baseline(scores.examples, store, device)
     except PipelineError as error:
         return replace(scores, notes=(*scores.notes, f"there is no baseline: {error}"))
-    of_none = {metric.key: replace(metric, task="").key for metric in scores.results if metric.is_headline}
-    values = {key: baseline.values[short] for key, short in of_none.items() if short in baseline.values}
+    prefix = f"{metric_name(scores.task_name)}/" if in_list else ""
+    values = {prefix + name: value for name, value in baseline.values.items()}
     found = _no_better(replace(scores, baselines=values), baseline)
     notes = (*scores.notes, *(one.text for one in found))
     return replace(scores, baselines=values, notes=notes, verdicts=(*scores.verdicts, *found))
@@ -158,7 +159,7 @@ def _no_better(scores: Scores, baseline: BaselineScores) -> list[Verdict]:
         if compared and not any(_improved(metric, change) for metric, change in compared):
             first, *others = [_words(metric, scores.baselines[metric.key], change) for metric, change in compared]
             said = ", ".join([f"{first[0]} is {short} {first[1]}", *(f"nor is {key} {why}" for key, why in others)])
-            found.append(Verdict(target.name, short, said))
+            found.append(Verdict(target.name, "not better than its baseline", said))
     return found
 
 

@@ -49,7 +49,8 @@ class Scores:
         earlier_notes: warnings from the stages before.
         companions: by name, what the embeddings are like whatever the labels; see `Embeddings.label_free`.
         verdicts: what is wrong with the head; in full among the notes.
-        baselines: by name of a headline metric, what a baseline reaches in it; see `baseline_scores`.
+        baselines: by name of a headline metric, what a baseline reaches in it, also where the checkpoint's is not
+            defined; see `baseline_scores`.
     """
 
     examples: Examples
@@ -75,7 +76,8 @@ class Scores:
 
         Then the baselines, and the companions.
         """
-        lines = [one.of_baseline(self.baselines[one.key]) for one in self.results if one.key in self.baselines]
+        parsed = [(Metric.parse(key), value) for key, value in self.baselines.items()]
+        lines = [metric.of_baseline(value) for metric, value in parsed if metric]
         named = {name: value for metric in (*self.results, *lines) for name, value in metric.named.items()}
         return named | self.companions
 

@@ -97,7 +97,8 @@ def validate(
         if last < STAGES.index("score"):
             continue
         with _stage(tracker, f"score{suffix}") as run:
-            scores.append(beside_baseline(score(task_embeddings, head, in_list), store, encoder.device))
+            measured = score(task_embeddings, head, in_list)
+            scores.append(beside_baseline(measured, store, encoder.device, in_list))
             _log_scores(scores[-1], run, tracker)
     return scores
 
