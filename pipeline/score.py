@@ -49,6 +49,8 @@ class Scores:
         earlier_notes: warnings from the stages before.
         companions: by name, what the embeddings are like whatever the labels; see `Embeddings.label_free`.
         verdicts: what is wrong with the head; in full among the notes.
+        baselines: by name of a headline metric, what a baseline reaches in it, also where the checkpoint's is not
+            defined; see `baseline_scores`.
     """
 
     examples: Examples
@@ -61,6 +63,7 @@ class Scores:
     earlier_notes: tuple[str, ...] = ()
     companions: dict[str, float] = field(default_factory=dict)
     verdicts: tuple[Verdict, ...] = ()
+    baselines: dict[str, float] = field(default_factory=dict)
 
     @property
     def task_name(self) -> str:
@@ -69,8 +72,14 @@ class Scores:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The values by name, such as `test_3state_accuracy`, each with its noise and its interval; the companions."""
-        return {name: value for metric in self.results for name, value in metric.named.items()} | self.companions
+        """The values by name, such as `test_3state_accuracy`, each with its noise and its interval.
+
+        Then the baselines, and the companions.
+        """
+        parsed = [(Metric.parse(key), value) for key, value in self.baselines.items()]
+        lines = [metric.of_baseline(value) for metric, value in parsed if metric]
+        named = {name: value for metric in (*self.results, *lines) for name, value in metric.named.items()}
+        return named | self.companions
 
     @property
     def constant(self) -> dict[str, float]:

@@ -126,6 +126,7 @@ def test_the_main_job_on_real_data(
         "task_name": name,
         "num_epochs": 2,
         "num_seeds": 1,
+        "baselines": False,
         "max_seq_length": 300,
     }
     optim = {"name": "adam", "lr": 0.001}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.report.tables import INTERVAL, Table, append, number, score_table, score_text
@@ -27,8 +28,8 @@ def overview(
         title: of the table, on the terminal.
 
     Returns:
-        Columns that would be empty are left out. The verdict says what is wrong with the head, or that it learns; where
-        there is a start, whose change leaves 0 out of its 95 % interval.
+        Columns that would be empty are left out. The baseline is the head's, then the probe's. The verdict says what is
+        wrong with the head, or that it learns; where there is a start, whose change leaves 0 out of its 95 % interval.
     """
     changes = changes or {}
     pairs = [(one, pair) for one in scores for pair in _pairs(one)]
@@ -39,6 +40,7 @@ def overview(
             append(columns, rows, name, [score_text(one) if one else "" for one in found])
             append(columns, rows, INTERVAL, [_interval(one) for one in found])
             append(columns, rows, f"{name} since {start}", [_change(one, changes) for one in found])
+    append(columns, rows, "baseline", [_baseline(pair, one.baselines) for one, pair in pairs])
     append(columns, rows, "constant guess", [number(next(iter(pair.values())).constant) for _, pair in pairs])
     append(columns, rows, "verdict", [_verdict(one, pair, changes) for one, pair in pairs])
     left = frozenset({0, len(columns) - 1})
@@ -63,6 +65,12 @@ def _pairs(scores: Scores) -> list[dict[bool, Metric]]:
 
 def _interval(metric: Metric | None) -> str:
     return f"{metric.interval.low:.3f}, {metric.interval.high:.3f}" if metric and metric.interval else ""
+
+
+def _baseline(pair: Mapping[bool, Metric], baselines: Mapping[str, float]) -> str:
+    first = next(iter(pair.values()))
+    keys = [replace(first, probe=which).key for which in (HEAD, PROBE)]
+    return ", ".join(f"{baselines[key]:.3f}" for key in keys if key in baselines)
 
 
 def _change(metric: Metric | None, changes: Mapping[str, float]) -> str:

@@ -75,11 +75,12 @@ def plain(text: str) -> str:
 
 
 def score_table(scores: Sequence[Scores]) -> Table:
-    """A row per metric: the head's with its interval, the probe's beside it, and what a constant guess would reach.
+    """A row per metric: the head's with its interval, the probe's beside it, the baseline's, and a constant guess's.
 
     Columns that would be empty are left out.
     """
     results = [metric for one in scores for metric in one.results]
+    lines = {key: value for one in scores for key, value in one.baselines.items()}
     pairs: dict[str, dict[bool, Metric]] = {}
     for metric in results:
         pairs.setdefault(metric.beside.key, {})[metric.probe] = metric
@@ -91,6 +92,7 @@ def score_table(scores: Sequence[Scores]) -> Table:
             continue
         append(columns, rows, title, [score_text(one) if one else "" for one in found])
         append(columns, rows, INTERVAL, [f"{one.low:.3f}, {one.high:.3f}" if one else "" for one in intervals])
+        append(columns, rows, "baseline", [number(lines.get(one.key)) if one else "" for one in found])
     append(columns, rows, "constant guess", [number(next(iter(pair.values())).constant) for pair in pairs.values()])
     return Table(columns, rows)
 
