@@ -1,7 +1,7 @@
 """Which score to trust: what a pre-training has gained on real data, beside the noise of each way to measure it.
 
     python benchmarks/signal_noise.py --data FOLDER [--out FOLDER] [--sets NAME ...] [--parts gains ranking]
-        [--steps 1800] [--checkpoints 15] [--seeds 10] [--tokens 100] [--draws 8] [--json FILE]
+        [--steps 1800] [--checkpoints 15] [--seeds 10] [--tokens 100] [--draws 5] [--json FILE]
 
 FOLDER holds the data sets of `signal_models.SETS` and what to pre-train on. An ESM of 2 layers and width 96 is
 pre-trained by masked language modelling, one on proteins, one on molecules; `--out` keeps their checkpoints for the
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, default=15, help="beside the untrained one")
     parser.add_argument("--seeds", type=int, default=10, help="of heads; at least 2")
     parser.add_argument("--tokens", type=int, default=100, help="most train and test sequences of token-level tasks")
-    parser.add_argument("--draws", type=int, default=8, help="of small tasks in the ranking")
+    parser.add_argument("--draws", type=int, default=5, help="of small tasks in the ranking")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
