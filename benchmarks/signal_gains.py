@@ -19,7 +19,7 @@ from pipeline.load import load
 from pipeline.report.tables import Table, number
 from pipeline.score import score
 from pipeline.statistics.intervals import changes
-from pipeline.statistics.metrics import Metric
+from pipeline.statistics.metrics import HEADLINE, Metric
 from pipeline.statistics.predictions import from_table
 from pipeline.train_head import train_head
 
@@ -44,13 +44,17 @@ class Way:
 
     @property
     def metric(self) -> Metric:
-        """The headline metric."""
-        return next(one for one in self.scores.results if one.is_headline and one.probe == self.probe)
+        """The headline metric; without a value where it is not defined, as for a head that says the same of all."""
+        found = [one for one in self.scores.results if one.is_headline and one.probe == self.probe]
+        task = self.scores.examples.task
+        return found[0] if found else Metric("", task.target_column[0], HEADLINE[task.task_type])
 
     @property
     def text(self) -> str:
         """The value, and its noise over head seeds."""
         deviation = self.metric.seed_std
+        if self.metric.value != self.metric.value:
+            return "not defined"
         return f"{self.metric.value:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
@@ -155,7 +159,7 @@ def _score_row(one: dict[str, Any]) -> list[str]:
 def _noise_row(one: dict[str, Any]) -> list[str]:
     """The gain, the noise of a gain over head seeds, that over draws of the test rows, and seconds."""
     head, probe = one["head"], one["probe"]
-    deviation = sum(each**2 for each in head["noise"]) ** 0.5
+    deviation = sum(each**2 for each in head["noise"] if each) ** 0.5
     noise = [f"{deviation / count**0.5:.3f}" for count in COUNTS]
     seconds = [f"{one['seconds of heads'][count]:.2f}" for count in COUNTS]
     gains_of = [f"{way['values'][1] - way['values'][0]:+.3f}" for way in (head, probe)]

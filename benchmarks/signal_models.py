@@ -57,10 +57,10 @@ SETS = [
     Set("meltome", "target"),
     Set("membrane_soluble", "membrane", CLASSES),
     Set("scl10", "location", CLASSES),
-    Set("ss3_flip", "3state", {**CLASSES, **TOKENS, "mask_column": ["resolved"]}),
-    Set("conservation_score", "score", TOKENS),
     Set("bace", "Class", CLASSES, smiles=True),
     Set("esol", "measured log solubility in mols per litre", smiles=True),
+    Set("ss3_flip", "3state", {**CLASSES, **TOKENS, "mask_column": ["resolved"]}),
+    Set("conservation_score", "score", TOKENS),
 ]
 
 

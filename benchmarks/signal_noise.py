@@ -1,7 +1,7 @@
 """Which score to trust: what a pre-training has gained on real data, beside the noise of each way to measure it.
 
     python benchmarks/signal_noise.py --data FOLDER [--out FOLDER] [--sets NAME ...] [--parts gains ranking]
-        [--steps 1800] [--checkpoints 15] [--seeds 10] [--tokens 100] [--draws 5] [--json FILE]
+        [--steps 1800] [--checkpoints 15] [--seeds 10] [--tokens 60] [--draws 3] [--json FILE]
 
 FOLDER holds the data sets of `signal_models.SETS` and what to pre-train on. An ESM of 2 layers and width 96 is
 pre-trained by masked language modelling, one on proteins, one on molecules; `--out` keeps their checkpoints for the
@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1800, help="of the pre-training on proteins; a third on molecules")
     parser.add_argument("--checkpoints", type=int, default=15, help="beside the untrained one")
     parser.add_argument("--seeds", type=int, default=10, help="of heads; at least 2")
-    parser.add_argument("--tokens", type=int, default=100, help="most train and test sequences of token-level tasks")
-    parser.add_argument("--draws", type=int, default=5, help="of small tasks in the ranking")
+    parser.add_argument("--tokens", type=int, default=60, help="most train and test sequences of token-level tasks")
+    parser.add_argument("--draws", type=int, default=3, help="of small tasks in the ranking")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -53,21 +53,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made, nullcontext(options.out or Path(made)) as out:
         store = Store(Path(made) / "store")
         proteins = checkpoints(options.data, out / "proteins", options.steps, options.checkpoints)
-        for one in SETS if "gains" in options.parts else []:
-            if one.name not in options.sets:
-                continue
-            paths = (
-                checkpoints(options.data, out / "molecules", options.steps // 3, 1, True) if one.smiles else proteins
-            )
+        if "ranking" in options.parts:
+            results["ranking"], table = rank(proteins, options, store)
+            write(results, options.json)
+            print(table.markdown(), "\n", flush=True)
+        for one in (one for one in SETS if one.name in options.sets and "gains" in options.parts):
+            paths = proteins
+            if one.smiles:
+                paths = checkpoints(options.data, out / "molecules", options.steps // 3, 1, smiles=True)
             encoders = [encoder_of(paths[0]), encoder_of(paths[-1])]
             results["gains"].append(gains(one, encoders, store, options))
             write(results, options.json)
         for table in gain_tables(results["gains"]) if results["gains"] else []:
-            print(table.markdown(), "\n", flush=True)
-        if "ranking" in options.parts:
-            results["ranking"], table = rank(proteins, options, store)
-            print(table.markdown())
-        write(results, options.json)
+            print(table.markdown(), "\n")
 
 
 if __name__ == "__main__":
