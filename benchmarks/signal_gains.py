@@ -142,12 +142,13 @@ def _cost(embeddings: Embeddings, store: Store, count: int) -> float:
 
 def gain_tables(found: Sequence[dict[str, Any]]) -> list[Table]:
     """The scores, then noise against cost."""
-    columns = ("set", "metric", "train, test", "constant guess", "composition", "head, reference's settings", "head")
-    scores = Table((*columns, "probe"), [_score_row(one) for one in found], frozenset({0, 1}))
+    about = ("set", "metric", "train, test", "constant guess", "composition")
+    ways = ("head, reference's settings", "head", "probe")
     heads = [f"{count} head{'s'[: count > 1]}" for count in COUNTS]
     seconds = [f"s, {head}" for head in heads]
-    columns = ("set", "gain, heads", *heads, "test rows", *seconds, "gain, probe", "test rows, probe", "s, probe")
-    return [scores, Table(columns, [_noise_row(one) for one in found])]
+    noise = ("set", "gain, heads", *heads, "test rows", *seconds, "gain, probe", "test rows, probe", "s, probe")
+    scores = Table((*about, *ways), [_score_row(one) for one in found], frozenset({0, 1}))
+    return [scores, Table(noise, [_noise_row(one) for one in found])]
 
 
 def _score_row(one: dict[str, Any]) -> list[str]:

@@ -110,7 +110,7 @@ def _sequences(folder: Path, files: str, smiles: bool) -> list[str]:
 
 def _train(sequences: Sequence[str], out: Path, settings: Settings, smiles: bool) -> None:
     pl.seed_everything(settings.seed, verbose=False)
-    module = MaskedLanguageModel(settings)
+    module: Any = MaskedLanguageModel(settings)
     if smiles:
         module.tokenizer = _smiles_tokenizer(sequences)
         config = module.model.config

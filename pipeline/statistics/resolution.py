@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -38,7 +39,7 @@ class Resolution:
         >>> Resolution(Metric("", "x", "mcc"), 0.03, 0.04, 0.0, 0.0).smallest
         0.1
         """
-        return 2 * (self.seeds**2 + self.sampling**2) ** 0.5
+        return 2 * math.hypot(self.seeds, self.sampling)
 
     @property
     def ratio(self) -> float:

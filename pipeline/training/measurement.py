@@ -122,7 +122,7 @@ class Measurement:
             several = Several([run.run, *self._loggers])
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
         if seen := resolution_of(points, self.config):
-            run.run.text(seen, f"{FOLDER}/curves/resolution.md")
+            attempt("logging", lambda: run.run.text(seen, f"{FOLDER}/curves/resolution.md"))
             pl.utilities.rank_zero_info("downstream validation, what its scores can see:\n%s", seen)
         if run.own and points:
             run.run.describe(self.progress.summary(points, self.config))
