@@ -250,7 +250,7 @@ class DownstreamValidation(pl.Callback):
             self._run = self.work.own_run or self._run
             self._progress = self.work.progress.state()
             self.overview = self.work.progress.overview
-            self.summary = self.work.progress.summary(self._points, self.config.headlines)
+            self.summary = self.work.progress.summary(self._points, self.config)
             self.work.close(status, self._points)
         self.work = None
         self.ranks.close()

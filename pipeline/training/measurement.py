@@ -33,7 +33,7 @@ from pipeline.tracking.mirrors import LoggerTracker, is_kind
 from pipeline.tracking.protocol import FOLDER, AtStep, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.train_head import make_head
 from pipeline.training.lightning_package import pl
-from pipeline.training.progress import Progress
+from pipeline.training.progress import Progress, resolution_of
 from pipeline.training.untouched import untouched
 from pipeline.validation import check, dry_run
 
@@ -121,8 +121,11 @@ class Measurement:
         if self.config.logging.figures:
             several = Several([run.run, *self._loggers])
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
+        if seen := resolution_of(points, self.config):
+            attempt("logging", lambda: run.run.text(seen, f"{FOLDER}/curves/resolution.md"))
+            pl.utilities.rank_zero_info("downstream validation, what its scores can see:\n%s", seen)
         if run.own and points:
-            run.run.describe(self.progress.summary(points, self.config.headlines))
+            run.run.describe(self.progress.summary(points, self.config))
         attempt("closing of the MLflow run", lambda: run.end(status))
 
     @property

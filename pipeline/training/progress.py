@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline import validation
+from pipeline.config.schema import Config
 from pipeline.errors import DataError
 from pipeline.report.overview import overview
+from pipeline.report.resolution_table import resolution_text
 from pipeline.report.tables import Table, step_table
 from pipeline.statistics.intervals import changes
 from pipeline.statistics.metrics import Change, Metric
@@ -58,16 +60,19 @@ class Progress:
             Several([tracker, mirrors]).metrics(found, step)
         return found
 
-    def summary(self, points: Sequence[tuple[int, Mapping[str, float]]], headlines: Sequence[str]) -> str:
+    def summary(self, points: Sequence[tuple[int, Mapping[str, float]]], config: Config) -> str:
         """The description of a training's run.
 
         Args:
             points: the step and the metrics of each measurement.
-            headlines: the metrics to show of each.
+            config: says which metrics to show of each, and how many heads a score is the mean of.
         """
         latest = [self.overview.markdown(), ""] if self.overview else []
         since = f"Changes are since step {self.start}, the first measurement."
-        return "\n".join([*latest, since, "", step_table(points, headlines).markdown()])
+        seen = resolution_of(points, config)
+        return "\n".join(
+            [*latest, since, "", *([seen, ""] if seen else []), step_table(points, config.headlines).markdown()]
+        )
 
     def follow(self, scores: Sequence[Scores], step: int) -> tuple[dict[str, float], list[str]]:
         """Compares a measurement with the first and the best, and keeps what the next one needs.
@@ -134,6 +139,12 @@ class Progress:
         made._best = {key: Best(*values) for key, values in state["best"].items()}
         made._tables = {(task, step): _unpacked(packed) for task, step, packed in state["tables"]}
         return made
+
+
+def resolution_of(points: Sequence[tuple[int, Mapping[str, float]]], config: Config) -> str:
+    """What the metrics of a training can see, in Markdown; empty before the third measurement."""
+    heads = {task.task_name if config.is_list else "": task.num_seeds for task in config.dataset}
+    return resolution_text(points, heads)
 
 
 def _packed(table: pa.Table) -> torch.Tensor:
