@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.special import stdtrit
 from signal_models import Composition, Set
@@ -160,7 +161,8 @@ def _score_row(one: dict[str, Any]) -> list[str]:
 def _noise_row(one: dict[str, Any]) -> list[str]:
     """The gain, the noise of a gain over head seeds, that over draws of the test rows, and seconds."""
     head, probe = one["head"], one["probe"]
-    deviation = sum(each**2 for each in head["noise"] if each) ** 0.5
+    defined = None not in head["noise"]  # a head that says the same of all has no rank correlation
+    deviation = float(np.hypot(*head["noise"])) if defined else float("nan")
     noise = [f"{deviation / count**0.5:.3f}" for count in COUNTS]
     seconds = [f"{one['seconds of heads'][count]:.2f}" for count in COUNTS]
     gains_of = [f"{way['values'][1] - way['values'][0]:+.3f}" for way in (head, probe)]

@@ -10,8 +10,8 @@ next run. `gains` measures the untrained and the last model on each set: by a he
 (1e-3, 20 epochs or, for numbers of sequences, 40, in batches of 32), by the probe, and the composition of sequences by
 ridge. `ranking` is in `signal_ranking.py`: which way ranks the checkpoints of a training as much data would.
 
-Seconds are CPU seconds of one thread. A first look takes a minute:
-`--sets esol --steps 60 --checkpoints 2 --seeds 3 --draws 1`.
+Seconds are CPU seconds of one thread. A first look takes about a minute:
+`--sets meltome --parts gains --steps 60 --checkpoints 2 --seeds 3`.
 
 (A file `signal.py` here would be imported in place of the standard library's module by every program of this folder.)
 """
