@@ -74,13 +74,11 @@ def leaderboard(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
     import pandas as pd
 
     metrics = list(dict.fromkeys([*names, *(name for row in rows for name in row.metrics)]))
-    records = [{"checkpoint": row.label, "step": row.step, **row.metrics, "error": row.error} for row in rows]
+    ranked = _ranked(rows, names[0])
+    records = [{"checkpoint": row.label, "step": row.step, **row.metrics, "error": row.error} for row in ranked]
     frame = pd.DataFrame(records, columns=["checkpoint", "step", *metrics, "error"])
-    frame["row"] = range(len(rows))
     frame = frame.astype({"step": "Int64", **dict.fromkeys(metrics, "float64")})
-    frame = frame.sort_values(names[0], ascending=lower_is_better(names[0]), kind="stable", ignore_index=True)
-    tables = [rows[place].tables for place in frame.pop("row")]
-    found, _ = differences(tables, names[0])
+    found, _ = differences([row.tables for row in ranked], names[0])
     if any(found):
         key = names[0] + FIRST
         columns = pd.DataFrame([one.interval.named(key) | {key: one.value} if one else {} for one in found])
@@ -89,6 +87,12 @@ def leaderboard(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
             frame.insert(place + offset, column, columns[column])
     frame.insert(0, "rank", frame.index + 1)
     return frame
+
+
+def _ranked(rows: Sequence[Row], name: str) -> list[Row]:
+    """The rows, best first in a metric; those without it are last, ties in the order given."""
+    sign = 1 if lower_is_better(name) else -1
+    return sorted(rows, key=lambda row: (name not in row.metrics, sign * row.metrics.get(name, 0.0)))
 
 
 def board_table(board: pd.DataFrame, names: Sequence[str]) -> Table:
@@ -119,7 +123,7 @@ def comparable(rows: Sequence[Row]) -> bool:
 
 def remarks(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     """How a leaderboard is to be read: what its marks mean, and what its rows differ in."""
-    measured = [row for row in rows if row.metrics]
+    measured = _ranked([row for row in rows if row.metrics], names[0])
     found, reasons = differences([row.tables for row in measured], names[0])
     lines = [f"There is no difference to the first row: {reason}" for reason in reasons]
     if any(found):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FIRST = "_delta_first"  # behind a metric's name: its difference to the first row
+NOT_KEPT = "the predictions of some rows were not kept"
 
 
 def differences(tables: Sequence[Mapping[str, pa.Table]], name: str) -> tuple[list[Change | None], list[str]]:
@@ -32,9 +33,11 @@ def differences(tables: Sequence[Mapping[str, pa.Table]], name: str) -> tuple[li
     if metric is None:
         return found, []
     first = _predictions(tables[0], metric) if tables else None
-    for place, of_row in enumerate(tables):
-        now = _predictions(of_row, metric) if place else None
+    for place, of_row in enumerate(tables[1:], 1):
+        now = _predictions(of_row, metric)
         if now is None or first is None:
+            if not all(tables) and any(tables):
+                reasons[NOT_KEPT] = None
             continue
         try:
             every = changes(now, first)

@@ -1,0 +1,167 @@
+"""How far the rows of a leaderboard are from its first: measured together, or compared from what MLflow keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow.artifacts import load_text
+from mlflow.entities import Run
+from transformers import AutoTokenizer, EsmForMaskedLM
+
+from pipeline.__main__ import main
+from pipeline.encoders.description import DESCRIPTION, describe
+from pipeline.report.comparison import Row, board_table, leaderboard, remarks
+from pipeline.report.differences import FIRST, differences
+from pipeline.statistics.intervals import MIN_SEQUENCES, changes
+from pipeline.statistics.predictions import Predictions, from_table
+from tests.support.lab import VALUE, Lab, furnished, own_signals
+
+SPEARMAN, MSE, PROBE_MSE = "test_value_spearman", "test_value_mse", "test_value_probe_mse"
+ENDS = ("", "_ci_low", "_ci_high")
+
+
+@pytest.fixture
+def lab(tmp_path: Path, model_folder: Callable[..., Path], tracking: str) -> Iterator[Lab]:
+    """With enough test sequences for intervals, and checkpoints of three steps."""
+    with own_signals():
+        lab = furnished(tmp_path / "lab", model_folder, tracking)
+        lab.write("test", 20, 90)
+        for step in (0, 50, 100):
+            write_checkpoint(lab, step)
+        yield lab
+
+
+def write_checkpoint(lab: Lab, step: int) -> None:
+    model = EsmForMaskedLM.from_pretrained(lab.ckpt)
+    generator = torch.Generator().manual_seed(step)
+    noise = (100 - step) / 50
+    state = {
+        f"model.{name}": value + noise * torch.randn(value.shape, generator=generator)
+        for name, value in model.state_dict().items()
+    }
+    description = describe(model, AutoTokenizer.from_pretrained(lab.ckpt), "model.")
+    path = lab.folder / "run" / f"step={step}.ckpt"
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"state_dict": state, DESCRIPTION: description, "global_step": step}, path)
+
+
+def measure(lab: Lab, ckpt: str) -> Run:
+    entry, _, config = lab.command({**VALUE, "num_seeds": 2})
+    assert main([entry, f"--ckpt={ckpt}", config]) == 0
+    return lab.parents()[0]
+
+
+def compared(lab: Lab, runs: list[Run], by: str) -> Run:
+    assert main(["compare", *(run.info.run_id for run in runs), f"--tracking-uri={lab.uri}", f"--by={by}"]) == 0
+    return lab.parents()[0]
+
+
+def board(run: Run) -> list[dict[str, Any]]:
+    table = json.loads(load_text(f"{run.info.artifact_uri}/leaderboard.json"))
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+def stored(run: Run, folder: Path, probe: bool) -> Predictions:
+    path = mlflow.artifacts.download_artifacts(None, run.info.run_id, "predictions_value.parquet", str(folder))
+    return from_table(pq.read_table(path), "value", probe)
+
+
+def found(rows: list[dict[str, Any]], name: str) -> list[list[float | None]]:
+    """Of each row the metric, the difference to the first, and its interval."""
+    return [[row[name], *(row[name + FIRST + end] for end in ENDS)] for row in rows]
+
+
+def test_compare_gives_the_intervals_of_the_run_itself(lab: Lab, tmp_path: Path) -> None:
+    """Those of the stored predictions, whether measured together or one by one, of the head and of the probe."""
+    together = measure(lab, f"{lab.folder}/run/*.ckpt")
+    children = list(lab.nested(together).values())
+    alone = [measure(lab, f"{lab.folder}/run/step={step}.ckpt") for step in (50, 0, 100)]
+    own = board(together)
+    assert own[0][SPEARMAN + FIRST] is None
+    assert all(row[SPEARMAN + FIRST] < 0 for row in own[1:])
+    assert found(board(compared(lab, children, SPEARMAN)), SPEARMAN) == found(own, SPEARMAN)
+    assert found(board(compared(lab, alone, SPEARMAN)), SPEARMAN) == found(own, SPEARMAN)
+    for name, metric, probe in ((SPEARMAN, "spearman", False), (MSE, "mse", False), (PROBE_MSE, "mse", True)):
+        rows = board(compared(lab, children, name))
+        runs = [next(run for run in children if run.info.run_name == f"step={row['step']} value") for row in rows]
+        first, *others = (stored(run, tmp_path / f"{name} {place}", probe) for place, run in enumerate(runs))
+        for row, other in zip(found(rows, name)[1:], others, strict=True):
+            change = changes(other, first).values[metric]
+            assert row[1:] == [change.value, change.interval.low, change.interval.high]
+            assert row[0] - rows[0][name] == pytest.approx(change.value)
+        assert [row[name] for row in rows] == sorted((row[name] for row in rows), reverse=metric == "spearman")
+
+
+def predictions(noise: float, sequences: int = 200, seed: int = 0) -> pa.Table:
+    """Of a head, the better the less noise; the labels are those of every `noise`."""
+    rng = np.random.default_rng(seed)
+    true, error = rng.standard_normal((2, sequences))
+    rows = [f"x000.csv:{row}" for row in range(sequences)]
+    columns = {"y_target": true, "y_prediction": true + noise * error, "y_mask": np.ones(sequences, bool)}
+    return pa.table({"row": rows, **columns})
+
+
+def row(label: str, table: pa.Table | None, step: int | None = 1) -> Row:
+    if table is None:
+        return Row(label, step, {"test_y_mse": 5.0})
+    one = from_table(table, "y")
+    error = float(np.mean((one.predicted - one.true) ** 2))
+    return Row(label, step, {"test_y_mse": error}, tables={"downstream": table})
+
+
+def test_rows_that_cannot_be_told_apart_are_marked() -> None:
+    """The same head with a little noise about the first one's predictions, and a clearly worse one."""
+    best, worse = predictions(0.3), predictions(0.6)
+    jitter = 0.003 * np.random.default_rng(7).standard_normal(len(best))
+    near = best.set_column(2, "y_prediction", pa.array(best["y_prediction"].to_numpy() + jitter))
+    rows = [row("worse", worse), row("near", near), row("best", best)]
+    shown = board_table(leaderboard(rows, ["test_y_mse"]), ["test_y_mse"])
+    assert shown.columns == ("#", "checkpoint", "test_y_mse", "against #1 (95 %)")
+    first, second, third = shown.rows
+    assert {first[1], second[1]} == {"best", "near"}
+    assert first[3] == ""
+    assert second[3].endswith(") =")
+    assert third[1] == "worse"
+    assert third[3].startswith("+0.2")
+    assert not third[3].endswith("=")
+    (told, *_) = said = remarks(rows, ["test_y_mse"])
+    assert told == "Rows with = cannot be told apart from the first: the interval of the difference holds 0."
+    assert said[1:] == ["The first is the best of 3: its lead is not corrected for that choice."]
+    assert len(remarks(rows[1:], ["test_y_mse"])) == 1
+
+
+def test_remarks_are_about_the_first_of_the_table_in_whatever_order_the_rows_are_given() -> None:
+    """A run whose predictions were not kept is given first: the others still have differences, and it is named."""
+    rows = [row("old", None), row("good", predictions(0.3)), row("bad", predictions(0.6), step=2)]
+    shown = leaderboard(rows, ["test_y_mse"])
+    assert list(shown["checkpoint"]) == ["good", "bad", "old"]
+    assert list(np.isfinite(shown["test_y_mse" + FIRST])) == [False, True, False]
+    assert remarks(rows, ["test_y_mse"]) == [
+        "There is no difference to the first row: the predictions of some rows were not kept",
+        "Rows with = cannot be told apart from the first: the interval of the difference holds 0.",
+        "The first is the best of 3: its lead is not corrected for that choice.",
+        "The rows are of different steps.",
+    ]
+    assert remarks([row("old", None), row("older", None)], ["test_y_mse"]) == []
+
+
+def test_why_there_is_no_difference() -> None:
+    few = [{"downstream": predictions(noise, MIN_SEQUENCES - 1)} for noise in (0.3, 0.6)]
+    found, reasons = differences(few, "test_y_mse")
+    assert found == [None, None]
+    assert reasons == [f"an interval takes at least {MIN_SEQUENCES} test sequences with labels, and there are 49"]
+    other = [{"downstream": predictions(0.3)}, {"downstream": predictions(0.3, seed=1)}]
+    found, reasons = differences(other, "test_y_mse")
+    assert found == [None, None]
+    assert reasons[0].startswith("two checkpoints can be compared on the same test sequences and labels only")
+    assert differences(other, "test_x_mse") == ([None, None], [])
+    assert differences(other, "loss") == ([None, None], [])
