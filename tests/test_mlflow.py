@@ -56,7 +56,9 @@ def test_one_task(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("test_value_spearman", "test_value_probe_spearman"):
         assert f"{scores[0].metrics[name]:.4f}" in line
     for metric in scores[0].results:  # the probe's stand in the rows of the head's
-        rows = [line for line in parent.data.tags["mlflow.note.content"].splitlines() if f"| {metric.beside.key} |" in line]
+        rows = [
+            line for line in parent.data.tags["mlflow.note.content"].splitlines() if f"| {metric.beside.key} |" in line
+        ]
         assert any(f"{metric.value:.4f}" in row for row in rows)
     assert f"/#/experiments/0/runs/{parent.info.run_id}?workflowType=machine_learning" in printed
     assert f"mlflow ui --backend-store-uri {lab.uri}" in printed.replace("\n", "")

@@ -127,7 +127,6 @@ def test_the_main_job_on_real_data(
         "num_epochs": 2,
         "num_seeds": 1,
         "baselines": False,
-        "baselines": False,
         "max_seq_length": 300,
     }
     optim = {"name": "adam", "lr": 0.001}
