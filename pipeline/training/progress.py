@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import validation
 from pipeline.config.schema import Config
 from pipeline.errors import DataError
 from pipeline.report.overview import overview
@@ -24,6 +24,9 @@ from pipeline.tracking.protocol import Several, Tracker
 
 if TYPE_CHECKING:
     from pipeline.score import Scores
+
+
+logger = logging.getLogger("pipeline.validation")  # whose warnings are said once in a training
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Progress:
         found, notes = self.follow(scores, step)
         self.overview = overview(scores, found, f"step {self.start}", f"Scores on the test set at step {step}")
         for note in notes:
-            validation.logger.warning("%s", note)
+            logger.warning("%s", note)
             tracker.note(note)
         if found:
             Several([tracker, mirrors]).metrics(found, step)
