@@ -73,6 +73,7 @@ def task_in(folder: Path) -> Task:
         dataset_path=str(folder),
         target_column=["label"],
         num_epochs=1,
+        baselines=False,
     )
 
 

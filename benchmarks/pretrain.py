@@ -71,7 +71,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         config = Config(dataset=tasks(data), is_list=True, store=f"{folder}/store", on_start=True, on_error="raise")
-        points = pretrain(sequences, Path(folder) / "out", settings, config)
+        (callback,) = pretrain(sequences, Path(folder) / "out", settings, config)
+    points = callback.curve
     print(step_table(points, config.headlines).text())
     for name, (majority, baseline) in FLOORS.items():
         print(f"{name}: most frequent class {majority}, simple baseline {baseline}")

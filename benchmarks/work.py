@@ -70,6 +70,7 @@ def proteins(folder: Path, limit: int = 0, epochs: int = 10) -> Task:
         mask_column=["resolved"] if masked else None,
         num_epochs=epochs,
         optim={"name": "adam", "lr": 1e-3},
+        baselines=False,
     )
     task.max_rows.train = limit or None
     return task
@@ -85,6 +86,7 @@ def molecules(folder: Path, target: str, limit: int = 0, epochs: int = 10) -> Ta
         target_column=[target],
         num_epochs=epochs,
         optim={"name": "adam", "lr": 1e-3},
+        baselines=False,
     )
     task.max_rows.train = limit or None
     return task

@@ -132,11 +132,11 @@ def pretrain(
     config: Config,
     loggers: Sequence[Any] = (),
     callbacks: Sequence[Any] = (),
-) -> list[tuple[int, dict[str, float]]]:
+) -> list[Any]:
     """Trains from scratch, measuring as `config` says, and writes checkpoints, model and tokenizer to `out`.
 
     Returns:
-        The step and the metrics of each measurement.
+        The `DownstreamValidation`, which has the curve; none where `config` is not enabled.
 
     Raises:
         ConfigError: there are too few sequences.
@@ -164,7 +164,7 @@ def pretrain(
     trainer.fit(module, train, val)
     module.model.save_pretrained(out)
     module.tokenizer.save_pretrained(out)
-    return [point for callback in downstream for point in callback.curve]
+    return downstream
 
 
 def make_loaders(sequences: Sequence[str], tokenizer: Any, settings: Settings) -> tuple[Any, Any]:
@@ -212,11 +212,14 @@ def run(options: argparse.Namespace) -> None:
     with open_run("pretrain", config, options.tracking_uri) as opened:
         out = Path(options.out or f"pretrained/{os.environ.get('MLFLOW_RUN_ID', opened.run.key)[:8]}")
         loggers = make_loggers(out, opened.run)
-        points = pretrain(sequences, out, settings, config, loggers)
-        table = step_table(points, config.headlines)
-        opened.run.describe(table.markdown())
+        measured = pretrain(sequences, out, settings, config, loggers)
+        for callback in measured:
+            opened.run.describe(callback.summary)
         loggers[-1].experiment.finish()  # W&B's process would still be writing when the program ends
-    print(table.text())
+    for callback in measured:
+        print(step_table(callback.curve, config.headlines).text())
+        if callback.overview:
+            print(callback.overview.text())
     print(f"Measure it:     mlflow run . --env-manager local -P ckpt={out}")
     print(f"All of them:    mlflow run . --env-manager local -P ckpt='{out}/checkpoints/*' -P config={options.config}")
     print(f"TensorBoard:    tensorboard --logdir {out}")

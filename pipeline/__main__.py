@@ -106,8 +106,8 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
     from pipeline.checkpoints.names import expand, name_of
     from pipeline.config.yaml_file import to_mapping
     from pipeline.report import comparison as compare
+    from pipeline.report.overview import overview
     from pipeline.report.publishing import describe
-    from pipeline.report.tables import score_table
     from pipeline.store.embedding_table import Store
     from pipeline.tracking.mirrors import mirrors
     from pipeline.tracking.runs import open_run
@@ -123,7 +123,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
         describe(opened.run, config)
         if len(ckpts) == 1:
             scores = commands.measure_checkpoint(ckpts[0], config, store, opened.run, others, until).scores
-            table = score_table(scores) if scores else None
+            table = overview(scores) if scores else None
             failed, remarks = {}, list[str]()
         else:
             rows = commands.measure_checkpoints(ckpts, config, store, opened.run, others, until)

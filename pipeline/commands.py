@@ -16,8 +16,8 @@ from pipeline.encoders.protocol import Encoder
 from pipeline.errors import PipelineError
 from pipeline.load import Examples
 from pipeline.report import comparison as compare
+from pipeline.report.overview import summary
 from pipeline.report.publishing import facts_of, publish_curves
-from pipeline.report.tables import summary
 from pipeline.score import Scores
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.embedding_table import Store

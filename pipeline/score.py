@@ -17,7 +17,7 @@ from pipeline.heads.architectures import Head
 from pipeline.heads.batches import Data
 from pipeline.heads.fit import predict
 from pipeline.heads.loss import loss_of
-from pipeline.heads.verdict import verdicts
+from pipeline.heads.verdict import Verdict, verdicts
 from pipeline.load import Examples
 from pipeline.statistics.classification import classification
 from pipeline.statistics.intervals import intervals
@@ -49,6 +49,9 @@ class Scores:
         notes: warnings about the scores.
         earlier_notes: warnings from the stages before.
         companions: by name, what the embeddings are like whatever the labels; see `Embeddings.label_free`.
+        verdicts: what is wrong with the head; in full among the notes.
+        baselines: by name of a headline metric, what a baseline reaches in it, also where the checkpoint's is not
+            defined; see `baseline_scores`.
     """
 
     examples: Examples
@@ -60,6 +63,8 @@ class Scores:
     notes: tuple[str, ...] = ()
     earlier_notes: tuple[str, ...] = ()
     companions: dict[str, float] = field(default_factory=dict)
+    verdicts: tuple[Verdict, ...] = ()
+    baselines: dict[str, float] = field(default_factory=dict)
 
     @property
     def task_name(self) -> str:
@@ -68,8 +73,14 @@ class Scores:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The values by name, such as `test_3state_accuracy`, each with its noise and its interval; the companions."""
-        return {name: value for metric in self.results for name, value in metric.named.items()} | self.companions
+        """The values by name, such as `test_3state_accuracy`, each with its noise and its interval.
+
+        Then the baselines, and the companions.
+        """
+        parsed = [(Metric.parse(key), value) for key, value in self.baselines.items()]
+        lines = [metric.of_baseline(value) for metric, value in parsed if metric]
+        named = {name: value for metric in (*self.results, *lines) for name, value in metric.named.items()}
+        return named | self.companions
 
     @property
     def constant(self) -> dict[str, float]:
@@ -114,6 +125,7 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
     with_intervals, refused = _with_intervals(results, table, examples.targets)
     notes = [f"{names} left out: {reason}" for reason, names in _by_reason(omitted, ("is", "are")).items()]
     notes += [f"{names}: {reason}" for reason, names in _by_reason(refused).items()]
+    found_wrong = tuple(verdicts(examples, fitted.heads, with_intervals))
     return Scores(
         examples,
         with_intervals,
@@ -121,9 +133,10 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
         table,
         fitted.losses,
         fitted.val_losses,
-        tuple(notes + verdicts(examples, fitted.heads, with_intervals)),
+        tuple(notes + [one.text for one in found_wrong]),
         examples.notes + embeddings.notes + fitted.notes,
         companions(embeddings, in_list),
+        found_wrong,
     )
 
 

@@ -26,6 +26,7 @@ from pipeline.errors import CacheError
 from pipeline.heads.architectures import MLP, ConvNet, Head
 from pipeline.heads.fit import Losses, SeedHead, fit, steps_of
 from pipeline.heads.probe import Probe, fit_probe
+from pipeline.load import Examples
 from pipeline.statistics.metrics import PROBE, metric_name
 from pipeline.store.embedding_table import FORMAT, Store
 from pipeline.store.temporary import temporary_folder
@@ -104,10 +105,11 @@ def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> Fi
         CacheError: the head cannot be stored.
     """
     task, targets = embeddings.examples.task, embeddings.examples.targets
-    code = code_digest(import_class(task.head, "class", LEVELS)) if task.head else ""
+    code = code_of_head(task)
     reusable = code is not None and embeddings.reusable
     folder, width = store.root.expanduser() / "heads", embeddings.table.hidden_size
-    paths = [folder / f"{_key(embeddings, seed, code, device)}.safetensors" for seed in task.seeds]
+    keys = [head_key(embeddings.examples, embeddings.key, seed, code, device) for seed in task.seeds]
+    paths = [folder / f"{key}.safetensors" for key in keys]
     with (  # the caller's modes and random states come back afterwards
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -151,16 +153,28 @@ def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...], device:
     return head
 
 
-def _key(embeddings: Embeddings, seed: int, code: str | None, device: torch.device) -> str:
-    """A digest of everything that the fit of a head depends on; `code` is the digest of a user's own head.
+def code_of_head(task: Task) -> str | None:
+    """A digest of the code of a user's own head; None where it cannot be known, empty for a head of this project."""
+    return code_digest(import_class(task.head, "class", LEVELS)) if task.head else ""
+
+
+def head_key(examples: Examples, embeddings: str, seed: int, code: str | None, device: torch.device) -> str:
+    """A digest of everything that the fit of a head depends on.
 
     Other seeds of the task count only where they draw what is held out: a task of more heads reuses those that are
     there.
+
+    Args:
+        examples: what it is trained on.
+        embeddings: the key of their embeddings.
+        seed: of the head.
+        code: see `code_of_head`.
+        device: where it is trained.
     """
-    task, examples = embeddings.examples.task, embeddings.examples
+    task = examples.task
     parts: dict[str, Any] = {
         "format": FORMAT,
-        "embeddings": embeddings.key,
+        "embeddings": embeddings,
         "train": examples.train.digest,
         "val": examples.val.digest if examples.val else None,
         "targets": [(target.outputs, target.classes is None, target.weights) for target in examples.targets],

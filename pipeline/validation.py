@@ -17,6 +17,7 @@ from typing import Protocol
 import pyarrow.parquet as pq
 import torch
 
+from pipeline.baseline_scores import beside_baseline
 from pipeline.config.schema import Config, Task, check_names
 from pipeline.config.yaml_file import to_yaml
 from pipeline.embed import Embeddings, differences, embed, made_with
@@ -96,7 +97,8 @@ def validate(
         if last < STAGES.index("score"):
             continue
         with _stage(tracker, f"score{suffix}") as run:
-            scores.append(score(task_embeddings, head, in_list))
+            measured = score(task_embeddings, head, in_list)
+            scores.append(beside_baseline(measured, store, encoder.device, in_list))
             _log_scores(scores[-1], run, tracker)
     return scores
 

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, EsmForMaskedLM
 from pipeline.__main__ import main
 from pipeline.encoders.description import DESCRIPTION, describe
 from tests.support.data import write_csv
+from tests.support.lab import ALONE
 from tests.support.programs import ROOT
 
 Change = Callable[[Path], object]
@@ -58,7 +59,7 @@ class Job:
         self.ckpt = str(model_folder("esm"))
         self.config = folder / "config.yaml"
         self.arguments: list[str] = []
-        self.task: dict[str, Any] = {"num_epochs": 1, "num_seeds": 1, "dataset_path": str(folder / "data"), **NUMBER}
+        self.task: dict[str, Any] = {"num_epochs": 1, **ALONE, "dataset_path": str(folder / "data"), **NUMBER}
         self.section: dict[str, Any] = {"store": str(folder / "store"), "device": "cpu"}
         for part in ("train", "test"):
             self.write(part, ROWS)

@@ -153,7 +153,7 @@ def test_tokens_of_one_sequence_are_no_independent_draws() -> None:
     """Each token nine times more says nothing new."""
     one = classes(sequences=90)
     repeated = Predictions(
-        np.repeat(np.asarray(one.true), 9), np.repeat(one.predicted, 9, axis=0), one.counts * 9, CLASSES
+        np.repeat(np.asarray(one.true, np.int64), 9), np.repeat(one.predicted, 9, axis=0), one.counts * 9, CLASSES
     )
     for name, interval in intervals(one).values.items():
         rel = 0.02 if name == "average_precision" else 0.01

@@ -67,6 +67,6 @@ def test_named_behind_the_task_in_a_list(tmp_path: Path, store: Store) -> None:
     task = token_task(tmp_path)
     for tasks, prefix in ((task, ""), ([task], "tokens/")):
         tracker = Kept()
-        validate(FakeEncoder(), tasks, store, tracker, until="embed")
+        validate(FakeEncoder(), tasks, store, tracker)
         names = ("rank_me", "mean_cosine", "dead_dimensions")
         assert {f"{prefix}embedding_{name}" for name in names} <= set(tracker.found)

@@ -65,6 +65,14 @@ def pixels_of(file: Path | io.BytesIO) -> Any:
         return np.asarray(picture.convert("RGB"))
 
 
+def wait_for_wandb(file: Path, name: str) -> None:
+    """Until the file has a metric: W&B's process writes it, and may be behind."""
+    for _ in range(100):
+        if in_wandb(file, name):
+            break
+        time.sleep(0.1)
+
+
 def tell(tracker: Tracker, picture: Path) -> None:
     """A result at step 8, one at step 4 that comes late, a picture, and what is not shown."""
     with tracker.stage("embed") as stage:
@@ -145,10 +153,7 @@ def test_mirrors_of_a_measurement(
     own.finish()
     assert capfd.readouterr() == ("", "")
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    for _ in range(100):  # W&B's process writes the file, and may be behind
-        if in_wandb(file, "loss"):
-            break
-        time.sleep(0.1)
+    wait_for_wandb(file, "loss")
     assert in_wandb(file, "loss") == [(1, 1.0), (2, 0.5)]
     assert in_wandb(file, "a/score") == []
     (failed,) = (tmp_path / "failed" / "wandb").glob("offline-run-*/*.wandb")
@@ -348,6 +353,7 @@ def test_loggers_of_lightning(tmp_path: Path, picture: Path, caplog: pytest.LogC
 
     assert [one for one in caplog.records if one.name.startswith("pipeline")] == []
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    wait_for_wandb(file, "a/score")
     assert in_wandb(file, "a/score") == [(8, EARLY), (4, LATE)]
     ((step, kept),) = in_wandb(file, "figures/curve/path")
     assert step == 8

@@ -52,10 +52,14 @@ def test_one_task(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     assert "test_value_mse" in scores[0].metrics
     assert dict(parent.data.metrics) == scores[0].metrics
     assert scores[0].metrics.items() <= lab.nested(parent)["score"].data.metrics.items()
-    shown = {name: value for name, value in scores[0].metrics.items() if name not in scores[0].companions}
-    for name, value in shown.items():  # the probe's stand in the rows of the head's
-        row = name.replace("_probe_", "_")
-        assert any(row in line and f"{value:.4f}" in line for line in printed.splitlines())
+    (line,) = (line for line in printed.splitlines() if "test_value_spearman" in line)
+    for name in ("test_value_spearman", "test_value_probe_spearman"):
+        assert f"{scores[0].metrics[name]:.4f}" in line
+    for metric in scores[0].results:  # the probe's stand in the rows of the head's
+        rows = [
+            line for line in parent.data.tags["mlflow.note.content"].splitlines() if f"| {metric.beside.key} |" in line
+        ]
+        assert any(f"{metric.value:.4f}" in row for row in rows)
     assert f"/#/experiments/0/runs/{parent.info.run_id}?workflowType=machine_learning" in printed
     assert f"mlflow ui --backend-store-uri {lab.uri}" in printed.replace("\n", "")
     losses = lab.client.get_metric_history(lab.nested(parent)["train_head"].info.run_id, "train_loss")

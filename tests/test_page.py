@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.report.figures import draw
+from pipeline.report.overview import overview
 from pipeline.report.page import page
 from pipeline.score import Scores
 from pipeline.statistics.metrics import LOSS
@@ -77,16 +78,18 @@ def test_every_number_note_and_picture_is_there(measured: tuple[list[Scores], di
     assert dict(zip(reader.texts["dt"], reader.texts["dd"], strict=True)) == FACTS
     assert reader.texts["h2"] == [*(one.task_name for one in scores), "Configuration"]
     assert reader.texts["pre"] == [YAML]
-    cells = []
+    cells = [cell for row in overview(scores).rows for cell in row[1:]]
     for one in scores:
         assert one.metrics
         for metric in (result for result in one.results if not result.probe):
             beside = "" if metric.name == LOSS else f"{one.metrics[replace(metric, probe=True).key]:.4f}"
             cells += [f"{metric.value:.4f}", beside]
             cells += [f"{one.constant[metric.key]:.4f}" if metric.key in one.constant else ""]
+        cells += [f"{value:.4f}" for value in one.companions.values()]
     assert reader.texts["td"] == cells
     names = [metric.key for one in scores for metric in one.results if not metric.probe]
-    assert [text for text in reader.texts["th"] if "/" in text] == names
+    first = [metric.key for one in scores for metric in one.results if metric.is_headline and not metric.probe]
+    assert [text for text in reader.texts["th"] if "/test_" in text or LOSS in text] == [*first, *names]
     notes = [note for one in scores for note in (*one.earlier_notes, *one.notes)]
     assert reader.texts["li"] == notes
     assert len(notes) > 2

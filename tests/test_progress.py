@@ -52,6 +52,9 @@ def test_changes_are_since_the_start_and_the_best_also_after_a_resume(
     (run,) = MlflowClient().search_runs(["0"])
     assert run.data.tags["downstream.start"] == "step 0"
     assert "since step 0, the first measurement" in run.data.tags["mlflow.note.content"]
+    seen = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/downstream/curves/resolution.md")
+    assert f"| {ACCURACY} | " in seen
+    assert seen in run.data.tags["mlflow.note.content"]
     predictions = {step: stored(run.info.run_id, step, tmp_path / str(step)) for step, _ in curve}
     assert not any("delta" in name for name in curve[0][1])
     for place, (step, metrics) in enumerate(curve[1:], 1):

@@ -76,10 +76,10 @@ CASES: list[tuple[str, tuple[str, dict[str, Any]], dict[str, Any]]] = [
 ]
 
 
-def recomputed(table: dict[str, npt.NDArray[Any]], name: str) -> dict[str, float]:
+def recomputed(table: dict[str, npt.NDArray[Any]], name: str, probe: str = "") -> dict[str, float]:
     """Every metric of a target that can be had from the predictions alone, by scikit-learn and scipy."""
     mask = table[f"{name}_mask"]
-    true, predicted = table[f"{name}_target"][mask], table[f"{name}_prediction"][mask]
+    true, predicted = table[f"{name}_target"][mask], table[f"{name}{probe}_prediction"][mask]
     groups = pd.Series(np.arange(len(true))).groupby(np.asarray(table["row"][mask])).indices.values()
     several = [rows for rows in groups if len(rows) > 1]
     if f"{name}_probabilities" not in table:
@@ -91,7 +91,7 @@ def recomputed(table: dict[str, npt.NDArray[Any]], name: str) -> dict[str, float
         within = [spearmanr(true[rows], predicted[rows])[0] if np.ptp(predicted[rows]) else 0.0 for rows in ranked]
         values |= {"per_sequence_spearman": float(np.mean(within))} if ranked else {}
         return {**values, "spearman": spearmanr(true, predicted)[0]}
-    probabilities = np.stack(list(table[f"{name}_probabilities"][mask]))
+    probabilities = np.stack(list(table[f"{name}{probe}_probabilities"][mask]))
     classes = sorted(set(true))
     shares = probabilities[:, : len(classes)]
     precisions = [sk.average_precision_score(true == label, shares[:, index]) for index, label in enumerate(classes)]
@@ -135,6 +135,7 @@ def test_the_main_job_on_real_data(
         "task_name": name,
         "num_epochs": 2,
         "num_seeds": 1,
+        "baselines": False,
         "max_seq_length": 300,
     }
     optim = {"name": "adam", "lr": 0.001}
@@ -145,10 +146,21 @@ def test_the_main_job_on_real_data(
     logged = dict(run.data.metrics)
     assert logged.pop("dwnstr_task_val_loss") > 0
     targets = task["target_column"] if isinstance(task["target_column"], list) else [task["target_column"]]
-    expected = {f"test_{target}_{m}": v for target in targets for m, v in recomputed(table, target).items()}
+    expected = {
+        f"test_{target}{probe}_{metric}": value
+        for target in targets
+        for probe in ("", "_probe")
+        for metric, value in recomputed(table, target, probe).items()
+    }
+    assert {logged.pop(f"embedding_{name}", 0) > 0 for name in ("rank_me", "mean_cosine")} == {True}
+    assert 0 <= logged.pop("embedding_dead_dimensions") < 1
+    ends = {name: logged.pop(name) for name in list(logged) if "_ci_" in name}
     assert set(logged) <= set(expected)
-    assert len(logged) >= 3 * len(targets)
+    assert len(logged) >= 6 * len(targets)
     assert {metric: expected[metric] for metric in logged} == pytest.approx(logged, abs=1e-6)
+    for metric in {name.rpartition("_ci_")[0] for name in ends}:
+        assert ends[f"{metric}_ci_low"] < logged[metric] < ends[f"{metric}_ci_high"]
+    assert ends
 
 
 def test_a_list_of_real_tasks_goes_through_the_encoder_once(

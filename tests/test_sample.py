@@ -54,7 +54,8 @@ def variants(part: str) -> tuple[list[str], npt.NDArray[np.float64]]:
 def one_hot(texts: list[str]) -> npt.NDArray[np.float64]:
     """Shape (n, 40 * 20)."""
     letters = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
-    return (np.array([list(text) for text in texts])[..., None] == letters).astype(float).reshape(len(texts), -1)
+    matrix = np.array([list(text) for text in texts])
+    return np.asarray((matrix[..., None] == letters).reshape(len(texts), -1), dtype=np.float64)
 
 
 def contacts(text: str) -> int:

@@ -69,6 +69,7 @@ ELSEWHERE = {
     "num_classes": "test_load.py: test_a_label_of_the_test_part_alone_takes_room_that_was_declared",
     "dataset": "test_load.py: test_several_files_in_order_and_a_val_part",
     "probe": "test_validation.py: test_the_probe_s_metrics_are_those_of_its_predictions",
+    "baselines": "test_baselines.py: test_no_baseline_where_none_is_wanted",
     "probe_window": "test_probe.py: test_folds_are_repeated_fits_without_their_sequences",
     "test": "test_load.py",
     "train": "test_load.py",
@@ -600,7 +601,7 @@ DIGEST
 module = Module()
 for _ in range(2):
     task = Task(level="token", task_type="classification", dataset_path=sys.argv[1], target_column=["label"],
-                num_epochs=1, num_seeds=1, head="__main__.TypedHead")
+                num_epochs=1, num_seeds=1, baselines=False, head="__main__.TypedHead")
     (scores,) = validate(LiveModel(module).encoder(module), task, Store(Path(sys.argv[2])))
 """
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -144,7 +145,8 @@ def test_the_table_of_runs(ui: Ui, lab: Lab) -> None:
     for name in NAMES.values():
         page.get_by_role("link", name=name, exact=True).wait_for()
     for metric in (ACCURACY, SPEARMAN):
-        assert in_rows(page, metric) == [shown(run.data.metrics[metric]) for run in runs]
+        values = [shown(run.data.metrics[metric]) if metric in run.data.metrics else "-" for run in runs]
+        assert in_rows(page, metric) == values
 
 
 def test_the_table_of_runs_ranks_them(ui: Ui, lab: Lab) -> None:
@@ -161,14 +163,26 @@ def test_two_runs_side_by_side(ui: Ui, lab: Lab) -> None:
     for run in lab.children:
         page.get_by_text(str(run.info.run_name), exact=True).first.wait_for()
     for metric in (ACCURACY, SPEARMAN):
-        name = page.locator("[role=rowgroup] > div", has_text=metric)
-        name.wait_for()
+        name = page.locator("[role=rowgroup] > div").filter(has=page.get_by_text(metric, exact=True))
+        scroll_to(page, name)
         top = name.evaluate("one => one.style.top")
         section = name.locator("xpath=ancestor::*[contains(@class, 'collapse-content-box')]")
         row = section.locator(f"[role=rowgroup] > div[style*='top: {top};'] > span")
         row.nth(1).wait_for()
         values = [float(text) for text in row.all_inner_texts()]
         assert values == pytest.approx([run.data.metrics[metric] for run in lab.children], abs=0.0005)
+
+
+def scroll_to(page: Page, row: Locator) -> None:
+    """Down the table of metrics, which has the rows alone that are in sight."""
+    page.get_by_role("link", name="dwnstr_task_val_loss").first.wait_for()
+    table = page.get_by_role("grid").last  # of the values: the grid of the names follows it
+    for _ in range(200):
+        if row.count():
+            break
+        table.evaluate("one => { one.scrollTop += 100 }")
+        page.wait_for_timeout(50)
+    row.wait_for()
 
 
 @pytest.mark.parametrize(("key", "steps"), [("training", [0, 10, 20]), ("several", [10, 20])])
@@ -178,8 +192,10 @@ def test_the_charts_of_a_run_are_grouped_by_task(key: str, steps: list[int], ui:
     for task in ("secondary_structure", "fitness"):
         names = [name for name in run.data.metrics if name.startswith(f"{task}/")]
         page.get_by_text(task, exact=True).wait_for()
-        page.get_by_text(f"({len(names)})", exact=True).wait_for()
-        for name in names:
+        page.get_by_text(f"({len(names)})", exact=True).first.wait_for()
+        metric = next(name for name in (ACCURACY, SPEARMAN) if name in names)
+        for name in (metric, metric.replace(f"_{metric.split('_')[-1]}", f"_probe_{metric.split('_')[-1]}")):
+            page.get_by_placeholder("Search metric charts").fill(f"^{name}$")
             card = page.locator("[data-testid='experiment-view-compare-runs-card']", has_text=name.split("/")[1])
             plot = card.filter(has_text=f"({name})").locator(".js-plotly-plot .trace, .js-plotly-plot .scatterlayer")
             plot.first.wait_for()
@@ -188,6 +204,7 @@ def test_the_charts_of_a_run_are_grouped_by_task(key: str, steps: list[int], ui:
             )
             history = sorted(lab.client.get_metric_history(run.info.run_id, name), key=lambda point: point.step)
             assert points == [steps, [point.value for point in history]]
+        page.get_by_placeholder("Search metric charts").fill("")
 
 
 def test_the_checkpoints_in_the_tab_of_models(ui: Ui, lab: Lab) -> None:
@@ -197,13 +214,13 @@ def test_the_checkpoints_in_the_tab_of_models(ui: Ui, lab: Lab) -> None:
     assert {model.name for model in models} == {"checkpoint", "step=0", "step=10", "step=20"}
     names = [text.split()[-1] for text in in_rows(page, "name")]
     for metric in (ACCURACY, SPEARMAN):
-        values = {model.name: shown(value_of(model.metrics, metric)) for model in models}
+        values = {model.name: value_of(model.metrics, metric) for model in models}
         assert dict(zip(names, in_rows(page, metric), strict=True)) == values
 
 
-def value_of(metrics: object, name: str) -> float:
+def value_of(metrics: object, name: str) -> str:
     assert isinstance(metrics, list)
-    return float(next(metric.value for metric in metrics if metric.key == name))
+    return next((shown(metric.value) for metric in metrics if metric.key == name), "")
 
 
 def test_a_picture_among_the_artifacts(ui: Ui, lab: Lab) -> None:
@@ -216,7 +233,7 @@ def test_a_picture_among_the_artifacts(ui: Ui, lab: Lab) -> None:
 
 def test_the_leaderboard_is_a_table(ui: Ui, lab: Lab) -> None:
     page = ui.run(lab.id("several"), "artifacts/leaderboard.json")
-    page.get_by_role("columnheader").filter(has_text=ACCURACY).wait_for()
+    page.get_by_role("columnheader").filter(has=page.get_by_text(ACCURACY, exact=True)).wait_for()
     heads, *rows = [
         row.all_inner_texts()
         for row in [each.locator("[role=columnheader], [role=cell]") for each in page.get_by_role("row").all()]
@@ -239,20 +256,30 @@ def markdown_table(page: Page) -> list[list[str]]:
 def test_the_description_of_a_measurement_is_a_table(ui: Ui, lab: Lab) -> None:
     page = ui.run(lab.id("single"))
     page.get_by_text("Show more").click()
-    scores = {name: value for name, value, _ in markdown_table(page)}
-    assert scores == {name: f"{value:.4f}" for name, value in lab.runs["single"].data.metrics.items()}
-    page.get_by_role("link", name=ACCURACY).wait_for()
-    row = page.get_by_role("row", name=ACCURACY).filter(has=page.get_by_role("link"))
+    rows = markdown_table(page)
+    metrics = lab.runs["single"].data.metrics
+    for name, score, *_, verdict in rows[:4]:
+        assert score == f"{metrics[name]:.4f} ± {metrics[f'{name}_seed_std']:.4f}"
+        assert verdict
+    assert {name for name, *_ in rows[4:]} == every_metric(metrics)
+    link = page.get_by_role("link", name=ACCURACY, exact=True)
+    link.wait_for()
+    row = page.get_by_role("row").filter(has=link)
     assert shown(lab.runs["single"].data.metrics[ACCURACY]) in row.inner_text().split()
+
+
+def every_metric(names: Iterable[str]) -> set[str]:
+    """Those that have a row of their own: probe, baselines, intervals and seeds stand in columns."""
+    names = [name for name in names if not re.search("_seed_std$|_ci_|/embedding_", name)]
+    return {re.sub("_probe_|_baseline_probe_|_baseline_", "_", name) for name in names}
 
 
 def test_the_description_of_several_is_the_leaderboard(ui: Ui, lab: Lab) -> None:
     table = markdown_table(ui.run(lab.id("several")))
     ranked = sorted(lab.children, key=lambda run: -run.data.metrics[ACCURACY])
     names = [(str(run.info.run_name).split()[0], run.data.metrics) for run in ranked]
-    assert table == [
-        [str(place), name, *(f"{metrics[metric]:.4f}" for metric in (ACCURACY, SPEARMAN))]
-        for place, (name, metrics) in enumerate(names, 1)
+    assert [row[:3] for row in table] == [
+        [str(place), name, f"{metrics[ACCURACY]:.4f}"] for place, (name, metrics) in enumerate(names, 1)
     ]
 
 
@@ -262,7 +289,9 @@ def test_the_report_among_the_artifacts(ui: Ui, lab: Lab) -> None:
     report.get_by_role("heading", name="checkpoint: 4 tasks").wait_for()
     rows = [row.locator("th, td").all_inner_texts()[:2] for row in report.locator("tbody tr").all()]
     metrics: Mapping[str, float] = lab.runs["single"].data.metrics
-    assert dict(rows) == {name: f"{value:.4f}" for name, value in metrics.items()}
+    assert {name for name, _ in rows} == every_metric(metrics) | {name for name in metrics if "/embedding_" in name}
+    for name, text in rows:
+        assert text.split()[0] == f"{metrics[name]:.4f}"
     widths = report.locator("img").evaluate_all("all => all.map(one => one.naturalWidth)")
     assert len(widths) == len(list(lab.file("single", "figures").rglob("*.png"))) > 0
     assert all(widths)

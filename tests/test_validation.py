@@ -88,11 +88,11 @@ def test_the_printed_table_has_the_probe_beside_the_head_and_their_intervals() -
         Metric("", "y", "mse", 1.0, 2.0, Interval(0.5, 2.0), probe=True),
         Metric("", "y", "spearman", 0.25, probe=True),  # the head's predictions are all equal
     )
-    table = score_table([SimpleNamespace(results=results)])  # type: ignore[list-item]
+    table = score_table([SimpleNamespace(results=results, baselines={})])  # type: ignore[list-item]
     assert list(table.columns) == ["metric", "score", "95 %", "probe", "95 %", "constant guess"]
     assert table.rows == [
         [LOSS, "2.0000", "", "", "", ""],
-        ["test_y_mse", "1.5000", "1.250 to 1.750", "1.0000", "0.500 to 2.000", "2.0000"],
+        ["test_y_mse", "1.5000", "1.250, 1.750", "1.0000", "0.500, 2.000", "2.0000"],
         ["test_y_spearman", "", "", "0.2500", "", ""],
     ]
     assert max(len(line) for line in table.text().splitlines()) <= 120

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.config.schema import Task
+from pipeline.report.overview import summary
 from pipeline.report.page import page
-from pipeline.report.tables import summary
 from pipeline.score import Scores
 from pipeline.store.embedding_table import Store
 from pipeline.validation import validate

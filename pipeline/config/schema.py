@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.config.class_paths import ENCODERS, refuse_reference
 from pipeline.config.fields import check_choice, check_values, key, parse_bytes, require
 from pipeline.config.trackers import Logging
-from pipeline.statistics.metrics import LOSS, PROBE, Metric, metric_name, metrics_of_kind
+from pipeline.statistics.metrics import BASELINE, LOSS, PROBE, Metric, metric_name, metrics_of_kind
 
 LEVELS = ("sequence", "token")
 KINDS = ("classification", "regression")
@@ -100,6 +100,9 @@ class Task:
         choices=PROBES,
     )
     probe_window: int = key("tokens around each that the probe sees, in token-level tasks; an odd number", 1, least=1)
+    baselines: bool = key(
+        "measure beside the checkpoint, once, what composition, or in token-level tasks one-hot windows, reaches", True
+    )
     optim: dict[str, Any] = key(
         "optimiser `name`, `lr` and its options, and its schedule `sched`", lambda: {"name": "adam", "lr": 1e-4}
     )
@@ -163,10 +166,14 @@ class Task:
             both = self._names(first) & self._names(second)
             remedy = f"both have a metric {', '.join(both)}; rename one"
             require(not both, f"{where}: target_column: {first} and {second} {remedy}")
-        probes = {metric_name(column) + PROBE for column in self.target_column}
-        for column in self.target_column if self.probe != "none" else []:
-            remedy = "is what the metrics of another target's probe begin with; rename it, or write probe: none"
-            require(metric_name(column) not in probes, f"{where}: target_column: {column} {remedy}")
+        for what, suffix, used in (
+            ("probe: none", PROBE, self.probe != "none"),
+            ("baselines: false", BASELINE, self.baselines),
+        ):
+            taken = {metric_name(column) + suffix for column in self.target_column} if used else set()
+            for column in self.target_column:
+                remedy = f"is what the metrics of another target's {suffix[1:]} begin with; rename it, or write {what}"
+                require(metric_name(column) not in taken, f"{where}: target_column: {column} {remedy}")
         fits = self.level == "token" or targets == 1
         require(fits, f"{where}: a sequence-level task has one target_column, found {targets}; make it several tasks")
         agree = self.num_classes is None or (self.target_sizes or [self.num_classes]) == [self.num_classes] * targets

@@ -13,7 +13,7 @@ from pipeline.statistics.leakage import every, nearly_the_same
 
 LEVEL = 1e-3  # of the tests of shift: one clean random split in a thousand warns
 MOSTLY = 0.5  # the share of masked labels that is worth a warning
-EXPECTED = 5  # test sequences of a class that the chi-squared test takes; rarer classes are counted together
+EXPECTED = 5  # sequences, of a class too, that a test of shift takes; rarer classes are counted together
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def _shift(index: int, target: Target, train: Part, test: Part) -> list[str]:
     if target.classes is not None and (train.counts == 1).all() and (test.counts == 1).all():
         return _class_shift(index, target, train, test)
     ours, theirs = (_by_sequence(part, index, target.classes) for part in (train, test))
+    if min(len(ours), len(theirs)) < EXPECTED:
+        return []  # nothing that so few show is beyond chance
     found = []
     for column, name in enumerate(names):
         a, b = ours[:, column], theirs[:, column]

@@ -28,6 +28,21 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What is wrong with a head.
+
+    Attributes:
+        target: which of its targets it is about; empty where it is about all.
+        short: a word or a few, for a table.
+        text: in full, with what to change.
+    """
+
+    target: str
+    short: str
+    text: str
+
+
+@dataclass(frozen=True)
 class _Shares:
     """Explained shares of the losses of a task's heads.
 
@@ -44,7 +59,7 @@ class _Shares:
     before: float
 
 
-def verdicts(examples: Examples, heads: Sequence[SeedHead], results: Sequence[Metric]) -> list[str]:
+def verdicts(examples: Examples, heads: Sequence[SeedHead], results: Sequence[Metric]) -> list[Verdict]:
     """What is wrong with the heads of a task; empty where nothing is.
 
     Args:
@@ -54,7 +69,11 @@ def verdicts(examples: Examples, heads: Sequence[SeedHead], results: Sequence[Me
     """
     steps = _steps(heads)
     found = [
-        f"{metric.key} is no better than a constant guess, after {steps}: {_more(examples.task)}"
+        Verdict(
+            metric.target,
+            "no better than a guess",
+            f"{metric.key} is no better than a constant guess, after {steps}: {_more(examples.task)}",
+        )
         for metric in results
         if not metric.probe and _no_better(metric)
     ]
@@ -65,14 +84,16 @@ def verdicts(examples: Examples, heads: Sequence[SeedHead], results: Sequence[Me
     if overfits:
         remedy = "let it stop early" if examples.task.patience is None else "lower patience or optim.lr"
         set_patience = " (patience: 5)" if examples.task.patience is None else ""
-        found.append(
+        text = (
             f"the head fits its train set and not the test set: it explains {shares.train:.0%} of the training loss and"
             f" {shares.test:.0%} of the test loss, after {steps}: {remedy}{set_patience}, or give it more train rows"
         )
+        found.append(Verdict("", "over-fitted", text))
     to_the_end = any(len(one.losses) == examples.task.num_epochs for one in heads)
     if to_the_end and _still_falling(shares) and not overfits:
         loss = "training" if examples.task.patience is None else "validation"
-        found.append(f"the {loss} loss was still falling at the end, after {steps}: {_more(examples.task)}")
+        text = f"the {loss} loss was still falling at the end, after {steps}: {_more(examples.task)}"
+        found.append(Verdict("", "still learning", text))
     return found
 
 

@@ -82,8 +82,9 @@ def leaderboard(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
     if any(found):
         key = names[0] + FIRST
         columns = pd.DataFrame([one.interval.named(key) | {key: one.value} if one else {} for one in found])
+        place = frame.columns.tolist().index(names[0]) + 1
         for offset, column in enumerate((key, f"{key}_ci_low", f"{key}_ci_high")):
-            frame.insert(frame.columns.get_loc(names[0]) + 1 + offset, column, columns[column])
+            frame.insert(place + offset, column, columns[column])
     frame.insert(0, "rank", frame.index + 1)
     return frame
 

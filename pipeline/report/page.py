@@ -9,7 +9,8 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from pipeline.report.tables import score_table
+from pipeline.report.overview import overview
+from pipeline.report.tables import companion_table, score_table
 
 if TYPE_CHECKING:
     from pipeline.score import Scores
@@ -50,6 +51,9 @@ pre { overflow-x: auto; overflow-wrap: normal; }
 <body>
 <main>
 <h1>$title</h1>
+<div class="wide" role="region" aria-label="Overview" tabindex="0">
+$overview
+</div>
 <dl>
 $facts
 </dl>
@@ -67,6 +71,7 @@ TASK = Template("""<section>
 <h2>$name</h2>
 <div class="wide" role="region" aria-label="Metrics" tabindex="0">
 $table
+$embeddings
 </div>
 $notes
 $pictures
@@ -94,7 +99,7 @@ def page(
     """
     terms = [f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()]
     tasks = [_task(one, pictures.get(one.task_name, ())) for one in scores]
-    texts = {"title": escape(title), "yaml": escape(yaml)}
+    texts = {"title": escape(title), "yaml": escape(yaml), "overview": overview(scores).html()}
     return PAGE.substitute(texts, facts="\n".join(terms), tasks="\n".join(tasks))
 
 
@@ -104,7 +109,11 @@ def _task(scores: Scores, pictures: Sequence[Path]) -> str:
     listed = "<ul>\n" + "\n".join(items) + "\n</ul>" if items else ""
     images = "\n".join(_image(scores.task_name, path) for path in pictures)
     return TASK.substitute(
-        name=escape(scores.task_name), table=score_table([scores]).html(), notes=listed, pictures=images
+        name=escape(scores.task_name),
+        table=score_table([scores]).html(),
+        embeddings=companion_table(scores).html() if scores.companions else "",
+        notes=listed,
+        pictures=images,
     )
 
 

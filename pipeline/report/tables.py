@@ -32,7 +32,7 @@ class Table:
     title: str = ""
 
     def text(self) -> str:
-        """For the terminal, as wide as it is; 130 characters where the output is a file."""
+        """For the terminal, as wide as it is; 160 characters where the output is a file."""
         from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -40,11 +40,14 @@ class Table:
         view = RichTable(title=Text(self.title), title_justify="left")
         for index, name in enumerate(self.columns):
             cells = max((len(row[index]) for row in self.rows), default=0)
-            heading = name if len(name) <= cells else name.replace(" ", "\n")
-            view.add_column(Text(heading), justify="left" if index in self.left else "right", overflow="fold")
+            heading = name if len(name) <= cells else name.replace(" ", "\n").replace("/", "/\n")
+            fixed = index not in self.left and max(map(len, heading.split("\n"))) <= cells  # folded last
+            view.add_column(
+                Text(heading), justify="left" if index in self.left else "right", overflow="fold", no_wrap=fixed
+            )
         for row in self.rows:
             view.add_row(*map(Text, row))
-        console = Console(width=None if sys.stdout.isatty() else 130)
+        console = Console(width=None if sys.stdout.isatty() else 160)
         with console.capture() as captured:
             console.print(view)
         return captured.get().rstrip("\n")
@@ -72,11 +75,12 @@ def plain(text: str) -> str:
 
 
 def score_table(scores: Sequence[Scores]) -> Table:
-    """A row per metric: the head's with its interval, the probe's beside it, and what a constant guess would reach.
+    """A row per metric: the head's with its interval, the probe's beside it, the baseline's, and a constant guess's.
 
     Columns that would be empty are left out.
     """
     results = [metric for one in scores for metric in one.results]
+    lines = {key: value for one in scores for key, value in one.baselines.items()}
     pairs: dict[str, dict[bool, Metric]] = {}
     for metric in results:
         pairs.setdefault(metric.beside.key, {})[metric.probe] = metric
@@ -86,15 +90,22 @@ def score_table(scores: Sequence[Scores]) -> Table:
         intervals = [one.interval if one else None for one in found]
         if probe and not any(found):
             continue
-        _append(columns, rows, title, [score_text(one) if one else "" for one in found])
-        if any(intervals):
-            _append(columns, rows, INTERVAL, [f"{one.low:.3f}, {one.high:.3f}" if one else "" for one in intervals])
-    _append(columns, rows, "constant guess", [number(next(iter(pair.values())).constant) for pair in pairs.values()])
-    return Table(columns, rows, title="Scores on the test set")
+        append(columns, rows, title, [score_text(one) if one else "" for one in found])
+        append(columns, rows, INTERVAL, [f"{one.low:.3f}, {one.high:.3f}" if one else "" for one in intervals])
+        append(columns, rows, "baseline", [number(lines.get(one.key)) if one else "" for one in found])
+    append(columns, rows, "constant guess", [number(next(iter(pair.values())).constant) for pair in pairs.values()])
+    return Table(columns, rows)
 
 
-def _append(columns: list[str], rows: list[list[str]], title: str, cells: Sequence[str]) -> None:
-    """Adds a column to a table."""
+def companion_table(scores: Scores) -> Table:
+    """What the embeddings of a task are like, whatever the labels."""
+    return Table(("embeddings", "value"), [(name, number(value)) for name, value in scores.companions.items()])
+
+
+def append(columns: list[str], rows: list[list[str]], title: str, cells: Sequence[str]) -> None:
+    """Adds a column to a table, unless all its cells are empty."""
+    if not any(cells):
+        return
     columns.append(title)
     for row, cell in zip(rows, cells, strict=True):
         row.append(cell)
@@ -114,10 +125,3 @@ def score_text(metric: Metric) -> str:
 def number(value: float | None) -> str:
     """Four digits behind the point; empty where there is no value."""
     return "" if value is None else f"{value:.4f}"
-
-
-def summary(facts: Mapping[str, str], scores: Sequence[Scores]) -> str:
-    """A run's description: the scores first, as MLflow shows the first lines alone; the warnings; the facts."""
-    notes = [f"- {one.task_name}: {note}" for one in scores for note in (*one.earlier_notes, *one.notes)]
-    about = [f"- {name}: `{value}`" for name, value in facts.items()]
-    return "\n".join([score_table(scores).markdown(), "", *notes, *about])

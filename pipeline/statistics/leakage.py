@@ -24,7 +24,7 @@ def nearly_the_same(sequences: Sequence[str], known: Sequence[str]) -> npt.NDArr
     many known sequences resemble one another, each other pair that shares just half once in 2**12.
     """
     found = np.zeros(len(sequences), dtype=np.bool_)
-    ours, theirs = (np.arange(0, len(part), every(part)) for part in (sequences, known))
+    ours, theirs = _looked_at(sequences), _looked_at(known)
     if not len(ours) or not len(theirs):
         return found
     first, second = _KMers([sequences[row] for row in ours]), _KMers([known[row] for row in theirs])
@@ -45,6 +45,11 @@ def nearly_the_same(sequences: Sequence[str], known: Sequence[str]) -> npt.NDArr
 def every(sequences: Sequence[str]) -> int:
     """Each how many-th sequence is looked at: 1 where all are."""
     return max(1, -(-sum(map(len, sequences)) // MOST))
+
+
+def _looked_at(sequences: Sequence[str]) -> npt.NDArray[np.int64]:
+    """The places of the sequences that are looked at."""
+    return np.arange(0, len(sequences), every(sequences))
 
 
 class _KMers:

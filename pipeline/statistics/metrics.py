@@ -33,7 +33,8 @@ HAVE_CONSTANT = (
 )  # a constant guess says something of these
 PROBE = "_probe"  # stands between a target and a metric of the probe's
 EVERY = (*(name for names in OF_KIND.values() for name in names), *PER_SEQUENCE.values())
-_KEY = re.compile(f"test_(.+?)({PROBE})?_({'|'.join(EVERY)})")
+BASELINE = "_baseline"  # between a target, and the probe if it is of a probe, and a metric of a baseline's
+_KEY = re.compile(f"test_(.+?)({BASELINE})?({PROBE})?_({'|'.join(EVERY)})")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Metric:
         interval: of `value`, 95 %; None where there is none.
         seed_std: standard deviation over the seeds of the head, of which `value` is the mean; None for a single one.
         probe: whether it is of the probe, not of the head.
+        baseline: whether it is of a baseline's embeddings, not of the checkpoint's.
     """
 
     task: str
@@ -75,6 +77,7 @@ class Metric:
     interval: Interval | None = None
     probe: bool = False
     seed_std: float | None = None
+    baseline: bool = False
 
     @classmethod
     def parse(cls, key: str, value: float = math.nan) -> Metric | None:
@@ -88,12 +91,12 @@ class Metric:
         if last == LOSS:
             return cls(task, "", LOSS, value)
         parts = _KEY.fullmatch(last)
-        return cls(task, parts[1], parts[3], value, probe=bool(parts[2])) if parts else None
+        return cls(task, parts[1], parts[4], value, probe=bool(parts[3]), baseline=bool(parts[2])) if parts else None
 
     @property
     def short(self) -> str:
         """The name under which it is logged, without the task's."""
-        of = PROBE if self.probe else ""
+        of = (BASELINE if self.baseline else "") + (PROBE if self.probe else "")
         return LOSS if self.name == LOSS else f"test_{metric_name(self.target)}{of}_{self.name}"
 
     @property
@@ -128,12 +131,20 @@ class Metric:
     @property
     def is_headline(self) -> bool:
         """Whether it is the one to show of its target: the head's, and the probe's beside it."""
-        return self.name in HEADLINE.values()
+        return self.name in HEADLINE.values() and not self.baseline
 
     @property
     def beside(self) -> Metric:
-        """The head's metric that a metric of the probe stands beside; of a head's, itself."""
-        return replace(self, probe=False)
+        """The head's metric that a metric of the probe or of a baseline stands beside; of a head's, itself."""
+        return replace(self, probe=False, baseline=False)
+
+    def of_baseline(self, value: float) -> Metric:
+        """What a baseline reaches in it.
+
+        >>> Metric("", "x", "mcc", 0.5, probe=True).of_baseline(0.25).named
+        {'test_x_baseline_probe_mcc': 0.25}
+        """
+        return Metric(self.task, self.target, self.name, value, probe=self.probe, baseline=True)
 
 
 @dataclass(frozen=True)

@@ -48,17 +48,20 @@ class Store:
         dtype: `float32` or `float16`, of stored embeddings.
         memory_bytes: embeddings beyond this are read from disk as they are used.
         max_batch_tokens: token budget of an embedding batch; None for the default of the kind of device.
+        lasting: the folder of what depends on the data alone, where `root` goes after a measurement; else None.
     """
 
     root: Path
     dtype: str = "float32"
     memory_bytes: int = 10**9
     max_batch_tokens: int | None = None
+    lasting: Path | None = None
 
     @classmethod
     def from_config(cls, config: Config, root: Path | None = None) -> Store:
         """The store that a configuration describes, in another folder if `root` is given."""
-        return cls(root or Path(config.store), config.embedding_dtype, config.memory_bytes, config.max_batch_tokens)
+        lasting, limit = Path(config.store), config.max_batch_tokens
+        return cls(root or lasting, config.embedding_dtype, config.memory_bytes, limit, lasting)
 
     def table(self, encoder_digest: str, pooling: str, hidden_size: int, keep: bool = True) -> EmbeddingTable:
         """The table of an encoder's embeddings; `pooling` is `mean` (a row per sequence) or `none` (a row per token).
@@ -86,7 +89,7 @@ class Store:
         Once per program is enough.
         """
         root = self.root.expanduser()
-        for name in ("live", "heads"):
+        for name in ("live", "heads", "baselines"):
             remove_abandoned(root / name)
         for folder in {path.parent for path in root.glob("embeddings/*/*.tmp")}:
             with suppress(OSError, Timeout), FileLock(folder / "lock", timeout=0):

@@ -13,6 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.config.yaml_file import read_config
 from pipeline.encoders.description import DESCRIPTION
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.report.tables import Table
 from pipeline.training.lightning_package import DescribingIO, pl
 from pipeline.training.measurement import Measurement
 from pipeline.training.monitors import warn_of_monitors
@@ -48,6 +49,8 @@ class DownstreamValidation(pl.Callback):
         published: the names of the metrics that the last validation published; empty where it measured nothing.
         published_step: the step at which it did.
         curve: the step and the metrics of each, on every rank.
+        overview: on rank 0, after the training: the last scores, and what they have changed by; None without any.
+        summary: on rank 0, after the training: the overview and the headline metrics of each step, in Markdown.
     """
 
     def __init__(self, config: Config) -> None:
@@ -57,6 +60,8 @@ class DownstreamValidation(pl.Callback):
         self.published: frozenset[str] = frozenset()
         self.published_step = -1
         self.curve: list[tuple[int, dict[str, float]]] = []
+        self.overview: Table | None = None
+        self.summary = ""
         self.work: Measurement | None = None
         self.ranks = Ranks(config.timeout)
         self._validations = 0
@@ -244,6 +249,8 @@ class DownstreamValidation(pl.Callback):
         if self.work is not None:
             self._run = self.work.own_run or self._run
             self._progress = self.work.progress.state()
+            self.overview = self.work.progress.overview
+            self.summary = self.work.progress.summary(self._points, self.config)
             self.work.close(status, self._points)
         self.work = None
         self.ranks.close()

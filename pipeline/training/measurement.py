@@ -27,14 +27,13 @@ from pipeline.errors import CheckpointError
 from pipeline.load import Examples, load
 from pipeline.progress import no_progress
 from pipeline.report.publishing import describe, publish_curves
-from pipeline.report.tables import step_table
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.mirrors import LoggerTracker, is_kind
 from pipeline.tracking.protocol import FOLDER, AtStep, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.train_head import make_head
 from pipeline.training.lightning_package import pl
-from pipeline.training.progress import Progress
+from pipeline.training.progress import Progress, resolution_of
 from pipeline.training.untouched import untouched
 from pipeline.validation import check, dry_run
 
@@ -122,9 +121,11 @@ class Measurement:
         if self.config.logging.figures:
             several = Several([run.run, *self._loggers])
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
+        if seen := resolution_of(points, self.config):
+            attempt("logging", lambda: run.run.text(seen, f"{FOLDER}/curves/resolution.md"))
+            pl.utilities.rank_zero_info("downstream validation, what its scores can see:\n%s", seen)
         if run.own and points:
-            since = f"\n\nChanges (`_delta_start`) are since step {self.progress.start}, the first measurement."
-            run.run.describe(step_table(points, self.config.headlines).markdown() + since)
+            run.run.describe(self.progress.summary(points, self.config))
         attempt("closing of the MLflow run", lambda: run.end(status))
 
     @property

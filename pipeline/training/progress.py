@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import validation
+from pipeline.config.schema import Config
 from pipeline.errors import DataError
+from pipeline.report.overview import overview
+from pipeline.report.resolution_table import resolution_text
+from pipeline.report.tables import Table, step_table
 from pipeline.statistics.intervals import changes
 from pipeline.statistics.metrics import Change, Metric
 from pipeline.statistics.predictions import from_table
@@ -20,6 +24,9 @@ from pipeline.tracking.protocol import Several, Tracker
 
 if TYPE_CHECKING:
     from pipeline.score import Scores
+
+
+logger = logging.getLogger("pipeline.validation")  # whose warnings are said once in a training
 
 
 @dataclass(frozen=True)
@@ -35,23 +42,40 @@ class Progress:
 
     Attributes:
         start: the step of the first measurement; None before it.
+        overview: the latest scores, and their change since the start; None before a measurement.
     """
 
     def __init__(self) -> None:
         """Before the first measurement."""
         self.start: int | None = None
+        self.overview: Table | None = None
         self._best: dict[str, Best] = {}
         self._tables: dict[tuple[str, int], pa.Table] = {}  # of predictions, by task and step
 
     def log(self, scores: Sequence[Scores], step: int, tracker: Tracker, mirrors: Tracker) -> dict[str, float]:
         """Follows a measurement, see `follow`; logs the changes, and why there are none. Returns the changes."""
         found, notes = self.follow(scores, step)
+        self.overview = overview(scores, found, f"step {self.start}", f"Scores on the test set at step {step}")
         for note in notes:
-            validation.logger.warning("%s", note)
+            logger.warning("%s", note)
             tracker.note(note)
         if found:
             Several([tracker, mirrors]).metrics(found, step)
         return found
+
+    def summary(self, points: Sequence[tuple[int, Mapping[str, float]]], config: Config) -> str:
+        """The description of a training's run.
+
+        Args:
+            points: the step and the metrics of each measurement.
+            config: says which metrics to show of each, and how many heads a score is the mean of.
+        """
+        latest = [self.overview.markdown(), ""] if self.overview else []
+        since = f"Changes are since step {self.start}, the first measurement."
+        seen = resolution_of(points, config)
+        return "\n".join(
+            [*latest, since, "", *([seen, ""] if seen else []), step_table(points, config.headlines).markdown()]
+        )
 
     def follow(self, scores: Sequence[Scores], step: int) -> tuple[dict[str, float], list[str]]:
         """Compares a measurement with the first and the best, and keeps what the next one needs.
@@ -118,6 +142,12 @@ class Progress:
         made._best = {key: Best(*values) for key, values in state["best"].items()}
         made._tables = {(task, step): _unpacked(packed) for task, step, packed in state["tables"]}
         return made
+
+
+def resolution_of(points: Sequence[tuple[int, Mapping[str, float]]], config: Config) -> str:
+    """What the metrics of a training can see, in Markdown; empty before the third measurement."""
+    heads = {task.task_name if config.is_list else "": task.num_seeds for task in config.dataset}
+    return resolution_text(points, heads)
 
 
 def _packed(table: pa.Table) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ def show_columns(page: Page, metrics: Sequence[str]) -> None:
     page.get_by_role("button", name="Columns", exact=True).click()
     for name in metrics:
         page.get_by_placeholder("Search columns").fill(name)
-        page.locator("strong", has_text=name).click()
+        page.locator(".du-bois-light-tree-title", has_text=re.compile(f"^{re.escape(name)}$")).click()
     page.get_by_role("heading", name="Runs").click()
 
 

@@ -39,7 +39,7 @@ def make_task(
     write_csv(folder / "train" / "x000.csv", train)
     write_csv(folder / "test" / "x000.csv", test if test is not None else train)
     given: dict[str, Any] = {"dataset_path": str(folder), "dataset": Files(), "target_column": [list(train[0])[-1]]}
-    given["num_seeds"] = 1  # a test that is not about seeds needs one head
+    given |= {"num_seeds": 1, "baselines": False}  # a test that is not about these needs one head
     return Task(**{**given, **options})
 
 

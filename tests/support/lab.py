@@ -17,6 +17,7 @@ from tests.support.data import write_csv
 from tests.support.models import RESIDUES
 
 PARENT = "mlflow.parentRunId"
+ALONE = {"num_seeds": 1, "baselines": False}  # one head, and nothing beside it but the probe
 STAGES = ["load", "embed", "train_head", "score"]
 VALUE = {"task_name": "value", "class": "sequence", "task_type": "regression", "target_column": "value"}
 STATE = {"task_name": "state", "class": "token", "task_type": "classification", "target_column": ["state"]}
@@ -46,7 +47,7 @@ class Lab:
 
     def command(self, *tasks: dict[str, Any], entry: str = "main", name: str = "config", **section: Any) -> list[str]:
         """The arguments of a measurement; several tasks are a list, one is not."""
-        given = {"dataset_path": str(self.folder), "max_seq_length": 30, "num_epochs": 2, "num_seeds": 1, **self.task}
+        given = {"dataset_path": str(self.folder), "max_seq_length": 30, "num_epochs": 2, **ALONE, **self.task}
         entries = [{**given, **task} for task in tasks]
         dataset: Any = entries if len(entries) > 1 else entries[0]
         where = {"store": str(self.folder / "store"), "device": "cpu", "logging": {"figures": False}}

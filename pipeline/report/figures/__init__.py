@@ -51,7 +51,9 @@ def draw(scores: Scores, folder: Path) -> list[Path]:
 
 
 def curves(points: Sequence[tuple[int, Mapping[str, float]]], folder: Path) -> list[Path]:
-    """Draws every metric against the step of a training, the probe's beside the head's; returns a PNG file per task.
+    """Draws every metric against the step of a training, the probe's beside the head's, baselines as level lines.
+
+    Returns a PNG file per task.
 
     Args:
         points: the step and the metrics of each measurement.
@@ -65,7 +67,7 @@ def curves(points: Sequence[tuple[int, Mapping[str, float]]], folder: Path) -> l
         for metric in [Metric.parse(name, value) for name, value in metrics.items()]:
             if metric and np.isfinite(drawable(metric.value)):
                 lines = tasks.setdefault(metric.task, {}).setdefault(metric.beside.short, {})
-                lines.setdefault(metric.probe, []).append((step, metric.value))
+                lines.setdefault((metric.baseline, metric.probe), []).append((step, metric.value))
     folder.mkdir(parents=True, exist_ok=True)
     stems = file_stems([f"curve_{task}" if task else "curve" for task in tasks])
     with figure_style():
@@ -115,12 +117,13 @@ def _target(scores: Scores, index: int, predicted: npt.NDArray[Any], stem: Path)
 
 
 def _headline(scores: Scores, target: Target) -> str:
-    """The head's main metrics of a target, each beside what the probe and a constant guess reach."""
+    """The head's main metrics of a target, each beside what the probe, a baseline and a constant guess reach."""
     texts = []
     probes = {metric.beside.key: f"probe {metric.value:.3f}" for metric in scores.results if metric.probe}
     for metric in scores.results:
         if metric.target == target.name and metric.name in SHOWN and not metric.probe:
             guess = "" if metric.constant is None else f"constant guess {metric.constant:.3f}"
-            others = ", ".join(filter(None, (probes.get(metric.key), guess)))
+            line = f"baseline {scores.baselines[metric.key]:.3f}" if metric.key in scores.baselines else ""
+            others = ", ".join(filter(None, (probes.get(metric.key), line, guess)))
             texts.append(f"{metric.name} {metric.value:.3f}{others and f' ({others})'}; ")
     return "".join(texts)

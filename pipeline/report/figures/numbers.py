@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from pipeline.load import Examples
     from pipeline.score import Scores
 
-Lines = dict[bool, list[tuple[int, float]]]  # of a metric, the step and value: of the head, and (True) of the probe
+# Of a metric, step and value by whose they are: whether of a baseline, and whether of the probe, not of the head.
+Lines = dict[tuple[bool, bool], list[tuple[int, float]]]
 POINTS = 20_000  # of a scatter plot at most; a random sample with a fixed seed where there are more
 DENSE = 1500  # number of points from which their density is drawn instead
 SKEWED = 20  # longest by median length from which lengths have a logarithmic axis
@@ -103,20 +104,28 @@ def length_figure(examples: Examples, path: Path) -> Path:
 
 
 def training_figure(task: str, metrics: Mapping[str, Lines], path: Path) -> Path:
-    """Axes of their own for each metric, with a marker at each measured step; the probe's line is dashed."""
+    """Axes of their own for each metric, with a marker at each measured step.
+
+    The probe's line is dashed. What a baseline reaches, which is the same at each step, is a level line.
+    """
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
     steps = sorted({step for lines in metrics.values() for points in lines.values() for step, _ in points})
     room = 0.05 * (steps[-1] - steps[0]) or 0.5
-    beside = "; dashed: the probe" if any(True in lines for lines in metrics.values()) else ""
+    every = {whose for lines in metrics.values() for whose in lines}
+    beside = "; dashed: the probe" if (False, True) in every else ""
+    beside += "; dotted: the baseline" if any(baseline for baseline, _ in every) else ""
     subtitle = f"metrics by training step; {len(steps)} measurements{beside}"
     figure = new_figure(max(3.1 * columns, 5), 1.9 * rows + 0.7, task or "Downstream validation", subtitle)
     for place, (name, lines) in enumerate(metrics.items(), 1):
         axes = figure.add_subplot(rows, columns, place)
-        for probe, points in sorted(lines.items()):
+        for (baseline, probe), points in sorted(lines.items()):
             look = ("D", "--", "C1") if probe else ("o", "-", "C0")
-            axes.plot(*zip(*points, strict=True), marker=look[0], linestyle=look[1], color=look[2])
-        last = ", ".join(f"{points[-1][1]:.4g}" for _, points in sorted(lines.items()))
+            if baseline:
+                axes.axhline(points[-1][1], linestyle=":", linewidth=1.2, color=look[2])
+            else:
+                axes.plot(*zip(*points, strict=True), marker=look[0], linestyle=look[1], color=look[2])
+        last = ", ".join(f"{points[-1][1]:.4g}" for (baseline, _), points in sorted(lines.items()) if not baseline)
         axes.set(title=f"{shorten(name, 30)}: {last}", xlim=(steps[0] - room, steps[-1] + room))
         axes.locator_params(axis="x", integer=True, nbins=4)
     return save(figure, path)
