@@ -29,6 +29,12 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 DATA_VARIABLE = "DOWNSTREAM_TEST_DATA"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Has pytest-xdist hand out the files in their order, which is the one without it, not the largest first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets; its `golden` sibling holds reference figures."""

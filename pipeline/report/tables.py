@@ -32,7 +32,7 @@ class Table:
     title: str = ""
 
     def text(self) -> str:
-        """For the terminal, as wide as it is; 160 characters where the output is a file."""
+        """For the terminal, as wide as it is; 200 characters where the output is a file."""
         from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -47,7 +47,7 @@ class Table:
             )
         for row in self.rows:
             view.add_row(*map(Text, row))
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = Console(width=None if sys.stdout.isatty() else 200)
         with console.capture() as captured:
             console.print(view)
         return captured.get().rstrip("\n")
