@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # as many processes as cores: more threads than cores are slow out of proportion
+if "PYTEST_XDIST_WORKER" in os.environ:  # more threads than cores are slow out of proportion
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
