@@ -19,12 +19,10 @@ from pipeline.heads.fit import predict
 from pipeline.heads.loss import loss_of
 from pipeline.heads.verdict import Verdict, verdicts
 from pipeline.load import Examples
-from pipeline.statistics.classification import classification
 from pipeline.statistics.intervals import intervals
 from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, PROBE, Metric, TargetMetrics, metric_name, over_seeds
-from pipeline.statistics.per_sequence import per_sequence_mean
 from pipeline.statistics.predictions import Floats, Predictions, first_seed, from_table
-from pipeline.statistics.regression import regression
+from pipeline.statistics.target_metrics import target_metrics
 from pipeline.train_head import FittedHead
 
 if TYPE_CHECKING:
@@ -109,17 +107,19 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
     """
     examples = embeddings.examples
     task_name = examples.task.task_name if in_list else ""
-    of_probe = {PROBE: fitted.probe.predict(embeddings.rows("test"), examples.test)} if fitted.probe else {}
-    measured, tables = [], []
+    rows, device = embeddings.rows("test"), next(fitted.head.parameters()).device
+    of_probe = {PROBE: fitted.probe.predict(rows, examples.test)} if fitted.probe else {}
+    guesses = [_constant(examples, index) for index in range(len(examples.targets))]
+    data, measured, tables = Data(rows, examples.test, device), [], []
     for one in fitted.heads:
-        outputs = _predict(embeddings, one.head)
+        outputs = _predict(one.head, data, examples.task.batch_size)
         answers = [_answers(output, target) for output, target in zip(outputs, examples.targets, strict=True)]
-        found, why = _results(examples, answers, task_name)
+        found, why = _results(examples, answers, guesses, task_name)
         measured.append(([_loss(examples, outputs, task_name), *found], why))
         tables.append(_table(examples.test, examples.targets, {"": answers, **of_probe}, one.seed))
     results, omitted = over_seeds([_finite(*one) for one in measured])
     if of_probe:
-        found, why = _finite(*_results(examples, of_probe[PROBE], task_name, probe=True))
+        found, why = _finite(*_results(examples, of_probe[PROBE], guesses, task_name, probe=True))
         results, omitted = results + found, omitted | why
     table = pa.concat_tables(tables).combine_chunks()
     with_intervals, refused = _with_intervals(results, table, examples.targets)
@@ -147,12 +147,12 @@ def companions(embeddings: Embeddings, in_list: bool) -> dict[str, float]:
 
 
 def _results(
-    examples: Examples, answers: list[Floats], task_name: str, probe: bool = False
+    examples: Examples, answers: list[Floats], guesses: list[dict[str, float]], task_name: str, probe: bool = False
 ) -> tuple[list[Metric], dict[str, str]]:
-    """The metrics of a head or a probe, and by name why others are not defined."""
+    """The metrics of a head or a probe, beside those of a constant guess, and by name why others are not defined."""
     results, omitted = [], dict[str, str]()
-    for index, (target, numbers) in enumerate(zip(examples.targets, answers, strict=True)):
-        found, guess = _metrics_of(examples, index, numbers), _constant(examples, index)
+    for index, (target, numbers, guess) in enumerate(zip(examples.targets, answers, guesses, strict=True)):
+        found = _metrics_of(examples, index, numbers)
         results += [
             Metric(task_name, target.name, name, value, guess.get(name), probe=probe)
             for name, value in found.values.items()
@@ -208,12 +208,10 @@ def _by_reason(reasons: dict[str, str], verbs: tuple[str, str] = ("", "")) -> di
     return words
 
 
-def _predict(embeddings: Embeddings, head: Head) -> list[torch.Tensor]:
+def _predict(head: Head, data: Data, batch_size: int) -> list[torch.Tensor]:
     """For each target, a head's outputs on the test part, shape (units, outputs)."""
-    part, device = embeddings.examples.test, next(head.parameters()).device
-    with torch.autocast(device.type, enabled=False):
-        data, batch_size = Data(embeddings.rows("test"), part, device), embeddings.examples.task.batch_size
-        return predict(head, data, np.arange(len(part)), batch_size)
+    with torch.autocast(data.device.type, enabled=False):
+        return predict(head, data, np.arange(len(data.part)), batch_size)
 
 
 def _loss(examples: Examples, outputs: list[torch.Tensor], task_name: str) -> Metric:
@@ -236,16 +234,11 @@ def _metrics_of(examples: Examples, index: int, answers: Floats) -> TargetMetric
     """The metrics of a target from what is predicted for all units of the test part, shape (units, outputs)."""
     target, test = examples.targets[index], examples.test
     mask = test.masks[index]
+    counts = np.add.reduceat(mask, np.cumsum(test.counts) - test.counts, dtype=np.int64)
+    predicted = answers[mask, 0] if target.classes is None else answers[mask]
     true: npt.NDArray[Any] = test.values[index][mask]
-    answers = answers[mask]
-    found = regression(true, answers[:, 0]) if target.classes is None else classification(true, answers, target.classes)
-    if examples.task.level == "token":
-        counts = np.add.reduceat(mask, np.cumsum(test.counts) - test.counts, dtype=np.int64)
-        predicted = answers[:, 0] if target.classes is None else answers
-        each = per_sequence_mean(Predictions(true, predicted, counts[counts > 0], target.classes))
-        found.values |= each.values
-        found.omitted |= each.omitted
-    return found
+    predictions = Predictions(true, predicted, counts[counts > 0], target.classes)
+    return target_metrics(predictions, examples.task.level)
 
 
 def _constant(examples: Examples, index: int) -> dict[str, float]:

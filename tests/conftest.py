@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # as many processes as cores: more threads than cores are slow out of proportion
+if "PYTEST_XDIST_WORKER" in os.environ:  # more threads than cores are slow out of proportion
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -27,6 +25,12 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 DATA_VARIABLE = "DOWNSTREAM_TEST_DATA"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Has pytest-xdist hand out the files in their order, which is the one without it, not the largest first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
 
 
 @pytest.fixture(scope="session")

@@ -139,8 +139,9 @@ def test_a_target_that_a_baseline_s_metrics_would_be_taken_for(tmp_path: Path) -
         replace(task, baselines=True).check()
 
 
-def test_it_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another checkpoint pays nothing; other labels, settings or a damaged file have it measured again."""
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Gets the arguments of each fit of a baseline's heads; the fit is made all the same."""
     fits: list[Any] = []
     real = train_head
 
@@ -149,6 +150,11 @@ def test_it_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return real(*args)
 
     monkeypatch.setattr(baseline_scores, "train_head", counted)
+    return fits
+
+
+def test_it_is_measured_once(tmp_path: Path, fits: list[Any]) -> None:
+    """Another checkpoint pays nothing; other labels, settings or a damaged file have it measured again."""
     task = composed(tmp_path / "data")
     first = measured(task, tmp_path)
     again = measured(task, tmp_path, FakeEncoder(name="another"))
@@ -242,17 +248,9 @@ def test_lines_in_tables_the_page_and_figures(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_training_has_the_line_and_pays_once(
-    tmp_path: Path, tracking: str, model_folder: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tracking: str, model_folder: Any, fits: list[Any]
 ) -> None:
     """Embeddings of live weights go after each measurement; the scores of the baseline stay."""
-    fits: list[Any] = []
-    real = train_head
-
-    def counted(*args: Any) -> Any:
-        fits.append(args)
-        return real(*args)
-
-    monkeypatch.setattr(baseline_scores, "train_head", counted)
     callbacks = setup_dwnstr_task_validation_callbacks(section(tmp_path, composed(tmp_path, num_epochs=2)))
     trainer(tmp_path, callbacks, max_epochs=3).fit(Busy(model_folder("esm")), loader(), loader(shuffle=False))
     (run,) = MlflowClient(tracking).search_runs(["0"])

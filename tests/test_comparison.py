@@ -9,18 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from mlflow import MlflowClient
 from mlflow.artifacts import load_text
-from transformers import AutoTokenizer, EsmForMaskedLM
 
 from pipeline.__main__ import main
 from pipeline.checkpoints.names import expand, names_of, step_of, with_step
 from pipeline.checkpoints.opening import open_encoder
-from pipeline.encoders.description import DESCRIPTION, describe
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.report.comparison import Row, board_table, choose, comparable, leaderboard, summary
-from tests.support.lab import STAGES, VALUE, Lab, furnished, own_signals
+from tests.support.lab import STAGES, VALUE, Lab, furnished, own_signals, write_checkpoint
 from tests.support.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
 
 SPEARMAN = "test_value_spearman"
@@ -34,19 +31,6 @@ def lab(tmp_path: Path, model_folder: Callable[..., Path], tracking: str) -> Ite
         for step in (0, 50, 100, 1000, 1050):
             write_checkpoint(lab, step, noise=0 if step >= 1000 else 3 - step / 50)
         yield lab
-
-
-def write_checkpoint(lab: Lab, step: int, noise: float) -> None:
-    model = EsmForMaskedLM.from_pretrained(lab.ckpt)
-    generator = torch.Generator().manual_seed(step)
-    state = {
-        f"model.{name}": value + noise * torch.randn(value.shape, generator=generator)
-        for name, value in model.state_dict().items()
-    }
-    description = describe(model, AutoTokenizer.from_pretrained(lab.ckpt), "model.")
-    path = lab.folder / "run" / f"step={step}.ckpt"
-    path.parent.mkdir(exist_ok=True)
-    torch.save({"state_dict": state, DESCRIPTION: description, "global_step": step}, path)
 
 
 def measure(lab: Lab, ckpt: str, **section: Any) -> int:

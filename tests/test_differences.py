@@ -12,18 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from mlflow.artifacts import load_text
 from mlflow.entities import Run
-from transformers import AutoTokenizer, EsmForMaskedLM
 
 from pipeline.__main__ import main
-from pipeline.encoders.description import DESCRIPTION, describe
 from pipeline.report.comparison import Row, board_table, leaderboard, remarks
 from pipeline.report.differences import FIRST, differences
 from pipeline.statistics.intervals import MIN_SEQUENCES, changes
 from pipeline.statistics.predictions import Predictions, from_table
-from tests.support.lab import VALUE, Lab, furnished, own_signals
+from tests.support.lab import VALUE, Lab, furnished, own_signals, write_checkpoint
 
 SPEARMAN, MSE, PROBE_MSE = "test_value_spearman", "test_value_mse", "test_value_probe_mse"
 ENDS = ("", "_ci_low", "_ci_high")
@@ -36,22 +33,8 @@ def lab(tmp_path: Path, model_folder: Callable[..., Path], tracking: str) -> Ite
         lab = furnished(tmp_path / "lab", model_folder, tracking)
         lab.write("test", 20, 90)
         for step in (0, 50, 100):
-            write_checkpoint(lab, step)
+            write_checkpoint(lab, step, noise=(100 - step) / 50)
         yield lab
-
-
-def write_checkpoint(lab: Lab, step: int) -> None:
-    model = EsmForMaskedLM.from_pretrained(lab.ckpt)
-    generator = torch.Generator().manual_seed(step)
-    noise = (100 - step) / 50
-    state = {
-        f"model.{name}": value + noise * torch.randn(value.shape, generator=generator)
-        for name, value in model.state_dict().items()
-    }
-    description = describe(model, AutoTokenizer.from_pretrained(lab.ckpt), "model.")
-    path = lab.folder / "run" / f"step={step}.ckpt"
-    path.parent.mkdir(exist_ok=True)
-    torch.save({"state_dict": state, DESCRIPTION: description, "global_step": step}, path)
 
 
 def measure(lab: Lab, ckpt: str) -> Run:

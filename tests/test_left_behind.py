@@ -518,7 +518,7 @@ def test_whose_fault_it_is_that_nothing_can_be_sent(
     assert not sender.close(60, 60)
     assert ("results cannot be sent by a mistake in the program (AttributeError: no x)" in debug.text) == mistake
     assert ("MLflow does not answer (down)" in debug.text) != mistake
-    assert set(traced(debug)) == {type(error).__name__}
+    assert any(one.exc_info and one.exc_info[1] is error for one in debug.records)
 
 
 def test_replay_says_whose_fault_it_is(tmp_path: Path, debug: Any) -> None:

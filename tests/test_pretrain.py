@@ -72,7 +72,7 @@ def test_the_pictures_are_in_all_three_trackers(demonstration: tuple[Path, str, 
     assert [step for step, _ in in_wandb(file, f"{name}/path")] == [0, 10, 20]
     assert [step for step, _ in pictures_in_tensorboard(folder / "out" / "tensorboard", name)] == [0, 10, 20]
     curves = [Path(one.path).name for one in client.list_artifacts(run.info.run_id, "downstream/curves")]
-    assert curves == ["curve_fitness.png", "curve_secondary_structure.png"]
+    assert curves == ["curve_fitness.png", "curve_secondary_structure.png", "resolution.md"]
     assert not list((folder / "store" / "journal").iterdir())  # everything has arrived
 
 

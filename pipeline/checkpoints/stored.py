@@ -68,12 +68,15 @@ class Weights:
         state: the weights by name, without what `torch.compile` adds to the names.
         description: what `describe` gave when the checkpoint was written; empty where it has none.
         step: of the training.
+        fill_tensors: reads stored weights into the float32 tensors that it is given by name. None where `state` has
+            them; else they are on the meta device there, so that no more is read than the model has.
     """
 
     source: str
     state: Mapping[str, Any]
     description: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
+    fill_tensors: Callable[[Mapping[str, Tensor]], None] | None = None
 
     def fill(self, options: EncoderOptions, factory: Any) -> Stored:
         """The model that these weights are of, filled with them, and its tokenizer; see `Format.read`."""
@@ -191,4 +194,7 @@ def _load(model: nn.Module, weights: Weights, prefix: str, remedy: str) -> None:
         if isinstance(value, Tensor) and value.shape != own[key].shape:
             expected, shape = tuple(own[key].shape), tuple(value.shape)
             raise CheckpointError(f"{where}: expected the shape {expected}, found {shape}")
-    model.load_state_dict(stored, strict=False)
+    if weights.fill_tensors is None:
+        model.load_state_dict(stored, strict=False)
+    else:
+        weights.fill_tensors({prefix + key: own[key] for key in stored})

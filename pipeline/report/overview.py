@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.report.tables import INTERVAL, Table, append, number, score_table, score_text
+from pipeline.report.tables import INTERVAL, Table, append, interval_text, number, pairs_of, score_table, score_text
 
 if TYPE_CHECKING:
     from pipeline.score import Scores
@@ -32,13 +32,14 @@ def overview(
         wrong with the head, or that it learns; where there is a start, whose change leaves 0 out of its 95 % interval.
     """
     changes = changes or {}
-    pairs = [(one, pair) for one in scores for pair in _pairs(one)]
+    headlines = [(one, pairs_of(metric for metric in one.results if metric.is_headline)) for one in scores]
+    pairs = [(one, pair) for one, found in headlines for pair in found.values()]
     columns, rows = ["metric"], [[next(iter(pair.values())).beside.key] for _, pair in pairs]
     for name, which in (("score", HEAD), ("probe", PROBE)):
         found = [pair.get(which) for _, pair in pairs]
         if any(found):
             append(columns, rows, name, [score_text(one) if one else "" for one in found])
-            append(columns, rows, INTERVAL, [_interval(one) for one in found])
+            append(columns, rows, INTERVAL, [interval_text(one) for one in found])
             append(columns, rows, f"{name} since {start}", [_change(one, changes) for one in found])
     append(columns, rows, "baseline", [_baseline(pair, one.baselines) for one, pair in pairs])
     append(columns, rows, "constant guess", [number(next(iter(pair.values())).constant) for _, pair in pairs])
@@ -52,19 +53,6 @@ def summary(facts: Mapping[str, str], scores: Sequence[Scores]) -> str:
     notes = [f"- {one.task_name}: {note}" for one in scores for note in (*one.earlier_notes, *one.notes)]
     about = [f"- {name}: `{value}`" for name, value in facts.items()]
     return "\n".join([overview(scores).markdown(), "", *notes, "", score_table(scores).markdown(), "", *about])
-
-
-def _pairs(scores: Scores) -> list[dict[bool, Metric]]:
-    """For each target, the headline metric of the head and of the probe, as far as they are defined."""
-    pairs: dict[str, dict[bool, Metric]] = {}
-    for metric in scores.results:
-        if metric.is_headline:
-            pairs.setdefault(metric.beside.key, {})[metric.probe] = metric
-    return list(pairs.values())
-
-
-def _interval(metric: Metric | None) -> str:
-    return f"{metric.interval.low:.3f}, {metric.interval.high:.3f}" if metric and metric.interval else ""
 
 
 def _baseline(pair: Mapping[bool, Metric], baselines: Mapping[str, float]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ class Table:
     title: str = ""
 
     def text(self) -> str:
-        """For the terminal, as wide as it is; 160 characters where the output is a file."""
+        """For the terminal, as wide as it is; 200 characters where the output is a file."""
         from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -47,7 +47,7 @@ class Table:
             )
         for row in self.rows:
             view.add_row(*map(Text, row))
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = Console(width=None if sys.stdout.isatty() else 200)
         with console.capture() as captured:
             console.print(view)
         return captured.get().rstrip("\n")
@@ -81,17 +81,14 @@ def score_table(scores: Sequence[Scores]) -> Table:
     """
     results = [metric for one in scores for metric in one.results]
     lines = {key: value for one in scores for key, value in one.baselines.items()}
-    pairs: dict[str, dict[bool, Metric]] = {}
-    for metric in results:
-        pairs.setdefault(metric.beside.key, {})[metric.probe] = metric
+    pairs = pairs_of(results)
     columns, rows = ["metric"], [[name] for name in pairs]
     for title, probe in (("score", False), ("probe", True)):
         found = [pair.get(probe) for pair in pairs.values()]
-        intervals = [one.interval if one else None for one in found]
         if probe and not any(found):
             continue
         append(columns, rows, title, [score_text(one) if one else "" for one in found])
-        append(columns, rows, INTERVAL, [f"{one.low:.3f}, {one.high:.3f}" if one else "" for one in intervals])
+        append(columns, rows, INTERVAL, [interval_text(one) for one in found])
         append(columns, rows, "baseline", [number(lines.get(one.key)) if one else "" for one in found])
     append(columns, rows, "constant guess", [number(next(iter(pair.values())).constant) for pair in pairs.values()])
     return Table(columns, rows)
@@ -115,6 +112,19 @@ def step_table(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequenc
     """A row per measurement of a training: the step, and some of its metrics."""
     rows = [(str(step), *(number(metrics.get(name)) for name in names)) for step, metrics in points]
     return Table(("step", *names), rows, frozenset(), "Scores on the test set, over the training")
+
+
+def pairs_of(results: Iterable[Metric]) -> dict[str, dict[bool, Metric]]:
+    """By name, the head's metric (False) and the probe's beside it (True), as far as they are defined."""
+    pairs: dict[str, dict[bool, Metric]] = {}
+    for metric in results:
+        pairs.setdefault(metric.beside.key, {})[metric.probe] = metric
+    return pairs
+
+
+def interval_text(metric: Metric | None) -> str:
+    """The ends of a metric's interval: `0.250, 0.625`; empty where there is none."""
+    return f"{metric.interval.low:.3f}, {metric.interval.high:.3f}" if metric and metric.interval else ""
 
 
 def score_text(metric: Metric) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
@@ -29,30 +30,24 @@ ALONE = 0.9  # the share of a metric's variance that is too much for one sequenc
 UPPER = 0.975
 
 
+T = TypeVar("T")
+
+
 @dataclass
-class Intervals:
-    """The intervals of one target's metrics.
+class ByMetric(Generic[T]):
+    """What is known of one target's metrics.
 
     Attributes:
         values: by metric.
         refused: for each other metric that has a value, why there is no interval.
     """
 
-    values: dict[str, Interval] = field(default_factory=dict)
+    values: dict[str, T] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass
-class Changes:
-    """How far two checkpoints differ in one target's metrics.
-
-    Attributes:
-        values: by metric.
-        refused: for each other metric that has a value, why there is no interval.
-    """
-
-    values: dict[str, Change] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
+Intervals = ByMetric[Interval]
+Changes = ByMetric[Change]  # how far two checkpoints differ
 
 
 def intervals(predictions: Predictions) -> Intervals:

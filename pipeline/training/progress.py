@@ -112,7 +112,9 @@ class Progress:
             return
         try:
             since_start = self._change(one, metric, start)
-            since_best = self._change(one, metric, self._tables[one.task_name, best.step])
+            since_best = since_start
+            if best.step != self.start:
+                since_best = self._change(one, metric, self._tables[one.task_name, best.step])
         except DataError as error:
             notes.append(f"{metric.key} has no change since step {self.start}: {error}")
             return

@@ -86,6 +86,7 @@ class Ui:
 
 def show_columns(page: Page, metrics: Sequence[str]) -> None:
     """Adds metrics to the table of runs, as a user does."""
+    page.locator("[role=gridcell]").first.wait_for()  # a search before the runs are there leaves its hits folded
     page.get_by_role("button", name="Columns", exact=True).click()
     for name in metrics:
         page.get_by_placeholder("Search columns").fill(name)

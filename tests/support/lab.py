@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
+from transformers import AutoTokenizer, EsmForMaskedLM
 
+from pipeline.encoders.description import DESCRIPTION, describe
 from tests.support.data import write_csv
 from tests.support.models import RESIDUES
 
@@ -96,3 +99,17 @@ def newest_run() -> Any:
     """The run begun last, nested ones aside."""
     runs = MlflowClient().search_runs(["0"])
     return next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+
+
+def write_checkpoint(lab: Lab, step: int, noise: float) -> None:
+    """Writes `run/step=N.ckpt`: the model of `lab.ckpt`, with noise of this deviation on its weights."""
+    model = EsmForMaskedLM.from_pretrained(lab.ckpt)
+    generator = torch.Generator().manual_seed(step)
+    state = {
+        f"model.{name}": value + noise * torch.randn(value.shape, generator=generator)
+        for name, value in model.state_dict().items()
+    }
+    description = describe(model, AutoTokenizer.from_pretrained(lab.ckpt), "model.")
+    path = lab.folder / "run" / f"step={step}.ckpt"
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"state_dict": state, DESCRIPTION: description, "global_step": step}, path)

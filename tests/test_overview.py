@@ -1,0 +1,73 @@
+"""What a reader sees first: a line per target, with what it has changed by and a verdict in words."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from pipeline.heads.verdict import Verdict
+from pipeline.report.overview import SAME, overview
+from pipeline.statistics.metrics import LOSS, Change, Interval, Metric
+
+RESULTS = (
+    Metric("t", "", LOSS, 2.0),
+    Metric("t", "x", "mse", 1.5, 2.0),
+    Metric("t", "x", "spearman", 0.5, interval=Interval(0.25, 0.625), seed_std=0.0625),
+    Metric("t", "y", "spearman", 0.125),
+    Metric("t", "x", "spearman", 0.75, interval=Interval(0.5, 0.875), probe=True),
+)
+
+
+def scores(*verdicts: Verdict, results: tuple[Metric, ...] = RESULTS, baselines: dict[str, float] | None = None) -> Any:
+    return SimpleNamespace(results=results, verdicts=verdicts, baselines=baselines or {})
+
+
+def change(low: float, high: float, key: str = "t/test_x_spearman") -> dict[str, float]:
+    return Change((low + high) / 2, Interval(low, high), 0.5).named(key, "start")
+
+
+def test_a_line_per_target_with_the_probe_beside_the_head() -> None:
+    baselines = {"t/test_x_spearman": 0.25, "t/test_x_probe_spearman": 0.375}
+    table = overview([scores(Verdict("y", "no better than a guess", "in full"), baselines=baselines)])
+    assert list(table.columns) == ["metric", "score", "95 %", "probe", "95 %", "baseline", "verdict"]
+    assert table.rows == [
+        [
+            "t/test_x_spearman",
+            "0.5000 ± 0.0625",
+            "0.250, 0.625",
+            "0.7500",
+            "0.500, 0.875",
+            "0.250, 0.375",
+            "learns",
+        ],
+        ["t/test_y_spearman", "0.1250", "", "", "", "", "no better than a guess"],
+    ]
+
+
+def test_a_classification_has_its_constant_guess() -> None:
+    results = (Metric("", "c", "accuracy", 0.75, 0.5), Metric("", "c", "mcc", 0.25))
+    table = overview([scores(Verdict("", "over-fitted", "in full"), results=results)])
+    assert list(table.columns) == ["metric", "score", "constant guess", "verdict"]
+    assert table.rows == [["test_c_accuracy", "0.7500", "0.5000", "over-fitted"]]
+
+
+def test_whose_change_is_beyond_chance() -> None:
+    head, probe = "t/test_x_spearman", "t/test_x_probe_spearman"
+    cases = {
+        "learns; improved (head, probe)": change(0.25, 0.5) | change(0.125, 0.25, probe),
+        "learns; worse (head); improved (probe)": change(-0.5, -0.25) | change(0.125, 0.25, probe),
+        f"learns; {SAME}": change(-0.25, 0.5) | change(0.0, 0.25, probe),
+        "learns; worse (probe)": change(-0.25, 0.5) | change(-0.25, -0.125, probe),
+        "learns": {},
+    }
+    for verdict, changes in cases.items():
+        first = overview([scores()], changes, "step 0").rows[0]
+        assert first[-1] == verdict
+    table = overview([scores()], change(-0.5, -0.25, head), "step 0")
+    assert list(table.columns)[:4] == ["metric", "score", "95 %", "score since step 0"]
+    assert table.rows[0][3] == "-0.375 (-0.500, -0.250)"
+
+
+def test_a_head_without_a_score() -> None:
+    table = overview([scores(results=(RESULTS[-1],))])
+    assert table.rows == [["t/test_x_spearman", "0.7500", "0.500, 0.875", "no score of the head"]]
