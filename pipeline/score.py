@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipeline.heads.verdict import Verdict, verdicts
 from pipeline.load import Examples
 from pipeline.statistics.intervals import intervals
 from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, PROBE, Metric, TargetMetrics, metric_name, over_seeds
+from pipeline.statistics.per_class import classes_of
 from pipeline.statistics.predictions import Floats, Predictions, first_seed, from_table
 from pipeline.statistics.target_metrics import target_metrics
 from pipeline.train_head import FittedHead
@@ -95,6 +97,12 @@ class Scores:
         """`table` as a DataFrame: labels are categories."""
         frame: pd.DataFrame = self.table.to_pandas()
         return frame
+
+    @cached_property
+    def classes(self) -> pd.DataFrame:
+        """For each target whose labels are classes a row per class, see `per_class`; the probe's are `probe_...`."""
+        probes = {metric.target for metric in self.results if metric.probe}
+        return classes_of(self.table, [target.name for target in self.examples.targets if target.classes], probes)
 
 
 def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> Scores:

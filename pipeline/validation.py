@@ -261,3 +261,7 @@ def _log_scores(scores: Scores, run: Tracker, tracker: Tracker) -> None:
         path = folder / f"{PREDICTIONS}{metric_name(scores.task_name)}.parquet"
         pq.write_table(scores.table, path)
         tracker.artifact(path)
+        if len(classes := scores.classes):
+            path = folder / f"classes_{metric_name(scores.task_name)}.csv"
+            classes.to_csv(path, index=False, float_format="%.6f")
+            tracker.artifact(path)

@@ -115,6 +115,7 @@ def test_a_list_of_two_tasks(lab: Lab) -> None:
         "config.yaml",
         "predictions_value.parquet",
         "predictions_state.parquet",
+        "classes_state.csv",
     }
     assert parent.data.params["cfg.dataset.1.task_name"] == "state"
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pipeline.report.figures import draw
 from pipeline.report.overview import overview
 from pipeline.report.page import page
+from pipeline.report.tables import class_table
 from pipeline.score import Scores
 from pipeline.statistics.metrics import LOSS
 from pipeline.store.embedding_table import Store
@@ -86,6 +87,7 @@ def test_every_number_note_and_picture_is_there(measured: tuple[list[Scores], di
             cells += [f"{metric.value:.4f}", beside]
             cells += [f"{one.constant[metric.key]:.4f}" if metric.key in one.constant else ""]
         cells += [f"{value:.4f}" for value in one.companions.values()]
+        cells += [cell for row in class_table(one).rows for cell in row[1:]]
     assert reader.texts["td"] == cells
     names = [metric.key for one in scores for metric in one.results if not metric.probe]
     first = [metric.key for one in scores for metric in one.results if metric.is_headline and not metric.probe]

@@ -10,7 +10,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from pipeline.report.overview import overview
-from pipeline.report.tables import companion_table, score_table
+from pipeline.report.tables import class_table, companion_table, score_table
 
 if TYPE_CHECKING:
     from pipeline.score import Scores
@@ -73,6 +73,7 @@ TASK = Template("""<section>
 $table
 $embeddings
 </div>
+$classes
 $notes
 $pictures
 </section>""")
@@ -112,9 +113,19 @@ def _task(scores: Scores, pictures: Sequence[Path]) -> str:
         name=escape(scores.task_name),
         table=score_table([scores]).html(),
         embeddings=companion_table(scores).html() if scores.companions else "",
+        classes=_classes(scores),
         notes=listed,
         pictures=images,
     )
+
+
+def _classes(scores: Scores) -> str:
+    """A fold with the metrics of each class alone; empty where the labels are numbers."""
+    table = class_table(scores)
+    if not table.rows:
+        return ""
+    region = f'<div class="wide" role="region" aria-label="Each class" tabindex="0">\n{table.html()}\n</div>'
+    return f"<details>\n<summary>Each class alone</summary>\n{region}\n</details>"
 
 
 def _image(task_name: str, path: Path) -> str:

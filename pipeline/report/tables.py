@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,25 @@ def score_table(scores: Sequence[Scores]) -> Table:
 def companion_table(scores: Scores) -> Table:
     """What the embeddings of a task are like, whatever the labels."""
     return Table(("embeddings", "value"), [(name, number(value)) for name, value in scores.companions.items()])
+
+
+def class_table(scores: Scores) -> Table:
+    """A row per class: how many test labels are of it, and the metrics of the class alone; no rows for numbers."""
+    frame = scores.classes
+    if frame.empty:
+        return Table((), ())
+    several = frame["target"].nunique() > 1
+    pairs = zip(frame["target"], frame["class"], strict=True)
+    names = [f"{target}: {name}" if several else str(name) for target, name in pairs]
+    numbers = frame.drop(columns=["target", "class"])
+    cells = [[cell_text(value) for value in row] for row in numbers.itertuples(index=False)]
+    columns = ("class", *(name.replace("_", " ") for name in numbers.columns))
+    return Table(columns, [(name, *row) for name, row in zip(names, cells, strict=True)])
+
+
+def cell_text(value: float) -> str:
+    """A count as it is, a fraction with four digits, and nothing for what is not defined."""
+    return "" if math.isnan(value) else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def append(columns: list[str], rows: list[list[str]], title: str, cells: Sequence[str]) -> None:
