@@ -106,7 +106,6 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
     from pipeline.checkpoints.names import expand, name_of
     from pipeline.config.yaml_file import to_mapping
     from pipeline.report import comparison as compare
-    from pipeline.report.overview import overview
     from pipeline.report.publishing import describe
     from pipeline.store.embedding_table import Store
     from pipeline.tracking.mirrors import mirrors
@@ -122,8 +121,8 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
     ):
         describe(opened.run, config)
         if len(ckpts) == 1:
-            scores = commands.measure_checkpoint(ckpts[0], config, store, opened.run, others, until).scores
-            table = overview(scores) if scores else None
+            measured = commands.measure_checkpoint(ckpts[0], config, store, opened.run, others, until)
+            table = measured.overview if measured.scores else None
             failed, remarks = {}, list[str]()
         else:
             rows = commands.measure_checkpoints(ckpts, config, store, opened.run, others, until)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline import validation
@@ -15,9 +15,11 @@ from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import PipelineError
 from pipeline.load import Examples
+from pipeline.random_init import RandomInit
 from pipeline.report import comparison as compare
-from pipeline.report.overview import summary
+from pipeline.report.overview import overview, summary
 from pipeline.report.publishing import facts_of, publish_curves
+from pipeline.report.tables import Table
 from pipeline.score import Scores
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.embedding_table import Store
@@ -39,10 +41,14 @@ class CheckpointResult:
     Attributes:
         row: what the leaderboard says of it.
         scores: of each task.
+        overview: a line per target; no lines where nothing was scored.
+        untrained: the same for the model with random weights, where that was asked for.
     """
 
     row: compare.Row
-    scores: list[Scores] = field(default_factory=list)
+    scores: list[Scores]
+    overview: Table
+    untrained: compare.Row | None
 
 
 def measure_checkpoint(
@@ -77,12 +83,22 @@ def measure_checkpoint(
     if until == "score":
         run.checkpoint(label, encoder.digest, ckpt, step)
     examples = _same(known, encoder)
-    scores = validation.measure(encoder, config, store, run, Several(mirrors), ckpt, step, label, until, examples)
+    start = RandomInit(encoder, config, store, Several([run, *mirrors]), step or 0) if config.baseline else None
+    further = {"compare": start.compare} if start else {}
+    scores, changes = validation.measure(
+        encoder, config, store, run, Several(mirrors), ckpt, step, label, until, examples, **further
+    )
     if scores:
-        run.describe(summary(facts_of(ckpt, step, encoder, scores), scores))
+        run.describe(summary(facts_of(ckpt, step, encoder, scores), scores, changes))
+    untrained = _row(changes.start, None, start.scores) if start and start.scores else None
+    return CheckpointResult(_row(label, step, scores), scores, overview(scores, changes), untrained)
+
+
+def _row(label: str, step: int | None, scores: Sequence[Scores]) -> compare.Row:
+    """What a leaderboard says of a checkpoint."""
     data = frozenset(one.examples.test.digest for one in scores)
     tables = {metric_name(one.task_name): one.table for one in scores[:1]}  # rows are ranked by the first task
-    return CheckpointResult(compare.Row(label, step, validation.metrics_of(scores), "", data, tables), scores)
+    return compare.Row(label, step, validation.metrics_of(scores), "", data, tables)
 
 
 def measure_checkpoints(
@@ -113,6 +129,8 @@ def measure_checkpoints(
             logger.debug("%s", ckpt, exc_info=True)
             continue
         rows.append(measured.row)
+        if measured.untrained is not None and measured.untrained not in rows:
+            rows.append(measured.untrained)
         known = known or [one.examples for one in measured.scores]
     if any(row.metrics for row in rows):
         _compare(rows, config, run, mirrors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -24,6 +24,7 @@ from pipeline.embed import Embeddings, differences, embed, made_with
 from pipeline.encoders.protocol import Encoder
 from pipeline.heads import optimizers
 from pipeline.load import Examples, load
+from pipeline.report.overview import Changes
 from pipeline.report.publishing import facts_of, publish
 from pipeline.score import Scores, companions, score
 from pipeline.statistics.metrics import metric_name
@@ -114,7 +115,8 @@ def measure(
     title: str = "",
     until: str = "score",
     examples: Sequence[Examples] | None = None,
-) -> list[Scores]:
+    compare: Callable[[Sequence[Scores]], Changes] = lambda _: Changes(),
+) -> tuple[list[Scores], Changes]:
     """Validates an encoder and publishes the result: numbers, pictures and the page.
 
     Args:
@@ -128,6 +130,10 @@ def measure(
         title: of the page.
         until: see `validate`.
         examples: see `validate`.
+        compare: gives what the scores have changed by since the training began, and logs it.
+
+    Returns:
+        The scores of each task, and those changes.
 
     Raises:
         PipelineError: see `validate`. What cannot be drawn only warns.
@@ -135,12 +141,15 @@ def measure(
     here, beside = AtStep(tracker, step or 0), AtStep(mirrors, step or 0)
     scores = validate(encoder, config.tasks, store, here, until, examples)
     if not scores:
-        return scores
+        return scores, Changes()
     beside.metrics(metrics_of(scores))
+    changes = compare(scores)
     if config.logging.figures:
         facts, both = facts_of(source, step, encoder, scores), Several([here, beside])
-        attempt("the report", lambda: publish(scores, both, f"{title}: {config.title}", facts, to_yaml(config)))
-    return scores
+        attempt(
+            "the report", lambda: publish(scores, changes, both, f"{title}: {config.title}", facts, to_yaml(config))
+        )
+    return scores, changes
 
 
 def metrics_of(scores: Sequence[Scores]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.heads.verdict import Verdict
-from pipeline.report.overview import SAME, overview
+from pipeline.report.overview import Changes, overview
 from pipeline.statistics.metrics import LOSS, Change, Interval, Metric
 
 RESULTS = (
@@ -56,14 +56,14 @@ def test_whose_change_is_beyond_chance() -> None:
     cases = {
         "learns; improved (head, probe)": change(0.25, 0.5) | change(0.125, 0.25, probe),
         "learns; worse (head); improved (probe)": change(-0.5, -0.25) | change(0.125, 0.25, probe),
-        f"learns; {SAME}": change(-0.25, 0.5) | change(0.0, 0.25, probe),
+        "learns; not told apart from step 0": change(-0.25, 0.5) | change(0.0, 0.25, probe),
         "learns; worse (probe)": change(-0.25, 0.5) | change(-0.25, -0.125, probe),
         "learns": {},
     }
     for verdict, changes in cases.items():
-        first = overview([scores()], changes, "step 0").rows[0]
+        first = overview([scores()], Changes(changes, "start", "step 0")).rows[0]
         assert first[-1] == verdict
-    table = overview([scores()], change(-0.5, -0.25, head), "step 0")
+    table = overview([scores()], Changes(change(-0.5, -0.25, head), "start", "step 0"))
     assert list(table.columns)[:4] == ["metric", "score", "95 %", "score since step 0"]
     assert table.rows[0][3] == "-0.375 (-0.500, -0.250)"
 

@@ -205,6 +205,10 @@ class Config:
     store: str = key("folder of stored embeddings and heads", "~/.cache/downstream-validation")
     memory_budget: str = key("embeddings beyond this are read from disk as they are used", "1GB")
     architecture: str | None = key("Hugging Face folder or id of a `.ckpt` that does not describe itself")
+    baseline: str | None = key(
+        "on the command line: `random_init` measures beside a checkpoint the same model with random weights, drawn "
+        "from the first task's `random_seed`"
+    )
     model_factory: str | None = key(
         "`my_package.OwnModel`: the class, or a function, that makes a model that is no class of transformers; "
         "called with the stored configuration"
@@ -269,6 +273,8 @@ class Config:
         """Raises ConfigError where a value is out of range, or two tasks contradict one another."""
         check_choice("device", self.device.split(":")[0], DEVICES)
         check_values(self)
+        known = self.baseline in (None, "random_init")
+        require(known, f"baseline: expected random_init or null, found '{self.baseline}'")
         require(0 < self.timeout < 10**7, f"timeout is {self.timeout}, expected more than 0 and less than 10 million")
         parse_bytes(self.memory_budget)
         self.logging.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from functools import cached_property
 from typing import Any
 from uuid import uuid4
@@ -14,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.encoders.code_digest import no_reuse
+from pipeline.encoders.description import fresh, quiet
 from pipeline.encoders.devices import DTYPES, find_device, find_precision
 from pipeline.encoders.digests import code_of, model_digest
 from pipeline.encoders.options import EncoderOptions
@@ -160,6 +162,20 @@ class HuggingFaceEncoder(Encoder):
         ids = [self.tokens.ids(sequence) for sequence in sequences]
         self._check_ids([int(row.max()) for row in ids if len(row)])
         return [(int((row == self.tokens.unknown).sum()), len(row)) for row in ids]
+
+    def untrained(self, seed: int) -> Encoder | None:
+        """See `Encoder.untrained`. Raises CheckpointError where a class of the user's own makes no model again."""
+        config: Any = deepcopy(self.model.config)
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.manual_seed(seed)
+            try:
+                model = type(self.model)(config).float() if self.as_is else fresh(config)[0]
+            except Exception as error:  # the user's class may raise anything
+                kind = type(self.model).__name__
+                remedy = "leave baseline out"
+                raise CheckpointError(f"baseline: {kind}(config) gives no model ({error}); {remedy}") from error
+        options = EncoderOptions(device=str(self.device), precision=self.precision, layer=self.layer)
+        return HuggingFaceEncoder(model.to(self.device), self.tokens.tokenizer, options, self.as_is, self.maker)
 
     def why_unknown(self, sequence: str) -> str:
         """See `Encoder.why_unknown`."""

@@ -45,6 +45,10 @@ class Encoder(Protocol):
         """For each sequence, how many of its tokens are unknown, and how many it has: by default one per character."""
         return [(0, len(sequence)) for sequence in sequences]
 
+    def untrained(self, seed: int) -> Encoder | None:  # noqa: ARG002
+        """The same architecture with random weights drawn from `seed`; None where it cannot be made anew."""
+        return None
+
     def why_unknown(self, sequence: str) -> str:  # noqa: ARG002
         """What a user can do about a sequence of unknown tokens alone, to follow an error message; may be empty."""
         return ""

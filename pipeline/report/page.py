@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from pipeline.report.overview import overview
+from pipeline.report.overview import Changes, overview
 from pipeline.report.tables import class_table, companion_table, score_table
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def page(
     pictures: Mapping[str, Sequence[Path]],
     facts: Mapping[str, str],
     yaml: str,
+    changes: Changes = Changes(),
 ) -> str:
     """Returns the HTML of the page.
 
@@ -94,13 +95,14 @@ def page(
         pictures: by the task's name, its PNG files.
         facts: by name, what else to say of the measurement: checkpoint, digest, date.
         yaml: the configuration.
+        changes: what the metrics have changed by since the training began.
 
     Raises:
         OSError: a picture cannot be read.
     """
     terms = [f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()]
     tasks = [_task(one, pictures.get(one.task_name, ())) for one in scores]
-    texts = {"title": escape(title), "yaml": escape(yaml), "overview": overview(scores).html()}
+    texts = {"title": escape(title), "yaml": escape(yaml), "overview": overview(scores, changes).html()}
     return PAGE.substitute(texts, facts="\n".join(terms), tasks="\n".join(tasks))
 
 

@@ -13,6 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.config.yaml_file import to_mapping, to_yaml
 from pipeline.encoders.protocol import Encoder
 from pipeline.report.figures import curves, draw
+from pipeline.report.overview import Changes
 from pipeline.report.page import page
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.temporary import temporary_folder
@@ -32,11 +33,14 @@ def describe(run: JournalRun, config: Config, folder: str = "") -> None:
     run.text(to_yaml(config), f"{folder}/config.yaml".lstrip("/"))
 
 
-def publish(scores: Sequence[Scores], tracker: Tracker, title: str, facts: Mapping[str, str], yaml: str) -> None:
+def publish(
+    scores: Sequence[Scores], changes: Changes, tracker: Tracker, title: str, facts: Mapping[str, str], yaml: str
+) -> None:
     """Draws the figures of a measurement and writes `report.html`; the tracker gets the files.
 
     Args:
         scores: the scores of each task.
+        changes: what the metrics have changed by since the training began.
         tracker: gets `figures/<task>/*.png` and the page.
         title: the page's title.
         facts: by name, what else the page says of the measurement.
@@ -50,7 +54,7 @@ def publish(scores: Sequence[Scores], tracker: Tracker, title: str, facts: Mappi
             for path in pictures[one.task_name]:
                 tracker.artifact(path, f"figures/{name}")
         report = temporary / "report.html"
-        report.write_text(page(title, scores, pictures, facts, yaml), encoding="utf-8")
+        report.write_text(page(title, scores, pictures, facts, yaml, changes), encoding="utf-8")
         tracker.artifact(report)
 
 

@@ -32,6 +32,7 @@ HAVE_CONSTANT = (
     "mae",
 )  # a constant guess says something of these
 PROBE = "_probe"  # stands between a target and a metric of the probe's
+Since = Literal["start", "best", "random_init"]  # the first or the best measurement of a training; untrained weights
 EVERY = (*(name for names in OF_KIND.values() for name in names), *PER_SEQUENCE.values())
 BASELINE = "_baseline"  # between a target, and the probe if it is of a probe, and a metric of a baseline's
 _KEY = re.compile(f"test_(.+?)({BASELINE})?({PROBE})?_({'|'.join(EVERY)})")
@@ -162,15 +163,15 @@ class Change:
     interval: Interval
     p_improved: float
 
-    def named(self, key: str, since: Literal["start", "best"]) -> dict[str, float]:
-        """The numbers under the names that they are logged under; `p_improved` is about the start.
+    def named(self, key: str, since: Since) -> dict[str, float]:
+        """The numbers under the names that they are logged under; `p_improved` is about where the training began.
 
         >>> Change(0.25, Interval(0.0, 0.5), 0.975).named("test_x_mcc", "best")
         {'test_x_mcc_delta_best': 0.25, 'test_x_mcc_delta_best_ci_low': 0.0, 'test_x_mcc_delta_best_ci_high': 0.5}
         """
         stem = f"{key}_delta_{since}"
         found = {stem: self.value, **self.interval.named(stem)}
-        return found | ({f"{key}_p_improved": self.p_improved} if since == "start" else {})
+        return found if since == "best" else found | {f"{key}_p_improved": self.p_improved}
 
 
 @dataclass

@@ -216,21 +216,22 @@ class Measurement:
                 child = self.config.child_runs
                 open_tracker = partial(run.measurement, step, encoder.digest, source, self.config.title, child)
                 tracker = stack.enter_context(guarded("logging to MLflow", open_tracker))
-            scores = validation.measure(
+            mirrors = Several(self._loggers)
+            scores, changes = validation.measure(
                 encoder,
                 self.config,
                 store,
                 tracker,
-                Several(self._loggers),
+                mirrors,
                 source,
                 step,
                 f"step={step}",
                 examples=self._examples,
+                compare=lambda scores: self.progress.log(scores, step, tracker, AtStep(mirrors, step)),
             )
-            changes = self.progress.log(scores, step, tracker, AtStep(Several(self._loggers), step))
         if self._run is not None:
             self._run.run.tags({f"{FOLDER}.start": f"step {self.progress.start}"})
-        return validation.metrics_of(scores) | changes
+        return validation.metrics_of(scores) | dict(changes.values)
 
     def _save(self, module: Any, step: int) -> Path:
         """Writes `downstream/step=N.ckpt` below the trainer's folder, without the trainer's callbacks and its barrier.

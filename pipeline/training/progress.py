@@ -14,7 +14,7 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.errors import DataError
-from pipeline.report.overview import overview
+from pipeline.report.overview import Changes, overview
 from pipeline.report.resolution_table import resolution_text
 from pipeline.report.tables import Table, step_table
 from pipeline.statistics.intervals import changes
@@ -52,16 +52,17 @@ class Progress:
         self._best: dict[str, Best] = {}
         self._tables: dict[tuple[str, int], pa.Table] = {}  # of predictions, by task and step
 
-    def log(self, scores: Sequence[Scores], step: int, tracker: Tracker, mirrors: Tracker) -> dict[str, float]:
+    def log(self, scores: Sequence[Scores], step: int, tracker: Tracker, mirrors: Tracker) -> Changes:
         """Follows a measurement, see `follow`; logs the changes, and why there are none. Returns the changes."""
         found, notes = self.follow(scores, step)
-        self.overview = overview(scores, found, f"step {self.start}", f"Scores on the test set at step {step}")
+        since = Changes(found, "start", f"step {self.start}")
+        self.overview = overview(scores, since, f"Scores on the test set at step {step}")
         for note in notes:
             logger.warning("%s", note)
             tracker.note(note)
         if found:
             Several([tracker, mirrors]).metrics(found, step)
-        return found
+        return since
 
     def summary(self, points: Sequence[tuple[int, Mapping[str, float]]], config: Config) -> str:
         """The description of a training's run.

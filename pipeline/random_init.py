@@ -1,0 +1,80 @@
+"""What the same model reaches with random weights, beside a checkpoint: what its training has brought.
+
+In a training the first measurement is of the untrained model. On the command line `baseline: random_init` takes its
+place. The weights are drawn from `random_seed`, so their embeddings and heads are in the store after the first time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from pipeline.config.schema import Config
+from pipeline.embed import embed
+from pipeline.encoders.protocol import Encoder
+from pipeline.errors import CheckpointError
+from pipeline.report.overview import Changes
+from pipeline.score import Scores, score
+from pipeline.statistics.intervals import changes
+from pipeline.statistics.predictions import from_table
+from pipeline.store.embedding_table import Store
+from pipeline.tracking.protocol import AtStep, Tracker
+from pipeline.train_head import train_head
+
+logger = logging.getLogger(__name__)
+
+
+class RandomInit:
+    """The architecture of a checkpoint with random weights, measured on the same data with the same heads.
+
+    Attributes:
+        scores: of each task, once `compare` was called.
+    """
+
+    def __init__(self, encoder: Encoder, config: Config, store: Store, tracker: Tracker, step: int) -> None:
+        """Draws the weights.
+
+        Args:
+            encoder: of the checkpoint.
+            config: the tasks; the weights are drawn from the first one's `random_seed`.
+            store: where embeddings and heads are kept.
+            tracker: gets the changes, at `step`.
+            step: of the checkpoint.
+
+        Raises:
+            CheckpointError: the encoder is of a class that cannot be made anew.
+        """
+        self.seed, self.in_list = config.dataset[0].random_seed, config.is_list
+        self.scores: list[Scores] = []
+        self._store, self._tracker = store, AtStep(tracker, step)
+        untrained = encoder.untrained(self.seed)
+        if untrained is None:
+            kind = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
+            raise CheckpointError(f"baseline: a {kind} cannot be made anew with random weights; leave baseline out")
+        self._untrained = untrained
+
+    def compare(self, scores: Sequence[Scores]) -> Changes:
+        """How far each main metric of the checkpoint is above that of random weights, with paired intervals.
+
+        Raises:
+            PipelineError: see `embed` and `train_head`.
+        """
+        self.scores = self._measure(scores)
+        found: dict[str, float] = {}
+        for one, other in zip(scores, self.scores, strict=True):
+            for metric in (metric for metric in one.results if metric.is_headline):
+                now, then = (from_table(table, metric.target, metric.probe) for table in (one.table, other.table))
+                if change := changes(now, then).values.get(metric.name):
+                    found |= change.named(metric.key, "random_init")
+        self._tracker.metrics(found)
+        return Changes(found, "random_init", f"random weights (seed {self.seed})")
+
+    def _measure(self, scores: Sequence[Scores]) -> list[Scores]:
+        found = []
+        for embeddings in embed([one.examples for one in scores], self._untrained, self._store):
+            fitted = train_head(embeddings, self._store, self._untrained.device)
+            one = score(embeddings, fitted, self.in_list)
+            numbers = ", ".join(f"{metric.key} {metric.value:.4f}" for metric in one.results if metric.is_headline)
+            logger.info("random_init %s: %s", one.task_name, numbers)
+            found.append(one)
+        return found
