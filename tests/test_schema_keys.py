@@ -44,6 +44,7 @@ ELSEWHERE = {
     "enabled": "test_lightning.py: test_a_disabled_section_gives_no_callback",
     "model_factory": "test_own_models.py",
     "every_n_validations": "test_monitors.py: test_every_second_validation",
+    "baseline": "test_random_init.py: test_table_report_and_run_say_it",
     "on_start": "test_lightning.py: test_the_untrained_and_the_final_weights",
     "on_end": "test_lightning.py: test_the_untrained_and_the_final_weights",
     "on_error": "test_untouched.py",
