@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 COLOURS = 128
-METRICS = ("secondary_structure/test_3state_accuracy", "stability/test_stability_spearman")
+METRICS = ("secondary_structure/test_3state_accuracy", "fitness/test_fitness_spearman")
 NO_BUTTON = "[data-assistant-ui] { visibility: hidden; }"  # MLflow's Assistant, which floats over the page
 
 

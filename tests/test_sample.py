@@ -73,12 +73,19 @@ def test_the_default_configuration_beats_a_constant_guess(tmp_path: Path) -> Non
     config = read_config("configs/default.yaml")
     encoder = open_encoder(str(CHECKPOINT))
     scores = {one.task_name: one for one in validate(encoder, config.tasks, Store(tmp_path))}
-    assert list(scores) == ["secondary_structure", "exposure", "location", "stability"]
+    assert list(scores) == ["fitness", "secondary_structure", "exposure", "location"]
     for one in scores.values():
         for name, floor in one.constant.items():
-            better = one.metrics[name] - floor if name.endswith(("accuracy", "f1")) else floor - one.metrics[name]
+            better = (
+                one.metrics[name] - floor
+                if name.endswith(("accuracy", "f1", "precision"))
+                else floor - one.metrics[name]
+            )
             assert better > 0, name
-    assert scores["secondary_structure"].metrics["secondary_structure/test_3state_accuracy"] > 0.65
+    assert scores["secondary_structure"].metrics["secondary_structure/test_3state_accuracy"] > 0.55
+    fitness = scores["fitness"]
+    for name in ("fitness/test_fitness_spearman", "fitness/test_fitness_probe_spearman"):
+        assert fitness.metrics[f"{name}_ci_low"] > fitness.baselines[name] + 0.3
 
 
 @pytest.mark.parametrize("name", ["token_classification", "token_regression", "sequence_classification"])
