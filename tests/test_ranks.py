@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +17,7 @@ from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from pipeline import DownstreamValidation
 from pipeline.errors import ConfigError
 from tests.support.data import planted_task
-from tests.support.programs import ROOT
+from tests.support.programs import run_two_ranks
 from tests.support.training import section
 
 STAGES = ("load", "embed", "train_head", "score")
@@ -31,25 +27,7 @@ def run(scenario: str, folder: Path, model: Path, tracking: str, wait_for: tuple
     """What each rank wrote; None for one that wrote nothing. Both end when those that are waited for do."""
     planted_task(folder / "data")
     shutil.copytree(model, folder / "esm")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        own |= {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
-        own |= {"MLFLOW_TRACKING_URI": tracking, "PYTHONHASHSEED": 0}
-        environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
-        command = [sys.executable, "-m", "tests.support.two_ranks", scenario, str(folder)]
-        with (folder / f"rank-{rank}.log").open("w") as log:
-            ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-    try:
-        for rank in wait_for:
-            ranks[rank].wait(400)
-    finally:
-        for one in ranks:
-            one.kill()
-            one.wait()
+    run_two_ranks("tests.support.two_ranks", [scenario, str(folder)], folder, wait_for, MLFLOW_TRACKING_URI=tracking)
     files = [folder / f"rank-{rank}.json" for rank in range(2)]
     return [json.loads(file.read_text()) if file.exists() else None for file in files]
 

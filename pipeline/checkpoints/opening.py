@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoints.distributed import DISTRIBUTED
 from pipeline.checkpoints.folder import FOLDER
 from pipeline.checkpoints.lightning import LIGHTNING
 from pipeline.checkpoints.names import expand
@@ -30,7 +31,7 @@ from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 
-FORMATS = (FOLDER, LIGHTNING)  # the first that holds a path reads it
+FORMATS = (FOLDER, DISTRIBUTED, LIGHTNING)  # the first that holds a path reads it
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 REMEDY = "give a model folder, a .ckpt, a hub id or an MLflow URI"
 

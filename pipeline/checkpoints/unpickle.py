@@ -10,7 +10,7 @@ import pickle
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -64,7 +64,7 @@ def _load(file: Any, **options: Any) -> Any:
     return _Unpickler(file, **options).load()
 
 
-def read_tensors(path: str | Path, trust: bool = False) -> Any:
+def read_tensors(path: str | Path | BinaryIO, trust: bool = False) -> Any:
     """What a file of `torch.save` holds, on the CPU.
 
     Args:
@@ -83,7 +83,7 @@ def read_tensors(path: str | Path, trust: bool = False) -> Any:
         raise CheckpointError(f"ckpt: '{path}' is damaged, or no file of torch.save ({reason})") from error
 
 
-def _load_file(path: str | Path, trust: bool) -> Any:
+def _load_file(path: str | Path | BinaryIO, trust: bool) -> Any:
     if trust:
         return torch.load(path, map_location="cpu", weights_only=False)
     try:

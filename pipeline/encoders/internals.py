@@ -13,6 +13,7 @@ from torch import nn
 
 ATTENTION = "_attn_implementation"  # of a configuration; what transformers writes out begins with it
 COMPILED = "_orig_mod"  # the module within that of `torch.compile`
+WRAPPED = (COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # within those that torch puts around others
 
 
 def attention_of(config: Any) -> str | None:
@@ -42,8 +43,10 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def uncompiled(name: str) -> str:
-    """The name that a weight or module had before `torch.compile`; a trailing dot is kept."""
-    return name.replace(f"{COMPILED}.", "")
+    """The name that a weight or module had before `torch.compile`, FSDP and the like; a trailing dot is kept."""
+    for wrapped in WRAPPED:
+        name = name.replace(f"{wrapped}.", "")
+    return name
 
 
 def uncompiled_state(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,3 +17,32 @@ def loaded_after(code: str) -> set[str]:
     script = f"{code}\nimport sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(run.stdout.split("\n")[-2].split())
+
+
+def run_two_ranks(
+    module: str, arguments: Sequence[str], folder: Path, wait_for: Sequence[int] = (0, 1), **variables: object
+) -> list[int | None]:
+    """Runs a module as two ranks on this machine, of one thread each; what they print goes to `rank-N.log` in `folder`.
+
+    Both end when those of `wait_for` do, at the latest after 400 s. Returns the exit code of each.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own |= {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+        own |= {"PYTHONHASHSEED": 0, **variables}
+        environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
+        with (folder / f"rank-{rank}.log").open("w") as log:
+            command = [sys.executable, "-m", module, *arguments]
+            ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    try:
+        for rank in wait_for:
+            ranks[rank].wait(400)
+    finally:
+        for one in ranks:
+            one.kill()
+            one.wait()
+    return [one.returncode for one in ranks]
