@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoints.bare import is_safetensors, weights_of
 from pipeline.checkpoints.stored import Format, Stored, Weights
 from pipeline.checkpoints.unpickle import read_tensors
 from pipeline.encoders.description import DESCRIPTION
@@ -19,7 +20,7 @@ from pipeline.errors import CheckpointError
 def _holds(path: Path) -> bool:
     """Whether a file names a `state_dict`, or is called `.ckpt`: then reading it raises the error to show."""
     if not path.is_file() or path.suffix == ".ckpt":
-        return path.is_file()
+        return path.is_file() and not is_safetensors(path)
     try:
         with zipfile.ZipFile(path) as archive:
             (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
@@ -30,6 +31,8 @@ def _holds(path: Path) -> bool:
 
 def _read(source: str, options: EncoderOptions, factory: Any) -> Stored:
     content = read_tensors(source, options.trust_pickle)
+    if options.weights is not None or (isinstance(content, Mapping) and "state_dict" not in content):
+        return weights_of(content, source, options.weights).fill(options, factory)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"ckpt: '{source}': expected a Lightning .ckpt, found a {type(content).__name__}")
     state, description = uncompiled_state(content.get("state_dict", {})), content.get(DESCRIPTION) or {}

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoints.accelerate import ACCELERATE
+from pipeline.checkpoints.bare import BARE
 from pipeline.checkpoints.distributed import DISTRIBUTED
 from pipeline.checkpoints.folder import FOLDER
 from pipeline.checkpoints.lightning import LIGHTNING
@@ -31,7 +33,7 @@ from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 
-FORMATS = (FOLDER, DISTRIBUTED, LIGHTNING)  # the first that holds a path reads it
+FORMATS = (FOLDER, ACCELERATE, DISTRIBUTED, LIGHTNING)  # the first that holds a path reads it
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 REMEDY = "give a model folder, a .ckpt, a hub id or an MLflow URI"
 
@@ -127,8 +129,11 @@ def _locate(ckpt: str) -> tuple[Format, str]:
 
 def _found_in(path: Path, ckpt: str) -> tuple[Format, str]:
     """The format and place of the only checkpoint at `path` or below it: MLflow keeps models a level or two down."""
-    if path.is_file() and not any(stored_as.holds(path) for stored_as in FORMATS):
-        raise CheckpointError(f"ckpt: expected a model folder or a Lightning .ckpt, found the file '{ckpt}'")
+    if path.is_file():
+        stored_as = next((one for one in (*FORMATS, BARE) if one.holds(path)), None)
+        if stored_as is None:
+            raise CheckpointError(f"ckpt: expected a model folder or a file of weights, found the file '{ckpt}'")
+        return stored_as, str(path)
     found: dict[Path, Format] = {}
     for place in (path, *sorted(path.rglob("*"))):
         if found.keys().isdisjoint(place.parents):

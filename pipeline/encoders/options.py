@@ -19,6 +19,7 @@ class EncoderOptions:
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         architecture: the Hugging Face folder or id of the model in a checkpoint that does not describe itself.
         trust_pickle: unpickle a checkpoint as it is, with the code that it names.
+        weights: the name of one of several sets of weights in a file, or `ema`; see `bare.weights_of`.
         layer: the hidden states to take: 0 are the token embeddings, 1 those behind the first layer; negative numbers
             count from the last. None is the last.
         model_factory: the path of a class or function of the user's that makes the `nn.Module` that the weights are of;
@@ -30,6 +31,7 @@ class EncoderOptions:
     precision: str = "auto"
     architecture: str | None = None
     trust_pickle: bool = False
+    weights: str | None = None
     layer: int | None = None
     model_factory: str | None = None
 

@@ -1,0 +1,42 @@
+"""A folder that accelerate's `save_state` wrote: weights beside the states of optimizer and random generators."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints.bare import read_file, read_index, safetensors_weights, weights_of
+from pipeline.checkpoints.distributed import DISTRIBUTED
+from pipeline.checkpoints.stored import Format, Stored
+from pipeline.checkpoints.unpickle import read_tensors
+from pipeline.encoders.options import EncoderOptions
+from pipeline.errors import CheckpointError
+
+# The model's files; those of a second model have a number behind their name. Under FSDP it is a folder.
+WEIGHTS = re.compile(r"(model(_\d+)?\.safetensors|pytorch_model(_\d+)?\.bin)(\.index\.json)?|pytorch_model_fsdp_\d+")
+
+
+def _holds(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("random_states_*.pkl"))
+
+
+def _read(source: str, options: EncoderOptions, factory: Any) -> Stored:
+    found = sorted(path for path in Path(source).iterdir() if WEIGHTS.fullmatch(path.name))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        remedy = "give the file or folder of the model to be measured" if found else "take another checkpoint"
+        raise CheckpointError(f"ckpt: '{source}': expected the weights of one model, found {names}; {remedy}")
+    (path,) = found
+    if path.is_dir():
+        return DISTRIBUTED.read(str(path), options, factory)
+    if path.suffix != ".json":
+        return read_file(path, source, options).fill(options, factory)
+    files = read_index(path)
+    if path.name.startswith("model"):
+        return safetensors_weights(files, source, options.weights).fill(options, factory)
+    content = {name: value for file in sorted(set(files.values())) for name, value in read_tensors(file).items()}
+    return weights_of(content, source, options.weights).fill(options, factory)
+
+
+ACCELERATE = Format(_holds, _read)
