@@ -44,6 +44,8 @@ ELSEWHERE = {
     "enabled": "test_lightning.py: test_a_disabled_section_gives_no_callback",
     "model_factory": "test_own_models.py",
     "every_n_validations": "test_monitors.py: test_every_second_validation",
+    "weights": "test_bare.py: test_an_average_is_taken_by_name_alone",
+    "trust_remote_code": "test_remote_code.py",
     "baseline": "test_random_init.py: test_table_report_and_run_say_it",
     "on_start": "test_lightning.py: test_the_untrained_and_the_final_weights",
     "on_end": "test_lightning.py: test_the_untrained_and_the_final_weights",

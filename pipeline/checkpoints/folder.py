@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from pipeline.checkpoints.remote_code import own_class
 from pipeline.checkpoints.stored import FACTORY, Format, Stored, check_finite, say_left_out
-from pipeline.encoders.checks import count_tensors, read_configuration
+from pipeline.encoders.checks import count_tensors
 from pipeline.encoders.code_digest import class_name
 from pipeline.encoders.description import class_for, encoder_of, load_tokenizer
 from pipeline.encoders.options import EncoderOptions
@@ -21,8 +22,11 @@ def _holds(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def _read(source: str, _: EncoderOptions, factory: Any) -> Stored:
-    skeleton, options = _class_to_load(source, factory)
+def _read(source: str, given: EncoderOptions, factory: Any) -> Stored:
+    files = [path for kind in ("safetensors", "bin") for path in Path(source).glob(f"*.{kind}")]
+    own = own_class(source, given.trust_remote_code, count_tensors(files))
+    factory = factory or own
+    skeleton, options = _class_to_load(source, factory, sum(path.stat().st_size for path in files))
     options |= {"torch_dtype": torch.float32}  # as transformers 4 calls it; 5 takes it, too
     model, info = skeleton.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     encoder, name = encoder_of(model)
@@ -36,15 +40,13 @@ def _read(source: str, _: EncoderOptions, factory: Any) -> Stored:
     inside = _stored_under(info["unexpected_keys"], model)
     check_unexpected(encoder, inside, name, source, FACTORY)
     say_left_out([key for key in info["unexpected_keys"] if key not in inside], encoder)
-    return Stored(model if factory else encoder, load_tokenizer(source))
+    return Stored(model if factory else encoder, load_tokenizer(source, own is not None), factory=factory)
 
 
-def _class_to_load(source: str, factory: Any) -> tuple[Any, dict[str, Any]]:
+def _class_to_load(source: str, factory: Any, held: int) -> tuple[Any, dict[str, Any]]:
     """The class whose `from_pretrained` reads the folder, and its options."""
     from transformers import AutoConfig
 
-    files = [path for kind in ("safetensors", "bin") for path in Path(source).glob(f"*.{kind}")]
-    read_configuration(source, count_tensors(files))
     if factory is not None:
         if not hasattr(factory, "from_pretrained"):
             raise CheckpointError(
@@ -52,7 +54,7 @@ def _class_to_load(source: str, factory: Any) -> tuple[Any, dict[str, Any]]:
             )
         return factory, {}
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    skeleton, options = class_for(config, sum(path.stat().st_size for path in files) or None, source)
+    skeleton, options = class_for(config, held or None, source)
     return skeleton, {**options, "config": config}
 
 

@@ -59,8 +59,8 @@ def open_encoder(ckpt: str, options: EncoderOptions = EncoderOptions()) -> Encod
     stored_as, source = _locate(ckpt)
     with _at_fault(ckpt, source):
         stored = stored_as.read(source, options, factory)
-        if factory is not None:
-            encoder: Encoder = _of_module(stored, options, factory)
+        if stored.factory is not None:
+            encoder: Encoder = _of_module(stored, options)
         else:
             check_architecture(options.infer_target, str(stored.model.config.model_type), f"'{ckpt}'")  # type: ignore[union-attr]
             encoder = HuggingFaceEncoder(stored.model, stored.tokenizer, options)
@@ -78,8 +78,9 @@ def _factory(path: str | None) -> Any:
     return factory
 
 
-def _of_module(stored: Stored, options: EncoderOptions, factory: Any) -> Encoder:
-    """The encoder of a module that the user's code made: found as it is in a training."""
+def _of_module(stored: Stored, options: EncoderOptions) -> Encoder:
+    """The encoder of a module that code of its own made: found as it is in a training."""
+    factory = stored.factory
     module = stored.model.to(find_device(options.device)).eval()
     code = code_digest(factory)
     maker = None if code is None else f"{class_name(factory)} {code}"

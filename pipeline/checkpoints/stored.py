@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.checkpoints.remote_code import own_class
 from pipeline.checkpoints.unpickle import StandIn
 from pipeline.encoders.checks import check_configuration, read_configuration
 from pipeline.encoders.code_digest import class_name
@@ -37,12 +38,14 @@ class Stored:
         tokenizer: its tokenizer; None where the module has one.
         made_with: how it was measured in training; see `embed.made_with`.
         step: of the training.
+        factory: the code, not of transformers, that made the module.
     """
 
     model: nn.Module
     tokenizer: Any
     made_with: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
+    factory: Any = None
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,13 @@ class Weights:
 
     def fill(self, options: EncoderOptions, factory: Any) -> Stored:
         """The model that these weights are of, filled with them, and its tokenizer; see `Format.read`."""
+        own = own_class(options.architecture, options.trust_remote_code) if options.architecture else None
+        factory = factory or own
         if factory is None:
             model, tokenizer = _of_transformers(self, options.architecture)
         else:
-            model, tokenizer = _made_by(self, options.architecture, factory)
-        return Stored(model, tokenizer, self.description.get("made_with") or {}, self.step)
+            model, tokenizer = _made_by(self, options.architecture, factory, own is not None)
+        return Stored(model, tokenizer, self.description.get("made_with") or {}, self.step, factory)
 
 
 def say_left_out(names: Iterable[str], encoder: nn.Module) -> None:
@@ -137,13 +142,13 @@ def _takes_code(source: str, own: str) -> str:
     return f"ckpt: '{source}' holds a {own}, {why}; set model_factory to {what}, such as model_factory={example}"
 
 
-def _made_by(weights: Weights, architecture: str | None, factory: Any) -> tuple[nn.Module, Any]:
+def _made_by(weights: Weights, architecture: str | None, factory: Any, trusted: bool) -> tuple[nn.Module, Any]:
     """The module that the user's code makes, and the stored tokenizer, if there is one."""
     module = _call(factory, _arguments(weights, architecture, factory))
     prefix = matching_prefix(module, "", weights.state, None, weights.source)
     _load(module.float(), weights, prefix, "model_factory must make the model that was trained")
     if architecture is not None:
-        return module, load_tokenizer(architecture)
+        return module, load_tokenizer(architecture, trusted)
     return module, described_tokenizer(weights.description) if weights.description.get("tokenizer") else None
 
 

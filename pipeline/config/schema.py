@@ -216,6 +216,9 @@ class Config:
     weights: str | None = key(
         "the set of weights to take where a file holds several: its name, or `ema` for the average"
     )
+    trust_remote_code: bool = key(
+        "run the code that a model folder or hub id brings for a model of its own class", False
+    )
     trust_pickle: bool = key("unpickle a `.ckpt` as it is, with the code that it names", False)
     every_n_validations: int = key("the callback measures at the first validation and then at every n-th", 1, least=1)
     on_start: bool = key("the callback measures before the first training step too, at step 0", True)

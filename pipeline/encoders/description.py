@@ -117,14 +117,14 @@ def encoder_of(model: Any) -> tuple[nn.Module, str]:
     return encoder, next(f"{name}." for name, module in model.named_modules() if module is encoder)
 
 
-def load_tokenizer(source: str) -> Any:
-    """The tokenizer in a folder or of a hub id. Raises CheckpointError if there is none."""
+def load_tokenizer(source: str, trusted: bool = False) -> Any:
+    """The tokenizer in a folder or of a hub id; where it is `trusted`, by code of its own. Raises CheckpointError."""
     from transformers import AutoTokenizer
 
     beside = Path(source).parent / "components" / "tokenizer"  # where MLflow's transformers flavour keeps it
     folder = str(beside) if beside.is_dir() else source
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:
         found = malformed(Path(folder)) or str(error)
         raise CheckpointError(f"ckpt: the tokenizer in '{folder}' cannot be loaded: {found}") from error

@@ -33,8 +33,13 @@ def attention_set(config: Any, name: str) -> Iterator[None]:
 
 
 def hooks_of(module: nn.Module) -> int:
-    """How many hooks run before or after the forward passes of a module and of its submodules."""
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+    """How many hooks run before or after the forward passes of a module and of its submodules.
+
+    Those with which transformers 5 collects hidden states, from the first forward pass on, change nothing.
+    """
+    parts = [part for part in module.modules() if part._forward_hooks or part._forward_pre_hooks]
+    hooks = [hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
+    return sum(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def is_compiled(module: nn.Module) -> bool:

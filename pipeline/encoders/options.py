@@ -19,6 +19,7 @@ class EncoderOptions:
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         architecture: the Hugging Face folder or id of the model in a checkpoint that does not describe itself.
         trust_pickle: unpickle a checkpoint as it is, with the code that it names.
+        trust_remote_code: run the code that a folder or hub id brings for a model of its own class.
         weights: the name of one of several sets of weights in a file, or `ema`; see `bare.weights_of`.
         layer: the hidden states to take: 0 are the token embeddings, 1 those behind the first layer; negative numbers
             count from the last. None is the last.
@@ -31,6 +32,7 @@ class EncoderOptions:
     precision: str = "auto"
     architecture: str | None = None
     trust_pickle: bool = False
+    trust_remote_code: bool = False
     weights: str | None = None
     layer: int | None = None
     model_factory: str | None = None
