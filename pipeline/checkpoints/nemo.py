@@ -24,6 +24,7 @@ import yaml
 from pipeline.checkpoints.nemo_options import MODELS, Settings, most_tokens, read_options
 from pipeline.checkpoints.nemo_weights import encoder_weights, fill, is_bert
 from pipeline.checkpoints.stored import Format
+from pipeline.encoders.megatron import MegatronOptions
 from pipeline.encoders.megatron_encoder import MegatronEncoder
 from pipeline.encoders.megatron_tokens import MegatronTokens, ProteinTokens, SmilesTokens
 from pipeline.encoders.options import EncoderOptions
@@ -59,7 +60,9 @@ def _read(source: str, options: EncoderOptions, factory: Any) -> MegatronEncoder
     settings, ranks = Settings.of_encoder(config, bert), len(shards)
     weights = encoder_weights(shards, bert, settings, where)
     described = read_options(config, settings, bert, weights, ranks)
-    return MegatronEncoder(fill(described, weights, where), tokens, options, most_tokens(config, described))
+    most = most_tokens(config, described)
+    _check_tokens(tokens, described, most, where)
+    return MegatronEncoder(fill(described, weights, where), tokens, options, most)
 
 
 class _Archive:
@@ -99,10 +102,10 @@ class _Archive:
         """The tokenizer."""
         given = config.section("tokenizer")
         name = self._artifact(given, "model")
+        vocabulary = self._artifact(given, "vocab_file") if model == "MegaMolBART" else None
         try:
-            if model != "MegaMolBART":
+            if vocabulary is None:
                 return ProteinTokens(self._bytes(name), around=model == "ESM-1nv")
-            vocabulary = self._artifact(given, "vocab_file")
             return SmilesTokens(self._bytes(name).decode(), self._bytes(vocabulary).decode())
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{self.where}: tokenizer: expected UTF-8, found other bytes ({error})") from error
@@ -211,12 +214,12 @@ def _which(config: Settings, bert: bool) -> str:
     if bert and library != "sentencepiece":
         raise CheckpointError(f"{tokenizer.where}.library: expected sentencepiece for ESM-1nv, found {library}")
     model = "ESM-1nv" if bert else {"sentencepiece": "ProtT5nv", "regex": "MegaMolBART"}[library]
-    target = str(config.get("target") or "").lower()
-    named = {name for word, name in MODELS.items() if word in target}
-    if named and model not in named:
+    target = str(config.get("target") or "").rpartition(".")[2]
+    named = next((name for word, name in MODELS.items() if word in target.lower()), model)
+    if named != model:
         remedy = "its encoder is not read, or the archive holds weights of another model"
         raise CheckpointError(
-            f"{config.where}: target: expected a {model}, as the weights are, found {target}; {remedy}"
+            f"{config.where}: target: expected a class of {model}, as the weights are, found {target}; {remedy}"
         )
     return model
 
@@ -227,6 +230,16 @@ def _check_target(infer_target: str, model: str, where: str) -> None:
         raise CheckpointError(
             f"infer_target '{infer_target}' is for {expected}, but {where.removeprefix('ckpt: ')} is {model}; use auto"
         )
+
+
+def _check_tokens(tokens: MegatronTokens, described: MegatronOptions, most: int | None, where: str) -> None:
+    """Raises CheckpointError where the model lacks tokens of the tokenizer, or has room for special ones alone."""
+    if tokens.size > described.vocabulary:
+        expected = f"expected a tokenizer of at most {described.vocabulary} tokens, as the model has"
+        raise CheckpointError(f"{where}: {expected}, found one of {tokens.size}")
+    special = len(tokens.before) + len(tokens.after)
+    if most is not None and most <= special:
+        raise CheckpointError(f"{where}: expected room for more than {special} special tokens, found {most}")
 
 
 NEMO = Format(_holds, _read)

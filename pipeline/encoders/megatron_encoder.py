@@ -22,7 +22,7 @@ from pipeline.encoders.megatron import MegatronModel
 from pipeline.encoders.megatron_tokens import MegatronTokens
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
-from pipeline.errors import CheckpointError, DataError
+from pipeline.errors import DataError
 
 VERSION = 1  # part of every digest: raise it when the same archive gives other numbers
 
@@ -37,24 +37,18 @@ class MegatronEncoder(Encoder):
 
         Args:
             model: with its weights, float32; layers above the chosen layer are removed.
-            tokens: its tokenizer.
+            tokens: its tokenizer, of as many tokens as the model has, or fewer.
             options: device, precision and layer are used.
-            most_tokens: of a sequence, special tokens counted; None for no limit.
+            most_tokens: of a sequence, special tokens counted, more than these; None for no limit.
 
         Raises:
             ConfigError: the device or the layer is not there.
-            CheckpointError: the model has no room for a token, or not all of the tokenizer's tokens.
         """
         self.layer = find_layer(options.layer, model.options)
         self.device = find_device(options.device)
         self.precision = find_precision(options.precision, self.device)
         self.tokens, self.most_tokens = tokens, most_tokens
-        if tokens.size > model.options.vocabulary:
-            expected = f"expected at most {model.options.vocabulary} tokens, as the model has"
-            raise CheckpointError(f"ckpt: the tokenizer: {expected}, found {tokens.size}")
         special = len(tokens.before) + len(tokens.after)
-        if most_tokens is not None and most_tokens <= special:
-            raise CheckpointError(f"ckpt: the model takes {most_tokens} tokens, of which {special} are special")
         self.max_seq_length = None if most_tokens is None else most_tokens - special
         self.hidden_size = model.options.hidden_size
         if self.layer is not None:

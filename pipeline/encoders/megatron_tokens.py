@@ -115,6 +115,8 @@ class SmilesTokens(MegatronTokens):
             CheckpointError: there is no such expression, or no token `?` for what is unknown.
         """
         found = expression.strip()
+        if not found:
+            raise CheckpointError("expected a regular expression, found an empty file")
         try:
             inner, whole = re.compile(found), re.compile(f"({found}|.)")
         except (re.error, RecursionError, OverflowError) as error:

@@ -1,0 +1,385 @@
+"""A writer of small `.nemo` archives as NeMo names and cuts their weights, and what their encoders must give.
+
+`expected_states` is written apart from the project's own model: NumPy in double precision, head by head and rank by
+rank, from the specification of the format.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import tarfile
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+import torch
+import yaml
+from scipy.special import erf
+
+Array = npt.NDArray[np.float64]
+State = dict[str, Any]
+
+LETTERS = "LASGVERTDIPKNFQYHMCWXBUZO"
+EXPRESSION = r"\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\\\|\/|:|~|@|\?|>|\*|\$|\%[0-9]{2}|[0-9]"
+SMILES_TOKENS = ["<PAD>", "?", "^", "&", "<MASK>", "<SEP>", *"CNOcno()=#123", "Br", "[nH]", "Cl"]
+HIDDEN, LAYERS, HEADS, INNER, POSITIONS, BUCKETS = 16, 2, 4, 24, 40, 8
+BASE = {
+    "seq_length": POSITIONS,
+    "max_position_embeddings": POSITIONS,
+    "num_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "ffn_hidden_size": INNER,
+    "num_attention_heads": HEADS,
+    "kv_channels": None,
+    "layernorm_epsilon": 1e-5,
+    "make_vocab_size_divisible_by": 8,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+}
+TOP = ("seq_length", "max_position_embeddings", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+TARGETS = {
+    "esm1nv": "bionemo.model.protein.esm1nv.esm1nv_model.ESM1nvModel",
+    "prott5nv": "bionemo.model.protein.prott5nv.prott5_model.ProtT5nvModel",
+    "megamolbart": "bionemo.model.molecule.megamolbart.megamolbart_model.MegaMolBARTModel",
+}
+GATES = {"geglu": "gelu", "reglu": "relu", "swiglu": "silu"}
+
+
+@functools.cache
+def protein_model(letters: str = LETTERS) -> bytes:
+    """A sentencepiece model of single characters, as the reference's."""
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([letters] * 20),
+        model_writer=stream,
+        model_type="char",
+        vocab_size=30,
+        pad_id=3,
+        user_defined_symbols=["<mask>"],
+        add_dummy_prefix=False,
+        minloglevel=2,
+    )
+    return stream.getvalue()
+
+
+def vocabulary(kind: str) -> int:
+    """Rows of the token embedding: a multiple of 8."""
+    return 32 if kind != "megamolbart" else 24
+
+
+def full(settings: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The settings that count, defaults filled in: an ESM-1nv heeds only some of them."""
+    known: dict[str, Any] = {
+        "transformer_block_type": "pre_ln",
+        "normalization": "layernorm",
+        "activation": "gelu",
+        "bias": True,
+        "headscale": False,
+        "openai_gelu": False,
+    }
+    other: dict[str, Any] = {
+        "position_embedding_type": "learned_absolute",
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "apply_query_key_layer_scaling": True,
+        "normalize_attention_scores": True,
+        "megatron_legacy": False,
+    }
+    given = {key: value for key, value in settings.items() if kind != "esm1nv" or key not in known}
+    return {**BASE, **known, **other, **given}
+
+
+class _Writer:
+    """Puts random weights into a state."""
+
+    def __init__(self, made: Mapping[str, Any], seed: int) -> None:
+        self.made = made
+        self.state: State = {}
+        self._random = torch.Generator().manual_seed(seed)
+
+    def put(self, name: str, *shape: int) -> None:
+        scale = 1.0 if len(shape) == 1 else 0.2  # norms and biases far from their defaults
+        self.state[name] = scale * torch.randn(shape, generator=self._random)
+
+    def linear(self, name: str, *shape: int) -> None:
+        self.put(f"{name}.weight", *shape)
+        if self.made["bias"]:
+            self.put(f"{name}.bias", shape[0])
+
+    def norm(self, name: str, width: int = HIDDEN) -> None:
+        self.put(f"{name}.weight", width)
+        kind = self.made["normalization"]
+        if kind in ("layernorm", "layernorm1p") or (kind == "low_precision_layernorm" and self.made["bias"]):
+            self.put(f"{name}.bias", width)
+
+    def layer(self, name: str) -> None:
+        made, inner = self.made, self.made["num_attention_heads"] * (self.made["kv_channels"] or HIDDEN // HEADS)
+        self.norm(f"{name}input_layernorm")
+        self.linear(f"{name}self_attention.query_key_value", 3 * inner, HIDDEN)
+        self.linear(f"{name}self_attention.dense", HIDDEN, inner)
+        if made["headscale"]:
+            self.put(f"{name}self_attention.head_scale_tensor", 1, HEADS, 1, 1)
+        self.norm(f"{name}post_attention_layernorm")
+        self.linear(f"{name}mlp.dense_h_to_4h", INNER * (1 + made["activation"].startswith("fast-")), HIDDEN)
+        if made["activation"] in GATES:
+            self.linear(f"{name}mlp.dense_h_to_4h_2", INNER, HIDDEN)
+        if made["transformer_block_type"] == "normformer":
+            self.norm(f"{name}post_attention_normformer_norm")
+            self.norm(f"{name}mlp.normalization", INNER)
+        self.linear(f"{name}mlp.dense_4h_to_h", HIDDEN, INNER)
+
+
+def make_state(kind: str, settings: Mapping[str, Any] = {}, seed: int = 0) -> State:
+    """Random weights by NeMo's names, of one rank; a decoder and heads stand beside the encoder."""
+    writer, bert = _Writer(full(settings, kind), seed), kind == "esm1nv"
+    words = "model.language_model.embedding." if bert else "enc_dec_model.encoder_embedding."
+    stack = "model.language_model.encoder." if bert else "enc_dec_model.enc_dec_model.encoder.model."
+    writer.put(f"{words}word_embeddings.weight", vocabulary(kind), HIDDEN)
+    if writer.made["position_embedding_type"] == "relative":
+        table = "enc_dec_model.encoder_relative_position_embedding.relative_position_embedding.weight"
+        writer.put(table, writer.made["relative_attention_num_buckets"], HEADS)
+    else:
+        writer.put(f"{words}position_embeddings.weight", POSITIONS, HIDDEN)
+    for number in range(LAYERS):
+        writer.layer(f"{stack}layers.{number}.")
+    if writer.made["transformer_block_type"] != "post_ln":
+        writer.norm(f"{stack}final_layernorm")
+    beside = "model.lm_head.dense" if bert else "enc_dec_model.enc_dec_model.decoder.model.layers.0.mlp.dense_h_to_4h"
+    writer.put(f"{beside}.weight", HIDDEN, HIDDEN)
+    if not bert:
+        shared = writer.state[f"{words}word_embeddings.weight"]
+        writer.state["enc_dec_model.decoder_embedding.word_embeddings.weight"] = shared
+        writer.put("enc_dec_model.tokens_head.bias", vocabulary(kind))
+    return writer.state
+
+
+def cut(state: State, ranks: int, settings: Mapping[str, Any], kind: str) -> list[State]:
+    """The weights of each rank, as Megatron's parallel layers keep them."""
+    made = full(settings, kind)
+    shards: list[State] = [{} for _ in range(ranks)]
+    for name, value in state.items():
+        module = name.split(".")[-2] if "." in name else ""
+        rows = module in ("word_embeddings", "query_key_value", "dense_h_to_4h", "dense_h_to_4h_2", "normalization")
+        columns = name.endswith(("self_attention.dense.weight", "mlp.dense_4h_to_h.weight", "head_scale_tensor"))
+        parts = 1
+        if module == "query_key_value" and made["megatron_legacy"]:
+            parts = 3
+        elif module == "dense_h_to_4h" and made["activation"].startswith("fast-"):
+            parts = 2
+        for rank, shard in enumerate(shards):
+            if "decoder" in name or not (rows or columns):
+                shard[name] = value
+            elif columns:
+                shard[name] = value.chunk(ranks, 1)[rank].clone()
+            else:
+                shard[name] = torch.cat([part.chunk(ranks)[rank] for part in value.chunk(parts)])
+    return shards
+
+
+def make_config(kind: str, settings: Mapping[str, Any] = {}, style: str = "flat") -> dict[str, Any]:
+    """The configuration: `flat`, `both` (with the settings in `encoder` again) or `encoder` (there alone)."""
+    smiles = kind == "megamolbart"
+    tokenizer = {"library": "regex" if smiles else "sentencepiece", "model": f"nemo:{uuid.UUID(int=1).hex}_x.model"}
+    tokenizer["vocab_file"] = f"nemo:{uuid.UUID(int=2).hex}_x.vocab"
+    config: dict[str, Any] = {**BASE, **settings, "target": TARGETS[kind], "tokenizer": tokenizer}
+    if style == "flat":
+        return config
+    inner = {key: value for key, value in {**BASE, **settings}.items() if key not in TOP}
+    if style == "encoder":
+        config = {key: value for key, value in config.items() if key not in inner}
+    return {**config, "encoder": {**inner, "arch": "transformer", "tokenizer": {"model": "/old/x.model"}}}
+
+
+def members(kind: str, config: Mapping[str, Any], shards: Sequence[State]) -> dict[str, bytes]:
+    """The files in an archive by name."""
+    smiles = kind == "megamolbart"
+    found = {"model_config.yaml": yaml.safe_dump(dict(config)).encode()}
+    for rank, state in enumerate(shards):
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        name = "model_weights.ckpt" if len(shards) == 1 else f"mp_rank_{rank:02d}/model_weights.ckpt"
+        found[name] = stream.getvalue()
+    found[f"{uuid.UUID(int=1).hex}_x.model"] = EXPRESSION.encode() if smiles else protein_model()
+    found[f"{uuid.UUID(int=2).hex}_x.vocab"] = "\n".join(SMILES_TOKENS).encode() if smiles else b"unused"
+    return found
+
+
+def pack(path: Path, files: Mapping[str, bytes], compressed: bool = False) -> Path:
+    """Writes the archive."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz" if compressed else "w") as tar:
+        for name, content in {".": b"", **{f"./{name}": content for name, content in files.items()}}.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.type = len(content), tarfile.DIRTYPE if name == "." else tarfile.REGTYPE
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write(
+    path: Path,
+    kind: str,
+    settings: Mapping[str, Any] = {},
+    style: str = "flat",
+    ranks: int = 1,
+    seed: int = 0,
+    compressed: bool = False,
+) -> State:
+    """Writes an archive, and gives its weights, those of all ranks together."""
+    state = make_state(kind, settings, seed)
+    config = make_config(kind, {**settings, "tensor_model_parallel_size": ranks}, style)
+    pack(path, members(kind, config, cut(state, ranks, settings, kind)), compressed)
+    return state
+
+
+def expected_states(
+    state: State,
+    kind: str,
+    settings: Mapping[str, Any],
+    ids: Sequence[int],
+    fused: bool = True,
+    ranks: int = 1,
+    layer: int = LAYERS,
+) -> Array:
+    """The hidden states of one sequence, special tokens in, shape (tokens, HIDDEN).
+
+    Args:
+        state: weights, see `make_state`.
+        kind: of model.
+        settings: as they were given.
+        ids: of its tokens.
+        fused: bias and activation are computed together: then the GELU is the approximate one.
+        ranks: of the training.
+        layer: behind which layer; the norm behind the last is behind it alone.
+    """
+    made, value = full(settings, kind), _Values(state)
+    epsilon = float(made["layernorm_epsilon"])
+
+    def norm(x: Array, name: str) -> Array:
+        return _norm(x, value[f"{name}.weight"], value.get(f"{name}.bias"), made["normalization"], epsilon)
+
+    x = value["word_embeddings.weight"][list(ids)]
+    if made["position_embedding_type"] != "relative":
+        x = x + value["position_embeddings.weight"][: len(ids)]
+    for number in range(layer):
+        own = f"layers.{number}."
+        block = made["transformer_block_type"]
+        entered = x if block == "post_ln" else norm(x, f"{own}input_layernorm")
+        attended = _attention(entered, value, own, made, number + 1)
+        if block == "normformer":
+            attended = norm(attended, f"{own}post_attention_normformer_norm")
+        x = x + attended
+        x = norm(x, f"{own}input_layernorm") if block == "post_ln" else x
+        entered = x if block == "post_ln" else norm(x, f"{own}post_attention_layernorm")
+        inner = _activated(entered, value, f"{own}mlp.", made, fused)
+        if block == "normformer":
+            width = INNER // ranks
+            inner = np.concatenate(
+                [_sliced_norm(inner, value, own, made, slice(r * width, (r + 1) * width)) for r in range(ranks)], 1
+            )
+        x = x + _linear(inner, value, f"{own}mlp.dense_4h_to_h")
+        x = norm(x, f"{own}post_attention_layernorm") if block == "post_ln" else x
+    normed = made["transformer_block_type"] == "post_ln" or layer < LAYERS
+    return x if normed else norm(x, "final_layernorm")
+
+
+class _Values:
+    """Weights by the ends of their names, double precision; the decoder's are left out."""
+
+    def __init__(self, state: State) -> None:
+        self._found = {name: value for name, value in state.items() if "decoder." not in name.partition("decoder_")[0]}
+
+    def get(self, end: str) -> Array | None:
+        for name, value in self._found.items():
+            if f".{name}".endswith(f".{end}") and "decoder_embedding" not in name:
+                return np.asarray(value.double().numpy())
+        return None
+
+    def __getitem__(self, end: str) -> Array:
+        found = self.get(end)
+        assert found is not None, end
+        return found
+
+
+def _linear(x: Array, value: _Values, name: str) -> Array:
+    bias = value.get(f"{name}.bias")
+    product: Array = x @ value[f"{name}.weight"].T
+    return product if bias is None else product + bias
+
+
+def _norm(x: Array, weight: Array, bias: Array | None, kind: str, epsilon: float) -> Array:
+    if kind == "rmsnorm":
+        return x / np.sqrt((x**2).mean(1, keepdims=True) + epsilon) * weight
+    centred = x - x.mean(1, keepdims=True)
+    scaled = centred / np.sqrt(x.var(1, keepdims=True) + epsilon) * (weight + (kind == "layernorm1p"))
+    return scaled if bias is None else scaled + bias
+
+
+def _sliced_norm(x: Array, value: _Values, own: str, made: Mapping[str, Any], part: slice) -> Array:
+    bias = value.get(f"{own}mlp.normalization.bias")
+    weight = value[f"{own}mlp.normalization.weight"][part]
+    part_bias = None if bias is None else bias[part]
+    return _norm(x[:, part], weight, part_bias, made["normalization"], float(made["layernorm_epsilon"]))
+
+
+def _attention(x: Array, value: _Values, own: str, made: Mapping[str, Any], number: int) -> Array:
+    fused = _linear(x, value, f"{own}self_attention.query_key_value")
+    size = fused.shape[1] // 3 // HEADS
+    times = number if made["apply_query_key_layer_scaling"] else 1
+    heads = []
+    for head in range(HEADS):
+        if made["megatron_legacy"]:
+            starts = [part * HEADS * size + head * size for part in range(3)]
+        else:
+            starts = [head * 3 * size + part * size for part in range(3)]
+        query, key, values = (fused[:, start : start + size] for start in starts)
+        scores = query @ key.T
+        if made["normalize_attention_scores"]:
+            scores = scores / (np.sqrt(size) * times)
+        if made["position_embedding_type"] == "relative":
+            scores = scores + _relative(len(x), value, made)[:, :, head]
+        scores = scores * times
+        shares = np.exp(scores - scores.max(1, keepdims=True))
+        mixed = shares / shares.sum(1, keepdims=True) @ values
+        scale = value.get(f"{own}self_attention.head_scale_tensor")
+        heads.append(mixed if scale is None else mixed * scale[0, head, 0, 0])
+    return _linear(np.concatenate(heads, 1), value, f"{own}self_attention.dense")
+
+
+def _relative(length: int, value: _Values, made: Mapping[str, Any]) -> Array:
+    """The bias of each pair of positions and head, by the buckets of transformers' T5."""
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    place = torch.arange(length)
+    buckets = T5Attention._relative_position_bucket(
+        place[None] - place[:, None],
+        bidirectional=True,
+        num_buckets=made["relative_attention_num_buckets"],
+        max_distance=made["relative_attention_max_distance"],
+    )
+    return value["relative_position_embedding.weight"][buckets.numpy()]
+
+
+def _activated(x: Array, value: _Values, own: str, made: Mapping[str, Any], fused: bool) -> Array:
+    name, u = made["activation"], _linear(x, value, f"{own}dense_h_to_4h")
+    factors: Array | float = 1.0
+    if name.startswith("fast-"):
+        u, factors = u[:, :INNER], u[:, INNER:]
+    elif name in GATES:
+        factors = _linear(x, value, f"{own}dense_h_to_4h_2")
+    kind = GATES.get(name.removeprefix("fast-"), name)
+    if fused or made["openai_gelu"]:
+        shown = 0.5 * u * (1 + np.tanh(0.7978845608028654 * u * (1 + 0.044715 * u**2)))
+    elif kind == "gelu":
+        shown = 0.5 * u * (1 + erf(u / np.sqrt(2)))
+    elif kind == "approx-gelu":
+        shown = u / (1 + np.exp(-1.702 * u))
+    elif kind == "silu":
+        shown = u / (1 + np.exp(-u))
+    else:
+        shown = np.maximum(u, 0) ** (2 if kind == "squared-relu" else 1)
+    return np.asarray(shown * factors)
