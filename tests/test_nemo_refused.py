@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from tests.support.nemo_states import assert_states
 
 # A setting, or a weight's name, that is refused, and what the message says.
 REFUSED = [
-    ("esm1nv", {"bert_binary_head": True}, "bert_binary_head: expected false, found 'True', which is not read"),
+    ("esm1nv", {"bert_binary_head": True}, "bert_binary_head: expected false, found True, which is not read"),
     ("esm1nv", {"use_esm_attention": True}, "use_esm_attention: expected false"),
     ("esm1nv", {"esm_gelu": True}, "esm_gelu: expected false"),
     ("esm1nv", {"embedding_token_dropout": True}, "embedding_token_dropout: expected false"),
@@ -55,19 +56,19 @@ REFUSED = [
     ("prott5nv", {"num_moe_experts": 4}, "num_moe_experts: expected 1, no mixture of experts"),
     ("prott5nv", {"tokenizer": {"library": "huggingface"}}, "expected sentencepiece or regex, found 'huggingface'"),
     ("prott5nv", {"tokenizer": "x"}, "expected the settings of tokenizer, found 'x'"),
-    ("prott5nv", {"hidden_size": 32}, "hidden_size: expected 16, as the weights have, found '32'"),
+    ("prott5nv", {"hidden_size": 32}, "hidden_size: expected 16, as the weights have, found 32"),
     ("prott5nv", {"num_layers": 10**9}, "num_layers: expected 2, as the weights have"),
     ("prott5nv", {"ffn_hidden_size": 16}, "ffn_hidden_size: expected 24"),
     ("prott5nv", {"max_position_embeddings": 512}, "max_position_embeddings: expected 40"),
-    ("prott5nv", {"num_attention_heads": 3}, "num_attention_heads: expected a divisor of 16, found '3'"),
-    ("prott5nv", {"num_attention_heads": None}, "num_attention_heads: expected a number, found 'None'"),
+    ("prott5nv", {"num_attention_heads": 3}, "num_attention_heads: expected a divisor of 16, found 3"),
+    ("prott5nv", {"num_attention_heads": None}, "num_attention_heads: expected a number, found None"),
     ("prott5nv", {"kv_channels": 8}, "expected the shape (96, 16), found (48, 16)"),
     ("prott5nv", {"layernorm_epsilon": "${trainer.eps}"}, "layernorm_epsilon: expected a number, found '${trainer"),
     ("prott5nv", {"bias": "yes"}, "bias: expected true or false, found 'yes'"),
     ("prott5nv", {"bias": False, "bias_gelu_fusion": False}, "beside them"),
     ("prott5nv", {"headscale": True}, "lacks layers.0.self_attention.head_scale_tensor"),
     ("prott5nv", {"pipeline_model_parallel_size": 2}, "expected weights that are not cut into stages of a pipeline"),
-    ("prott5nv", {"seq_length": 0}, "seq_length: expected a whole number from 1 on, found '0'"),
+    ("prott5nv", {"seq_length": 0}, "seq_length: expected a whole number from 1 on, found 0"),
     ("esm1nv", {"seq_length": 2}, "expected room for more than 2 special tokens, found 2"),
     ("esm1nv", "model.encoder.layers.0.self_attention.linear_qkv.weight", "layers of Megatron Core"),
     ("esm1nv", "model.output_layer.weight", "is no weight of the models that are read"),
@@ -105,7 +106,7 @@ class Code:
         self.path = path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
+        return os.system, (f"touch {self.path}",)
 
 
 Files = dict[str, bytes]
@@ -134,6 +135,8 @@ def moved(files: Files, old: str, new: str) -> None:
 
 
 WORDS, FIRST = "encoder_embedding.word_embeddings.weight", "enc_dec_model.enc_dec_model.encoder.model.layers.0."
+ENDLESS = "a0: &a0 [x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{','.join([f'*a{n}'] * 9)}]\n" for n in range(12))
+ENDLESS += "tokenizer: *a12"
 # What is done to the files of an archive, of two ranks or of one, and what the message says.
 BROKEN: dict[str, tuple[Callable[[Files], object], str]] = {
     "empty": (lambda files: files.clear(), "expected 'model_config.yaml' in the archive, found no file"),
@@ -144,6 +147,10 @@ BROKEN: dict[str, tuple[Callable[[Files], object], str]] = {
     "code in YAML": (
         lambda files: files.update({CONFIG: b"a: !!python/object/apply:os.system ['touch ran']"}),
         "expected YAML, found none (could not determine a constructor",
+    ),
+    "endless settings": (
+        lambda files: files.update({CONFIG: ENDLESS.encode()}),
+        "expected the settings of tokenizer, found [[[[",
     ),
     "no tokenizer settings": (lambda files: changed(files, tokenizer=None), "expected the settings of tokenizer"),
     "no weights": (lambda files: files.pop(WEIGHTS), "expected model_weights.ckpt, found model_config.yaml"),
@@ -156,7 +163,10 @@ BROKEN: dict[str, tuple[Callable[[Files], object], str]] = {
         "found the folder model_weights/ of a distributed checkpoint",
     ),
     "truncated weights": (lambda files: files.update({WEIGHTS: files[WEIGHTS][:5000]}), "is damaged (RuntimeError"),
-    "text for weights": (lambda files: files.update({WEIGHTS: b"weights\n"}), "expected 'model_weights.ckpt' to hold"),
+    "text for weights": (
+        lambda files: files.update({WEIGHTS: b"weights\n"}),
+        "'model_weights.ckpt': expected weights alone, found other objects, or damage",
+    ),
     "empty weights": (lambda files: files.update({WEIGHTS: b""}), "'model_weights.ckpt' is damaged (EOFError"),
     "a list for weights": (
         lambda files: files.update({WEIGHTS: saved([torch.ones(1)])}),
@@ -194,6 +204,10 @@ BROKEN: dict[str, tuple[Callable[[Files], object], str]] = {
     "NaN": (
         lambda files: weights(files, lambda s: s[f"{FIRST}input_layernorm.weight"].fill_(torch.nan)),
         "'layers.0.input_layernorm.weight': expected finite numbers, found others",
+    ),
+    "no vocabulary": (
+        lambda files: changed(files, tokenizer={**yaml.safe_load(files[CONFIG])["tokenizer"], "vocab_file": None}),
+        "tokenizer.vocab_file: expected the name of a file, found None",
     ),
     "no tokenizer": (lambda files: moved(files, "_x.model", "_y.model"), "expected 'nemo:00000000000000000000000000"),
     "an empty tokenizer": (
@@ -275,8 +289,10 @@ def test_code_in_the_weights_is_not_run(protocol: str, tmp_path: Path) -> None:
     content = {**nemo.make_state("esm1nv"), "more": Code(ran)}
     files = nemo.members("esm1nv", nemo.make_config("esm1nv"), [{}])
     files[WEIGHTS] = saved(content) if protocol == "zip" else pickle.dumps(content)
+    message = "'model_weights.ckpt': expected weights alone, found "
+    message += "posix.system" if protocol == "zip" else "other objects, or damage"
     for trust in (False, True):
-        nemo.refused(nemo.pack(tmp_path / "x.nemo", files), "'model_weights.ckpt'", trust_pickle=trust)
+        nemo.refused(nemo.pack(tmp_path / "x.nemo", files), message, trust_pickle=trust)
     assert not ran.exists()
 
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import tarfile
 import tempfile
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from typing import IO, Any
 import torch
 import yaml
 
-from pipeline.checkpoints.nemo_options import MODELS, Settings, most_tokens, read_options
+from pipeline.checkpoints.nemo_options import MODELS, Settings, most_tokens, read_options, shown
 from pipeline.checkpoints.nemo_weights import encoder_weights, fill, is_bert
 from pipeline.checkpoints.stored import Format
 from pipeline.encoders.megatron import MegatronOptions
@@ -32,6 +33,7 @@ from pipeline.errors import CheckpointError
 
 CONFIGURATION, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 RANK = re.compile(rf"mp_rank_(\d+)/{re.escape(WEIGHTS)}")
+GLOBAL = re.compile(r"GLOBAL (\S+)")  # in torch's message on a class or function that is not read
 BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -83,7 +85,7 @@ class _Archive:
             found = found["model"]
         if not isinstance(found, Mapping):
             expected = "expected the settings of a model"
-            raise CheckpointError(f"{self.where}: {CONFIGURATION}: {expected}, found {str(found)[:60]!r}")
+            raise CheckpointError(f"{self.where}: {CONFIGURATION}: {expected}, found {shown(found)}")
         return Settings(found, f"{self.where}: {CONFIGURATION}")
 
     def shards(self, config: Settings) -> list[dict[str, Any]]:
@@ -116,7 +118,7 @@ class _Archive:
         """The name of the member that a setting of the tokenizer refers to."""
         value = tokenizer.get(key)
         if not isinstance(value, str) or not value:
-            raise CheckpointError(f"{tokenizer.where}.{key}: expected the name of a file, found {value!r}")
+            raise CheckpointError(f"{tokenizer.where}.{key}: expected the name of a file, found {shown(value)}")
         if value.startswith("nemo:"):
             fitting = [name for name in self._members if name == value.removeprefix("nemo:")]
         else:
@@ -155,13 +157,14 @@ class _Archive:
 
     def _weights(self, name: str) -> dict[str, Any]:
         """What a member holds by name, tensors on the CPU; read piece by piece, so that it is in memory once."""
-        with self._open(name) as stream:
+        with self._open(name) as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what the file seems to be; the error below names it
             try:
                 found = torch.load(stream, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as error:
-                expected = f"expected '{name}' to hold weights alone"
-                reason = str(error).splitlines()[0] if str(error) else "no reason given"
-                raise CheckpointError(f"{self.where}: {expected}, found other objects or damage ({reason})") from error
+                named = GLOBAL.search(str(error))
+                found = named[1] if named else "other objects, or damage"
+                raise CheckpointError(f"{self.where}: '{name}': expected weights alone, found {found}") from error
             except Exception as error:  # damaged bytes may raise anything
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise CheckpointError(f"{self.where}: '{name}' is damaged ({reason})") from error

@@ -5,6 +5,7 @@ Names and defaults are NeMo's. A setting that is null counts as missing.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,11 @@ OUTWARD = "layers.0.mlp.dense_4h_to_h.weight"
 FUSED = ("gelu", "geglu", "fast-geglu")  # the activations that NeMo computes together with the bias
 
 
+def shown(value: object) -> str:
+    """The beginning of a value, for a message; a file of a few lines may hold one that is endless when written out."""
+    return reprlib.repr(value)[:80]
+
+
 class Settings:
     """Some settings, read with their types; `where` begins a message about one."""
 
@@ -70,7 +76,7 @@ class Settings:
         """The settings below a key. Raises CheckpointError where there are none."""
         value = self.get(key)
         if not isinstance(value, Mapping):
-            raise CheckpointError(f"{self.where}: expected the settings of {key}, found {str(value)[:60]!r}")
+            raise CheckpointError(f"{self.where}: expected the settings of {key}, found {shown(value)}")
         return Settings(value, f"{self.where}: {key}")
 
     def number(self, key: str, default: int | None) -> int:
@@ -103,7 +109,7 @@ class Settings:
 
     def error(self, key: str, expected: str, found: object) -> CheckpointError:
         """The error for a setting that is not as expected."""
-        return CheckpointError(f"{self.where}: {key}: {expected}, found {str(found)[:60]!r}, which is not read")
+        return CheckpointError(f"{self.where}: {key}: {expected}, found {shown(found)}, which is not read")
 
     def _number(self, key: str, default: float | None) -> float:
         value = self.get(key) if self.get(key) is not None else default
