@@ -14,6 +14,7 @@ from pipeline.errors import CheckpointError
 
 STEP = re.compile(r"(?:^|[^a-z])(?:step|checkpoint|ckpt|iter|iteration)[=_-]?(\d{1,18})(?!\.?\d)", re.IGNORECASE)
 MOST_STEPS = 2**63 - 1  # that trackers take
+SUFFIXES = (".ckpt", ".nemo")  # of files that hold a checkpoint; they are no part of its name
 
 
 def expand(ckpt: str) -> list[str]:
@@ -32,7 +33,7 @@ def expand(ckpt: str) -> list[str]:
         matches = [pattern]
         if glob.has_magic(pattern) and not path.exists():
             every = glob.glob(str(path), recursive=True)  # noqa: PTH207
-            matches = [match for match in every if match.endswith(".ckpt") or Path(match).is_dir()]
+            matches = [match for match in every if match.endswith(SUFFIXES) or Path(match).is_dir()]
         if not matches:
             raise CheckpointError(f"ckpt: no checkpoint matches '{pattern}'")
         found += sorted(matches, key=lambda name: [(len(part), part) for part in re.split(r"(\d+)", name)])
@@ -63,7 +64,7 @@ def step_of(ckpt: str, encoder: Encoder) -> int | None:
 def name_of(ckpt: str) -> str:
     """What a checkpoint is called: the last part of a path, or an MLflow URI without its scheme."""
     place = re.sub(r"^\w+:/+", "", ckpt).rstrip("/")
-    return (place if place != ckpt.rstrip("/") else Path(place).name).removesuffix(".ckpt") or "checkpoint"
+    return _without_suffix(place if place != ckpt.rstrip("/") else Path(place).name) or "checkpoint"
 
 
 def with_step(name: str, step: int | None) -> str:
@@ -77,9 +78,13 @@ def names_of(ckpts: Sequence[str]) -> list[str]:
     names = [name_of(ckpt) for ckpt in ckpts]
     if len(set(names)) == len(names):
         return names
-    parts = [Path(ckpt.removesuffix(".ckpt")).parts for ckpt in ckpts]
+    parts = [Path(_without_suffix(ckpt)).parts for ckpt in ckpts]
     shared = next(place for place in range(max(map(len, parts))) if len({part[: place + 1] for part in parts}) > 1)
     return ["/".join(part[shared:]) for part in parts]
+
+
+def _without_suffix(name: str) -> str:
+    return name[:-5] if name.endswith(SUFFIXES) else name
 
 
 def _trainer_step(folder: Path) -> int | None:
