@@ -19,6 +19,7 @@ from torch import nn
 
 from pipeline.__main__ import main
 from pipeline.checkpoints.names import expand, name_of, step_of
+from pipeline.encoders.megatron_encoder import MegatronEncoder
 from pipeline.errors import ConfigError
 from tests.support import nemo
 from tests.support.data import proteins, write_csv
@@ -262,6 +263,32 @@ def test_the_digest_changes_with_all_that_states_depend_on(tmp_path: Path) -> No
     assert len(set(digests)) == len(digests)
     nemo.write(tmp_path / "again.nemo", "prott5nv", compressed=True, style="both")
     assert nemo.opened(tmp_path / "again.nemo").digest == first
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+@pytest.mark.parametrize("norm", ["layernorm", "layernorm1p"])
+def test_random_weights_for_the_baseline(norm: str, layer: int | None, tmp_path: Path) -> None:
+    """Drawn from the seed alone, as Megatron draws them: normal, norms that change nothing else, biases 0."""
+    made = {"normalization": norm, "headscale": True, "init_method_std": "3e-2"}
+    nemo.write(tmp_path / "x.nemo", "prott5nv", made)
+    encoder = nemo.opened(tmp_path / "x.nemo", layer=layer)
+    before = torch.random.get_rng_state()
+    first, again, other = (encoder.untrained(seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert isinstance(first, MegatronEncoder)
+    assert first.digest == again.digest
+    assert len({first.digest, other.digest, encoder.digest}) == 3
+    assert (first.max_seq_length, first.layer) == (encoder.max_seq_length, layer)
+    state = first.model.state_dict()
+    assert state.keys() == encoder.model.state_dict().keys()
+    assert 0.025 < state["word_embeddings.weight"].std() < 0.035  # of 512 values: 5 standard errors
+    assert 0.012 < state["layers.0.mlp.dense_4h_to_h.weight"].std() < 0.018  # less by the root of twice the layers
+    assert state["layers.0.mlp.dense_4h_to_h.bias"].count_nonzero() == 0
+    states = first.hidden_states([PROTEINS[0]])[0]
+    assert torch.equal(states, again.hidden_states([PROTEINS[0]])[0])
+    if layer is None:
+        plain = nn.functional.layer_norm(states, states.shape[-1:])  # the last norm leaves nothing to it
+        assert distance(states, plain) < 1e-3
 
 
 def test_an_archive_is_known_by_its_content(tmp_path: Path) -> None:

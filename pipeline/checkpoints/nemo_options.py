@@ -153,6 +153,7 @@ def read_options(
         layer_scaling=settings.flag("apply_query_key_layer_scaling", True),
         normalised=settings.flag("normalize_attention_scores", True),
         inner_slices=ranks,
+        initial_std=_initial_std(settings),
         **_positions(config, settings, bert, weights),
         **({"activation": _gelu(config.flag("bias_gelu_fusion", True))} if bert else _kinds(config, settings)),
     )
@@ -260,6 +261,14 @@ def _is_fused(config: Settings, settings: Settings) -> bool:
         return settings.flag("bias_activation_fusion", True)
     keys = [key for key in ("bias_gelu_fusion", "bias_activation_fusion") if config.get(key) is not None]
     return config.flag(keys[0] if keys else "bias", True)
+
+
+def _initial_std(settings: Settings) -> float:
+    """That of a training's first weights; one that is no such number is no reason to refuse those of its end."""
+    try:
+        return settings.fraction("init_method_std", 0.02)
+    except CheckpointError:
+        return 0.02
 
 
 def _gelu(fused: bool) -> str:

@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "squared-relu": lambda values: functional.relu(values).square(),
     "approx-gelu": lambda values: values * torch.sigmoid(1.702 * values),
 }
+OUTWARD = ("self_attention.dense.weight", "mlp.dense_4h_to_h.weight")  # of layers whose output is added to a residual
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class MegatronOptions:
         normalised: whether scores are divided by the root of d.
         head_scale: whether each head's output has a factor.
         inner_slices: of the F values, each normalised for itself in `normformer`, as each rank did in the training.
+        initial_std: of the weights that a training starts from; hidden states do not depend on it.
     """
 
     vocabulary: int
@@ -72,6 +74,7 @@ class MegatronOptions:
     normalised: bool = True
     head_scale: bool = False
     inner_slices: int = 1
+    initial_std: float = 0.02
 
 
 class Norm(nn.Module):
@@ -204,6 +207,25 @@ class MegatronModel(nn.Module):
             self.position_embeddings = nn.Embedding(options.positions, options.hidden_size)
         self.layers = nn.ModuleList(Layer(options, number + 1) for number in range(options.num_layers))
         self.final_layernorm = Norm(options.hidden_size, options) if options.block != "post_ln" else None
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Gives all weights the random values that Megatron starts a training from.
+
+        Layers whose output is added to a residual have smaller ones, the more layers there are. Norms and the factors
+        of heads leave values as they are.
+        """
+        std, outward = self.options.initial_std, self.options.initial_std / math.sqrt(2 * self.options.num_layers)
+        as_is = 0.0 if self.options.norm == "layernorm1p" else 1.0
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                weight.zero_()
+            elif name.endswith("head_scale_tensor"):
+                weight.fill_(1.0)
+            elif weight.dim() == 1:
+                weight.fill_(as_is)
+            else:
+                weight.normal_(0.0, outward if name.endswith(OUTWARD) else std)
 
     def shorten(self, layer: int) -> None:
         """Removes the layers above `layer`, and the norm behind the last."""

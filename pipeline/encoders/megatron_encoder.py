@@ -59,7 +59,9 @@ class MegatronEncoder(Encoder):
     def digest(self) -> str:  # type: ignore[override]  # mypy: read-only, though a cached property can be set
         """See `Encoder`. Computed when it is first used: all weights are read."""
         weights = weights_digest(self.model.state_dict().items())
-        options = json.dumps(asdict(self.model.options), sort_keys=True)
+        known = asdict(self.model.options)
+        del known["initial_std"]  # which a trained model has no more of
+        options = json.dumps(known, sort_keys=True)
         where = "" if self.precision == "fp32" else self.device.type  # as for other models: see `model_digest`
         what = ["megatron", VERSION, weights, options, self.tokens.digest, self.precision, where, self.layer]
         return hashlib.sha256("\n".join(map(str, what)).encode()).hexdigest()
@@ -91,6 +93,15 @@ class MegatronEncoder(Encoder):
     def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
         """See `Encoder.count_unknown`; of a protein, residues are counted."""
         return [self.tokens.count_unknown(sequence) for sequence in sequences]
+
+    def untrained(self, seed: int) -> Encoder:
+        """See `Encoder.untrained`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = MegatronModel(self.model.options)
+            model.draw()
+        options = EncoderOptions(device=str(self.device), precision=self.precision, layer=self.layer)
+        return MegatronEncoder(model.requires_grad_(False), self.tokens, options, self.most_tokens)
 
     def why_unknown(self, sequence: str) -> str:
         """See `Encoder.why_unknown`."""
