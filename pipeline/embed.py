@@ -130,6 +130,7 @@ class _Level:
         self.table = store.table(encoder.digest, self.pooling, encoder.hidden_size, encoder.reusable)
         self.texts = _texts([one for one in examples if one.task.level == level])
         self.memory_bytes, self.reusable = store.memory_bytes, encoder.reusable
+        self._per_character = encoder.per_character
 
     def look_up(self) -> None:
         """Reads stored rows, and finds the missing sequences; damaged shards are dropped, and theirs are missing."""
@@ -159,6 +160,7 @@ class _Level:
         if self.pooling == "mean":
             found = {key: rows.mean(0, keepdim=True) for key, rows in found.items()}
         else:
+            found = {key: self._per_character(self.texts[key], rows) for key, rows in found.items()}
             for key, rows in found.items():
                 if len(rows) != len(self.texts[key]):
                     raise CheckpointError(misaligned(self.texts[key], len(rows)))

@@ -275,7 +275,7 @@ SETTINGS: list[tuple[str, Any, str, str]] = [
     ("ckpt", "", "ckpt", "ckpt: "),
     ("ckpt", "/nowhere/esm", "ckpt", "ckpt: '/nowhere/esm' does not exist"),
     ("ckpt", "sample/chekpoint", "ckpt", "ckpt: 'sample/chekpoint' does not exist"),
-    ("ckpt", "esm1nv.nemo", "ckpt", "ckpt: 'esm1nv.nemo': .nemo archives are not read yet"),
+    ("ckpt", "esm1nv.nemo", "ckpt", "ckpt: 'esm1nv.nemo' does not exist"),
     ("ckpt", "data/train/x000.csv", "ckpt", "ckpt: expected a model folder or a file of weights, found the file "),
     ("ckpt", "runs:/0123/model", "ckpt", "ckpt: 'runs:/0123/model' cannot be downloaded"),
     ("task", {"infer_target": "prott5"}, "ckpt", "infer_target 'prott5' is for t5 or mt5, but '{ckpt}' is esm"),

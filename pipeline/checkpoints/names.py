@@ -13,8 +13,9 @@ from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError
 
 STEP = re.compile(r"(?:^|[^a-z])(?:step|checkpoint|ckpt|iter|iteration)[=_-]?(\d{1,18})(?!\.?\d)", re.IGNORECASE)
-SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")  # of files of weights
 MOST_STEPS = 2**63 - 1  # that trackers take
+# Of files that hold a checkpoint; they are no part of its name.
+SUFFIXES = (".ckpt", ".nemo", ".pt", ".pth", ".bin", ".safetensors")
 
 
 def expand(ckpt: str) -> list[str]:
@@ -33,7 +34,7 @@ def expand(ckpt: str) -> list[str]:
         matches = [pattern]
         if glob.has_magic(pattern) and not path.exists():
             every = glob.glob(str(path), recursive=True)  # noqa: PTH207
-            kinds = {".ckpt", path.suffix if path.suffix in SUFFIXES else ".ckpt"}
+            kinds = {".ckpt", ".nemo", path.suffix if path.suffix in SUFFIXES else ".ckpt"}
             matches = [match for match in every if Path(match).suffix in kinds or Path(match).is_dir()]
         if not matches:
             raise CheckpointError(f"ckpt: no checkpoint matches '{pattern}'")

@@ -18,7 +18,8 @@ from pipeline.checkpoints.bare import BARE
 from pipeline.checkpoints.distributed import DISTRIBUTED
 from pipeline.checkpoints.folder import FOLDER
 from pipeline.checkpoints.lightning import LIGHTNING
-from pipeline.checkpoints.names import expand
+from pipeline.checkpoints.names import SUFFIXES, expand
+from pipeline.checkpoints.nemo import NEMO
 from pipeline.checkpoints.stored import Format, Stored
 from pipeline.config.class_paths import encoder_class, import_class
 from pipeline.encoders.checks import malformed
@@ -33,7 +34,7 @@ from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 
-FORMATS = (FOLDER, ACCELERATE, DISTRIBUTED, LIGHTNING)  # the first that holds a path reads it
+FORMATS = (FOLDER, NEMO, ACCELERATE, DISTRIBUTED, LIGHTNING)  # the first that holds a path reads it
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 REMEDY = "give a model folder, a .ckpt, a hub id or an MLflow URI"
 
@@ -42,7 +43,8 @@ def open_encoder(ckpt: str, options: EncoderOptions = EncoderOptions()) -> Encod
     """The encoder in a stored checkpoint.
 
     Args:
-        ckpt: a Hugging Face folder or hub id, a Lightning `.ckpt`, or an MLflow URI (`runs:/`, `models:/`).
+        ckpt: a Hugging Face folder or hub id, a Lightning `.ckpt`, a `.nemo` archive, or an MLflow URI (`runs:/`,
+            `models:/`).
         options: how it is opened. The module that a `model_factory` makes is treated as a module in training; see
             `LiveModel`.
 
@@ -59,6 +61,8 @@ def open_encoder(ckpt: str, options: EncoderOptions = EncoderOptions()) -> Encod
     stored_as, source = _locate(ckpt)
     with _at_fault(ckpt, source):
         stored = stored_as.read(source, options, factory)
+        if not isinstance(stored, Stored):
+            return stored
         if stored.factory is not None:
             encoder: Encoder = _of_module(stored, options)
         else:
@@ -112,10 +116,6 @@ def _locate(ckpt: str) -> tuple[Format, str]:
     if not ckpt:
         raise CheckpointError(f"ckpt: expected a checkpoint, found nothing; {REMEDY}")
     path = Path(ckpt).expanduser()
-    if ckpt.endswith(".nemo"):
-        raise CheckpointError(
-            f"ckpt: '{ckpt}': .nemo archives are not read yet; export the model as a Hugging Face folder"
-        )
     if path.exists():
         return _found_in(path, ckpt)
     several = expand(ckpt) if glob.has_magic(ckpt) or "," in ckpt else []
@@ -123,7 +123,7 @@ def _locate(ckpt: str) -> tuple[Format, str]:
         return _locate(several[0])
     if len(several) > 1:
         raise CheckpointError(f"ckpt: expected one checkpoint, '{ckpt}' names {len(several)}; open them one by one")
-    if HUB_ID.fullmatch(ckpt) and not ckpt.startswith(".") and not ckpt.endswith(".ckpt"):
+    if HUB_ID.fullmatch(ckpt) and not ckpt.startswith(".") and not ckpt.endswith(SUFFIXES):
         return FOLDER, ckpt
     raise CheckpointError(f"ckpt: '{ckpt}' does not exist; {REMEDY}")
 

@@ -19,6 +19,7 @@ from pipeline.encoders.code_digest import class_name
 from pipeline.encoders.description import described_tokenizer, fresh, load_tokenizer, rebuild
 from pipeline.encoders.internals import uncompiled
 from pipeline.encoders.options import EncoderOptions
+from pipeline.encoders.protocol import Encoder
 from pipeline.encoders.weights import check_unexpected, matching_prefix
 from pipeline.errors import CheckpointError
 
@@ -56,10 +57,11 @@ class Format:
         holds: whether a path is a checkpoint in this format, by its content.
         read: reads the checkpoint at a path, or of a hub id. Its last argument is the user's code that makes the
             module; None for a class of transformers. Raises CheckpointError where weights are missing or left over.
+            A format that is of one kind of model gives its `Encoder` itself.
     """
 
     holds: Callable[[Path], bool]
-    read: Callable[[str, EncoderOptions, Any], Stored]
+    read: Callable[[str, EncoderOptions, Any], Stored | Encoder]
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class HuggingFaceEncoder(Encoder):
         """
         config: Any = model.config
         self.as_is, self.maker = as_is, maker
-        self.layer = _find_layer(options.layer, config)
+        self.layer = find_layer(options.layer, config)
         self.device = next(model.parameters()).device if as_is else find_device(options.device)
         self.precision = find_precision(options.precision, self.device)
         self.tokens = Tokens(tokenizer)
@@ -202,7 +202,7 @@ def _layers(config: Any) -> int:
     return int(count)
 
 
-def _find_layer(layer: int | None, config: Any) -> int | None:
+def find_layer(layer: int | None, config: Any) -> int | None:
     """A layer's number from 0 on; None for the last."""
     if layer is None:
         return None

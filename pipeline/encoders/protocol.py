@@ -41,6 +41,10 @@ class Encoder(Protocol):
         """The hidden states of the real tokens of each sequence, float32, each of shape (tokens, hidden_size)."""
         ...
 
+    def per_character(self, sequence: str, states: Tensor) -> Tensor:  # noqa: ARG002
+        """The states of each character of a sequence, from those of its tokens: by default a character is a token."""
+        return states
+
     def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
         """For each sequence, how many of its tokens are unknown, and how many it has: by default one per character."""
         return [(0, len(sequence)) for sequence in sequences]
