@@ -10,6 +10,7 @@ import glob
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def open_encoder(ckpt: str, options: EncoderOptions = EncoderOptions()) -> Encod
         if factory is not None:
             raise ConfigError("give a class of your own in infer_target, or model_factory, not both")
         no_layer(options.layer, options.infer_target)
-        return CustomEncoder.from_checkpoint(own, _locate(ckpt)[1], find_device(options.device))
+        custom = CustomEncoder.from_checkpoint(own, _locate(ckpt)[1], find_device(options.device))
+        return custom.with_pooling(options.pooling)
     stored_as, source = _locate(ckpt)
     with _at_fault(ckpt, source):
         stored = stored_as.read(source, options, factory)
@@ -81,7 +83,7 @@ def _of_module(stored: Stored, options: EncoderOptions, factory: Any) -> Encoder
     code = code_digest(factory)
     maker = None if code is None else f"{class_name(factory)} {code}"
     live = LiveModel(module, options.infer_target, stored.tokenizer, mode=PLAIN, maker=maker)
-    return live.encoder(module, EncoderOptions(precision=options.precision, layer=options.layer))
+    return live.encoder(module, replace(options, device="auto"))
 
 
 @contextmanager
