@@ -50,7 +50,7 @@ class CustomEncoder(Encoder):
         for name in ("hidden_states",) if probe is not None else ("hidden_size", "hidden_states"):
             if not hasattr(inner, name):
                 raise CheckpointError(f"infer_target: {type(inner).__name__} has no '{name}'; see pipeline.Encoder")
-        self.inner = inner
+        self.inner, self._owner = inner, owner or type(inner)
         self.context = context
         for name in OPTIONAL:
             if hasattr(inner, name):
@@ -59,7 +59,7 @@ class CustomEncoder(Encoder):
         self.reusable = digest is not None and bool(getattr(inner, "reusable", True))
         self.digest = digest or f"no digest {uuid4().hex}"
         if digest is None:
-            self.notes = (*self.notes, no_reuse(owner or type(inner), "embeddings are made"))
+            self.notes = (*self.notes, no_reuse(self._owner, "embeddings are made"))
         self.device = torch.device(getattr(inner, "device", device))
         size = getattr(inner, "hidden_size", None)
         self.hidden_size = int(size) if size is not None else self._found_size(probe or "")
@@ -93,8 +93,9 @@ class CustomEncoder(Encoder):
 
     def with_pooling(self, pooling: str) -> CustomEncoder:
         """This encoder, to be pooled so. Raises CheckpointError where the user's code has no state for `cls`."""
-        if pooling == "cls" and not hasattr(self.inner, "states_from_first"):
-            raise no_first(f"{type(self.inner).__name__} has no states_from_first(sequences)")
+        own = getattr(self.inner, "states_from_first", None)
+        if pooling == "cls" and getattr(own, "__func__", own) in (None, Encoder.states_from_first):
+            raise no_first(f"{self._owner.__name__} has no states_from_first(sequences)")
         self.pooling = pooling
         return self
 

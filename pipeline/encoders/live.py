@@ -102,8 +102,8 @@ class LiveModel:
 
         Args:
             module: the same as at first.
-            options: device, precision, layer and pooling are used. The device `auto` is the module's own; a module that is
-                run as it is stays where it is. A user's own code decides for itself on precision and layer.
+            options: device, precision, layer and pooling are used. The device `auto` is the module's own; a module that
+                is run as it is stays where it is. A user's own code decides for itself on precision and layer.
             probe: a sequence to find out the hidden size with, where the module does not have it.
 
         Raises:

@@ -2,8 +2,8 @@
 
 Linear layers then see real tokens alone, and attention runs within each sequence, without a mask. A model takes part if
 its hidden states on a probe stay the same: positions must be an argument, absolute (ESM, BERT, BART) or relative (T5),
-and attention plain, or causal (GPT-2, Llama). An activation that the model computes in several operations, each over all values of a layer, is
-replaced by a single operation where that gives the same, too.
+and attention plain, or causal (GPT-2, Llama). An activation that the model computes in several operations, each over
+all values of a layer, is replaced by a single operation where that gives the same, too.
 """
 
 from __future__ import annotations
