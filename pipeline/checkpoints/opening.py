@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoints.deepspeed import DEEPSPEED
 from pipeline.checkpoints.folder import FOLDER
 from pipeline.checkpoints.lightning import LIGHTNING
 from pipeline.checkpoints.names import expand
@@ -31,7 +32,7 @@ from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 
-FORMATS = (FOLDER, LIGHTNING)  # the first that holds a path reads it
+FORMATS = (DEEPSPEED, FOLDER, LIGHTNING)  # the first that holds a path reads it
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 REMEDY = "give a model folder, a .ckpt, a hub id or an MLflow URI"
 
