@@ -109,7 +109,7 @@ def _latest(folder: Path) -> Path:
         name = path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"ckpt: '{path}' cannot be read ({error}); name the checkpoint's own folder") from error
-    if not name or Path(name).name != name or not (folder / name).is_dir():
+    if name in ("", "..") or Path(name).name != name or not (folder / name).is_dir():
         beside = sorted(found.parent.name for found in folder.glob(f"*/{FILES}"))
         remedy = f"name another: '{folder / beside[-1]}'" if beside else REMEDY
         raise CheckpointError(f"ckpt: '{path}': expected the name of a folder beside it, found {name[:60]!r}; {remedy}")
@@ -142,11 +142,11 @@ def _weights(files: _Files, content: Mapping[str, Any], options: EncoderOptions)
     shapes = content.get("param_shapes")
     if not files.is_zero_3 and not shapes:  # ZeRO 0
         return module
-    if isinstance(shapes, Mapping):
-        shapes = [shapes]  # as early releases have it
-    if not shapes:
-        raise CheckpointError(f"ckpt: '{files.model[0]}': expected param_shapes in it, found none; {REMEDY}")
-    parts = _in_optimizers(files, list(shapes), content, options)
+    groups = [shapes] if isinstance(shapes, Mapping) else list(shapes or [])  # the former in early releases
+    if not groups or not all(isinstance(group, Mapping) for group in groups):
+        expected = "expected param_shapes, the shapes of weights by name, in it"
+        raise CheckpointError(f"ckpt: '{files.model[0]}': {expected}, found {shapes!r:.60}; {REMEDY}")
+    parts = _in_optimizers(files, groups, content, options)
     found = {**module, **_frozen(files, content, options), **parts}
     for alias, name in dict(content.get("shared_params") or {}).items():
         if name in found:
@@ -188,7 +188,8 @@ def _vectors(files: _Files, rank: int, groups: int, options: EncoderOptions) -> 
     fits = isinstance(found, (list, tuple)) and all(isinstance(one, Tensor) and one.dim() == 1 for one in found)
     if not fits or (not files.is_zero_3 and len(found) != groups):
         what = "vectors" if files.is_zero_3 else f"{groups} vectors"
-        raise CheckpointError(f"ckpt: '{path}': {key}: expected {what}, found {type(found).__name__}; {REMEDY}")
+        other = f"{len(found)}" if fits else f"a {type(found).__name__}"
+        raise CheckpointError(f"ckpt: '{path}': {key}: expected {what}, found {other}; {REMEDY}")
     vectors: Vectors = [one.detach() for one in found]
     return vectors
 

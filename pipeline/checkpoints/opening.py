@@ -30,6 +30,7 @@ from pipeline.encoders.internals import panics_as_errors
 from pipeline.encoders.live import PLAIN, LiveModel
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
+from pipeline.encoders.weights import check_finite
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 
 FORMATS = (DEEPSPEED, FOLDER, LIGHTNING)  # the first that holds a path reads it
@@ -59,6 +60,7 @@ def open_encoder(ckpt: str, options: EncoderOptions = EncoderOptions()) -> Encod
     stored_as, source = _locate(ckpt)
     with _at_fault(ckpt, source):
         stored = stored_as.read(source, options, factory)
+        check_finite(stored.model, ckpt)
         if factory is not None:
             encoder: Encoder = _of_module(stored, options, factory)
         else:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
@@ -80,6 +81,15 @@ def check_unexpected(encoder: nn.Module, state: Mapping[str, Any], prefix: str, 
     if left:
         kind = type(encoder).__name__
         raise CheckpointError(f"ckpt: '{source}' holds weights that a {kind} does not have: {_some(left)}; {remedy}")
+
+
+def check_finite(model: nn.Module, source: str) -> None:
+    """Raises CheckpointError where a weight is not a number, or infinite: so would every hidden state be."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            found = f"found {int((~torch.isfinite(weight)).sum())} of {weight.numel()} that are NaN or infinite"
+            remedy = "the training diverged, or the file is damaged; take another checkpoint"
+            raise CheckpointError(f"ckpt: '{source}': '{name}': expected finite numbers, {found}; {remedy}")
 
 
 def is_derived(name: str, model: nn.Module) -> bool:
