@@ -18,6 +18,7 @@ from pipeline.checkpoints.deepspeed import DEEPSPEED
 from pipeline.checkpoints.folder import FOLDER
 from pipeline.checkpoints.lightning import LIGHTNING
 from pipeline.checkpoints.names import expand
+from pipeline.checkpoints.peft import PEFT
 from pipeline.checkpoints.stored import Format, Stored
 from pipeline.config.class_paths import encoder_class, import_class
 from pipeline.encoders.checks import malformed
@@ -33,7 +34,7 @@ from pipeline.encoders.protocol import Encoder
 from pipeline.encoders.weights import check_finite
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 
-FORMATS = (DEEPSPEED, FOLDER, LIGHTNING)  # the first that holds a path reads it
+FORMATS = (PEFT, DEEPSPEED, FOLDER, LIGHTNING)  # the first that holds a path reads it
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 REMEDY = "give a model folder, a .ckpt, a hub id or an MLflow URI"
 
