@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.support.training import Recorder, section, sequences, trainer
 TEXTS = ["MKVLAAGIVGLLLAQW", "MK", "AGLVKRST", "MKVLAAGIVGLLLAQY", "GGSTWYFPLVKRAGMK"]
 CPU = EncoderOptions(device="cpu", precision="fp32")
 KINDS = ("gpt2", "gpt_neo", "llama", "mistral")
+NEW = int(version("transformers").split(".")[0]) >= 5
 
 
 def own_states(folder: Path, kind: str, text: str) -> Tensor:
@@ -47,7 +49,8 @@ def test_a_decoder_is_opened_and_neighbours_do_not_matter(tmp_path: Path, kind: 
     encoder: Any = open_encoder(str(folder), CPU)
     assert encoder.max_seq_length == POSITIONS
     together = encoder.hidden_states(TEXTS)
-    assert encoder.packs == (kind in ("gpt2", "llama"))  # the others have attention of their own, or a window
+    if NEW:  # earlier ones do not let attention be replaced
+        assert encoder.packs == (kind in ("gpt2", "llama"))  # the others have attention of their own, or a window
     encoder.__dict__["_packing"] = None
     padded = encoder.hidden_states(TEXTS)
     for text, packed, beside in zip(TEXTS, together, padded, strict=True):
@@ -227,7 +230,8 @@ def test_a_training_is_measured_with_the_last_token(
         found[pooling] = scores.metrics
     assert callback.curve[-1] == (4, found["last"])  # type: ignore[attr-defined]
     assert found["mean"] != found["last"]
-    assert "in training it was measured with pooling last there and mean here" in caplog.text
+    if not version("mlflow").startswith("3.1."):  # which turns loggers off
+        assert "in training it was measured with pooling last there and mean here" in caplog.text
 
 
 def test_names_of_the_limit(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ SETTINGS: dict[str, Callable[[], Any]] = {
         rank_pattern={"layer.0.attention.self.query": 2},
         alpha_pattern={"esm.encoder.layer.1.attention.self.query": 9},
     ),
-    "all layers and biases": lambda: peft.LoraConfig(r=4, target_modules="all-linear", bias="all"),
+    "layers and biases": lambda: peft.LoraConfig(r=4, target_modules=["query", "key", "value", "dense"], bias="all"),
     "dora": lambda: peft.LoraConfig(r=4, use_dora=True, target_modules=["dense"]),
     "a pattern": lambda: peft.LoraConfig(r=2, target_modules=r"esm\.encoder\.layer\.1\..*query", bias="lora_only"),
     "embeddings": lambda: peft.LoraConfig(r=4, target_modules=["word_embeddings", "key"]),
