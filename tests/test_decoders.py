@@ -150,7 +150,7 @@ class OwnEncoder(Encoder):
         return cls()
 
     @staticmethod
-    def hidden_states(sequences: Sequence[str]) -> list[Tensor]:  # type: ignore[override]
+    def hidden_states(sequences: Sequence[str]) -> list[Tensor]:
         return [torch.tensor([[ord(c), i] for i, c in enumerate(text)], dtype=torch.float32) for text in sequences]
 
 

@@ -190,6 +190,16 @@ def parts(content: Any) -> list[Tensor]:
     return vectors
 
 
+def removed(*paths: Path) -> None:
+    for path in paths:
+        path.unlink()
+
+
+def into_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def with_nan(content: Any) -> None:
     parts(content)[0][5] = torch.nan
 
@@ -222,12 +232,12 @@ BROKEN: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "latest is empty": (lambda top, _: (top / "latest").write_text(""), "expected the name of a folder beside it"),
     "latest is no text": (lambda top, _: (top / "latest").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
     "nothing in the folder": (
-        lambda _, place: [path.unlink() for path in place.iterdir()],
+        lambda _, place: removed(*place.iterdir()),
         "expected a file of rank 0",
     ),
     "no file of the model": (lambda _, place: (place / MODEL).unlink(), "expected a file of rank 0"),
     "no optimizers": (
-        lambda _, place: [(place / OPTIM.format(r)).unlink() for r in (0, 1)],
+        lambda _, place: removed(*(place / OPTIM.format(rank) for rank in (0, 1))),
         "of 2 ranks, found 0: rank 0",
     ),
     "a rank is missing": (
@@ -249,7 +259,7 @@ BROKEN: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a file is empty": (lambda _, place: os.truncate(place / MODEL, 0), "is damaged, or no file of torch.save"),
     "a file is text": (lambda _, place: (place / MODEL).write_text("step 7"), "is damaged, or no file of torch.save"),
     "a file is a folder": (
-        lambda _, place: ((place / MODEL).unlink(), (place / MODEL).mkdir()),
+        lambda _, place: into_folder(place / MODEL),
         "is damaged, or no file of torch.save",
     ),
     "a file of something else": (lambda _, place: torch.save([1], place / MODEL), "with module, found none"),

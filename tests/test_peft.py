@@ -197,6 +197,11 @@ def cut(name: str, length: int) -> Callable[[Path], Any]:
     return lambda folder: os.truncate(folder / name, length)
 
 
+def into_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def of_no_model(weights: dict[str, Tensor]) -> None:
     moved = {name.replace("esm.encoder", "transformer"): value for name, value in weights.items()}
     weights.clear()
@@ -209,7 +214,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "expected adapter_model.safetensors or adapter_model.bin",
     ),
     "weights are a folder": (
-        lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()),
+        lambda folder: into_folder(folder / WEIGHTS),
         "expected adapter_model.safetensors or adapter_model.bin, found neither",
     ),
     "weights are cut off": (cut(WEIGHTS, 900), "is damaged, or no file of weights"),
@@ -258,7 +263,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         weighted(of_no_model),
         "expected an adapter of a EsmModel, found one with 'transformer",
     ),
-    "of something else": (weighted(lambda w: (w.clear(), w.update(a=torch.ones(1)))), "expected tensors called base_m"),
+    "of something else": (weighted(lambda w: w.update(a=torch.ones(1))), "expected tensors called base_m"),
     "code for weights": (pickled(lambda folder: Code(folder / "ran")), "expected tensors called base_model.model"),
     "code for a weight": (
         pickled(lambda folder: {f"{QUERY}.lora_A.weight": Code(folder / "ran")}),

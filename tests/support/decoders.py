@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,14 @@ def decoder(kind: str = "gpt2", seed: int = 0) -> Any:
     """A model with its language-model head, whose weights are large enough for context to matter."""
     torch.manual_seed(seed)
     ids: dict[str, Any] = {"vocab_size": 2 + len(RESIDUES) + len(PAIRS), "bos_token_id": 1, "eos_token_id": 0}
-    gpt2 = {"n_positions": POSITIONS, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    neo = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
-    llama = {
+    gpt2: dict[str, Any] = {"n_positions": POSITIONS, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    neo: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+    }
+    llama: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -54,12 +60,13 @@ def decoder(kind: str = "gpt2", seed: int = 0) -> Any:
         "num_key_value_heads": 2,
         "max_position_embeddings": POSITIONS,
     }
-    model: Any = {
+    makers: dict[str, Callable[[], Any]] = {
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**ids, **gpt2)),
         "gpt_neo": lambda: GPTNeoForCausalLM(GPTNeoConfig(**ids, **neo, max_position_embeddings=POSITIONS)),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**ids, **llama)),
         "mistral": lambda: MistralForCausalLM(MistralConfig(**ids, **llama, sliding_window=8)),
-    }[kind]()
+    }
+    model = makers[kind]()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2) if parameter.dim() > 1 else None
     return model.eval()
