@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -73,6 +74,21 @@ def test_a_causal_model_is_packed_only_where_nothing_leaks(tmp_path: Path, monke
     monkeypatch.setattr("pipeline.encoders.packing.attention", whole)
     assert not encoder.packs
     torch.testing.assert_close(encoder.hidden_states(TEXTS)[1], own_states(tmp_path, "gpt2", TEXTS[1]))
+
+
+def test_masks_among_the_weights_are_no_weights(tmp_path: Path) -> None:
+    """As in the files of GPT-2 and ProtGPT2, which earlier releases of transformers wrote; in a `.ckpt` too."""
+    folder = decoder_folder(tmp_path / "gpt")
+    expected = open_encoder(str(folder), CPU).hidden_states(TEXTS[:1])[0]
+    weights = load_file(folder / "model.safetensors")
+    for layer in ("transformer.h.0", "transformer.h.1"):
+        weights[f"{layer}.attn.bias"] = torch.ones(1, 1, POSITIONS, POSITIONS).tril()
+        weights[f"{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
+    options = EncoderOptions(device="cpu", precision="fp32", architecture=str(folder))
+    for encoder in (open_encoder(str(folder), CPU), open_encoder(str(tmp_path / "a.ckpt"), options)):
+        assert torch.equal(encoder.hidden_states(TEXTS[:1])[0], expected)
 
 
 @pytest.fixture

@@ -13,6 +13,9 @@ from pipeline.errors import CheckpointError
 
 # Buffers that a model computes from its configuration; releases differ in which of them they store.
 DERIVED = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq)$")
+# Masks of causal attention, which earlier releases stored beside the weights of these models.
+MASK = re.compile(r"\b(attn|attention)\.(masked_)?bias$")
+MASKED = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "codegen")
 UNUSED = (
     "embeddings.position_embeddings.weight"  # of an ESM with rotary positions: transformers 4 makes them all the same
 )
@@ -57,6 +60,8 @@ def unexpected(encoder: nn.Module, state: Mapping[str, Any], prefix: str) -> lis
     """Names of stored weights that stand within the encoder, and that its class does not have."""
     known = set(encoder.state_dict())
     inside = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    if getattr(getattr(encoder, "config", None), "model_type", "") in MASKED:
+        inside = [key for key in inside if not MASK.search(key)]
     return [key for key in inside if key not in known and is_part(key, encoder) and not is_derived(key, encoder)]
 
 
