@@ -176,7 +176,7 @@ def weighted(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], Any
     """Changes the adapter's weights."""
 
     def write(folder: Path) -> None:
-        weights = load_file(folder / WEIGHTS)
+        weights = {name: weight.clone() for name, weight in load_file(folder / WEIGHTS).items()}
         change(weights)
         save_file(weights, folder / WEIGHTS)
 
