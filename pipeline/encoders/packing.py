@@ -90,8 +90,7 @@ class Packing:
         ids = torch.tensor([[token for row in rows for token in row]], device=device)
         positions = torch.cat([torch.arange(self.first, self.first + length) for length in lengths]).to(device)
         inputs = {"input_ids": ids, "position_ids": positions[None]}
-        config: Any = self.model.config
-        if _takes(self.model, "token_type_ids") and getattr(config, "type_vocab_size", 0):
+        if _takes(self.model, "token_type_ids") and bool(getattr(self.model.config, "type_vocab_size", 0)):
             inputs["token_type_ids"] = torch.zeros_like(ids)  # a model's own are as many as it has positions
         with self._given(positions, max(lengths)), _within(self.model, lengths):
             states: Tensor = forward(**inputs)
