@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.tables import place
-from pipeline.encoders.forward import Transfer, batches, misaligned
+from pipeline.encoders.forward import POOLED, Transfer, batches, misaligned
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError, DataError
 from pipeline.load import Examples
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 # Tokens (padding counted) in a batch. Large batches do not fit a CPU's caches; small batches leave a GPU idle.
 BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536, "mps": 16_384}
-POOLING = {"sequence": "mean", "token": "none"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[
         CacheError: the store cannot be written, or reads back damaged what was just written.
     """
     levels = {level: _Level(level, examples, encoder, store) for level in sorted({e.task.level for e in examples})}
-    plan = made_with(encoder.device, encoder.precision, store, examples)
+    plan = made_with(encoder.device, encoder.precision, encoder.pooling, store, examples)
     with ExitStack() as locks:
         for level in levels.values():
             locks.enter_context(level.table.lock())
@@ -117,7 +116,7 @@ class _Level:
     """The sequences of all tasks of a level, which have the same pooling, and the table of their embeddings.
 
     Attributes:
-        pooling: `mean` or `none`.
+        pooling: the encoder's, or `none` at token level.
         table: where the embeddings are stored.
         texts: the distinct sequences, by key.
         missing: the sequences that were not stored.
@@ -126,7 +125,7 @@ class _Level:
     """
 
     def __init__(self, level: str, examples: Sequence[Examples], encoder: Encoder, store: Store) -> None:
-        self.pooling = POOLING[level]
+        self.pooling = encoder.pooling if level == "sequence" else "none"
         self.table = store.table(encoder.digest, self.pooling, encoder.hidden_size, encoder.reusable)
         self.texts = _texts([one for one in examples if one.task.level == level])
         self.memory_bytes, self.reusable = store.memory_bytes, encoder.reusable
@@ -157,8 +156,8 @@ class _Level:
         found = {key: rows for key, rows in zip(batch, states, strict=True) if key in self.missing}
         if not found:
             return None
-        if self.pooling == "mean":
-            found = {key: rows.mean(0, keepdim=True) for key, rows in found.items()}
+        if self.pooling in POOLED:
+            found = {key: POOLED[self.pooling](rows) for key, rows in found.items()}
         else:
             found = {key: self._per_character(self.texts[key], rows) for key, rows in found.items()}
             for key, rows in found.items():
@@ -194,13 +193,16 @@ class _Batch:
     residues: int
 
 
-def made_with(device: torch.device, precision: str, store: Store, examples: Sequence[Examples]) -> dict[str, Any]:
-    """What the last bits of embeddings depend on, beside the weights: the batch plan's limits and the arithmetic."""
+def made_with(
+    device: torch.device, precision: str, pooling: str, store: Store, examples: Sequence[Examples]
+) -> dict[str, Any]:
+    """What embeddings depend on, to the last bit, beside the weights: pooling, the batch plan's limits, arithmetic."""
     return {
         "max_batch_tokens": store.max_batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]),
         "emb_batch_size": min(one.task.emb_batch_size for one in examples),
         "device": device.type,
         "precision": precision,
+        "pooling": pooling,
         "matmul_precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
@@ -247,8 +249,10 @@ def _embed_missing(
 
 
 def _forward(keys: list[bytes], texts: Mapping[bytes, str], levels: Sequence[_Level], encoder: Encoder) -> _Batch:
-    states = encoder.hidden_states([texts[key] for key in keys])
-    pooled = [level.pooled(keys, states) for level in levels]
+    first = any(level.pooling == "cls" for level in levels)
+    found = (encoder.states_from_first if first else encoder.hidden_states)([texts[key] for key in keys])
+    states = [rows[1:] for rows in found] if first else found
+    pooled = [level.pooled(keys, found if level.pooling == "cls" else states) for level in levels]
     return _Batch(pooled, sum(map(len, states)), sum(len(texts[key]) for key in keys))
 
 

@@ -241,7 +241,7 @@ def _log_embed(embeddings: Sequence[Embeddings], encoder: Encoder, store: Store,
     for task in embeddings:
         _log(task, task.examples.task.task_name, run)
     _warn(encoder.notes, "encoder", run)
-    here = made_with(encoder.device, encoder.precision, store, [task.examples for task in embeddings])
+    here = made_with(encoder.device, encoder.precision, encoder.pooling, store, [task.examples for task in embeddings])
     _warn(differences(encoder.made_with, here), "checkpoint", run)
 
 

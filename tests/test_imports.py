@@ -19,6 +19,7 @@ baseline_scores report random_init validation commands training program __main__
 DEEPEST = 14  # floors of module-level imports
 ADAPTERS = {
     "mlflow": {f"tracking.{name}" for name in ("client", "mlflow", "runs", "earlier_runs", "training_run")},
+    "peft": {"checkpoints.peft"},
     "wandb": {"tracking.wandb"},
     "torch.utils.tensorboard": {"tracking.tensorboard"},
     "pytorch_lightning": {"training.lightning_package"},

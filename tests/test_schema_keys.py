@@ -63,6 +63,7 @@ ELSEWHERE = {
     "figures": "test_figures.py",
     "journal": "test_journal.py",
     "architecture": "test_encoders.py: test_a_lightning_checkpoint_that_describes_itself",
+    "pooling": "test_decoders.py: test_pooling_of_an_encoder",
     "num_seeds": "test_seeds.py: test_key_num_seeds",
     "standardize": "test_seeds.py: test_key_standardize",
     "max_seq_length": "test_load.py: test_long_sequences_go_out_whole_and_are_counted",

@@ -11,6 +11,7 @@ from pipeline.checkpoints.distributed import DISTRIBUTED
 from pipeline.checkpoints.stored import Format, Stored
 from pipeline.checkpoints.unpickle import read_tensors
 from pipeline.encoders.options import EncoderOptions
+from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError
 
 # The model's files; those of a second model have a number behind their name. Under FSDP it is a folder.
@@ -21,7 +22,7 @@ def _holds(path: Path) -> bool:
     return path.is_dir() and any(path.glob("random_states_*.pkl"))
 
 
-def _read(source: str, options: EncoderOptions, factory: Any) -> Stored:
+def _read(source: str, options: EncoderOptions, factory: Any) -> Stored | Encoder:
     found = sorted(path for path in Path(source).iterdir() if WEIGHTS.fullmatch(path.name))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.checkpoints.remote_code import own_class
-from pipeline.checkpoints.stored import FACTORY, Format, Stored, check_finite, say_left_out
+from pipeline.checkpoints.stored import FACTORY, Format, Stored, say_left_out
 from pipeline.encoders.checks import count_tensors
 from pipeline.encoders.code_digest import class_name
 from pipeline.encoders.description import class_for, encoder_of, load_tokenizer
@@ -36,7 +36,6 @@ def _read(source: str, given: EncoderOptions, factory: Any) -> Stored:
         raise CheckpointError(
             f"ckpt: '{source}' lacks weights of the encoder or has them in another shape: {(lacking + wrong)[:3]}"
         )
-    check_finite(encoder, source)
     inside = _stored_under(info["unexpected_keys"], model)
     check_unexpected(encoder, inside, name, source, FACTORY)
     say_left_out([key for key in info["unexpected_keys"] if key not in inside], encoder)

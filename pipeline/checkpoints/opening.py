@@ -10,16 +10,19 @@ import glob
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints.accelerate import ACCELERATE
 from pipeline.checkpoints.bare import BARE
+from pipeline.checkpoints.deepspeed import DEEPSPEED
 from pipeline.checkpoints.distributed import DISTRIBUTED
 from pipeline.checkpoints.folder import FOLDER
 from pipeline.checkpoints.lightning import LIGHTNING
 from pipeline.checkpoints.names import SUFFIXES, expand
 from pipeline.checkpoints.nemo import NEMO
+from pipeline.checkpoints.peft import PEFT
 from pipeline.checkpoints.stored import Format, Stored
 from pipeline.config.class_paths import encoder_class, import_class
 from pipeline.encoders.checks import malformed
@@ -32,9 +35,10 @@ from pipeline.encoders.internals import panics_as_errors
 from pipeline.encoders.live import PLAIN, LiveModel
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
+from pipeline.encoders.weights import check_finite
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 
-FORMATS = (FOLDER, NEMO, ACCELERATE, DISTRIBUTED, LIGHTNING)  # the first that holds a path reads it
+FORMATS = (PEFT, DEEPSPEED, FOLDER, NEMO, ACCELERATE, DISTRIBUTED, LIGHTNING)  # the first that holds a path reads it
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 REMEDY = "give a model folder, a .ckpt, a hub id or an MLflow URI"
 
@@ -57,12 +61,14 @@ def open_encoder(ckpt: str, options: EncoderOptions = EncoderOptions()) -> Encod
         if factory is not None:
             raise ConfigError("give a class of your own in infer_target, or model_factory, not both")
         no_layer(options.layer, options.infer_target)
-        return CustomEncoder.from_checkpoint(own, _locate(ckpt)[1], find_device(options.device))
+        custom = CustomEncoder.from_checkpoint(own, _locate(ckpt)[1], find_device(options.device))
+        return custom.with_pooling(options.pooling)
     stored_as, source = _locate(ckpt)
     with _at_fault(ckpt, source):
         stored = stored_as.read(source, options, factory)
         if not isinstance(stored, Stored):
             return stored
+        check_finite(stored.model, ckpt)
         if stored.factory is not None:
             encoder: Encoder = _of_module(stored, options)
         else:
@@ -89,7 +95,7 @@ def _of_module(stored: Stored, options: EncoderOptions) -> Encoder:
     code = code_digest(factory)
     maker = None if code is None else f"{class_name(factory)} {code}"
     live = LiveModel(module, options.infer_target, stored.tokenizer, mode=PLAIN, maker=maker)
-    return live.encoder(module, EncoderOptions(precision=options.precision, layer=options.layer))
+    return live.encoder(module, replace(options, device="auto"))
 
 
 @contextmanager

@@ -101,14 +101,6 @@ def say_left_out(names: Iterable[str], encoder: nn.Module) -> None:
         logger.info("checkpoint  weights beside the %s are not used: %s", type(encoder).__name__, ", ".join(parts[:8]))
 
 
-def check_finite(model: nn.Module, source: str) -> None:
-    """Raises CheckpointError where a weight holds numbers that are not finite: the training had diverged."""
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-            remedy = "the training had diverged; take an earlier checkpoint"
-            raise CheckpointError(f"ckpt: '{source}': '{name}' holds numbers that are not finite: {remedy}")
-
-
 def _of_transformers(weights: Weights, architecture: str | None) -> tuple[nn.Module, Any]:
     """The encoder, of a class of transformers, and its tokenizer."""
     from transformers import AutoConfig
@@ -213,4 +205,3 @@ def _load(model: nn.Module, weights: Weights, prefix: str, remedy: str) -> None:
         model.load_state_dict(stored, strict=False)
     else:
         weights.fill_tensors({prefix + key: own[key] for key in stored})
-    check_finite(model, source)

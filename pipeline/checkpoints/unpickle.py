@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -55,21 +56,29 @@ class StandIn:
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins"}.get(module, module)  # as protocol 2 has it
+        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
+            return _without_attributes
         if name in ALLOWED.get(module, ()):
             return super().find_class(module, name)
         return type(name, (StandIn,), {"__module__": module, "__qualname__": name})
+
+
+def _without_attributes(make: Any, _kind: Any, arguments: Any, _attributes: Any) -> Any:
+    """A tensor that has attributes of its own, or is of a class of its own, as a plain one."""
+    return make(*arguments)
 
 
 def _load(file: Any, **options: Any) -> Any:
     return _Unpickler(file, **options).load()
 
 
-def read_tensors(path: str | Path | BinaryIO, trust: bool = False) -> Any:
+def read_tensors(path: str | Path | BinaryIO, trust: bool = False, mapped: bool = False) -> Any:
     """What a file of `torch.save` holds, on the CPU.
 
     Args:
         path: the file.
         trust: unpickle it as it is, with whatever code it names.
+        mapped: tensors stay in the file, mapped into memory, until they are read.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -77,18 +86,20 @@ def read_tensors(path: str | Path | BinaryIO, trust: bool = False) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what the file seems to be; the error below names it
-            return _load_file(path, trust)
+            return _load_file(path, trust, mapped and zipfile.is_zipfile(path))
     except Exception as error:  # damaged bytes may raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"ckpt: '{path}' is damaged, or no file of torch.save ({reason})") from error
 
 
-def _load_file(path: str | Path | BinaryIO, trust: bool) -> Any:
+def _load_file(path: str | Path | BinaryIO, trust: bool, mapped: bool) -> Any:
     if trust:
-        return torch.load(path, map_location="cpu", weights_only=False)
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=mapped)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # raises RuntimeError for a TorchScript archive
+        return torch.load(
+            path, map_location="cpu", weights_only=True, mmap=mapped
+        )  # raises RuntimeError for a TorchScript archive
     except pickle.UnpicklingError:
         inert: Any = ModuleType("inert")
         inert.Unpickler, inert.load = _Unpickler, _load
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert)
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert, mmap=mapped)

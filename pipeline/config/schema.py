@@ -23,6 +23,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STORED_DTYPES = ("float32", "float16")
 PROBES = ("ridge", "logistic", "none")
+POOLINGS = ("mean", "cls", "last")
 
 
 @dataclass
@@ -200,6 +201,12 @@ class Config:
         "`auto` (bf16 where a GPU has it, else fp32), `fp32`, `bf16` or `fp16`", "auto", choices=PRECISIONS
     )
     layer: int | None = key("hidden states to take: 0 the token embeddings, -2 the last layer but one; null: the last")
+    pooling: str = key(
+        "the embedding of a sequence: `mean` of its tokens' hidden states, `cls`, that of the special token before it, "
+        "or `last`, that of its last token, which alone has seen all of it in a causal model",
+        "mean",
+        choices=POOLINGS,
+    )
     max_batch_tokens: int | None = key("token budget of an embedding batch; null: by kind of device", least=1)
     embedding_dtype: str = key("how embeddings are stored: `float32` or `float16`", "float32", choices=STORED_DTYPES)
     store: str = key("folder of stored embeddings and heads", "~/.cache/downstream-validation")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.encoders.code_digest import class_name, code_digest, no_reuse
 from pipeline.encoders.digests import weights_digest
-from pipeline.encoders.protocol import Encoder
+from pipeline.encoders.protocol import Encoder, no_first
 from pipeline.errors import CheckpointError, ConfigError
 
 # The optional attributes and methods of a user's object; `CustomEncoder` asks for the others by name.
@@ -50,7 +50,7 @@ class CustomEncoder(Encoder):
         for name in ("hidden_states",) if probe is not None else ("hidden_size", "hidden_states"):
             if not hasattr(inner, name):
                 raise CheckpointError(f"infer_target: {type(inner).__name__} has no '{name}'; see pipeline.Encoder")
-        self.inner = inner
+        self.inner, self._owner = inner, owner or type(inner)
         self.context = context
         for name in OPTIONAL:
             if hasattr(inner, name):
@@ -59,7 +59,7 @@ class CustomEncoder(Encoder):
         self.reusable = digest is not None and bool(getattr(inner, "reusable", True))
         self.digest = digest or f"no digest {uuid4().hex}"
         if digest is None:
-            self.notes = (*self.notes, no_reuse(owner or type(inner), "embeddings are made"))
+            self.notes = (*self.notes, no_reuse(self._owner, "embeddings are made"))
         self.device = torch.device(getattr(inner, "device", device))
         size = getattr(inner, "hidden_size", None)
         self.hidden_size = int(size) if size is not None else self._found_size(probe or "")
@@ -85,18 +85,33 @@ class CustomEncoder(Encoder):
 
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """See `Encoder.hidden_states`. Raises CheckpointError where the class returns something else."""
-        states = self._states(sequences)
+        return self._checked(sequences, "hidden_states")
+
+    def states_from_first(self, sequences: Sequence[str]) -> list[Tensor]:
+        """See `Encoder.states_from_first`. Raises CheckpointError where the class returns something else."""
+        return self._checked(sequences, "states_from_first")
+
+    def with_pooling(self, pooling: str) -> CustomEncoder:
+        """This encoder, to be pooled so. Raises CheckpointError where the user's code has no state for `cls`."""
+        own = getattr(self.inner, "states_from_first", None)
+        if pooling == "cls" and getattr(own, "__func__", own) in (None, Encoder.states_from_first):
+            raise no_first(f"{self._owner.__name__} has no states_from_first(sequences)")
+        self.pooling = pooling
+        return self
+
+    def _checked(self, sequences: Sequence[str], method: str) -> list[Tensor]:
+        states = self._states(sequences, method)
         shapes = [tuple(getattr(state, "shape", ())) for state in states]
         if len(states) != len(sequences) or any(len(s) != 2 or s[1] != self.hidden_size for s in shapes):
             expected = f"{len(sequences)} tensors of shape (tokens, {self.hidden_size})"
-            raise CheckpointError(f"infer_target: hidden_states: expected {expected}, found shapes {shapes[:3]}")
+            raise CheckpointError(f"infer_target: {method}: expected {expected}, found shapes {shapes[:3]}")
         return [state.detach().float().clone() for state in states]  # their buffer may be used again
 
-    def _states(self, sequences: Sequence[str]) -> list[Tensor]:
+    def _states(self, sequences: Sequence[str], method: str = "hidden_states") -> list[Tensor]:
         with torch.no_grad(), self.context():
-            states = self.inner.hidden_states(list(sequences))
+            states = getattr(self.inner, method)(list(sequences))
         if isinstance(states, Tensor):
-            raise CheckpointError("infer_target: hidden_states: expected a list of tensors, found one with padding")
+            raise CheckpointError(f"infer_target: {method}: expected a list of tensors, found one with padding")
         return list(states)
 
     def _found_size(self, probe: str) -> int:

@@ -1,14 +1,20 @@
-"""Forward passes: which sequences go through the encoder together, and how their rows reach the CPU."""
+"""Forward passes: which sequences go through the encoder together, what becomes of their rows, and how they travel."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 SHORTEST = 0.8  # of a batch, beside its longest sequence: padding is wasted work, many small batches are too
+# The row of a sequence from the states of its tokens; for `cls`, that of the special token stands before them.
+POOLED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean": lambda states: states.mean(0, keepdim=True),
+    "cls": lambda states: states[:1],
+    "last": lambda states: states[-1:],
+}
 
 
 def batches(

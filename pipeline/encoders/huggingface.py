@@ -20,7 +20,7 @@ from pipeline.encoders.devices import DTYPES, find_device, find_precision
 from pipeline.encoders.digests import code_of, model_digest
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.packing import Packing
-from pipeline.encoders.protocol import Encoder
+from pipeline.encoders.protocol import Encoder, no_first
 from pipeline.encoders.tokens import Tokens
 from pipeline.encoders.weights import weights_of
 from pipeline.errors import CheckpointError, ConfigError
@@ -48,14 +48,14 @@ class HuggingFaceEncoder(Encoder):
         Args:
             model: the encoder, without heads; layers above the chosen layer are removed.
             tokenizer: its tokenizer.
-            options: device, precision and layer are used.
+            options: device, precision, layer and pooling are used.
             as_is: the model is of a class of the user's own, or in training: it stays where it is, keeps all layers and
                 heads, and runs as its class has it. Float32 copies stand in for weights of another dtype.
             maker: a digest of the user's code that made the model; None where it cannot be known.
 
         Raises:
-            CheckpointError: the tokenizer's special tokens are not around the sequence, or the model gives no hidden
-                states.
+            CheckpointError: the tokenizer's special tokens are not around the sequence, the model gives no hidden
+                states, or none for the pooling.
             ConfigError: the device or the layer is not there, or the device has no such precision.
         """
         config: Any = model.config
@@ -69,11 +69,16 @@ class HuggingFaceEncoder(Encoder):
         if not as_is:
             if self.layer is not None:
                 _shorten(model, self.layer, config)
+            if hasattr(config, "use_cache"):
+                config.use_cache = False  # the keys and values of a causal model, for a token to come
             model.to(self.device)
         self.model = model.eval()
         self._copies = _float_copies(model) if as_is else {}
         self.hidden_size: int = self._found_size() if as_is else getattr(config, "hidden_size", None) or config.d_model
         self.max_seq_length = limit_of(config, self.tokens)
+        self.pooling = options.pooling
+        if self.pooling == "cls":
+            self._check_first()
 
     @cached_property
     def digest(self) -> str:  # type: ignore[override]  # mypy: read-only, though a cached property can be set
@@ -99,15 +104,23 @@ class HuggingFaceEncoder(Encoder):
         """See `Encoder`."""
         return () if self.reusable else (no_reuse(type(self.model), "embeddings are made"),)
 
-    @torch.no_grad()  # no inference mode: a module in training may keep tensors of a forward pass and train with them
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """See `Encoder.hidden_states`."""
+        first = len(self.tokens.before)
+        return [states[first:] for states in self._states(sequences)]
+
+    def states_from_first(self, sequences: Sequence[str]) -> list[Tensor]:
+        """See `Encoder.states_from_first`."""
+        return [torch.cat([states[:1], states[len(self.tokens.before) :]]) for states in self._states(sequences)]
+
+    @torch.no_grad()  # no inference mode: a module in training may keep tensors of a forward pass and train with them
+    def _states(self, sequences: Sequence[str]) -> list[Tensor]:
+        """The hidden states of the special tokens before each sequence, and of its own tokens."""
         before, after = self.tokens.before, self.tokens.after
         rows = [[*before, *self.tokens.ids(sequence).tolist(), *after] for sequence in sequences]
         with self._autocast():
             states = self._padded(rows) if self._packing is None else self._packing(rows, self._forward)
-        first, behind = len(before), len(after)
-        return [state[first : len(row) - behind].float() for state, row in zip(states, rows, strict=True)]
+        return [state[: len(row) - len(after)].float() for state, row in zip(states, rows, strict=True)]
 
     @cached_property
     def packs(self) -> bool:  # type: ignore[override]
@@ -149,6 +162,16 @@ class HuggingFaceEncoder(Encoder):
             )
         chosen: Tensor = states[-1 if self.layer is None else self.layer]
         return chosen
+
+    @torch.no_grad()
+    def _check_first(self) -> None:
+        """Raises CheckpointError where no special token is before a sequence, or its state knows nothing of that."""
+        if not self.tokens.before:
+            raise no_first(f"the tokenizer, a {type(self.tokens.tokenizer).__name__}, puts none there")
+        with self._autocast():
+            states = [self._padded([[*self.tokens.before, word]])[0, 0] for word in self.tokens.ordinary(2)]
+        if len(states) == 2 and torch.equal(*states):
+            raise no_first(f"in a {type(self.model).__name__} that is the same for every sequence: it sees none of it")
 
     @torch.no_grad()
     def _found_size(self) -> int:
@@ -234,11 +257,12 @@ def limit_of(config: Any, tokens: Tokens) -> int | None:
 
     Models with relative positions (T5) have no limit. Those that number positions from behind the padding index (ESM,
     RoBERTa) lose `pad_token_id + 1` of `max_position_embeddings`; ESM with rotary positions was trained with that
-    limit too.
+    limit too. Decoders have other names for it.
     """
     limits: list[int] = []
     special = len(tokens.before + tokens.after)
-    positions = getattr(config, "max_position_embeddings", None)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+    positions = next((value for value in (getattr(config, name, None) for name in names) if value), None)
     if config.model_type in ("t5", "mt5", "umt5"):
         return None
     if positions and config.model_type in ("esm", "roberta", "xlm-roberta", "camembert", "longformer"):

@@ -102,8 +102,8 @@ class LiveModel:
 
         Args:
             module: the same as at first.
-            options: device, precision and layer are used. The device `auto` is the module's own; a module that is
-                run as it is stays where it is. A user's own code decides for itself on precision and layer.
+            options: device, precision, layer and pooling are used. The device `auto` is the module's own; a module that
+                is run as it is stays where it is. A user's own code decides for itself on precision and layer.
             probe: a sequence to find out the hidden size with, where the module does not have it.
 
         Raises:
@@ -114,7 +114,8 @@ class LiveModel:
             no_layer(options.layer, type(module).__name__)
         where = _device_of(module) if options.device == "auto" else find_device(options.device)
         if self._class is not None:
-            return CustomEncoder.from_module(self._class, module, where, self.context, self.mode)
+            custom = CustomEncoder.from_module(self._class, module, where, self.context, self.mode)
+            return custom.with_pooling(options.pooling)
         if self._own_method:
             own, parts = type(module), map(type, module.modules())
             digest = None
@@ -123,7 +124,7 @@ class LiveModel:
                 digest = own_digest(own, [*parts], lambda: f"{how} {settings_digest(module)} {module_digest(module)}")
             encoder = CustomEncoder(_Method(module), digest, _device_of(module), self.context, probe, own)
             encoder.precision = self.own_precision or PLAIN
-            return encoder
+            return encoder.with_pooling(options.pooling)
         if self._skeleton is None:
             model = encoder_of(_only_model(module)[1])[0]
             return HuggingFaceEncoder(model, self._tokenizer, options, as_is=True, maker=self.maker)
@@ -171,8 +172,9 @@ class _Method:
     def __init__(self, module: Any) -> None:
         self.hidden_states = module.hidden_states
         self.max_seq_length = _own_limit(module)
-        if callable(getattr(module, "count_unknown", None)):
-            self.count_unknown = module.count_unknown
+        for name in ("count_unknown", "states_from_first"):
+            if callable(getattr(module, name, None)):
+                setattr(self, name, getattr(module, name))
 
 
 def _exact_prefix(module: nn.Module, skeleton: nn.Module, name: str, prefix: str) -> str:

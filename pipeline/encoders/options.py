@@ -25,6 +25,7 @@ class EncoderOptions:
             count from the last. None is the last.
         model_factory: the path of a class or function of the user's that makes the `nn.Module` that the weights are of;
             it is called with the stored configuration.
+        pooling: how token states become the embedding of a sequence; see `Encoder`.
     """
 
     infer_target: str = "auto"
@@ -36,6 +37,7 @@ class EncoderOptions:
     weights: str | None = None
     layer: int | None = None
     model_factory: str | None = None
+    pooling: str = "mean"
 
     @classmethod
     def from_config(cls, config: Config) -> EncoderOptions:

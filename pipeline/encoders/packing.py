@@ -2,8 +2,8 @@
 
 Linear layers then see real tokens alone, and attention runs within each sequence, without a mask. A model takes part if
 its hidden states on a probe stay the same: positions must be an argument, absolute (ESM, BERT, BART) or relative (T5),
-and attention plain. An activation that the model computes in several operations, each over all values of a layer, is
-replaced by a single operation where that gives the same, too.
+and attention plain, or causal (GPT-2, Llama). An activation that the model computes in several operations, each over
+all values of a layer, is replaced by a single operation where that gives the same, too.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Packing:
         ids = torch.tensor([[token for row in rows for token in row]], device=device)
         positions = torch.cat([torch.arange(self.first, self.first + length) for length in lengths]).to(device)
         inputs = {"input_ids": ids, "position_ids": positions[None]}
-        if _takes(self.model, "token_type_ids"):
+        if _takes(self.model, "token_type_ids") and bool(getattr(self.model.config, "type_vocab_size", 0)):
             inputs["token_type_ids"] = torch.zeros_like(ids)  # a model's own are as many as it has positions
         with self._given(positions, max(lengths)), _within(self.model, lengths):
             states: Tensor = forward(**inputs)
@@ -133,8 +133,9 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention within each sequence of the row, as transformers calls it; neighbours of equal length go together.
 
-    `query`, `key` and `value` have the shape (1, heads, tokens of all, head size). `position_bias` is added to the
-    scores of the longest sequence, shape (1, heads, longest, longest).
+    `query`, `key` and `value` have the shape (1, heads, tokens of all, head size); several heads of `query` may share
+    one of the others. `position_bias` is added to the scores of the longest sequence, shape (1, heads, longest,
+    longest).
 
     Returns:
         Shape (1, tokens of all, heads, head size).
@@ -144,8 +145,11 @@ def attention(
     """
     given = {name for name, value in others.items() if value is not None and value is not False}
     strange = sorted(given - HARMLESS)
-    if strange or attention_mask is not None or dropout or getattr(module, "is_causal", False):
-        raise ValueError(f"attention with {', '.join(strange) or 'a mask, dropout or a causal order'}")
+    if strange or attention_mask is not None or dropout:
+        raise ValueError(f"attention with {', '.join(strange) or 'a mask or dropout'}")
+    causal, sharing = bool(getattr(module, "is_causal", False)), query.shape[1] // key.shape[1]
+    if sharing > 1:
+        key, value = (states.repeat_interleave(sharing, dim=1) for states in (key, value))
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, head size)
     parts, begin = [], 0
     for length, same in groupby(_lengths.get()):
@@ -153,7 +157,7 @@ def attention(
         end = begin + count * length
         q, k, v = (rows[begin:end].unflatten(0, (count, length)).transpose(1, 2) for rows in (query, key, value))
         bias = None if position_bias is None else position_bias[..., :length, :length]
-        part = functional.scaled_dot_product_attention(q, k, v, bias, scale=scaling)
+        part = functional.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scaling)
         parts.append(part.transpose(1, 2).flatten(0, 1))
         begin = end
     return torch.cat(parts)[None], None

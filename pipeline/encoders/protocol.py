@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pipeline.errors import CheckpointError
+
 
 class Encoder(Protocol):
     """What the pipeline needs of a model. A class that is derived from it needs only what has no default here.
@@ -19,6 +21,8 @@ class Encoder(Protocol):
         digest: changes when a hidden state may change: weights, tokenizer, options, precision.
         max_seq_length: most characters of a sequence, special tokens already counted; None for no limit.
         precision: of the arithmetic: `fp32`, `bf16` or `fp16`, or the name that a trainer has for it.
+        pooling: what the embedding of a sequence is: `mean` of its real tokens' states, `last`, that of its last real
+            token, or `cls`, that of the special token before it; see `states_from_first`.
         packs: whether sequences of unequal length in a batch cost no padding.
         reusable: whether `digest` covers all that a hidden state depends on; else no embedding is used again.
         notes: lines for whoever reads the result.
@@ -31,6 +35,7 @@ class Encoder(Protocol):
     digest: str
     max_seq_length: int | None = None
     precision: str = "its own"
+    pooling: str = "mean"
     packs: bool = False
     reusable: bool = True
     notes: Sequence[str] = ()
@@ -45,6 +50,14 @@ class Encoder(Protocol):
         """The states of each character of a sequence, from those of its tokens: by default a character is a token."""
         return states
 
+    def states_from_first(self, sequences: Sequence[str]) -> list[Tensor]:  # noqa: ARG002
+        """As `hidden_states`, with that of the special token before each sequence in front: (1 + tokens, hidden_size).
+
+        Raises:
+            CheckpointError: there is no such token.
+        """
+        raise no_first(f"a {type(self).__name__} has no states_from_first(sequences)")
+
     def count_unknown(self, sequences: Sequence[str]) -> list[tuple[int, int]]:
         """For each sequence, how many of its tokens are unknown, and how many it has: by default one per character."""
         return [(0, len(sequence)) for sequence in sequences]
@@ -56,3 +69,9 @@ class Encoder(Protocol):
     def why_unknown(self, sequence: str) -> str:  # noqa: ARG002
         """What a user can do about a sequence of unknown tokens alone, to follow an error message; may be empty."""
         return ""
+
+
+def no_first(reason: str) -> CheckpointError:
+    """The error where there is no state for the pooling `cls`."""
+    what = "cls is the state of the special token before the sequence"
+    return CheckpointError(f"pooling: {what}, but {reason}; set pooling to mean or last")

@@ -109,11 +109,21 @@ class Tokens:
         ]
         for name, probe, split, between in ways:
             words = split(probe)
+            if between and self._takes_whole(probe):
+                continue
             singly = [self._native(word) for word in words]
             alone = all(len(ids) == 1 and ids[0] != self.unknown for ids in singly)
             if alone and self._native(between.join(words)) == [ids[0] for ids in singly]:
                 return name, split
         return "tokenizer", None
+
+    def _takes_whole(self, text: str) -> bool:
+        """Whether the tokenizer knows a text without blanks: then it is not given any that it would leave out."""
+        try:
+            ids = self._native(text)
+        except CheckpointError:
+            return False
+        return bool(ids) and self.unknown not in ids
 
     def _template(self) -> tuple[list[int], list[int]]:
         probe = SMILES if self.splitting in ("smiles", "tokenizer") else RESIDUES

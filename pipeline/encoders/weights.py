@@ -6,12 +6,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
 
 # Buffers that a model computes from its configuration; releases differ in which of them they store.
 DERIVED = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq)$")
+# Masks of causal attention, which earlier releases stored beside the weights of these models.
+MASK = re.compile(r"\b(attn|attention)\.(masked_)?bias$")
+MASKED = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "codegen")
 UNUSED = (
     "embeddings.position_embeddings.weight"  # of an ESM with rotary positions: transformers 4 makes them all the same
 )
@@ -56,6 +60,8 @@ def unexpected(encoder: nn.Module, state: Mapping[str, Any], prefix: str) -> lis
     """Names of stored weights that stand within the encoder, and that its class does not have."""
     known = set(encoder.state_dict())
     inside = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    if getattr(getattr(encoder, "config", None), "model_type", "") in MASKED:
+        inside = [key for key in inside if not MASK.search(key)]
     return [key for key in inside if key not in known and is_part(key, encoder) and not is_derived(key, encoder)]
 
 
@@ -80,6 +86,15 @@ def check_unexpected(encoder: nn.Module, state: Mapping[str, Any], prefix: str, 
     if left:
         kind = type(encoder).__name__
         raise CheckpointError(f"ckpt: '{source}' holds weights that a {kind} does not have: {_some(left)}; {remedy}")
+
+
+def check_finite(model: nn.Module, source: str) -> None:
+    """Raises CheckpointError where a weight is not a number, or infinite: so would every hidden state be."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            found = f"found {int((~torch.isfinite(weight)).sum())} of {weight.numel()} that are NaN or infinite"
+            remedy = "the training diverged, or the file is damaged; take another checkpoint"
+            raise CheckpointError(f"ckpt: '{source}': '{name}': expected finite numbers, {found}; {remedy}")
 
 
 def is_derived(name: str, model: nn.Module) -> bool:

@@ -182,7 +182,7 @@ class Measurement:
             return None
         device = find_device(self._options.device)
         precision = self._live.own_precision or find_precision(self.config.precision, device)
-        plan = made_with(device, precision, Store.from_config(self.config), self._examples)
+        plan = made_with(device, precision, self.config.pooling, Store.from_config(self.config), self._examples)
         return {**self._live.description, "made_with": plan}
 
     def _check(self, module: nn.Module) -> None:
