@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from transformers.trainer_callback import CallbackHandler
 
 from pipeline.config.schema import Config
 from pipeline.config.yaml_file import read_config
-from pipeline.encoders.live import PLAIN
 from pipeline.errors import ConfigError
 from pipeline.tracking.protocol import Tracker
 from pipeline.training.host import LogHost
@@ -37,7 +35,7 @@ class TrainerHost(LogHost):
         self.device: torch.device = args.device
         self.name: str = args.run_name or type(module).__name__
         self.tokenizer = tokenizer
-        self.context, self.mode = arithmetic(self.device) if args.bf16 or args.fp16 else (nullcontext, PLAIN)
+        self.context, self.mode = arithmetic(self.device)
 
     def mirrors(self, run: Any) -> Sequence[Tracker]:  # noqa: ARG002
         """None: see above."""

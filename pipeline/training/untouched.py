@@ -87,7 +87,7 @@ def _is_same(now: Any, before: Any) -> bool:
         return [*now] == [*before] and all(_is_same(now[key], before[key]) for key in now)
     if isinstance(now, (list, tuple)):
         return len(now) == len(before) and all(map(_is_same, now, before))
-    return isinstance(now, (bytes, str, int, float, bool, type(None))) and now == before
+    return isinstance(now, (bytes, str, int, float, bool, type(None))) and bool(now == before)
 
 
 def _bits(tensor: Tensor) -> bytes:

@@ -157,8 +157,8 @@ def train(folder: Path, callbacks: Sequence[Any] = (), stop: int = 0, resume: An
     trainer: Any = Trainer(
         model=make_model(),
         args=TrainingArguments(**{**given, **options}),
-        train_dataset=examples(),  # type: ignore[arg-type]
-        eval_dataset=examples(4),  # type: ignore[arg-type]
+        train_dataset=examples(),
+        eval_dataset=examples(4),
         processing_class=OwnTokenizer(),
         callbacks=[*callbacks, recorder],
     )
@@ -236,13 +236,14 @@ def loop_on_two_ranks(folder: Path) -> dict[str, Any]:
         downstream.tokenizer = OwnTokenizer()
         found["with"] = loop(downstream, ddp)["seen"]
     found["curve"] = downstream.curve
-    real = validation.score
+    stages: Any = validation
+    real = stages.score
 
     def fail(*_: Any, **__: Any) -> Any:
         raise DataError("injected")
 
     if dist.get_rank() == 0:
-        validation.score = fail  # type: ignore[assignment]
+        stages.score = fail
     with Downstream(config, OwnTokenizer()) as failing:
         found["failing"] = loop(failing, ddp)["seen"]
     found["failing curve"] = failing.curve
@@ -251,7 +252,7 @@ def loop_on_two_ranks(folder: Path) -> dict[str, Any]:
         Downstream(config, OwnTokenizer())(make_model(), 1)
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {error}"
-    validation.score = real
+    stages.score = real
     return found
 
 
