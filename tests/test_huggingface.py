@@ -180,9 +180,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Any
 def test_two_ranks(ranks: Any) -> None:
     """Each rank is what it would have been; the best checkpoint, stop and resume are as in one process."""
     first, second = ranks
-    for rank in ranks:
+    for number, rank in enumerate(ranks):
         assert rank["with"][:-1] == rank["without"][:-1]  # then the best weights are loaded
-        assert differing(rank["resumed"][:-1], rank["without"][4:-1]) <= FRESH
+        buffers = {(4, "weights")} if number else set()  # rank 0's are stored; DDP shares them in the first step
+        assert differing(rank["resumed"][:-1], rank["without"][4:-1]) <= FRESH | buffers
     assert first["curve"] == second["curve"]
     curve = [(step, found[BEST]) for step, found in first["curve"]]
     assert [step for step, _ in curve] == [0, 2, 4, 6, 8]

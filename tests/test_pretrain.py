@@ -116,9 +116,7 @@ def test_a_mistake_is_one_line_before_the_first_step(
 def test_the_hand_written_loop(tmp_path: Path, tracking: str) -> None:
     overrides = f"dataset.num_epochs=1 store={tmp_path}/store"
     out = tmp_path / "model.pt"
-    python(
-        "examples/hand_written_loop.py", "--steps=2", f"--out={out}", f"--overrides={overrides}", tracking=tracking
-    )
+    python("examples/hand_written_loop.py", "--steps=2", f"--out={out}", f"--overrides={overrides}", tracking=tracking)
     (run,) = MlflowClient().search_runs(["0"])
     history = MlflowClient().get_metric_history(run.info.run_id, ACCURACY)
     assert [point.step for point in history] == [0, 1, 2]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from pipeline.config.schema import Config
@@ -159,7 +159,8 @@ class DownstreamTrainerCallback(TrainerCallback):
         """Draws the curves, and ends the MLflow run if it was opened here."""
         if not self._is_on:
             return
-        if self.config.on_end and self.session.last_step != state.global_step:
+        replaced = args.load_best_model_at_end and state.best_model_checkpoint  # then these are not the final weights
+        if self.config.on_end and not replaced and self.session.last_step != state.global_step:
             self._measure(args, state, control, given["model"])
         self._keep(state)
         self.session.close("FINISHED")
@@ -235,8 +236,9 @@ def _evaluates(args: Any) -> bool:
 
 
 def _tokenizer(found: Any) -> Any:
-    """A processing class that is a tokenizer, or has one."""
-    return getattr(found, "tokenizer", found)
+    """A processing class that is a tokenizer, or the one that it has; None without any."""
+    found = getattr(found, "tokenizer", found)
+    return found if isinstance(found, PreTrainedTokenizerBase) else None
 
 
 def _to_json(value: Any) -> Any:

@@ -111,11 +111,14 @@ class Downstream:
     def describe(self, model: nn.Module) -> dict[str, Any] | None:
         """What a checkpoint holds under `pipeline.DESCRIPTION`, so that it opens without the code that trained it.
 
-        Every rank calls it, unless the model was measured already. None where `infer_target` names a class.
+        Every rank calls it, unless the model was measured already. None where `infer_target` names a class, and where
+        the section is not `enabled`.
 
         Raises:
             PipelineError: see `__call__`.
         """
+        if not self.config.enabled:
+            return None
         module = unwrapped(model)
         with without_autocast_wrapper(module):
             self._opened(module)

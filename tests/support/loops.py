@@ -229,7 +229,7 @@ def loop_on_two_ranks(folder: Path) -> dict[str, Any]:
     config.dataset[0].num_epochs = 1
 
     def ddp(model: Any, optimizer: Any) -> tuple[Any, Any]:
-        return DistributedDataParallel(model), optimizer
+        return DistributedDataParallel(model, find_unused_parameters=True), optimizer
 
     found: dict[str, Any] = {"without": loop(lambda *_: None, ddp)["seen"]}
     with Downstream(config) as downstream:
