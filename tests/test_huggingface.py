@@ -78,7 +78,8 @@ def test_the_best_checkpoint_and_the_reporters(
     assert trainer.state.best_metric == best[1]
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best[0]}")
     (events,) = {file.parent for file in (tmp_path / "out").rglob("events.out.*")}
-    assert in_tensorboard(events, f"eval/{BEST}") == [(step, pytest.approx(value)) for step, value in curve]
+    in_single: list[Any] = [(step, pytest.approx(value)) for step, value in curve]
+    assert in_tensorboard(events, f"eval/{BEST}") == in_single
     import mlflow
     import wandb
 
@@ -119,7 +120,8 @@ def test_a_measurement_that_fails_or_is_left_out(
 ) -> None:
     """The trainer goes on, though it chooses by a metric that is not there."""
     callback = made(tmp_path, task, on_error="warn", every_n_validations=2, on_start=False)
-    real, values = validation.score, [1, 0]
+    stages: Any = validation
+    real, values = stages.score, [1, 0]
 
     def fail(*given: Any, **options: Any) -> Any:
         torch.rand(2)

@@ -59,7 +59,7 @@ def test_mirrors_by_configuration(task: Task, tmp_path: Path, tracking: str, mon
     trackers = Logging(figures=False, tensorboard=str(tmp_path / "tb"), wandb="offline")
     with Downstream(section(tmp_path, task, on_start=True, logging=trackers), OwnTokenizer()) as downstream:
         loop(downstream, last=1)
-    expected = [(step, pytest.approx(found[NAME])) for step, found in downstream.curve]
+    expected: list[Any] = [(step, pytest.approx(found[NAME])) for step, found in downstream.curve]
     (events,) = (tmp_path / "tb").iterdir()
     assert in_tensorboard(events, NAME) == expected
     (file,) = (tmp_path / "store").rglob("run-*.wandb")
@@ -72,13 +72,12 @@ def test_wrapped_models(
     task: Task, tmp_path: Path, tracking: str, wrapper: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The numbers are those of the bare model, and the wrapper stays as it is."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-
+    accelerate = pytest.importorskip("accelerate")
+    AcceleratorState, PartialState = accelerate.state.AcceleratorState, accelerate.state.PartialState  # noqa: N806
     accelerator: Any = None
     if wrapper != "compile":
         AcceleratorState._reset_state(True)
-        accelerator = Accelerator(cpu=True, mixed_precision="bf16" if wrapper == "mixed" else "no")
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16" if wrapper == "mixed" else "no")
 
     def prepare(model: Any, optimizer: Any) -> tuple[Any, Any]:
         if accelerator is None:

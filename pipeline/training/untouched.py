@@ -78,7 +78,7 @@ def _extra_states(module: nn.Module) -> Callable[[], None]:
 def _is_same(now: Any, before: Any) -> bool:
     """Whether two extra states are equal, bit for bit; False where that cannot be said."""
     if isinstance(now, Tensor) and isinstance(before, Tensor):
-        return now.dtype == before.dtype and now.shape == before.shape and _bits(now) == _bits(before)
+        return bool(now.dtype == before.dtype and now.shape == before.shape and _bits(now) == _bits(before))
     if type(now) is not type(before):
         return False
     if isinstance(now, io.BytesIO):
