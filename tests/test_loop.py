@@ -73,7 +73,7 @@ def test_wrapped_models(
 ) -> None:
     """The numbers are those of the bare model, and the wrapper stays as it is."""
     accelerate = pytest.importorskip("accelerate")
-    AcceleratorState, PartialState = accelerate.state.AcceleratorState, accelerate.state.PartialState  # noqa: N806
+    AcceleratorState, PartialState = accelerate.state.AcceleratorState, accelerate.state.PartialState
     accelerator: Any = None
     if wrapper != "compile":
         AcceleratorState._reset_state(True)

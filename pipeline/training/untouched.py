@@ -82,7 +82,7 @@ def _is_same(now: Any, before: Any) -> bool:
     if type(now) is not type(before):
         return False
     if isinstance(now, io.BytesIO):
-        return now.getvalue() == before.getvalue()
+        return bool(now.getvalue() == before.getvalue())
     if isinstance(now, dict):
         return [*now] == [*before] and all(_is_same(now[key], before[key]) for key in now)
     if isinstance(now, (list, tuple)):
