@@ -114,7 +114,7 @@ def test_a_mistake_is_one_line_before_the_first_step(
 
 
 def test_the_hand_written_loop(tmp_path: Path, tracking: str) -> None:
-    overrides = f"dataset.num_epochs=1 store={tmp_path}/store"
+    overrides = f"dataset.num_epochs=1 store={tmp_path}/store logging.figures=false"
     out = tmp_path / "model.pt"
     python("examples/hand_written_loop.py", "--steps=2", f"--out={out}", f"--overrides={overrides}", tracking=tracking)
     (run,) = MlflowClient().search_runs(["0"])
@@ -127,7 +127,8 @@ def test_the_hand_written_loop(tmp_path: Path, tracking: str) -> None:
 def test_the_hugging_face_trainer(tmp_path: Path, tracking: str, monkeypatch: Any) -> None:
     """The last point of the curve is what the saved model scores."""
     out = tmp_path / "out"
-    options = ["--steps=4", f"--out={out}", "--overrides=dataset.num_epochs=1", "--report-to=tensorboard"]
+    options = ["--steps=4", f"--out={out}", "--report-to=tensorboard"]
+    options.append("--overrides=dataset.num_epochs=1 logging.figures=false")
     python("examples/huggingface_trainer.py", *options, tracking=tracking)
     (folder,) = (out / "runs").iterdir()
     curve = in_tensorboard(folder, f"eval/{ACCURACY}")
