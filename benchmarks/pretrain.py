@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from examples.pretrain import Settings, pretrain, read_sequences
 from pipeline import Config, Files, Task
-from pipeline.config.schema import MaxRows
+from pipeline.config.task import MaxRows
 from pipeline.report.tables import step_table
 
 # The floors in the data sets' README: logistic regression on a one-hot window of 15, and on amino-acid and dipeptide

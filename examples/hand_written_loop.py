@@ -1,4 +1,4 @@
-"""Downstream validation in a training loop of one's own: `validate`, and a tracker for the results.
+"""Downstream validation in a training loop of one's own: two lines, marked (1) and (2).
 
     python examples/hand_written_loop.py
 
@@ -8,14 +8,14 @@ Run it from the root of the project. Logs to MLflow as the environment says (`ML
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 import torch
 from transformers import DataCollatorForLanguageModeling, EsmForMaskedLM, EsmTokenizer
 
-from pipeline import LiveModel, Store, read_config, validate
+from pipeline import DESCRIPTION, Downstream, read_config
 from pipeline.data import tables
-from pipeline.tracking.training_run import TrainingRun
 
 
 def main() -> None:
@@ -24,29 +24,31 @@ def main() -> None:
     parser.add_argument("--config", default="configs/pretrain.yaml")
     parser.add_argument("--overrides", default="")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--out", default="", help="file for the trained weights")
     options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("pipeline.training").setLevel(logging.INFO)
     config = read_config(options.config, options.overrides)
     tokenizer = EsmTokenizer.from_pretrained("sample/checkpoint")
     model = EsmForMaskedLM.from_pretrained("sample/checkpoint")
     sequences = tables.read(Path("sample/data/unlabelled/train"), "x000", ["sequence"]).columns["sequence"]
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    live = LiveModel(model, tokenizer=tokenizer)  # finds its way to the hidden states once
-    run = TrainingRun([], "hand-written loop", config)  # the active run, or MLFLOW_RUN_ID's, or one of its own
+    downstream = Downstream(config, tokenizer=tokenizer, name="hand-written loop")  # (1)
     torch.manual_seed(1234)
     for step in range(options.steps + 1):
         if step % max(1, options.steps // 2) == 0:
-            encoder = live.encoder(model)  # the weights of this moment; the model itself is left alone
-            with run.measurement(step, encoder.digest) as tracker:
-                scores = validate(encoder, config.tasks, Store(Path(config.store)), tracker)
-            print(step, {name: round(value, 4) for one in scores for name, value in one.metrics.items()})
+            metrics = downstream(model, step)  # (2) every rank calls it; the model itself is left alone
+            print(step, {name: round(value, 4) for name, value in metrics.items()})
         some = torch.randint(len(sequences), (8,)).tolist()
         loss = model(**collate([tokenizer(sequences[index]) for index in some])).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    run.end("FINISHED")
-    print(run.place)
+    if options.out:  # `python -m pipeline --ckpt FILE` opens it as it is
+        content = {"state_dict": model.state_dict(), "global_step": options.steps}
+        torch.save({**content, DESCRIPTION: downstream.describe(model)}, options.out)
+    downstream.close()
 
 
 if __name__ == "__main__":

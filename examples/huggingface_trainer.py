@@ -1,4 +1,4 @@
-"""Downstream validation in a script with the Hugging Face `Trainer`: a `TrainerCallback` that calls `validate`.
+"""Downstream validation in a script with the Hugging Face `Trainer`: the line that is marked (1).
 
     python examples/huggingface_trainer.py --out trained
 
@@ -8,46 +8,13 @@ Needs `pip install accelerate` beside this project. Run it from the root of the 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    DataCollatorForLanguageModeling,
-    EsmForMaskedLM,
-    EsmTokenizer,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import DataCollatorForLanguageModeling, EsmForMaskedLM, EsmTokenizer, Trainer, TrainingArguments
 
-from pipeline import Config, LiveModel, Store, read_config, untouched, validate
+from pipeline import DownstreamTrainerCallback, read_config
 from pipeline.data import tables
-
-
-class DownstreamValidationCallback(TrainerCallback):
-    """Measures the weights in training at every evaluation; the numbers go to all that the trainer reports to."""
-
-    def __init__(self, config: Config, tokenizer: Any) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.live: LiveModel | None = None
-        self.trainer: Trainer | None = None
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
-    ) -> None:
-        """Adds the downstream metrics to the trainer's log, at the step of the weights."""
-        model = options["model"]
-        if not state.is_world_process_zero or self.trainer is None:
-            return
-        if self.live is None:
-            self.live = LiveModel(model, tokenizer=self.tokenizer)
-        with untouched(model, runs_module=False), tempfile.TemporaryDirectory() as folder:
-            scores = validate(self.live.encoder(model), self.config.tasks, Store(Path(folder)))
-        self.trainer.log({name: value for one in scores for name, value in one.metrics.items()})
 
 
 def main() -> None:
@@ -63,7 +30,6 @@ def main() -> None:
     model = EsmForMaskedLM.from_pretrained("sample/checkpoint")
     sequences = tables.read(Path("sample/data/unlabelled/train"), "x000", ["sequence"]).columns["sequence"]
     data: Any = [tokenizer(sequence) for sequence in sequences]
-    callback = DownstreamValidationCallback(read_config(options.config, options.overrides), tokenizer)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -81,9 +47,9 @@ def main() -> None:
         train_dataset=data[20:],
         eval_dataset=data[:20],
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15),
-        callbacks=[callback],
+        processing_class=tokenizer,
+        callbacks=[DownstreamTrainerCallback(read_config(options.config, options.overrides))],  # (1)
     )
-    callback.trainer = trainer
     trainer.train()
     trainer.save_model(options.out)
     tokenizer.save_pretrained(options.out)

@@ -16,6 +16,11 @@ In a Lightning script, two lines measure the weights in training at each validat
     from pipeline import setup_dwnstr_task_validation_callbacks
 
     trainer = Trainer(callbacks=setup_dwnstr_task_validation_callbacks("my.yaml"))
+
+The Hugging Face `Trainer` takes a `DownstreamTrainerCallback("my.yaml")`, and any other loop calls a `Downstream`:
+
+    downstream = Downstream("my.yaml", tokenizer=tokenizer)
+    metrics = downstream(model, step)
 """
 
 from __future__ import annotations
@@ -26,9 +31,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.checkpoints.opening import open_encoder as open_encoder
     from pipeline.config.schema import Config as Config
-    from pipeline.config.schema import Files as Files
-    from pipeline.config.schema import Task as Task
+    from pipeline.config.task import Files as Files
+    from pipeline.config.task import Task as Task
     from pipeline.config.yaml_file import read_config as read_config
+    from pipeline.encoders.description import DESCRIPTION as DESCRIPTION
     from pipeline.encoders.huggingface import HuggingFaceEncoder as HuggingFaceEncoder
     from pipeline.encoders.live import LiveModel as LiveModel
     from pipeline.encoders.options import EncoderOptions as EncoderOptions
@@ -38,11 +44,13 @@ if TYPE_CHECKING:
     from pipeline.store.embedding_table import Store as Store
     from pipeline.tracking.protocol import NullTracker as NullTracker
     from pipeline.tracking.protocol import Tracker as Tracker
+    from pipeline.training.huggingface import DownstreamTrainerCallback as DownstreamTrainerCallback
     from pipeline.training.lightning import DownstreamValidation as DownstreamValidation
     from pipeline.training.lightning import (
         setup_dwnstr_task_validation_callbacks as setup_dwnstr_task_validation_callbacks,
     )
     from pipeline.training.loggers import JournalLogger as JournalLogger
+    from pipeline.training.loop import Downstream as Downstream
     from pipeline.training.monitors import DownstreamEarlyStopping as DownstreamEarlyStopping
     from pipeline.training.monitors import DownstreamModelCheckpoint as DownstreamModelCheckpoint
     from pipeline.training.untouched import untouched as untouched
@@ -50,12 +58,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Config": "config.schema",
+    "DESCRIPTION": "encoders.description",
+    "Downstream": "training.loop",
     "DownstreamEarlyStopping": "training.monitors",
     "DownstreamModelCheckpoint": "training.monitors",
+    "DownstreamTrainerCallback": "training.huggingface",
     "DownstreamValidation": "training.lightning",
     "Encoder": "encoders.protocol",
     "EncoderOptions": "encoders.options",
-    "Files": "config.schema",
+    "Files": "config.task",
     "HuggingFaceEncoder": "encoders.huggingface",
     "JournalLogger": "training.loggers",
     "LiveModel": "encoders.live",
@@ -63,7 +74,7 @@ _HOMES = {
     "PipelineError": "errors",
     "Scores": "score",
     "Store": "store.embedding_table",
-    "Task": "config.schema",
+    "Task": "config.task",
     "Tracker": "tracking.protocol",
     "open_encoder": "checkpoints.opening",
     "read_config": "config.yaml_file",

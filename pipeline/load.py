@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.data.labels import READERS, Labels
 from pipeline.data.parts import UNKNOWN, Part, Target
 from pipeline.data.report import data_report

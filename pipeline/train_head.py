@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.config.class_paths import import_class
-from pipeline.config.schema import LEVELS, Task
+from pipeline.config.task import LEVELS, Task
 from pipeline.data.parts import Target
 from pipeline.embed import Embeddings
 from pipeline.encoders.code_digest import code_digest, no_reuse

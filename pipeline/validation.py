@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.baseline_scores import beside_baseline
-from pipeline.config.schema import Config, Task, check_names
+from pipeline.config.schema import Config
+from pipeline.config.task import Task, check_names
 from pipeline.config.yaml_file import to_yaml
 from pipeline.embed import Embeddings, differences, embed, made_with
 from pipeline.encoders.protocol import Encoder

@@ -13,7 +13,7 @@ import torch
 from mlflow import MlflowClient
 
 from pipeline import baseline_scores, setup_dwnstr_task_validation_callbacks
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.embed import embed
 from pipeline.encoders.baselines import BASELINES, Composition, Windows
 from pipeline.errors import ConfigError

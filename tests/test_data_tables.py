@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.load import load
 from pipeline.store.embedding_table import Store

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from pipeline import EncoderOptions, LiveModel, Store, open_encoder, setup_dwnstr_task_validation_callbacks, validate
-from pipeline.config.schema import Config, Task
+from pipeline.config.schema import Config
+from pipeline.config.task import Task
 from pipeline.embed import Embeddings, embed
 from pipeline.encoders.description import DESCRIPTION
 from pipeline.encoders.protocol import Encoder

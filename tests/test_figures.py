@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.data.parts import Part, Target
 from pipeline.embed import embed
 from pipeline.load import Examples, load

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.data.parts import Target
 from pipeline.embed import embed
 from pipeline.heads import optimizers as optim

@@ -24,7 +24,7 @@ from pipeline import (
     setup_dwnstr_task_validation_callbacks,
     validate,
 )
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.config.yaml_file import to_yaml
 from pipeline.encoders.description import DESCRIPTION
 from pipeline.errors import CheckpointError, ConfigError, DataError, PipelineError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.schema import Files
+from pipeline.config.task import Files
 from pipeline.data.parts import UNKNOWN, unit_index
 from pipeline.errors import DataError
 from pipeline.load import Examples, load

@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 
 from pipeline import DownstreamEarlyStopping, DownstreamModelCheckpoint, setup_dwnstr_task_validation_callbacks
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.errors import DataError
 from tests.support.data import planted_task
 from tests.support.training import Busy, loader, section, trainer

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.config import documentation
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.errors import ConfigError
 from pipeline.heads import optimizers as optim
 from pipeline.heads.schedules import POLICIES, PolicyLR

@@ -25,7 +25,7 @@ from pipeline import (
     untouched,
     validate,
 )
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.config.yaml_file import to_yaml
 from pipeline.encoders.description import DESCRIPTION, portable
 from pipeline.errors import CheckpointError, ConfigError

@@ -114,22 +114,25 @@ def test_a_mistake_is_one_line_before_the_first_step(
 
 
 def test_the_hand_written_loop(tmp_path: Path, tracking: str) -> None:
-    overrides = f"dataset.num_epochs=1 store={tmp_path}/store"
-    python("examples/hand_written_loop.py", "--steps=2", f"--overrides={overrides}", tracking=tracking)
+    overrides = f"dataset.num_epochs=1 store={tmp_path}/store logging.figures=false"
+    out = tmp_path / "model.pt"
+    python("examples/hand_written_loop.py", "--steps=2", f"--out={out}", f"--overrides={overrides}", tracking=tracking)
     (run,) = MlflowClient().search_runs(["0"])
     history = MlflowClient().get_metric_history(run.info.run_id, ACCURACY)
     assert [point.step for point in history] == [0, 1, 2]
     assert run.info.status == "FINISHED"
+    assert open_encoder(str(out)).max_seq_length
 
 
 def test_the_hugging_face_trainer(tmp_path: Path, tracking: str, monkeypatch: Any) -> None:
     """The last point of the curve is what the saved model scores."""
     out = tmp_path / "out"
-    options = ["--steps=4", f"--out={out}", "--overrides=dataset.num_epochs=1", "--report-to=tensorboard"]
+    options = ["--steps=4", f"--out={out}", "--report-to=tensorboard"]
+    options.append("--overrides=dataset.num_epochs=1 logging.figures=false")
     python("examples/huggingface_trainer.py", *options, tracking=tracking)
     (folder,) = (out / "runs").iterdir()
-    curve = in_tensorboard(folder, f"train/{ACCURACY}")
-    assert [step for step, _ in curve] == [2, 4]
+    curve = in_tensorboard(folder, f"eval/{ACCURACY}")
+    assert [step for step, _ in curve] == [0, 2, 4]
     monkeypatch.chdir(ROOT)
     config = read_config("configs/pretrain.yaml", "dataset.num_epochs=1")
     scores = validate(open_encoder(str(out)), config.tasks, Store(tmp_path / "store"))

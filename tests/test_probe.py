@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.embed import Embeddings, embed
 from pipeline.errors import ConfigError
 from pipeline.heads import logistic, probe, ridge

@@ -16,7 +16,8 @@ from mlflow import MlflowClient
 
 from pipeline import setup_dwnstr_task_validation_callbacks
 from pipeline.__main__ import main
-from pipeline.config.schema import Config, Files, Task
+from pipeline.config.schema import Config
+from pipeline.config.task import Files, Task
 from pipeline.config.yaml_file import config_from, read_config, to_mapping
 from pipeline.errors import ConfigError
 from tests.support.programs import ROOT

@@ -18,7 +18,8 @@ from torch import Tensor
 from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.class_paths import import_class
 from pipeline.config.documentation import markdown
-from pipeline.config.schema import Config, Files, MaxRows, Task
+from pipeline.config.schema import Config
+from pipeline.config.task import Files, MaxRows, Task
 from pipeline.config.trackers import Logging
 from pipeline.config.yaml_file import config_from, read_config
 from pipeline.embed import embed
@@ -580,7 +581,7 @@ PROMPT = """
 import logging, sys, torch
 from pathlib import Path
 from pipeline import Store, validate
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.heads.architectures import Head
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.schema import MaxRows, Task
+from pipeline.config.task import MaxRows, Task
 from pipeline.embed import Embeddings, embed
 from pipeline.load import load
 from pipeline.report.tables import score_table

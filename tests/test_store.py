@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.embed import Embeddings, embed
 from pipeline.encoders.forward import batches
 from pipeline.errors import CacheError

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipeline import JournalLogger, setup_dwnstr_task_validation_callbacks, untouched, validation
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.config.trackers import Logging
 from pipeline.errors import DataError
 from tests.support.data import planted_task

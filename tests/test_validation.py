@@ -14,7 +14,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
 
-from pipeline.config.schema import Files, Task
+from pipeline.config.task import Files, Task
 from pipeline.embed import embed
 from pipeline.errors import ConfigError, DataError
 from pipeline.heads.batches import Data

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.report.overview import summary
 from pipeline.report.page import page
 from pipeline.score import Scores

@@ -50,7 +50,8 @@ def _read(source: str, options: EncoderOptions, factory: Any) -> Stored:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"ckpt: '{source}': the adapter does not fit its base model: {reason}") from error
     own = (folder / "tokenizer_config.json").is_file() and options.architecture is None
-    return replace(base, tokenizer=load_tokenizer(source)) if own else base
+    tokenized: Any = replace(base, tokenizer=load_tokenizer(source)) if own else base
+    return tokenized
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config.line_numbers import SECTION
-from pipeline.config.schema import Config, Files, MaxRows, Task
+from pipeline.config.schema import Config
+from pipeline.config.task import Files, MaxRows, Task
 from pipeline.config.trackers import Logging
 from pipeline.config.yaml_file import CLASSES, ENCODERS, RENAMED, UNUSED
 

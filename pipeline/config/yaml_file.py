@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config.class_paths import import_class
 from pipeline.config.line_numbers import SECTION, Lines
-from pipeline.config.schema import LEVELS, Config, Files, MaxRows, Task
+from pipeline.config.schema import Config
+from pipeline.config.task import LEVELS, Files, MaxRows, Task
 from pipeline.config.trackers import Logging
 from pipeline.errors import ConfigError, nearest
 

@@ -197,7 +197,9 @@ class HuggingFaceEncoder(Encoder):
                 kind = type(self.model).__name__
                 remedy = "leave baseline out"
                 raise CheckpointError(f"baseline: {kind}(config) gives no model ({error}); {remedy}") from error
-        options = EncoderOptions(device=str(self.device), precision=self.precision, layer=self.layer)
+        options = EncoderOptions(
+            device=str(self.device), precision=self.precision, layer=self.layer, pooling=self.pooling
+        )
         return HuggingFaceEncoder(model.to(self.device), self.tokens.tokenizer, options, self.as_is, self.maker)
 
     def why_unknown(self, sequence: str) -> str:

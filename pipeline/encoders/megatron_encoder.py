@@ -21,7 +21,7 @@ from pipeline.encoders.huggingface import find_layer
 from pipeline.encoders.megatron import MegatronModel
 from pipeline.encoders.megatron_tokens import MegatronTokens
 from pipeline.encoders.options import EncoderOptions
-from pipeline.encoders.protocol import Encoder
+from pipeline.encoders.protocol import Encoder, no_first
 from pipeline.errors import DataError
 
 VERSION = 1  # part of every digest: raise it when the same archive gives other numbers
@@ -38,15 +38,19 @@ class MegatronEncoder(Encoder):
         Args:
             model: with its weights, float32; layers above the chosen layer are removed.
             tokens: its tokenizer, of as many tokens as the model has, or fewer.
-            options: device, precision and layer are used.
+            options: device, precision, layer and pooling are used.
             most_tokens: of a sequence, special tokens counted, more than these; None for no limit.
 
         Raises:
+            CheckpointError: the pooling is `cls`.
             ConfigError: the device or the layer is not there.
         """
         self.layer = find_layer(options.layer, model.options)
         self.device = find_device(options.device)
         self.precision = find_precision(options.precision, self.device)
+        self.pooling = options.pooling
+        if self.pooling == "cls":
+            raise no_first("the pooling of .nemo archives is over residues alone")
         self.tokens, self.most_tokens = tokens, most_tokens
         special = len(tokens.before) + len(tokens.after)
         self.max_seq_length = None if most_tokens is None else most_tokens - special

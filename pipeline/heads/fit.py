@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.data.parts import Target, unit_index
 from pipeline.embed import Embeddings
 from pipeline.errors import DataError

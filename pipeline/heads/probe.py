@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.data.parts import Part, Target
 from pipeline.embed import Embeddings
 from pipeline.heads import ridge

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.schema import Task
+from pipeline.config.task import Task
 from pipeline.data.parts import Part, Target
 from pipeline.heads.fit import SeedHead
 from pipeline.load import Examples

@@ -1,4 +1,4 @@
-"""The work of rank 0 for the callback: it prepares, and measures the current weights."""
+"""The work of rank 0 in any training loop: it prepares, and measures the current weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from pipeline import validation
@@ -18,7 +17,6 @@ from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.class_paths import encoder_class
 from pipeline.config.schema import Config
 from pipeline.embed import check_sequences, made_with
-from pipeline.encoders.description import DESCRIPTION
 from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
@@ -29,10 +27,9 @@ from pipeline.progress import no_progress
 from pipeline.report.publishing import describe, publish_curves
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
-from pipeline.tracking.mirrors import LoggerTracker, is_kind
 from pipeline.tracking.protocol import FOLDER, AtStep, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.train_head import make_head
-from pipeline.training.lightning_package import pl
+from pipeline.training.host import Host
 from pipeline.training.progress import Progress, resolution_of
 from pipeline.training.untouched import untouched
 from pipeline.validation import check, dry_run
@@ -45,15 +42,16 @@ class Measurement:
     """Measures a module in training, and leaves it as it is.
 
     Attributes:
+        host: the loop in which the module is trained.
         earlier_run: key of the MLflow run that an interrupted training had opened, to be continued.
         description: what a `.ckpt` needs to be opened, and how it is measured here; None where that takes a class.
         progress: what the scores have changed by.
     """
 
-    def __init__(self, config: Config, trainer: Any, earlier_run: str | None = None) -> None:
-        """Keeps the trainer: its loggers, precision and folder are read when they are needed."""
+    def __init__(self, config: Config, host: Host, earlier_run: str | None = None) -> None:
+        """Opens nothing yet."""
         self.config = config
-        self.trainer = trainer
+        self.host = host
         self.earlier_run = earlier_run
         self.description: dict[str, Any] | None = None
         self.progress = Progress()
@@ -116,22 +114,25 @@ class Measurement:
     def close(self, status: str, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Draws the curves of a training, and ends the MLflow run if it was opened here."""
         run = self._run
-        if run is None:
-            return
+        if run is not None:
+            self._close(run, status, points)
+        attempt("closing of the trackers", self.host.close)
+
+    def _close(self, run: TrainingRun, status: str, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         if self.config.logging.figures:
-            several = Several([run.run, *self._loggers])
+            several = Several([run.run, *self._mirrors])
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
         if seen := resolution_of(points, self.config):
             attempt("logging", lambda: run.run.text(seen, f"{FOLDER}/curves/resolution.md"))
-            pl.utilities.rank_zero_info("downstream validation, what its scores can see:\n%s", seen)
+            self.host.say(f"downstream validation, what its scores can see:\n{seen}")
         if run.own and points:
             run.run.describe(self.progress.summary(points, self.config))
         attempt("closing of the MLflow run", lambda: run.end(status))
 
     @property
     def _options(self) -> EncoderOptions:
-        """With the trainer's root device: at the end of training the module may be back on the CPU."""
-        device = str(self.trainer.strategy.root_device) if self.config.device == "auto" else self.config.device
+        """With the training's device: at its end the module may be back on the CPU."""
+        device = str(self.host.device) if self.config.device == "auto" else self.config.device
         return replace(EncoderOptions.from_config(self.config), device=device)
 
     @contextmanager
@@ -148,8 +149,8 @@ class Measurement:
 
     @contextmanager
     def _in_place(self, module: nn.Module) -> Iterator[None]:
-        """A module that runs itself, on the trainer's device: at the end of training Lightning puts it on the CPU."""
-        there: torch.device = self.trainer.strategy.root_device
+        """A module that runs itself, on the training's device: at its end the module may be back on the CPU."""
+        there = self.host.device
         here = next((parameter.device for parameter in module.parameters()), there)
         if here == there or self._live is None or not self._live.runs_module:
             yield
@@ -168,14 +169,13 @@ class Measurement:
 
     def _look_at(self, module: nn.Module) -> LiveModel | None:
         """How the live module gives hidden states; None where a checkpoint is written for a class of the user's."""
-        target, trainer = self.config.dataset[0].infer_target, self.trainer
+        target, host = self.config.dataset[0].infer_target, self.host
         own = encoder_class(target)
         if self.config.save and own is not None:
             if not hasattr(own, "from_checkpoint"):
                 raise CheckpointError(f"infer_target: {target} has no from_checkpoint(path), which save needs")
             return None
-        context = trainer.precision_plugin.forward_context
-        return LiveModel(module, target, None, context, str(trainer.precision), [trainer.datamodule])
+        return LiveModel(module, target, host.tokenizer, host.context, host.mode, host.holders)
 
     def _describe(self) -> dict[str, Any] | None:
         if self._live is None or self._live.description is None:
@@ -198,7 +198,7 @@ class Measurement:
                 make_head(examples.task, encoder.hidden_size, examples.targets, encoder.device)
 
     def _measure(self, module: nn.Module, step: int) -> dict[str, float]:
-        source = str(self._save(module, step)) if self.config.save else "live weights"
+        source = str(self.host.save(module, step, self.description)) if self.config.save else "live weights"
         if self.config.save:
             encoder = open_encoder(source, replace(self._options, trust_pickle=True))  # it was just written here
         else:
@@ -216,7 +216,7 @@ class Measurement:
                 child = self.config.child_runs
                 open_tracker = partial(run.measurement, step, encoder.digest, source, self.config.title, child)
                 tracker = stack.enter_context(guarded("logging to MLflow", open_tracker))
-            mirrors = Several(self._loggers)
+            mirrors = Several(self._mirrors)
             scores, changes = validation.measure(
                 encoder,
                 self.config,
@@ -233,39 +233,13 @@ class Measurement:
             self._run.run.tags({f"{FOLDER}.start": f"step {self.progress.start}"})
         return validation.metrics_of(scores) | dict(changes.values)
 
-    def _save(self, module: Any, step: int) -> Path:
-        """Writes `downstream/step=N.ckpt` below the trainer's folder, without the trainer's callbacks and its barrier.
-
-        Raises:
-            CheckpointError: the file cannot be written.
-        """
-        content = {
-            "epoch": self.trainer.current_epoch,
-            "global_step": self.trainer.global_step,
-            "pytorch-lightning_version": vars(pl)["__version__"],
-            "state_dict": module.state_dict(),
-            "hyper_parameters": dict(module.hparams),
-        }
-        module.on_save_checkpoint(content)
-        if self.description is not None:
-            content[DESCRIPTION] = self.description
-        path = Path(self.trainer.default_root_dir) / "downstream" / f"step={step}.ckpt"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(content, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"save: '{path}' cannot be written ({error}); set default_root_dir") from error
-        return path
-
     def _read(self) -> None:
         """Reads and checks all data."""
         self._examples = [load(task, self._limit) for task in self.config.dataset]
 
     @cached_property
-    def _loggers(self) -> list[LoggerTracker]:
-        """The trainer's loggers, without a logger of the MLflow run, which has the metrics already."""
-        return [LoggerTracker(logger) for logger in self.trainer.loggers if not self._is_run(logger)]
+    def _mirrors(self) -> Sequence[Tracker]:
+        return self.host.mirrors(self._run)
 
     def _encoder(self, module: nn.Module) -> Encoder:
         assert self._live is not None
@@ -281,15 +255,8 @@ class Measurement:
     def _open_run(self) -> TrainingRun:
         from pipeline.tracking.training_run import TrainingRun
 
-        name = type(self.trainer.lightning_module).__name__
-        run = TrainingRun(self.trainer.loggers, name, self.config, self.earlier_run)
+        run = TrainingRun(self.host.loggers, self.host.name, self.config, self.earlier_run)
         if run.own:
-            pl.utilities.rank_zero_info(f"downstream validation logs to MLflow: {run.place}")
+            self.host.say(f"downstream validation logs to MLflow: {run.place}")
         describe(run.run, self.config, FOLDER)
         return run
-
-    def _is_run(self, logger: Any) -> bool:
-        """Whether a trainer's logger writes to the MLflow run."""
-        if is_kind(logger, "JournalLogger"):
-            return self._run is not None and logger.experiment is self._run.run
-        return self._run is not None and is_kind(logger, "MLFlowLogger") and logger.run_id == self._run.run_id

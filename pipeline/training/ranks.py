@@ -37,6 +37,11 @@ class Ranks:
         if self.group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.group = dist.new_group(backend="gloo", timeout=self.timeout)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, or the only one."""
+        return self.group is None or dist.get_rank() == 0
+
     def close(self) -> None:
         """Forgets the group, without destroying it: it may be broken."""
         self.group = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
 import sys
 from collections import OrderedDict, defaultdict, deque
@@ -24,8 +25,9 @@ def untouched(module: nn.Module, runs_module: bool = True) -> Iterator[None]:
     """Afterwards module and process are bit for bit what they were, also when an exception passes through.
 
     Put back are the random states (Python, NumPy, torch, every GPU), each parameter's `requires_grad`, each
-    submodule's mode, every buffer and attribute, the default dtype, the grad mode and autocast. Within, the module is
-    in evaluation mode, gradients and autocast are off, and nothing is compiled.
+    submodule's mode, every buffer, hook and attribute, extra state (`get_extra_state`), the default dtype, the grad
+    mode and autocast. Within, the module is in evaluation mode, gradients and autocast are off, and nothing is
+    compiled.
 
     Args:
         module: the module in training.
@@ -40,6 +42,7 @@ def untouched(module: nn.Module, runs_module: bool = True) -> Iterator[None]:
         stack.callback(_set_gradients, [(parameter, parameter.requires_grad) for parameter in module.parameters()])
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         if runs_module:
+            stack.callback(_extra_states(module))  # after the attributes are put back
             stack.callback(_attributes(module))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -59,11 +62,46 @@ def _set_gradients(wanted: Sequence[tuple[nn.Parameter, bool]]) -> None:
             parameter.requires_grad_(requires_grad)
 
 
+def _extra_states(module: nn.Module) -> Callable[[], None]:
+    """What modules keep of a forward pass in objects of their own, such as the scales of a TransformerEngine layer."""
+    own = [part for part in module.modules() if type(part).get_extra_state is not nn.Module.get_extra_state]
+    states = [(part, copy.deepcopy(part.get_extra_state())) for part in own]
+
+    def restore() -> None:
+        for part, state in states:
+            if not _is_same(part.get_extra_state(), state):
+                part.set_extra_state(state)
+
+    return restore
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    """Whether two extra states are equal, bit for bit; False where that cannot be said."""
+    if isinstance(now, Tensor) and isinstance(before, Tensor):
+        return bool(now.dtype == before.dtype and now.shape == before.shape and _bits(now) == _bits(before))
+    if type(now) is not type(before):
+        return False
+    if isinstance(now, io.BytesIO):
+        return bool(now.getvalue() == before.getvalue())
+    if isinstance(now, dict):
+        return [*now] == [*before] and all(_is_same(now[key], before[key]) for key in now)
+    if isinstance(now, (list, tuple)):
+        return len(now) == len(before) and all(map(_is_same, now, before))
+    return isinstance(now, (bytes, str, int, float, bool, type(None))) and bool(now == before)
+
+
+def _bits(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
 def _attributes(module: nn.Module) -> Callable[[], None]:
     """Buffers and other attributes, such as a table of positions or a count that a forward pass keeps."""
     attributes = [(submodule, dict(vars(submodule))) for submodule in module.modules()]
     own = [value for _, values in attributes for name, value in values.items() if name not in OF_MODULES]
     containers, tensors = _contents(own)
+    every = [item for _, values in attributes for item in values.items()]
+    hooks = [value for name, value in every if name in OF_MODULES and "hook" in name and isinstance(value, dict)]
+    containers += [(value, copy.copy(value)) for value in hooks]  # transformers adds some in a forward pass
     copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     def restore() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config.schema import Files, Task
+from pipeline.config.task import Files, Task
 from tests.support.models import RESIDUES
 
 ADAM = {"name": "adam", "lr": 0.01}

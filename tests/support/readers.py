@@ -31,13 +31,13 @@ def pictures_in_tensorboard(folder: Path, tag: str) -> list[tuple[int, bytes]]:
     return [(event.step, event.encoded_image_string) for event in events.Images(tag)]
 
 
-def in_wandb(file: Path, name: str) -> list[tuple[int, Any]]:
-    """The same in a run that W&B kept offline, over `trainer/global_step`; `NAME/path` is a picture's file."""
+def in_wandb(file: Path, name: str, step: str = "trainer/global_step") -> list[tuple[int, Any]]:
+    """The same in a run that W&B kept offline, over the metric `step`; `NAME/path` is a picture's file."""
     found = []
     for record in _wandb_records(file):
         row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         if name in row:
-            found.append((row["trainer/global_step"], row[name]))
+            found.append((row[step], row[name]))
     return found
 
 

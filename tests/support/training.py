@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, EsmConfig, EsmForMaskedLM
 
-from pipeline.config.schema import Config, Task
+from pipeline.config.schema import Config
+from pipeline.config.task import Task
 from pipeline.config.trackers import Logging
 from pipeline.tracking.sender import flush
 from tests.support.models import RESIDUES

@@ -1,0 +1,91 @@
+"""A Lightning trainer as the host of a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.encoders.custom import Context
+from pipeline.tracking.mirrors import LoggerTracker, is_kind
+from pipeline.tracking.protocol import Tracker
+from pipeline.training.host import write_checkpoint
+from pipeline.training.lightning_package import pl
+
+
+class LightningHost:
+    """See `Host`: the trainer's loggers, precision and folder are read when they are needed."""
+
+    tokenizer = None
+
+    def __init__(self, trainer: Any) -> None:
+        """Keeps the trainer."""
+        self.trainer = trainer
+
+    @property
+    def name(self) -> str:
+        """See `Host.name`: the module's class."""
+        return type(self.trainer.lightning_module).__name__
+
+    @property
+    def device(self) -> torch.device:
+        """See `Host.device`: at the end of training Lightning puts the module on the CPU."""
+        device: torch.device = self.trainer.strategy.root_device
+        return device
+
+    @property
+    def context(self) -> Context:
+        """See `Host.context`."""
+        context: Context = self.trainer.precision_plugin.forward_context
+        return context
+
+    @property
+    def mode(self) -> str:
+        """See `Host.mode`."""
+        return str(self.trainer.precision)
+
+    @property
+    def holders(self) -> Sequence[object]:
+        """See `Host.holders`."""
+        return [self.trainer.datamodule]
+
+    @property
+    def loggers(self) -> Sequence[Any]:
+        """See `Host.loggers`."""
+        loggers: Sequence[Any] = self.trainer.loggers
+        return loggers
+
+    def mirrors(self, run: Any) -> Sequence[Tracker]:
+        """The trainer's loggers, without a logger of the MLflow run, which has the metrics already."""
+
+        def writes_to_run(one: Any) -> bool:
+            if is_kind(one, "JournalLogger"):
+                return run is not None and one.experiment is run.run
+            return run is not None and is_kind(one, "MLFlowLogger") and one.run_id == run.run_id
+
+        return [LoggerTracker(one) for one in self.loggers if not writes_to_run(one)]
+
+    def save(self, module: Any, step: int, description: Mapping[str, Any] | None) -> Path:
+        """See `Host.save`: as Lightning's own, without the trainer's callbacks and its barrier."""
+        content = {
+            "epoch": self.trainer.current_epoch,
+            "global_step": self.trainer.global_step,
+            "pytorch-lightning_version": vars(pl)["__version__"],
+            "state_dict": module.state_dict(),
+            "hyper_parameters": dict(module.hparams),
+        }
+        module.on_save_checkpoint(content)
+        return write_checkpoint(Path(self.trainer.default_root_dir), step, content, description, "set default_root_dir")
+
+    def say(self, text: str) -> None:
+        """See `Host.say`."""
+        pl.utilities.rank_zero_info("%s", text)
+
+    def warn(self, text: str) -> None:
+        """See `Host.warn`."""
+        pl.utilities.rank_zero_warn(text, stacklevel=2)
+
+    def close(self) -> None:
+        """See `Host.close`: the trainer ends its loggers."""
