@@ -43,15 +43,14 @@ def _holds(path: Path) -> bool:
 def _read(source: str, options: EncoderOptions, factory: Any) -> Stored:
     folder = Path(source)
     settings, state = _settings(folder), _state(folder, options)
-    base = _base(folder, settings, options, factory)
+    base: Stored = _base(folder, settings, options, factory)
     try:
         _merge(base.model, settings, state, source)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:  # whatever the library has against the adapter
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"ckpt: '{source}': the adapter does not fit its base model: {reason}") from error
     own = (folder / "tokenizer_config.json").is_file() and options.architecture is None
-    tokenized: Any = replace(base, tokenizer=load_tokenizer(source)) if own else base
-    return tokenized
+    return replace(base, tokenizer=load_tokenizer(source)) if own else base
 
 
 def _settings(folder: Path) -> dict[str, Any]:

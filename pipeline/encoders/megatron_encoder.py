@@ -104,7 +104,9 @@ class MegatronEncoder(Encoder):
             torch.manual_seed(seed)
             model = MegatronModel(self.model.options)
             model.draw()
-        options = EncoderOptions(device=str(self.device), precision=self.precision, layer=self.layer)
+        options = EncoderOptions(
+            device=str(self.device), precision=self.precision, layer=self.layer, pooling=self.pooling
+        )
         return MegatronEncoder(model.requires_grad_(False), self.tokens, options, self.most_tokens)
 
     def why_unknown(self, sequence: str) -> str:
