@@ -160,6 +160,28 @@ def reshaped(metadata: Any) -> Any:
     return metadata
 
 
+def no_chunks(metadata: Any) -> Any:
+    name = next(name for name in metadata.state_dict_metadata if name.endswith("word_embeddings.weight"))
+    metadata.state_dict_metadata[name].chunks.clear()
+    return metadata
+
+
+def no_places(metadata: Any) -> Any:
+    name = next(name for name in metadata.state_dict_metadata if name.endswith("word_embeddings.weight"))
+    metadata.storage_data = {index: where for index, where in metadata.storage_data.items() if index.fqn != name}
+    return metadata
+
+
+def under_two_names(model: Any) -> dict[str, Any]:
+    state = model.state_dict()
+    return {**state, **{f"_orig_mod.{name}": value + 1 for name, value in state.items()}}
+
+
+def not_finite(model: Any) -> dict[str, Any]:
+    state = model.state_dict()
+    return {name: value * torch.nan if name.endswith("query.weight") else value for name, value in state.items()}
+
+
 def without(part: str) -> Callable[[Any], dict[str, Any]]:
     return lambda model: {name: value for name, value in model.state_dict().items() if part not in name}
 
@@ -192,11 +214,15 @@ BROKEN: dict[str, tuple[Callable[[Any], dict[str, Any]] | None, Callable[[Path],
         lambda path: next(path.glob("*.distcp")).write_bytes(bytes(next(path.glob("*.distcp")).stat().st_size)),
         "cannot be loaded",
     ),
-    "misshapen": (None, lambda path: rewrite(path, reshaped), "expected the shape (33, 32), found (7, 32)"),
+    "misshapen": (None, lambda path: rewrite(path, reshaped), "expected all of its 224 numbers, found where 1056"),
     "missing weight": (without("layer.1.attention.self.query.weight"), lambda path: None, "lacks"),
     "another model": (lambda _: torch.nn.Linear(3, 4).state_dict(), lambda path: None, "found none"),
     "left over": (with_another, lambda path: None, "holds weights that a EsmModel does not have"),
     "two sets": (twice, lambda path: None, "found several"),
+    "no chunks": (None, lambda path: rewrite(path, no_chunks), "found where 0 are stored"),
+    "no places": (None, lambda path: rewrite(path, no_places), "or not their places"),
+    "two names": (under_two_names, lambda path: None, "are both 'esm"),
+    "not finite": (not_finite, lambda path: None, "expected finite numbers"),
     "nothing": (lambda _: {"step": 3}, lambda path: None, "found none"),
 }
 

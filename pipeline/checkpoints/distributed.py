@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -55,7 +56,7 @@ def _read(source: str, options: EncoderOptions, factory: Any) -> Stored:
     names = {name: uncompiled(name) for name in metadata.state_dict_metadata}
     if lightning.is_file():
         names = _of_module(names)
-    stored = {short: name for name, short in names.items() if hasattr(metadata.state_dict_metadata[name], "size")}
+    stored = _tensors(names, metadata, source)
     shapes = {short: torch.empty(_size(metadata, name), device="meta") for short, name in stored.items()}
 
     def fill_tensors(tensors: Mapping[str, Tensor]) -> None:
@@ -113,6 +114,30 @@ def _of_module(names: Mapping[str, str]) -> dict[str, str]:
     inside = [prefix for prefix in ("state_dict.", "model.") if any(name.startswith(prefix) for name in names)]
     prefix = inside[0] if inside else ""
     return {name: short.removeprefix(prefix) for name, short in names.items() if name.startswith(prefix)}
+
+
+def _tensors(names: Mapping[str, str], metadata: Any, source: str) -> dict[str, str]:
+    """The stored names of the tensors, by their names in the model.
+
+    Raises:
+        CheckpointError: a tensor is not whole, or two have one name.
+    """
+    places = {(index.fqn, index.offset) for index in metadata.storage_data}
+    stored: dict[str, str] = {}
+    for name, short in names.items():
+        tensor = metadata.state_dict_metadata[name]
+        if not hasattr(tensor, "size"):
+            continue
+        where = f"ckpt: '{source}': '{name}'"
+        chunks = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in tensor.chunks}
+        held, all_of_it = sum(map(prod, chunks.values())), prod(tensor.size)
+        if held != all_of_it or any((name, torch.Size(offset)) not in places for offset in chunks):
+            found = f"expected all of its {all_of_it} numbers, found where {held} are stored"
+            raise CheckpointError(f"{where}: {found}, or not their places; take another checkpoint")
+        if short in stored:
+            raise CheckpointError(f"{where} and '{stored[short]}' are both '{short}'; save the model once")
+        stored[short] = name
+    return stored
 
 
 def _size(metadata: Any, name: str) -> tuple[int, ...]:

@@ -55,8 +55,9 @@ def uncompiled(name: str) -> str:
 
 
 def uncompiled_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights by the names that they had before `torch.compile`."""
-    return {uncompiled(name): value for name, value in state.items()}
+    """Weights by the names that they had before `torch.compile`, FSDP and so on; where two become one, as they are."""
+    found = {uncompiled(name): value for name, value in state.items()}
+    return found if len(found) == len(state) else dict(state)
 
 
 @contextmanager
