@@ -1,4 +1,4 @@
-"""A `ckpt` string to an `Encoder`: a Hugging Face folder or hub id, a Lightning `.ckpt`, an MLflow URI.
+"""A `ckpt` string to an `Encoder`: a folder or file in one of `FORMATS`, a hub id, an MLflow URI.
 
 Weights are read with safetensors or `weights_only=True`. Weights that a checkpoint lacks are an error: a library that
 fills them in at random would have us measure noise.
@@ -40,15 +40,14 @@ from pipeline.errors import CheckpointError, ConfigError, PipelineError
 
 FORMATS = (PEFT, DEEPSPEED, FOLDER, NEMO, ACCELERATE, DISTRIBUTED, LIGHTNING)  # the first that holds a path reads it
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-REMEDY = "give a model folder, a .ckpt, a hub id or an MLflow URI"
+REMEDY = "give a model folder, a file of weights, a hub id or an MLflow URI"
 
 
 def open_encoder(ckpt: str, options: EncoderOptions = EncoderOptions()) -> Encoder:
     """The encoder in a stored checkpoint.
 
     Args:
-        ckpt: a Hugging Face folder or hub id, a Lightning `.ckpt`, a `.nemo` archive, or an MLflow URI (`runs:/`,
-            `models:/`).
+        ckpt: a folder or file in one of `FORMATS`, a hub id, or an MLflow URI (`runs:/`, `models:/`).
         options: how it is opened. The module that a `model_factory` makes is treated as a module in training; see
             `LiveModel`.
 
@@ -147,6 +146,6 @@ def _found_in(path: Path, ckpt: str) -> tuple[Format, str]:
             found.update((place, stored_as) for stored_as in reversed(FORMATS) if stored_as.holds(place))
     if len(found) != 1:
         names = ", ".join(str(place.relative_to(path)) for place in found) or "none"
-        raise CheckpointError(f"ckpt: expected one config.json or .ckpt in '{ckpt}', found {names}")
+        raise CheckpointError(f"ckpt: expected one checkpoint in '{ckpt}', found {names}")
     place, stored_as = found.popitem()
     return stored_as, str(place)
