@@ -80,7 +80,8 @@ class Net(OwnForMaskedLM):
         self.amax[0] = output.logits.detach().abs().max()
         if labels is not None:
             noise = random.random() + float(np.random.rand())
-            output.loss = nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten()) * (1 + noise)
+            loss = nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+            output["loss"] = loss * (1 + noise)  # as an attribute, earlier releases do not count it among the outputs
         return output
 
 
