@@ -325,7 +325,7 @@ WEIGHTS: list[tuple[str, Change, str]] = [
     ("model.safetensors", tensor(None), "layer.1.attention.self.query.weight"),
     ("model.safetensors", tensor(torch.zeros(3, 3)), "layer.1.attention.self.query.weight"),
     ("config.json", truncate, "config.json"),
-    ("config.json", Path.unlink, "expected one config.json or .ckpt in '{ckpt}', found none\n"),
+    ("config.json", Path.unlink, "expected one checkpoint in '{ckpt}', found none\n"),
     ("vocab.txt", Path.unlink, "tokenizer"),
     ("epoch=3.ckpt", stored({"state_dict": {}}), "'{ckpt}' does not say what model it holds"),
     ("epoch=3.ckpt", stored({"state_dict": {}, "hyper_parameters": Custom()}), "does not say what model it holds"),
