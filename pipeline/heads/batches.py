@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline.data.parts import Part, unit_index
-from pipeline.store.reading import Rows
+
+if TYPE_CHECKING:
+    from pipeline.store.reading import Rows
 
 Indices = npt.NDArray[np.int64]
 
