@@ -63,6 +63,10 @@ def test_the_best_checkpoint_and_the_reporters(
     task: Task, tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Early stopping stands before the callback, and sees the metric nevertheless."""
+    import mlflow
+    import wandb
+
+    wandb.teardown()  # it keeps the settings of an earlier run of this process
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "out/tb"))
@@ -80,9 +84,6 @@ def test_the_best_checkpoint_and_the_reporters(
     (events,) = {file.parent for file in (tmp_path / "out").rglob("events.out.*")}
     in_single: list[Any] = [(step, pytest.approx(value)) for step, value in curve]
     assert in_tensorboard(events, f"eval/{BEST}") == in_single
-    import mlflow
-    import wandb
-
     wandb.finish()
     (file,) = tmp_path.rglob("run-*.wandb")
     assert in_wandb(file, f"eval/{BEST}", "train/global_step") == curve

@@ -11,12 +11,12 @@ import pickle
 import re
 import shutil
 import tarfile
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import torch
@@ -180,7 +180,7 @@ class _Archive:
         if isinstance(self._tar.fileobj, io.BufferedReader):
             yield inner
             return
-        with tempfile.TemporaryFile() as copy:
+        with TemporaryFile() as copy:  # it has no name, so that nothing is left behind
             shutil.copyfileobj(inner, copy)
             copy.seek(0)
             yield copy
