@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +15,7 @@ import torch
 from mlflow import MlflowClient
 from torch import nn
 
-from pipeline import DESCRIPTION, Downstream, LiveModel, PipelineError, open_encoder, validation
+from pipeline import DESCRIPTION, Downstream, LiveModel, PipelineError, open_encoder, untouched, validation
 from pipeline.config.task import Task
 from pipeline.config.trackers import Logging
 from pipeline.errors import ConfigError, DataError
@@ -129,6 +133,23 @@ def test_stop_and_resume(task: Task, tmp_path: Path, tracking: str, undisturbed:
     assert steps == [[0, 1, 2, 3, 4]] * 2
 
 
+def test_a_run_that_nobody_closes_ends_with_the_program(
+    task: Task, tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where `downstream` was a name in a function that has returned, as in most scripts."""
+    at_exit: list[Callable[[], None]] = []
+    registry = SimpleNamespace(register=at_exit.append, unregister=at_exit.remove)
+    monkeypatch.setattr("pipeline.training.session.atexit", registry)
+    monkeypatch.delattr(sys, "last_value", raising=False)
+    Downstream(section(tmp_path, task, on_start=True, on_error="raise"), OwnTokenizer())(make_model(), 0)
+    gc.collect()
+    (close,) = at_exit
+    close()
+    flush()
+    (run,) = MlflowClient(tracking).search_runs(["0"])
+    assert run.info.status == "FINISHED"
+
+
 def test_a_failure_warns_or_raises(
     task: Task, tmp_path: Path, tracking: str, undisturbed: Any, monkeypatch: Any, caplog: Any
 ) -> None:
@@ -211,6 +232,20 @@ def test_state_of_layers_that_scale(task: Task, tmp_path: Path, tracking: str) -
     assert model.scaler.get_extra_state() == state
     model.hidden_states(["MKV"])
     assert snapshot(model, optimizer) != before
+
+
+def test_extra_state_that_is_not_taken_back() -> None:
+    """It is left alone: torch itself can only write it."""
+
+    class OneWay(nn.Module):
+        def get_extra_state(self) -> Any:
+            return {"counts": self.counts}
+
+    module = OneWay()
+    module.counts = type("Counts", (), {})()
+    with untouched(module):
+        pass
+    assert module.training
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import atexit
 import logging
 import sys
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -153,21 +152,18 @@ class Session:
             self._at_exit = None
 
     def close_at_exit(self) -> None:
-        """Closes when the program ends, if that is not done before.
+        """Closes when the program ends, if that is not done before, also where nothing else holds the session by then.
 
         Called after a measurement, when MLflow and W&B have registered what they do then: it comes after this.
         """
-        if self._at_exit is not None:
-            return
-        found = weakref.ref(self)
+        if self._at_exit is None:
+            self._at_exit = self._close_as_the_program_ends
+            atexit.register(self._at_exit)
 
-        def close() -> None:
-            session = found()
-            if session is not None:
-                session.close("FINISHED" if getattr(sys, "last_value", None) is None else "FAILED")
-
-        self._at_exit = close
-        atexit.register(close)
+    def _close_as_the_program_ends(self) -> None:
+        error = getattr(sys, "last_value", None)
+        failed = "FAILED" if isinstance(error, Exception) else "KILLED"
+        self.close("FINISHED" if error is None else failed)
 
     def _continue(self) -> None:
         """Changes are since the first measurement before an interruption."""

@@ -64,7 +64,7 @@ def _set_gradients(wanted: Sequence[tuple[nn.Parameter, bool]]) -> None:
 
 def _extra_states(module: nn.Module) -> Callable[[], None]:
     """What modules keep of a forward pass in objects of their own, such as the scales of a TransformerEngine layer."""
-    own = [part for part in module.modules() if type(part).get_extra_state is not nn.Module.get_extra_state]
+    own = [part for part in module.modules() if _has_extra_state(type(part))]
     states = [(part, copy.deepcopy(part.get_extra_state())) for part in own]
 
     def restore() -> None:
@@ -73,6 +73,12 @@ def _extra_states(module: nn.Module) -> Callable[[], None]:
                 part.set_extra_state(state)
 
     return restore
+
+
+def _has_extra_state(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class give extra state, and take it back: without both it cannot be put back."""
+    gives = kind.get_extra_state is not nn.Module.get_extra_state
+    return gives and kind.set_extra_state is not nn.Module.set_extra_state
 
 
 def _is_same(now: Any, before: Any) -> bool:
