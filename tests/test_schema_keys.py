@@ -45,6 +45,7 @@ ELSEWHERE = {
     "enabled": "test_lightning.py: test_a_disabled_section_gives_no_callback",
     "model_factory": "test_own_models.py",
     "every_n_validations": "test_monitors.py: test_every_second_validation",
+    "compile": "test_packing.py: test_compiled_layers_give_the_same",
     "weights": "test_bare.py: test_an_average_is_taken_by_name_alone",
     "trust_remote_code": "test_remote_code.py",
     "baseline": "test_random_init.py: test_table_report_and_run_say_it",

@@ -40,6 +40,11 @@ class Config:
         "mean",
         choices=POOLINGS,
     )
+    compile: bool = key(
+        "compile the layers of a Hugging Face model, which pays on a GPU for millions of tokens; in a training, and "
+        "for a model of a class of your own, compile the model itself",
+        False,
+    )
     max_batch_tokens: int | None = key("token budget of an embedding batch; null: by kind of device", least=1)
     embedding_dtype: str = key("how embeddings are stored: `float32` or `float16`", "float32", choices=STORED_DTYPES)
     store: str = key("folder of stored embeddings and heads", "~/.cache/downstream-validation")

@@ -133,7 +133,7 @@ class Measurement:
     def _options(self) -> EncoderOptions:
         """With the training's device: at its end the module may be back on the CPU."""
         device = str(self.host.device) if self.config.device == "auto" else self.config.device
-        return replace(EncoderOptions.from_config(self.config), device=device)
+        return replace(EncoderOptions.from_config(self.config), device=device, compile=False)
 
     @contextmanager
     def _around(self, module: nn.Module) -> Iterator[None]:
