@@ -58,7 +58,7 @@ def every_interval(scores: Scores) -> float:
             intervals(predictions)
             (headline,) = (one.name for one in scores.results if one.is_headline and one.probe == probe)
             for _ in ("start", "best"):
-                changes(predictions, from_table(scores.table, target.name, probe), headline)
+                changes(predictions, from_table(scores.table, target.name, probe), only=headline)
     return time.process_time() - began
 
 

@@ -66,7 +66,7 @@ def intervals(predictions: Predictions) -> Intervals:
     return found
 
 
-def changes(now: Predictions, before: Predictions, only: str | None = None) -> Changes:
+def changes(now: Predictions, before: Predictions, *, only: str | None = None) -> Changes:
     """What each metric, or one, has changed by since another checkpoint, with the paired 95 % interval.
 
     Raises:

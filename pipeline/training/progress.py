@@ -128,7 +128,7 @@ class Progress:
     def _change(self, one: Scores, metric: Metric, before: pa.Table) -> Change | str:
         """The change since another measurement, or why there is none."""
         now, then = (from_table(table, metric.target, metric.probe) for table in (one.table, before))
-        every = changes(now, then, metric.name)
+        every = changes(now, then, only=metric.name)
         return every.values.get(metric.name) or every.refused.get(metric.name, "it is not defined in both")
 
     def state(self) -> dict[str, Any]:
