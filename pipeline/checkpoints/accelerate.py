@@ -14,8 +14,11 @@ from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError
 
-# The model's files; those of a second model have a number behind their name. Under FSDP it is a folder.
-WEIGHTS = re.compile(r"(model(_\d+)?\.safetensors|pytorch_model(_\d+)?\.bin)(\.index\.json)?|pytorch_model_fsdp_\d+")
+# The model's files; those of a second model have a number behind their name. Under FSDP it is a folder, or whole.
+WEIGHTS = re.compile(
+    r"(model(_\d+)?\.safetensors|pytorch_model(_\d+)?\.bin)(\.index\.json)?|pytorch_model_fsdp((_\d+)?\.bin|_\d+)"
+)
+OF_RANKS = "pytorch_model_fsdp*_rank*.bin"  # parts, where FSDP is told to write each rank's own
 
 
 def _holds(path: Path) -> bool:
@@ -23,6 +26,10 @@ def _holds(path: Path) -> bool:
 
 
 def _read(source: str, options: EncoderOptions, factory: Any) -> Stored | Encoder:
+    parts = sorted(path.name for path in Path(source).glob(OF_RANKS))
+    if parts:
+        found, remedy = f"has weights in parts, by rank ({parts[0]})", "save with SHARDED_STATE_DICT or FULL_STATE_DICT"
+        raise CheckpointError(f"ckpt: '{source}' {found}, which are not read; {remedy}")
     found = sorted(path for path in Path(source).iterdir() if WEIGHTS.fullmatch(path.name))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
