@@ -28,8 +28,8 @@ def _holds(path: Path) -> bool:
 def _read(source: str, options: EncoderOptions, factory: Any) -> Stored | Encoder:
     parts = sorted(path.name for path in Path(source).glob(OF_RANKS))
     if parts:
-        found, remedy = f"has weights in parts, by rank ({parts[0]})", "save with SHARDED_STATE_DICT or FULL_STATE_DICT"
-        raise CheckpointError(f"ckpt: '{source}' {found}, which are not read; {remedy}")
+        what, remedy = f"has weights in parts, by rank ({parts[0]})", "save with SHARDED_STATE_DICT or FULL_STATE_DICT"
+        raise CheckpointError(f"ckpt: '{source}' {what}, which are not read; {remedy}")
     found = sorted(path for path in Path(source).iterdir() if WEIGHTS.fullmatch(path.name))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
