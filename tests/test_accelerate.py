@@ -5,9 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.utils import ProjectConfiguration  # type: ignore[import-untyped]
+from transformers import EsmForMaskedLM
 
 from pipeline import EncoderOptions, Store, open_encoder, validate
 from pipeline.__main__ import main
@@ -59,3 +63,21 @@ def test_the_command_line_gives_the_scores_of_the_training(written: Path, tmp_pa
         assert main(["main", f"--ckpt={ckpt}", f"--config={tmp_path / 'task.yaml'}"]) == 0
     metrics = newest_run().data.metrics
     assert {name: metrics[name] for name in expected.metrics} == expected.metrics
+
+
+def test_a_count_of_saves_is_not_a_step(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+    """accelerate's own names count; a name that the user gives has the step."""
+    settings = ProjectConfiguration(project_dir=str(tmp_path), automatic_checkpoint_naming=True)
+    accelerator: Any = Accelerator(cpu=True, project_config=settings)
+    accelerator.prepare(EsmForMaskedLM.from_pretrained(model_folder("esm")))
+    accelerator.save_state()
+    accelerator.save_state()
+    accelerator.free_memory()
+    counted = tmp_path / "checkpoints" / "checkpoint_1"
+    options = EncoderOptions(device="cpu", architecture=str(model_folder("esm")))
+    encoder = open_encoder(str(counted), options)
+    assert step_of(str(counted), encoder) is None
+    assert step_of("runs:/0123/checkpoint_1", encoder) is None
+    for name in ("step_300", "checkpoint-300"):
+        assert step_of(str(counted.rename(tmp_path / name)), encoder) == 300
+        (tmp_path / name).rename(counted)

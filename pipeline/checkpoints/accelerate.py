@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.checkpoints.bare import by_name, read_file, read_index, safetensors_weights, weights_of
 from pipeline.checkpoints.distributed import DISTRIBUTED
+from pipeline.checkpoints.names import RANDOM_STATES
 from pipeline.checkpoints.stored import Format, Stored
 from pipeline.checkpoints.unpickle import read_tensors
 from pipeline.encoders.options import EncoderOptions
@@ -22,7 +23,7 @@ OF_RANKS = "pytorch_model_fsdp*_rank*.bin"  # parts, where FSDP is told to write
 
 
 def _holds(path: Path) -> bool:
-    return path.is_dir() and any(path.glob("random_states_*.pkl"))
+    return path.is_dir() and any(path.glob(RANDOM_STATES))
 
 
 def _read(source: str, options: EncoderOptions, factory: Any) -> Stored | Encoder:
