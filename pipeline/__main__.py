@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from pipeline.parser import make_parser
 from pipeline.program import PartlyError, check_tracking, links, run_program
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pipeline.config.schema import Config
     from pipeline.report.comparison import Row
     from pipeline.tracking.runs import OpenRun
@@ -91,6 +94,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
     from pipeline.checkpoints.names import expand, name_of
     from pipeline.config.yaml_file import to_mapping
     from pipeline.report import comparison as compare
+    from pipeline.report.overview import overview_frame
     from pipeline.report.publishing import describe
     from pipeline.store.embedding_table import Store
     from pipeline.tracking.mirrors import mirrors
@@ -100,7 +104,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
     name = name_of(ckpts[0]) if len(ckpts) == 1 else f"{len(ckpts)} checkpoints"
     store = Store.from_config(config)
     store.clear()
-    lines: list[str] = []
+    lines, table = list[str](), None
     with (
         open_run(name, config, options.tracking_uri) as opened,
         mirrors(config.logging, name, to_mapping(config), store.root.expanduser()) as others,
@@ -108,19 +112,20 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
         describe(opened.run, config)
         if len(ckpts) == 1:
             measured = commands.measure_checkpoint(ckpts[0], config, store, opened.run, others, options.until)
-            rows = [measured.row]
+            rows, table = [measured.row], overview_frame(measured.scores, measured.changes)
             lines = [measured.overview.text()] if measured.scores else []
         else:
             rows = commands.measure_checkpoints(ckpts, config, store, opened.run, others, options.until)
             names = commands.shown(rows, config)
             if any(row.metrics for row in rows):
-                board = compare.leaderboard(rows, names)
-                lines = [compare.board_table(board, names).text(), *compare.remarks(rows, names)]
+                table = compare.leaderboard(rows, names)
+                lines = [compare.board_table(table, names).text(), *compare.remarks(rows, names)]
         failed = {row.label: row.error for row in rows if row.error}
         if failed:
             opened.run.end("FAILED")
     error = PartlyError("; ".join(f"{name}: {why}" for name, why in failed.items())) if failed else None
-    return Answer([*lines, *links(opened)], {"checkpoints": _plain(rows), "run": _address(opened)}, error)
+    content = {"checkpoints": _plain(rows), "table": _records(table), "run": _address(opened)}
+    return Answer([*lines, *links(opened)], content, error)
 
 
 def _compare(options: argparse.Namespace) -> Answer:
@@ -137,8 +142,7 @@ def _compare(options: argparse.Namespace) -> Answer:
     with open_run(f"{len(runs)} runs compared", Config(), options.tracking_uri) as opened:
         board = commands.compare_runs(runs, names, opened.run)
     lines = [compare.board_table(board, names).text(), *compare.remarks(rows, names), *links(opened)]
-    ranked = json.loads(board.to_json(orient="records"))
-    return Answer(lines, {"by": names[0], "leaderboard": ranked, "run": _address(opened)})
+    return Answer(lines, {"by": names[0], "leaderboard": _records(board), "run": _address(opened)})
 
 
 def _replay(options: argparse.Namespace) -> Answer:
@@ -167,6 +171,11 @@ def _doctor(options: argparse.Namespace) -> Answer:
     return Answer(found.lines, found.content, error)
 
 
+def _records(frame: pd.DataFrame | None) -> Any:
+    """The rows of a table, for JSON: what is not defined is null."""
+    return [] if frame is None else json.loads(frame.to_json(orient="records", double_precision=15))
+
+
 def _plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Checkpoints with their metrics, for JSON."""
     keys = ("label", "step", "metrics", "error")
@@ -189,7 +198,12 @@ def run() -> int:
     # The imported libraries' 700,000 objects are never freed: walking through them again and again, and at the end,
     # would cost the garbage collector two seconds.
     gc.set_threshold(20_000)
-    code = main()
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has read enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     gc.freeze()
     return code
 

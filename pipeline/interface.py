@@ -273,4 +273,4 @@ def _unlabelled(texts: list[str]) -> Examples:
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
     rows = [f"sequences:{place}" for place in range(len(texts))]
     part = Part(texts, rows, np.ones(len(texts), dtype=np.int64), [], [], 0, lengths)
-    return Examples(Task(task_name="sequences"), (), part, part)
+    return Examples(Task(task_name="sequences", sequence_column="sequences"), (), part, part)
