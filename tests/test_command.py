@@ -178,8 +178,8 @@ def test_doctor_names_each_problem(tmp_path: Path, capsys: pytest.CaptureFixture
     ]
     code, found = in_process(["doctor", "--json", *options, f"--config={ROOT}/configs/default.yaml"], capsys)
     assert code == 2
-    store, tracker, ckpt = found["problems"]
-    assert store.startswith("store: expected a folder that can be written")
+    folder, tracker, ckpt = found["problems"]
+    assert folder.startswith("store: expected a folder that can be written")
     assert tracker.startswith("MLflow at 'http://127.0.0.1:9' does not answer")
     assert "./none.ckpt" in ckpt
     assert found["device"]
