@@ -120,8 +120,11 @@ class Config:
         """`memory_budget` in bytes."""
         return parse_bytes(self.memory_budget)
 
-    def check(self) -> None:
-        """Raises ConfigError where a value is out of range, or two tasks contradict one another."""
+    def check(self, with_files: bool = True) -> None:
+        """Raises ConfigError where a value is out of range, or two tasks contradict one another.
+
+        `with_files` requires the folders of the CSV files too.
+        """
         check_choice("device", self.device.split(":")[0], DEVICES)
         check_values(self)
         known = self.baseline in (None, "random_init")
@@ -130,7 +133,7 @@ class Config:
         parse_bytes(self.memory_budget)
         self.logging.check()
         for task in self.dataset:
-            task.check()
+            task.check(with_files)
         check_names(self.dataset)
         targets = sorted({task.infer_target for task in self.dataset})
         differs = f"infer_target differs between tasks ({', '.join(targets)})"

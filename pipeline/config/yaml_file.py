@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config.class_paths import import_class
 from pipeline.config.line_numbers import SECTION, Lines
 from pipeline.config.schema import Config
+from pipeline.config.shipped import anchor
 from pipeline.config.task import LEVELS, Files, MaxRows, Task
 from pipeline.config.trackers import Logging
 from pipeline.errors import ConfigError, nearest
@@ -58,6 +59,7 @@ def read_config(source: str | Path | Mapping[Any, Any], overrides: str = "") -> 
     section = _section(root, path)
     OmegaConf.set_readonly(section, False)
     OmegaConf.set_struct(section, False)
+    anchor(section, source)
     overridden = _apply(section, overrides)
     try:
         plain = OmegaConf.to_container(section, resolve=True)

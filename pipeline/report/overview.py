@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.report.tables import INTERVAL, Table, append, interval_text, number, pairs_of, score_table, score_text
 from pipeline.statistics.metrics import Since
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pipeline.score import Scores
     from pipeline.statistics.metrics import Metric
 
@@ -68,8 +71,7 @@ def overview(scores: Sequence[Scores], changes: Changes = Changes(), title: str 
         Columns that would be empty are left out. The baseline is the head's, then the probe's. The verdict says what is
         wrong with the head, or that it learns; where there is a start, whose change leaves 0 out of its 95 % interval.
     """
-    headlines = [(one, pairs_of(metric for metric in one.results if metric.is_headline)) for one in scores]
-    pairs = [(one, pair) for one, found in headlines for pair in found.values()]
+    pairs = headline_pairs(scores)
     columns, rows = ["metric"], [[next(iter(pair.values())).beside.key] for _, pair in pairs]
     for name, which in (("score", HEAD), ("probe", PROBE)):
         found = [pair.get(which) for _, pair in pairs]
@@ -82,6 +84,38 @@ def overview(scores: Sequence[Scores], changes: Changes = Changes(), title: str 
     append(columns, rows, "verdict", [_verdict(one, pair, changes) for one, pair in pairs])
     left = frozenset({0, len(columns) - 1})
     return Table(columns, rows, left, title)
+
+
+def headline_pairs(scores: Sequence[Scores]) -> list[tuple[Scores, dict[bool, Metric]]]:
+    """For each target its task's scores, and its headline metric: the head's (False) and the probe's (True)."""
+    headlines = [(one, pairs_of(metric for metric in one.results if metric.is_headline)) for one in scores]
+    return [(one, pair) for one, found in headlines for pair in found.values()]
+
+
+def overview_frame(scores: Sequence[Scores], changes: Changes = Changes()) -> pd.DataFrame:
+    """The overview as numbers: a row per target.
+
+    Returns:
+        Columns `task`, `metric`, `score`, `ci_low`, `ci_high` (the ends of its 95 % interval), the same of the probe
+        (`probe`, ...), `baseline` (of the head, else of the probe), `constant` (a constant guess) and `verdict`. What
+        is not defined is NaN.
+    """
+    import pandas as pd
+
+    rows = []
+    for one, pair in headline_pairs(scores):
+        first = next(iter(pair.values()))
+        row: dict[str, Any] = {"task": one.task_name, "metric": first.beside.short}
+        for prefix, which in (("", HEAD), ("probe_", PROBE)):
+            metric = pair.get(which)
+            row["probe" if which else "score"] = metric.value if metric else math.nan
+            ends = (metric.interval.low, metric.interval.high) if metric and metric.interval else (math.nan, math.nan)
+            row |= dict(zip((f"{prefix}ci_low", f"{prefix}ci_high"), ends, strict=True))
+        lines = [one.baselines[metric.key] for metric in pair.values() if metric.key in one.baselines]
+        row |= {"baseline": lines[0] if lines else math.nan}
+        row |= {"constant": math.nan if first.constant is None else first.constant}
+        rows.append(row | {"verdict": _verdict(one, pair, changes)})
+    return pd.DataFrame(rows)
 
 
 def summary(facts: Mapping[str, str], scores: Sequence[Scores], changes: Changes = Changes()) -> str:

@@ -48,7 +48,9 @@ class Table:
             )
         for row in self.rows:
             view.add_row(*map(Text, row))
-        console = Console(width=None if sys.stdout.isatty() else 200)
+        console = Console(
+            width=None if sys.stdout.isatty() else 200, force_jupyter=False
+        )  # there it would show nothing
         with console.capture() as captured:
             console.print(view)
         return captured.get().rstrip("\n")

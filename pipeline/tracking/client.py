@@ -132,6 +132,35 @@ def download(uri: str) -> Path:
         ) from error
 
 
+def answer(uri: str = "", seconds: float = 5.0) -> tuple[str, str]:
+    """An address to show, by default that in force, and why it does not answer; empty where it does.
+
+    A SQLite database that does not exist is not made: the first measurement makes it.
+
+    Args:
+        uri: of the server or database.
+        seconds: to wait for it.
+    """
+    uri = uri or mlflow.get_tracking_uri()
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not path.exists():
+        return shown(uri), "" if os.access(path.absolute().parent, os.W_OK) else "its folder cannot be written"
+    answers: list[str] = []
+
+    def ask() -> None:
+        fail_fast()
+        try:
+            MlflowClient(uri).search_experiments(max_results=1)
+            answers.append("")
+        except Exception as error:  # of the many libraries below MLflow
+            answers.append(" ".join(str(error).split())[:200] or type(error).__name__)
+
+    thread = threading.Thread(target=ask, name="asking MLflow", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return shown(uri), next(iter(answers), f"nothing came within {seconds:g} s")
+
+
 def sweep(client: MlflowClient, experiment_id: str) -> None:
     """Ends runs of this machine whose program is gone: SIGKILL leaves them RUNNING."""
     mine = f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{socket.gethostname()}'"

@@ -217,7 +217,7 @@ class Measurement:
                 open_tracker = partial(run.measurement, step, encoder.digest, source, self.config.title, child)
                 tracker = stack.enter_context(guarded("logging to MLflow", open_tracker))
             mirrors = Several(self._mirrors)
-            scores, changes = validation.measure(
+            scores, changes = validation.measure_and_publish(
                 encoder,
                 self.config,
                 store,
