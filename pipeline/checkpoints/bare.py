@@ -23,6 +23,10 @@ from pipeline.errors import CheckpointError
 TORCH = (b"PK\x03\x04", b"\x80\x02")  # how a file of `torch.save` begins: a zip archive; a pickle, before torch 1.6
 EMA = re.compile(r"(^|[._])(ema|averaged|averaging|shadow|swa)", re.IGNORECASE)  # in names of averages over a training
 STEPS = ("step", "global_step", "iteration", "iter", "iter_num", "num_steps")
+# Of safetensors; what is not here is rare.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+DTYPES |= {"I32": torch.int32, "I8": torch.int8, "BOOL": torch.bool}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 DEPTH = 3  # of mappings within mappings, down to the weights
 
 
@@ -125,8 +129,8 @@ def safetensors_weights(files: Mapping[str, Path], source: str, wanted: str | No
                     f"ckpt: '{path}' lacks '{lacking[0]}', which the index has in it; copy all shards"
                 )
             own = {short: name for short, name in names.items() if files[name] == path}
-            sizes = {short: opened.get_slice(name).get_shape() for short, name in own.items()}
-            shapes |= {short: torch.empty(size, device="meta") for short, size in sizes.items()}
+            parts = {short: opened.get_slice(name) for short, name in own.items()}
+            shapes |= {short: _outline(part) for short, part in parts.items()}
             told = [(opened.metadata() or {}).get(key, "") for key in STEPS]
             step = next((int(text) for text in told if text.isdecimal()), step)
 
@@ -138,6 +142,15 @@ def safetensors_weights(files: Mapping[str, Path], source: str, wanted: str | No
                         tensor.copy_(opened.get_tensor(names[short]))
 
     return Weights(source, shapes, {}, step, fill_tensors)
+
+
+def dtype_of(part: Any) -> torch.dtype:
+    """The dtype of a tensor in a file of safetensors; the bytes themselves where torch has no such dtype."""
+    return DTYPES.get(part.get_dtype(), torch.uint8)
+
+
+def _outline(part: Any) -> Tensor:
+    return torch.empty(part.get_shape(), dtype=dtype_of(part), device="meta")
 
 
 @contextmanager

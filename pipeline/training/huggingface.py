@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import math
 import os
 import sys
@@ -24,6 +25,8 @@ from pipeline.training.session import Session
 from pipeline.training.unwrapped import REMEDY, arithmetic, unwrapped, without_autocast_wrapper
 
 PREFIX = "eval_"
+
+logger = logging.getLogger(__name__)
 
 
 class TrainerHost(LogHost):
@@ -100,7 +103,12 @@ class DownstreamTrainerCallback(TrainerCallback):
             return
         self.on_init_end(args, state, control)
         self._handler, self._latest = _handler_that_calls(self), None
-        if self._handler is not None:
+        if self._handler is None:
+            logger.warning(
+                "downstream validation finds no list of the trainer's callbacks: its reporters are not told of a "
+                "measurement, and early stopping by its metrics must stand behind DownstreamTrainerCallback"
+            )
+        else:
             _put_in_front(self, self._handler.callbacks)
         self.session.close("FAILED")  # of a training that did not come to its end
         self.session.forget()
