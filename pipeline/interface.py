@@ -223,8 +223,8 @@ def _config(config: Any, overrides: str, settings: Mapping[str, Any]) -> Config:
 def _config_of_frames(frames: Mapping[str, pd.DataFrame], settings: Mapping[str, Any], notes: list[str]) -> Config:
     """The configuration of a task on DataFrames; `notes` gets what was inferred."""
     section, task = _sorted(settings)
-    frame, sequence = frames["train"], task.get("sequence_column", "sequence")
-    others = [str(column) for column in frame.columns if column != sequence]
+    frame, sequence = frames["train"].rename(columns=str), task.get("sequence_column", "sequence")
+    others = [column for column in frame.columns if column != sequence]
     if "target_column" not in task and len(others) == 1:
         task["target_column"] = others[0]
     targets = task.get("target_column", [])

@@ -115,8 +115,8 @@ def test_a_module_is_measured_as_its_checkpoint_and_stays_as_it_is(esm: Path, tm
     model, tokenizer = AutoModel.from_pretrained(esm), AutoTokenizer.from_pretrained(esm)
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    states = torch.get_rng_state(), random.getstate()
     stored = measure(esm, frames(), store=str(tmp_path / "a"), **QUICK)
+    states = torch.get_rng_state(), random.getstate()
     live = measure(model, frames(), tokenizer=tokenizer, store=str(tmp_path / "b"), **QUICK)
     assert live.metrics == stored.metrics
     assert live.facts["checkpoint"] == "live weights"
