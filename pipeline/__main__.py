@@ -105,7 +105,6 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
     from pipeline import commands
     from pipeline.checkpoints.names import expand, name_of
     from pipeline.config.yaml_file import to_mapping
-    from pipeline.report import comparison as compare
     from pipeline.report.publishing import describe
     from pipeline.store.embedding_table import Store
     from pipeline.tracking.mirrors import mirrors
@@ -120,16 +119,14 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
         mirrors(config.logging, name, to_mapping(config), store.root.expanduser()) as others,
     ):
         describe(opened.run, config)
+        remarks: Sequence[str] = ()
         if len(ckpts) == 1:
             measured = commands.measure_checkpoint(ckpts[0], config, store, opened.run, others, until)
             table = measured.overview if measured.scores else None
-            failed, remarks = {}, list[str]()
+            failed = {}
         else:
-            rows = commands.measure_checkpoints(ckpts, config, store, opened.run, others, until)
-            names = commands.shown(rows, config)
-            some = any(row.metrics for row in rows)
-            table = compare.board_table(compare.leaderboard(rows, names), names) if some else None
-            remarks = compare.remarks(rows, names)
+            rows, board = commands.measure_checkpoints(ckpts, config, store, opened.run, others, until)
+            table, remarks = (board.table, board.remarks) if board else (None, ())
             failed = {row.label: row.error for row in rows if row.error}
         if failed:
             opened.run.end("FAILED")
@@ -143,7 +140,7 @@ def _compare(options: argparse.Namespace) -> None:
     from pipeline import commands
     from pipeline.config.schema import Config
     from pipeline.report import comparison as compare
-    from pipeline.tracking.earlier_runs import read_runs
+    from pipeline.tracking.earlier_runs import read_runs, with_predictions
     from pipeline.tracking.runs import open_run
 
     check_tracking(options.tracking_uri)
@@ -151,8 +148,8 @@ def _compare(options: argparse.Namespace) -> None:
     rows = [row for run in runs for row in commands.rows_of_run(run)]
     names = compare.choose(rows, options.by)
     with open_run(f"{len(runs)} runs compared", Config(), options.tracking_uri) as opened:
-        board = commands.compare_runs(runs, names, opened.run)
-    print("\n".join([compare.board_table(board, names).text(), *compare.remarks(rows, names)]))
+        board = commands.compare_runs(with_predictions(runs, names[0]), names, opened.run)
+    print("\n".join([board.table.text(), *board.remarks]))
     print_links(opened)
 
 
