@@ -8,5 +8,8 @@ SHIPPED = {f"pipeline.shipped.{folder.replace('/', '.')}": folder for folder in 
 setup(
     packages=[*find_packages(include=["pipeline*"]), *SHIPPED],
     package_dir=SHIPPED,
-    package_data={"pipeline": ["py.typed"], **{package: ["*", "*/*/*.csv"] for package in SHIPPED}},
+    package_data={
+        "pipeline": ["py.typed", "report/templates/*"],
+        **{package: ["*", "*/*/*.csv"] for package in SHIPPED},
+    },
 )

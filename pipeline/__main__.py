@@ -93,7 +93,6 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
     from pipeline import commands
     from pipeline.checkpoints.names import expand, name_of
     from pipeline.config.yaml_file import to_mapping
-    from pipeline.report import comparison as compare
     from pipeline.report.overview import overview_frame
     from pipeline.report.publishing import describe
     from pipeline.store.embedding_table import Store
@@ -115,11 +114,9 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
             rows, table = [measured.row], overview_frame(measured.scores, measured.changes)
             lines = [measured.overview.text()] if measured.scores else []
         else:
-            rows = commands.measure_checkpoints(ckpts, config, store, opened.run, others, options.until)
-            names = commands.shown(rows, config)
-            if any(row.metrics for row in rows):
-                table = compare.leaderboard(rows, names)
-                lines = [compare.board_table(table, names).text(), *compare.remarks(rows, names)]
+            rows, board = commands.measure_checkpoints(ckpts, config, store, opened.run, others, options.until)
+            if board:
+                table, lines = board.frame, [board.table.text(), *board.remarks]
         failed = {row.label: row.error for row in rows if row.error}
         if failed:
             opened.run.end("FAILED")
@@ -132,7 +129,7 @@ def _compare(options: argparse.Namespace) -> Answer:
     from pipeline import commands
     from pipeline.config.schema import Config
     from pipeline.report import comparison as compare
-    from pipeline.tracking.earlier_runs import read_runs
+    from pipeline.tracking.earlier_runs import read_runs, with_predictions
     from pipeline.tracking.runs import open_run
 
     check_tracking(options.tracking_uri)
@@ -140,9 +137,9 @@ def _compare(options: argparse.Namespace) -> Answer:
     rows = [row for run in runs for row in commands.rows_of_run(run)]
     names = compare.choose(rows, options.by)
     with open_run(f"{len(runs)} runs compared", Config(), options.tracking_uri) as opened:
-        board = commands.compare_runs(runs, names, opened.run)
-    lines = [compare.board_table(board, names).text(), *compare.remarks(rows, names), *links(opened)]
-    return Answer(lines, {"by": names[0], "leaderboard": _records(board), "run": _address(opened)})
+        board = commands.compare_runs(with_predictions(runs, names[0]), names, opened.run)
+    lines = [board.table.text(), *board.remarks, *links(opened)]
+    return Answer(lines, {"by": names[0], "leaderboard": _records(board.frame), "run": _address(opened)})
 
 
 def _replay(options: argparse.Namespace) -> Answer:

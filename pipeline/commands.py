@@ -27,8 +27,6 @@ from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.protocol import NullTracker, Several, Tracker
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from pipeline.tracking.earlier_runs import Earlier
 
 logger = logging.getLogger(__name__)
@@ -147,11 +145,14 @@ def measure_checkpoints(
     run: JournalRun,
     mirrors: Sequence[Tracker],
     until: str = "score",
-) -> list[compare.Row]:
+) -> tuple[list[compare.Row], compare.Leaderboard | None]:
     """Measures each of several checkpoints in a nested run, and compares them in `run`.
 
     A checkpoint that cannot be measured is passed over with a warning. Data are read once; the same weights under two
     names are embedded and fitted once.
+
+    Returns:
+        A row for each; and the leaderboard, None where nothing was measured.
     """
     run.rename(f"{len(ckpts)} checkpoints {config.title}")
     rows: list[compare.Row] = []
@@ -171,12 +172,13 @@ def measure_checkpoints(
         if measured.untrained is not None and measured.untrained not in rows:
             rows.append(measured.untrained)
         known = known or [one.examples for one in measured.scores]
-    if any(row.metrics for row in rows):
-        _compare(rows, config, run, mirrors)
-    return rows
+    some = any(row.metrics for row in rows)
+    return rows, _compare(rows, config, run, mirrors) if some else None
 
 
-def _compare(rows: Sequence[compare.Row], config: Config, run: JournalRun, mirrors: Sequence[Tracker]) -> None:
+def _compare(
+    rows: Sequence[compare.Row], config: Config, run: JournalRun, mirrors: Sequence[Tracker]
+) -> compare.Leaderboard:
     """The leaderboard, and the curve against the step, or against the order given where checkpoints do not say one."""
     several = Several([run, *mirrors])
     steps = [row.step for row in rows if row.metrics]
@@ -184,21 +186,23 @@ def _compare(rows: Sequence[compare.Row], config: Config, run: JournalRun, mirro
     points = [(row.step or 0 if have_steps else place, row.metrics) for place, row in enumerate(rows) if row.metrics]
     for step, metrics in points:
         several.metrics(metrics, step)
-    names = shown(rows, config)
-    compare.publish(rows, names, several, run)
+    board = compare.leaderboard(rows, _shown(rows, config))
+    compare.publish(board, several, run, config.logging.figures)
     if config.logging.figures and have_steps:
         publish_curves(sorted(points, key=lambda point: point[0]), several)
+    return board
 
 
-def shown(rows: Sequence[compare.Row], config: Config) -> list[str]:
+def _shown(rows: Sequence[compare.Row], config: Config) -> list[str]:
     """The metrics that a leaderboard shows: the main ones, those first that a row has at all."""
     names = config.headlines
     return [name for name in names if any(name in row.metrics for row in rows)] or compare.choose(rows) or names
 
 
-def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun) -> pd.DataFrame:
+def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun) -> compare.Leaderboard:
     """Ranks measurements that were made before, and logs the leaderboard, and the curve of each training, in `run`."""
-    board = compare.publish([row for one in runs for row in rows_of_run(one)], names, run, run)
+    board = compare.leaderboard([row for one in runs for row in rows_of_run(one)], names)
+    compare.publish(board, run, run)
     for one in runs:
         publish_curves(one.points, run, f"curves/{metric_name(one.name)} {one.run_id[:8]}")
     return board

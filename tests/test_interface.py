@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -78,7 +79,7 @@ def test_a_result_is_shown(esm: Path, tmp_path: Path) -> None:
     assert found.report(tmp_path) == tmp_path / "report.html"
     html = found._repr_html_()
     assert "<table>" in html
-    assert "&#x27;length&#x27; holds numbers" in html
+    assert "'length' holds numbers" in unescape(html)
     assert "test_length_spearman" in str(found)
     figure: Any = found.plot()
     assert figure._repr_png_().startswith(b"\x89PNG")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.config.yaml_file import to_yaml
-from pipeline.report.overview import Changes, headline_pairs, overview, overview_frame
+from pipeline.report.overview import Changes, headlines, overview, overview_frame
+from pipeline.report.page import notebook_table
 from pipeline.report.publishing import write_report
 from pipeline.score import Scores
 
@@ -56,7 +56,7 @@ class Measured:
         """The table as a figure: scores with their intervals, and what they have to beat."""
         from pipeline.report.figures.overview import overview_figure
 
-        return overview_figure(headline_pairs(self.scores), self._title)
+        return overview_figure(headlines(self.scores), self._title)
 
     def report(self, path: str | Path = "report.html") -> Path:
         """Writes the whole result with all figures as a page; returns its path.
@@ -79,9 +79,7 @@ class Measured:
 
     def _repr_html_(self) -> str:
         notes = [*self.notes, *(note for one in self.scores for note in (*one.earlier_notes, *one.notes))]
-        items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-        folded = f"<details><summary>{len(notes)} notes</summary><ul>{items}</ul></details>" if notes else ""
-        return f"<p><b>{escape(self._title)}</b></p>\n{overview(self.scores, self.changes).html()}\n{folded}"
+        return notebook_table(self._title, self.scores, self.changes, notes)
 
     @property
     def _title(self) -> str:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
 from pipeline.report.figures.canvas import GREY, drawable, figure_style, new_figure, shorten
-from pipeline.statistics.metrics import Metric
 
 if TYPE_CHECKING:
-    from pipeline.score import Scores
-
-Pair = Mapping[bool, Metric]
+    from pipeline.report.overview import Headline
 
 
 class NotebookFigure(Figure):
@@ -27,21 +24,21 @@ class NotebookFigure(Figure):
         return buffer.getvalue()
 
 
-def overview_figure(pairs: Sequence[tuple[Scores, Pair]], title: str) -> Figure:
+def overview_figure(headlines: Sequence[Headline], title: str) -> Figure:
     """A line for each target: head and probe with their intervals, the baseline, and the constant guess.
 
     Args:
-        pairs: see `overview.headline_pairs`.
+        headlines: of every target.
         title: the heading.
     """
     with figure_style():
         how = "bars are 95 % intervals over the test sequences"
-        figure = new_figure(7.2, 1.5 + 0.5 * len(pairs), title, how, NotebookFigure)
+        figure = new_figure(7.2, 1.5 + 0.5 * len(headlines), title, how, NotebookFigure)
         axes = figure.subplots()
-        for place, (scores, pair) in enumerate(pairs):
-            _line(axes, place, scores, pair)
-        axes.set_yticks(range(len(pairs)), [shorten(_name(scores, pair), 40) for scores, pair in pairs])
-        axes.set_ylim(len(pairs) - 0.5, -0.5)
+        for place, one in enumerate(headlines):
+            _line(axes, place, one)
+        axes.set_yticks(range(len(headlines)), [shorten(_name(one), 40) for one in headlines])
+        axes.set_ylim(len(headlines) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color="#dddddd", linewidth=0.5)
         handles = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -50,22 +47,21 @@ def overview_figure(pairs: Sequence[tuple[Scores, Pair]], title: str) -> Figure:
     return figure
 
 
-def _line(axes: Any, place: int, scores: Scores, pair: Pair) -> None:
-    first = next(iter(pair.values()))
+def _line(axes: Any, place: int, one: Headline) -> None:
+    baselines = one.scores.baselines
     for which, label, color, shift in ((False, "head", "C0", -0.12), (True, "probe", "C1", 0.12)):
-        if metric := pair.get(which):
+        if metric := one.pair.get(which):
             ends = [drawable([metric.interval.low, metric.interval.high])] if metric.interval else []
             for low, high in ends:
                 axes.plot([low, high], [place + shift] * 2, color=color, linewidth=2, alpha=0.5, solid_capstyle="butt")
             axes.plot(drawable([metric.value]), [place + shift], "o", color=color, label=label)
-            if metric.key in scores.baselines:
-                value = drawable([scores.baselines[metric.key]])
+            if metric.key in baselines:
+                value = drawable([baselines[metric.key]])
                 axes.plot(value, [place + shift], "|", color="C2", markersize=10, markeredgewidth=2, label="baseline")
-    if first.constant is not None:
+    if one.main.constant is not None:
         label = "constant guess"
-        axes.plot(drawable([first.constant]), [place], "|", color=GREY, markersize=18, label=label, zorder=0)
+        axes.plot(drawable([one.main.constant]), [place], "|", color=GREY, markersize=18, label=label, zorder=0)
 
 
-def _name(scores: Scores, pair: Pair) -> str:
-    metric = next(iter(pair.values()))
-    return f"{scores.task_name}: {metric.target} {metric.name.replace('_', ' ')}"
+def _name(one: Headline) -> str:
+    return f"{one.scores.task_name}: {one.main.target} {one.main.name.replace('_', ' ')}"
