@@ -7,6 +7,7 @@ import gc
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.errors import ConfigError, PipelineError, TrackingError
@@ -63,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("journal", nargs="+", metavar="JOURNAL", help="the .jsonl file that a warning named")
     replay.add_argument("--tracking-uri", "--tracking_uri", default="", help="by default, where it was meant for")
     replay.set_defaults(run=_replay)
+    worker = commands.add_parser("worker", help="measure the snapshots of a training in the background", **common)
+    worker.add_argument("folder", metavar="FOLDER", type=Path, help="where the training writes them")
+    worker.add_argument("--parent", type=int, help="wait for more as long as this process lives")
+    worker.set_defaults(run=_work)
     config = commands.add_parser("config", help="print the resolved configuration", **common)
     config.add_argument("file", nargs="?", default=DEFAULT_CONFIG, help="YAML file")
     config.add_argument("--overrides", default="", help=OVERRIDES)
@@ -171,6 +176,12 @@ def _replay(options: argparse.Namespace) -> None:
         print(f"{name}: {arrived} records sent{where}{refusals}")
     if failed:
         raise TrackingError("; ".join(failed))
+
+
+def _work(options: argparse.Namespace) -> None:
+    from pipeline.training.worker import Worker
+
+    Worker(options.folder).run(options.parent)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import atexit
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,8 @@ from torch import nn
 from pipeline.config.schema import Config
 from pipeline.errors import PipelineError
 from pipeline.report.tables import Table
+from pipeline.tracking.protocol import attempt
+from pipeline.training.background import Arrival, Background
 from pipeline.training.host import Host
 from pipeline.training.measurement import Measurement
 from pipeline.training.progress import Progress
@@ -27,6 +29,7 @@ class Session:
 
     Attributes:
         ranks: of the training.
+        is_late: whether the training does not wait for its measurements (`mode: background`); known after `prepare`.
         work: measures, between `open` and `close`; None before and after.
         curve: the step and the metrics of each measurement of this process, on every rank.
         last_step: of the last measurement, also before an interruption.
@@ -40,6 +43,7 @@ class Session:
         config.check()
         self.config = config
         self.ranks = Ranks(config.timeout)
+        self.is_late = False
         self.work: Measurement | None = None
         self.curve: list[tuple[int, dict[str, float]]] = []
         self.last_step: int | None = None
@@ -51,15 +55,24 @@ class Session:
         self._points: list[tuple[int, dict[str, float]]] = []  # the curve, with what came before an interruption
         self._progress: dict[str, Any] | None = None  # of rank 0, in the form in which a checkpoint has it
         self._began = self._spent = 0.0
+        self._may_be_late = False
+        self._background: Background | None = None  # on rank 0, where measurements are late
+        self._left: Mapping[str, Any] | None = None  # its state, from before an interruption
         self._at_exit: Callable[[], None] | None = None
 
     def forget(self) -> None:
         """Begins anew, for another training, such as another fold."""
         self._validations, self.last_step, self._run = 0, None, None
-        self._points, self._progress = [], None
+        self._points, self._progress, self._left = [], None, None
 
-    def open(self, host: Host) -> None:
-        """Begins to measure in a loop; every rank calls it."""
+    def open(self, host: Host, may_be_late: bool = True) -> None:
+        """Begins to measure in a loop; every rank calls it.
+
+        Args:
+            host: the loop.
+            may_be_late: whether the loop goes on while something is measured.
+        """
+        self._may_be_late = may_be_late and self.config.mode == "background"
         self.ranks.open()
         self.start_clock()
         self._spent = 0.0
@@ -75,11 +88,21 @@ class Session:
         assert self.work is not None
         work = self.work
 
-        def prepared() -> dict[str, Any] | None:
+        def prepared() -> tuple[dict[str, Any] | None, str]:
             work.prepare(module, may_wait)
-            return work.description
+            return work.description, work.why_not_elsewhere(module) if self._may_be_late else ""
 
-        self.description = self.ranks.on_rank_zero(prepared)
+        self.description, why = self.ranks.on_rank_zero(prepared)
+        self.is_late = self._may_be_late and not why
+        if why and self.ranks.is_first:
+            work.host.warn(f"mode: background cannot be, the training waits for its measurements: {why}")
+        if self._background is not None and not self.is_late:
+            self._background.close()
+        if not self.is_late:
+            self._background = None
+        elif self.ranks.is_first:
+            self._background = self._background or Background(self.config, work)
+        self._continue()
 
     def try_out(self, module: nn.Module) -> None:
         """Tries whether a measurement can work. Raises PipelineError on every rank where it cannot."""
@@ -93,8 +116,15 @@ class Session:
         return (self._validations - 1) % self.config.every_n_validations == 0
 
     def measure(self, module: nn.Module, step: int) -> dict[str, float]:
-        """The metrics, the same on every rank; empty where the measurement failed and `on_error` is `warn`."""
+        """The metrics, the same on every rank; empty where the measurement failed and `on_error` is `warn`.
+
+        In the background, writes a snapshot, on rank 0; the metrics come later, see `poll`.
+        """
         assert self.work is not None
+        if self.is_late:
+            self.last_step = step
+            self._hand_over(module, step)
+            return {}
         work, began = self.work, time.perf_counter()
         try:
             metrics = self.ranks.on_rank_zero(lambda: work.measure(module, step))
@@ -103,10 +133,7 @@ class Session:
         except Exception as error:
             if self.config.on_error == "raise":
                 raise
-            logger.debug("downstream validation at step %d", step, exc_info=True)
-            kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
-            if self.ranks.is_first:
-                work.host.warn(f"downstream validation failed at step {step}, training goes on: {kind}{error}")
+            self._warn_of(error, step)
             return {}
         self.last_step = step
         self.curve.append((step, metrics))
@@ -114,15 +141,63 @@ class Session:
         self._report(step, metrics, time.perf_counter() - began)
         return metrics
 
+    def poll(self) -> list[tuple[int, dict[str, float]]]:
+        """Takes in what has been measured in the background since the last call: steps and metrics, on rank 0.
+
+        Raises:
+            PipelineError: a measurement failed, `on_error` is `raise`, and there is one rank; several raise at the end.
+        """
+        if self._background is None:
+            return []
+        attempt("polling of the worker", self._background.poll)
+        if self.ranks.group is None:
+            self._raise_failures()
+        return self._take_in(self._background.arrivals())
+
+    def finish(
+        self, module: nn.Module | None = None, step: int = 0, alone: bool = False
+    ) -> list[tuple[int, dict[str, float]]]:
+        """Waits for what is measured in the background; afterwards all ranks have the curve. Every rank calls it.
+
+        Args:
+            module: is measured, where the last snapshot that was due was skipped; None where it is not at hand.
+            step: of the module.
+            alone: without the other ranks, as a program ends.
+
+        Returns:
+            As `poll`.
+
+        Raises:
+            PipelineError: on every rank, where a measurement failed and `on_error` is `raise`.
+        """
+        if not self.is_late:
+            return []
+        found: list[tuple[int, dict[str, float]]] = []
+        self.is_late = False
+
+        def drained() -> tuple[list[tuple[int, dict[str, float]]], list[tuple[int, dict[str, float]]]]:
+            if self._background is not None:
+                self._drain(module, step)
+                found.extend(self._take_in(self._background.arrivals()))
+                self._raise_failures()
+            return self.curve, self._points
+
+        self.curve, self._points = drained() if alone else self.ranks.on_rank_zero(drained)
+        return found
+
     def state(self) -> dict[str, Any]:
         """What a resumed training needs to continue the curve and the MLflow run."""
         run = self.work.own_run if self.work else None
+        progress = self.work.progress.state() if self.work and not self._background else self._progress
+        if self._background is not None:
+            progress, self._left = self._background.progress_state(), self._background.state()
         return {
             "validations": self._validations,
             "last_step": self.last_step,
             "run": run or self._run,
             "points": list(self._points),
-            "progress": self.work.progress.state() if self.work else self._progress,
+            "progress": progress,
+            "background": self._left,
         }
 
     def load(self, state: Mapping[str, Any], fits: bool = True) -> None:
@@ -131,7 +206,7 @@ class Session:
             self._validations = state["validations"]
             self.last_step = state["last_step"]
             self._points = list(state["points"])
-            self._progress = state.get("progress")
+            self._progress, self._left = state.get("progress"), state.get("background")
             self._continue()
         self._run = state["run"]
         if self.work:
@@ -139,6 +214,7 @@ class Session:
 
     def close(self, status: str) -> None:
         """Draws the curves, and ends the MLflow run if it was opened here."""
+        self._close_background()
         if self.work is not None:
             self._run = self.work.own_run or self._run
             self._progress = self.work.progress.state()
@@ -163,18 +239,101 @@ class Session:
     def _close_as_the_program_ends(self) -> None:
         error = getattr(sys, "last_value", None)
         failed = "FAILED" if isinstance(error, Exception) else "KILLED"
+        if error is None:
+            self.finish(alone=True)
         self.close("FINISHED" if error is None else failed)
 
     def _continue(self) -> None:
         """Changes are since the first measurement before an interruption."""
         if self.work and self._progress is not None:
             self.work.progress = Progress.from_state(self._progress)
+        if self._background is not None and self._left is not None:
+            self._background.resume(self._left, self._progress, self.last_step)
+            self._left = None
+            self._take_in(self._background.arrivals())
 
-    def _report(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        """Says the headline metrics, the seconds of the measurement, and its share of the training time."""
+    def _hand_over(self, module: nn.Module, step: int, last: bool = False) -> None:
+        """Has a snapshot measured in the background; a failure is said, and raised at once where there is one rank."""
+        if self._background is None or self.work is None:
+            return
+        try:
+            self.work.open()
+            self._background.hand_over(module, step, last)
+        except Exception as error:
+            if self.config.on_error == "raise" and self.ranks.group is None:
+                raise
+            self._warn_of(error, step)
+            self.work.tell_failure(step, str(error))
+            self._background.failures.append(f"downstream validation failed at step {step}: {error}")
+
+    def _drain(self, module: nn.Module | None, step: int) -> None:
+        """Waits for the worker, no longer than the other ranks wait for this one."""
+        assert self._background is not None
+        assert self.work is not None
+        if self._background.skipped and module is None:
+            remedy = "with when_busy: drop_oldest they would be"
+            self.work.host.warn(
+                f"downstream validation: the last weights are not measured, the worker was busy; {remedy}"
+            )
+        elif self._background.skipped and module is not None:
+            self._hand_over(module, step, last=True)
+        longest = self.config.background.drain_timeout
+        several = self.ranks.group is not None
+        self._background.drain(min(longest, 0.9 * self.config.timeout) if several else longest)
+
+    def _take_in(self, arrivals: Sequence[Arrival]) -> list[tuple[int, dict[str, float]]]:
+        """Adds measurements that have come back to the curve, and says them. Returns those that are new."""
+        new = []
+        for one in arrivals:
+            self._points.append((one.step, one.metrics))
+            if one.is_new:
+                new.append((one.step, one.metrics))
+                self._report(one.step, one.metrics, one.waited, one.seconds)
+        self.curve += new
+        return new
+
+    def _raise_failures(self) -> None:
+        failures = self._background.failures if self._background else []
+        if failures and self.config.on_error == "raise":
+            raise PipelineError("; ".join(failures))
+
+    def _close_background(self) -> None:
+        """Takes in what is there, and ends the worker."""
+        if self._background is None or self.work is None:
+            return
+        attempt("polling of the worker", self._background.poll)
+        self._take_in(self._background.arrivals())
+        self._background.close()
+        self.work.progress = self._background.progress() or self.work.progress
+        self._left, self._background, self.is_late = self._background.state(), None, False
+
+    def _warn_of(self, error: Exception, step: int) -> None:
+        logger.debug("downstream validation at step %d", step, exc_info=True)
+        kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
+        if self.ranks.is_first and self.work is not None:
+            self.work.host.warn(f"downstream validation failed at step {step}, training goes on: {kind}{error}")
+
+    def _report(self, step: int, metrics: Mapping[str, float], seconds: float, elsewhere: float | None = None) -> None:
+        """Says the headline metrics, and what share of the training time measurements take.
+
+        Args:
+            step: of the weights.
+            metrics: by name.
+            seconds: that the training waited.
+            elsewhere: seconds of the worker, where there is one.
+        """
         self._spent += seconds
         share = 100 * self._spent / max(time.perf_counter() - self._began, 1e-9)
         numbers = ", ".join(f"{name} {metrics[name]:.4f}" for name in self.config.headlines if name in metrics)
-        cost = f"{seconds:.1f} s; {share:.0f} % of the training time so far"
+        took = f"{seconds:.1f} s" if elsewhere is None else f"{elsewhere:.1f} s in the background, {seconds:.2f} s here"
+        cost = f"{took}; {share:.0f} % of the training time so far"
         if self.work is not None and self.ranks.is_first:
             self.work.host.say(f"downstream validation at step {step}: {numbers} ({cost})")
+
+
+def late_monitor(who: str) -> str:
+    """Why something must not go by a metric that is measured in the background."""
+    return (
+        f"mode background: {who} would go by a score of earlier weights; set background.keep_best, which keeps "
+        "the best measured snapshots, or mode: sharded"
+    )
