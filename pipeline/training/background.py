@@ -25,7 +25,7 @@ from pipeline.training.best import Best
 from pipeline.training.host import Host
 from pipeline.training.measurement import Measurement
 from pipeline.training.progress import Progress
-from pipeline.training.snapshots import KEPT, Snapshot, Snapshots, synced, write_json
+from pipeline.training.snapshots import KEPT, Snapshot, Snapshots, synced, unwritable, write_json
 from pipeline.training.worker_process import Command, OwnWorker, Workers
 
 PAUSE = 0.05  # seconds between two looks for a result, where the training waits
@@ -212,9 +212,12 @@ class Background:
         if self._is_prepared:
             return
         folder = self.snapshots.folder
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is in it is unpickled
-        synced(folder / "config.yaml", lambda path: path.write_text(to_yaml(self.config), encoding="utf-8"))
-        write_json(folder / "worker.json", {"folder": str(Path.cwd()), "threads": torch.get_num_threads()})
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is in it is unpickled
+            synced(folder / "config.yaml", lambda path: path.write_text(to_yaml(self.config), encoding="utf-8"))
+            write_json(folder / "worker.json", {"folder": str(Path.cwd()), "threads": torch.get_num_threads()})
+        except OSError as error:
+            raise unwritable(folder, error) from error
         self._is_prepared = True
 
     def _clear(self, last_step: int) -> None:

@@ -251,6 +251,10 @@ class Session:
             self._background.resume(self._left, self._progress, self.last_step)
             self._left = None
             self._take_in(self._background.arrivals())
+        elif self.work and self._left is not None and self._left["pending"] and not self._may_be_late:
+            steps = ", ".join(map(str, self._left["pending"]))
+            self.work.host.warn(f"steps {steps} of before the interruption are not measured: mode is not background")
+            self._left = None
 
     def _hand_over(self, module: nn.Module, step: int, last: bool = False) -> None:
         """Has a snapshot measured in the background; a failure is said, and raised at once where there is one rank."""

@@ -50,7 +50,7 @@ class Snapshot:
 
     @property
     def claim(self) -> Path:
-        """There from when a worker begins to measure."""
+        """There from when a worker begins to measure; names its process and host."""
         return self.folder / "claim"
 
     @property
@@ -122,7 +122,6 @@ class Snapshots:
         made = self.of(step)
         draft = Snapshot(self.folder / f"draft-{step}-{os.urandom(4).hex()}", step)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is in it is unpickled
             draft.folder.mkdir()
             copied = {**content, "state_dict": on_cpu(content["state_dict"])}
             synced(draft.weights, lambda path: torch.save(copied, path))
@@ -131,8 +130,7 @@ class Snapshots:
             _sync(self.folder)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(draft.folder, ignore_errors=True)
-            remedy = "set the folder of the training's output"
-            raise CheckpointError(f"background: '{made.folder}' cannot be written ({error}); {remedy}") from error
+            raise unwritable(made.folder, error) from error
         return made
 
     def progress_before(self, step: int) -> Path | None:
@@ -162,6 +160,12 @@ def on_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
         return copies[key]
 
     return {name: copied(value) for name, value in state.items()}
+
+
+def unwritable(path: Path, error: Exception) -> CheckpointError:
+    """What to raise where a file of the snapshots cannot be written."""
+    remedy = "make room, or set the folder of the training's output"
+    return CheckpointError(f"background: '{path}' cannot be written ({error}); {remedy}")
 
 
 def write_json(path: Path, content: Any) -> None:

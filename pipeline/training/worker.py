@@ -21,6 +21,7 @@ from pipeline.config.yaml_file import read_config
 from pipeline.encoders.options import EncoderOptions
 from pipeline.errors import ConfigError
 from pipeline.load import Examples, load
+from pipeline.store.temporary import host_mark
 from pipeline.tracking.recording import Recording
 from pipeline.training.measurement import measured
 from pipeline.training.progress import Progress
@@ -77,7 +78,7 @@ class Worker:
 
     def _handle(self, snapshot: Snapshot) -> None:
         try:
-            snapshot.claim.touch()
+            snapshot.claim.write_text(f"{os.getpid()}{host_mark()}", encoding="utf-8")
             self._measure(snapshot)
         except Exception as error:
             if not snapshot.manifest.exists():  # dropped meanwhile

@@ -14,6 +14,8 @@ from typing import Protocol
 from pipeline.config.background import PLACE
 from pipeline.training.snapshots import Snapshot
 
+GRACE = 5.0  # seconds
+
 
 class Workers(Protocol):
     """Has snapshots measured."""
@@ -116,9 +118,10 @@ class Command:
         return ""
 
     def stop(self) -> None:
-        """See `Workers.stop`: jobs that were submitted go on."""
+        """See `Workers.stop`: what was submitted goes on; a command that is about to end is waited for."""
         for process in self._processes.values():
-            process.poll()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
 
 
 def _reason(snapshot: Snapshot) -> str:
