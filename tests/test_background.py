@@ -25,6 +25,7 @@ from pipeline.tracking.protocol import Data
 from pipeline.tracking.recording import Recording, replay
 from pipeline.training.best import Best
 from pipeline.training.snapshots import Snapshots, on_cpu
+from pipeline.training.worker import Worker
 from pipeline.validation import validate
 from tests.support.data import planted, planted_task, proteins, write_csv
 from tests.support.lab import newest_run
@@ -222,6 +223,28 @@ def test_a_snapshot_that_cannot_be_written(
     assert "failed at step 0, training goes on: background: " in caplog.text
     assert "cannot be written" in caplog.text
     assert "cannot be written" in newest_run().data.tags["downstream.failed.step 0"]
+
+
+def test_the_threads_of_the_worker(
+    task: Task, tmp_path: Path, tracking: str, model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the training has, so that scores are the same to the bit; or as the key says."""
+    before, threads = torch.get_num_threads(), []
+    monkeypatch.chdir(tmp_path)  # a worker goes to the folder of the training
+    downstream, model = loop_of(tmp_path, task, model_folder("esm"))
+    downstream(model, 0)
+    downstream.close()
+    (place,) = (tmp_path / "out/downstream").iterdir()
+    try:
+        for own in ("null", "3"):
+            config = (place / "config.yaml").read_text()
+            (place / "config.yaml").write_text(config.replace("worker_threads: null", f"worker_threads: {own}"))
+            torch.set_num_threads(before + 1)
+            Worker(place)
+            threads.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [before, 3]
 
 
 @pytest.mark.parametrize("kind", ["ModelCheckpoint", "EarlyStopping"])

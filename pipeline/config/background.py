@@ -49,3 +49,11 @@ class Background:
             except ValueError as error:
                 require(False, f"{expected}, found '{self.worker_command}' ({error})")
             require(named, f"{expected}, found '{self.worker_command}'")
+
+
+def late_monitor(who: str) -> str:
+    """Why something must not go by a metric that is measured in the background."""
+    return (
+        f"mode background: {who} would go by a score of earlier weights; set background.keep_best, which keeps "
+        "the best measured snapshots, or mode: sharded"
+    )

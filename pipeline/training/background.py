@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,7 +23,6 @@ from pipeline.tracking.protocol import attempt
 from pipeline.tracking.recording import replay
 from pipeline.training.best import Best
 from pipeline.training.host import Host
-from pipeline.training.measurement import Measurement
 from pipeline.training.progress import Progress
 from pipeline.training.snapshots import KEPT, Snapshot, Snapshots, synced, unwritable, write_json
 from pipeline.training.worker_process import Command, OwnWorker, Workers
@@ -32,6 +31,10 @@ PAUSE = 0.05  # seconds between two looks for a result, where the training waits
 SCORED = """
 dataset precision layer pooling max_batch_tokens embedding_dtype architecture model_factory weights
 """.split()  # the keys that a score depends on
+
+
+if TYPE_CHECKING:
+    from pipeline.training.measurement import Measurement
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ class Background:
         """
         self._place(state["training"])
         if self.snapshots.folder.exists():
-            self._clear(-1 if last_step is None else last_step)
+            self.snapshots.clear(-1 if last_step is None else last_step)
             if progress is not None:
                 synced(self.snapshots.folder / "progress.pt", lambda path: torch.save(progress, path))
         for step in sorted(state["pending"]):
@@ -219,15 +222,6 @@ class Background:
         except OSError as error:
             raise unwritable(folder, error) from error
         self._is_prepared = True
-
-    def _clear(self, last_step: int) -> None:
-        """Removes the snapshots behind `last_step`, and what a killed training had half written or half removed."""
-        for one in [*self.snapshots.waiting(), *self.snapshots.finished()]:
-            if one.step > last_step:
-                one.remove()
-        for pattern in ("draft-*", "gone-*", "done/gone-*"):
-            for path in self.snapshots.folder.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
 
     def _manifest(self, step: int) -> dict[str, Any]:
         """What a snapshot is of: two with the same are one."""

@@ -16,12 +16,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from pipeline.config.background import late_monitor
 from pipeline.config.schema import Config
 from pipeline.config.yaml_file import read_config
 from pipeline.errors import ConfigError
 from pipeline.tracking.protocol import Tracker
 from pipeline.training.host import LogHost
-from pipeline.training.session import Session, late_monitor
+from pipeline.training.session import Session
 from pipeline.training.unwrapped import REMEDY, arithmetic, unwrapped, without_autocast_wrapper
 
 PREFIX = "eval_"

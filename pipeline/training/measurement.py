@@ -104,6 +104,11 @@ class Measurement:
             return metrics
 
     @property
+    def runs_module(self) -> bool:
+        """Whether measuring runs the module itself, see `LiveModel`; False where that is not known yet."""
+        return self._live is not None and self._live.runs_module
+
+    @property
     def own_run(self) -> str | None:
         """The key of the MLflow run, if it was opened here."""
         return self._run.run.key if self._run and self._run.own else None
@@ -249,18 +254,6 @@ class Measurement:
         for text in texts:
             validation.logger.warning("%s", text)
         validation.logger.removeFilter(self._first_time)
-
-    def why_not_elsewhere(self, module: nn.Module) -> str:
-        """Why another process cannot open a checkpoint of the module; empty where it can."""
-        target, factory = self.config.dataset[0].infer_target, self.config.model_factory
-        own, live = encoder_class(target), self._live
-        for key, path in (("infer_target", target), ("model_factory", factory)):
-            if (path or "").startswith("__main__."):
-                return f"{key}: '{path}' is in the program itself; put it into a module"
-        if own is not None:
-            return "" if hasattr(own, "from_checkpoint") else f"infer_target: {target} has no from_checkpoint(path)"
-        alone = live is None or not live.runs_module or factory is not None
-        return "" if alone else f"{type(module).__name__} cannot be made again from its weights; set model_factory"
 
     def _read(self) -> None:
         """Reads and checks all data."""

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.background import late_monitor
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from pipeline.tracking.mirrors import is_kind
 from pipeline.training.lightning_package import pl
-from pipeline.training.session import late_monitor
 
 if TYPE_CHECKING:
     from pipeline.training.lightning import DownstreamValidation

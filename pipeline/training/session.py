@@ -14,13 +14,14 @@ from torch import nn
 from pipeline.config.schema import Config
 from pipeline.errors import PipelineError
 from pipeline.report.tables import Table
-from pipeline.tracking.protocol import attempt
-from pipeline.training.background import Arrival, Background
+from pipeline.training.background import Arrival
 from pipeline.training.host import Host
+from pipeline.training.late import Late, why_not_late
 from pipeline.training.measurement import Measurement
 from pipeline.training.progress import Progress
 from pipeline.training.ranks import LostRankError, Ranks
 
+Point = tuple[int, dict[str, float]]  # a step, and the metrics of its weights
 logger = logging.getLogger(__name__)
 
 
@@ -29,7 +30,6 @@ class Session:
 
     Attributes:
         ranks: of the training.
-        is_late: whether the training does not wait for its measurements (`mode: background`); known after `prepare`.
         work: measures, between `open` and `close`; None before and after.
         curve: the step and the metrics of each measurement of this process, on every rank.
         last_step: of the last measurement, also before an interruption.
@@ -43,7 +43,6 @@ class Session:
         config.check()
         self.config = config
         self.ranks = Ranks(config.timeout)
-        self.is_late = False
         self.work: Measurement | None = None
         self.curve: list[tuple[int, dict[str, float]]] = []
         self.last_step: int | None = None
@@ -56,7 +55,7 @@ class Session:
         self._progress: dict[str, Any] | None = None  # of rank 0, in the form in which a checkpoint has it
         self._began = self._spent = 0.0
         self._may_be_late = False
-        self._background: Background | None = None  # on rank 0, where measurements are late
+        self._late: Late | None = None
         self._left: Mapping[str, Any] | None = None  # its state, from before an interruption
         self._at_exit: Callable[[], None] | None = None
 
@@ -90,19 +89,22 @@ class Session:
 
         def prepared() -> tuple[dict[str, Any] | None, str]:
             work.prepare(module, may_wait)
-            return work.description, work.why_not_elsewhere(module) if self._may_be_late else ""
+            late = self._may_be_late
+            return work.description, why_not_late(self.config, module, work.runs_module) if late else ""
 
         self.description, why = self.ranks.on_rank_zero(prepared)
-        self.is_late = self._may_be_late and not why
         if why and self.ranks.is_first:
             work.host.warn(f"mode: background cannot be, the training waits for its measurements: {why}")
-        if self._background is not None and not self.is_late:
-            self._background.close()
-        if not self.is_late:
-            self._background = None
-        elif self.ranks.is_first:
-            self._background = self._background or Background(self.config, work)
-        self._continue()
+        if why or not self._may_be_late:
+            self._late = None
+        elif self._late is None:
+            self._late = Late(self.config, self.ranks, work)
+            self._continue()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the training does not wait for its measurements (`mode: background`); known after `prepare`."""
+        return self._late is not None
 
     def try_out(self, module: nn.Module) -> None:
         """Tries whether a measurement can work. Raises PipelineError on every rank where it cannot."""
@@ -121,9 +123,9 @@ class Session:
         In the background, writes a snapshot, on rank 0; the metrics come later, see `poll`.
         """
         assert self.work is not None
-        if self.is_late:
+        if self._late is not None:
             self.last_step = step
-            self._hand_over(module, step)
+            self._late.hand_over(module, step)
             return {}
         work, began = self.work, time.perf_counter()
         try:
@@ -133,7 +135,10 @@ class Session:
         except Exception as error:
             if self.config.on_error == "raise":
                 raise
-            self._warn_of(error, step)
+            logger.debug("downstream validation at step %d", step, exc_info=True)
+            kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
+            if self.ranks.is_first:
+                work.host.warn(f"downstream validation failed at step {step}, training goes on: {kind}{error}")
             return {}
         self.last_step = step
         self.curve.append((step, metrics))
@@ -141,22 +146,15 @@ class Session:
         self._report(step, metrics, time.perf_counter() - began)
         return metrics
 
-    def poll(self) -> list[tuple[int, dict[str, float]]]:
+    def poll(self) -> list[Point]:
         """Takes in what has been measured in the background since the last call: steps and metrics, on rank 0.
 
         Raises:
             PipelineError: a measurement failed, `on_error` is `raise`, and there is one rank; several raise at the end.
         """
-        if self._background is None:
-            return []
-        attempt("polling of the worker", self._background.poll)
-        if self.ranks.group is None:
-            self._raise_failures()
-        return self._take_in(self._background.arrivals())
+        return self._take_in(self._late.poll()) if self._late else []
 
-    def finish(
-        self, module: nn.Module | None = None, step: int = 0, alone: bool = False
-    ) -> list[tuple[int, dict[str, float]]]:
+    def finish(self, module: nn.Module | None = None, step: int = 0, alone: bool = False) -> list[Point]:
         """Waits for what is measured in the background; afterwards all ranks have the curve. Every rank calls it.
 
         Args:
@@ -170,27 +168,27 @@ class Session:
         Raises:
             PipelineError: on every rank, where a measurement failed and `on_error` is `raise`.
         """
-        if not self.is_late:
+        late, found = self._late, list[Point]()
+        if late is None:
             return []
-        found: list[tuple[int, dict[str, float]]] = []
-        self.is_late = False
 
-        def drained() -> tuple[list[tuple[int, dict[str, float]]], list[tuple[int, dict[str, float]]]]:
-            if self._background is not None:
-                self._drain(module, step)
-                found.extend(self._take_in(self._background.arrivals()))
-                self._raise_failures()
+        def drained() -> tuple[list[Point], list[Point]]:
+            found.extend(self._take_in(late.drain(module, step)))
+            late.raise_failures()
             return self.curve, self._points
 
-        self.curve, self._points = drained() if alone else self.ranks.on_rank_zero(drained)
+        if not alone:
+            self.curve, self._points = self.ranks.on_rank_zero(drained)
+        elif self.ranks.is_first:
+            drained()
         return found
 
     def state(self) -> dict[str, Any]:
         """What a resumed training needs to continue the curve and the MLflow run."""
         run = self.work.own_run if self.work else None
-        progress = self.work.progress.state() if self.work and not self._background else self._progress
-        if self._background is not None:
-            progress, self._left = self._background.progress_state(), self._background.state()
+        progress = self.work.progress.state() if self.work and not self._late else self._progress
+        if self._late is not None:
+            progress, self._left = self._late.progress_state(), self._late.state()
         return {
             "validations": self._validations,
             "last_step": self.last_step,
@@ -214,7 +212,7 @@ class Session:
 
     def close(self, status: str) -> None:
         """Draws the curves, and ends the MLflow run if it was opened here."""
-        self._close_background()
+        self._close_late()
         if self.work is not None:
             self._run = self.work.own_run or self._run
             self._progress = self.work.progress.state()
@@ -247,45 +245,15 @@ class Session:
         """Changes are since the first measurement before an interruption."""
         if self.work and self._progress is not None:
             self.work.progress = Progress.from_state(self._progress)
-        if self._background is not None and self._left is not None:
-            self._background.resume(self._left, self._progress, self.last_step)
+        if self._late is not None and self._left is not None:
+            self._take_in(self._late.resume(self._left, self._progress, self.last_step))
             self._left = None
-            self._take_in(self._background.arrivals())
         elif self.work and self._left is not None and self._left["pending"] and not self._may_be_late:
             steps = ", ".join(map(str, self._left["pending"]))
             self.work.host.warn(f"steps {steps} of before the interruption are not measured: mode is not background")
             self._left = None
 
-    def _hand_over(self, module: nn.Module, step: int, last: bool = False) -> None:
-        """Has a snapshot measured in the background; a failure is said, and raised at once where there is one rank."""
-        if self._background is None or self.work is None:
-            return
-        try:
-            self.work.open()
-            self._background.hand_over(module, step, last)
-        except Exception as error:
-            if self.config.on_error == "raise" and self.ranks.group is None:
-                raise
-            self._warn_of(error, step)
-            self.work.tell_failure(step, str(error))
-            self._background.failures.append(f"downstream validation failed at step {step}: {error}")
-
-    def _drain(self, module: nn.Module | None, step: int) -> None:
-        """Waits for the worker, no longer than the other ranks wait for this one."""
-        assert self._background is not None
-        assert self.work is not None
-        if self._background.skipped and module is None:
-            remedy = "with when_busy: drop_oldest they would be"
-            self.work.host.warn(
-                f"downstream validation: the last weights are not measured, the worker was busy; {remedy}"
-            )
-        elif self._background.skipped and module is not None:
-            self._hand_over(module, step, last=True)
-        longest = self.config.background.drain_timeout
-        several = self.ranks.group is not None
-        self._background.drain(min(longest, 0.9 * self.config.timeout) if several else longest)
-
-    def _take_in(self, arrivals: Sequence[Arrival]) -> list[tuple[int, dict[str, float]]]:
+    def _take_in(self, arrivals: Sequence[Arrival]) -> list[Point]:
         """Adds measurements that have come back to the curve, and says them. Returns those that are new."""
         new = []
         for one in arrivals:
@@ -296,26 +264,12 @@ class Session:
         self.curve += new
         return new
 
-    def _raise_failures(self) -> None:
-        failures = self._background.failures if self._background else []
-        if failures and self.config.on_error == "raise":
-            raise PipelineError("; ".join(failures))
-
-    def _close_background(self) -> None:
+    def _close_late(self) -> None:
         """Takes in what is there, and ends the worker."""
-        if self._background is None or self.work is None:
-            return
-        attempt("polling of the worker", self._background.poll)
-        self._take_in(self._background.arrivals())
-        self._background.close()
-        self.work.progress = self._background.progress() or self.work.progress
-        self._left, self._background, self.is_late = self._background.state(), None, False
-
-    def _warn_of(self, error: Exception, step: int) -> None:
-        logger.debug("downstream validation at step %d", step, exc_info=True)
-        kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
-        if self.ranks.is_first and self.work is not None:
-            self.work.host.warn(f"downstream validation failed at step {step}, training goes on: {kind}{error}")
+        if self._late is not None and self.work is not None:
+            self._take_in(self._late.close())
+            self.work.progress = self._late.progress() or self.work.progress
+            self._left, self._late = self._late.state(), None
 
     def _report(self, step: int, metrics: Mapping[str, float], seconds: float, elsewhere: float | None = None) -> None:
         """Says the headline metrics, and what share of the training time measurements take.
@@ -333,11 +287,3 @@ class Session:
         cost = f"{took}; {share:.0f} % of the training time so far"
         if self.work is not None and self.ranks.is_first:
             self.work.host.say(f"downstream validation at step {step}: {numbers} ({cost})")
-
-
-def late_monitor(who: str) -> str:
-    """Why something must not go by a metric that is measured in the background."""
-    return (
-        f"mode background: {who} would go by a score of earlier weights; set background.keep_best, which keeps "
-        "the best measured snapshots, or mode: sharded"
-    )

@@ -100,6 +100,15 @@ class Snapshots:
         (self.folder / "done").mkdir(exist_ok=True)
         snapshot.folder.rename(self.done(snapshot.step).folder)
 
+    def clear(self, last_step: int) -> None:
+        """Removes those behind `last_step`, and what a killed training had half written or half removed."""
+        for one in [*self.waiting(), *self.finished()]:
+            if one.step > last_step:
+                one.remove()
+        for pattern in ("draft-*", "gone-*", "done/gone-*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
     def waiting(self) -> list[Snapshot]:
         """Those that are not logged yet, in the order of their steps."""
         return _found(self.folder)
