@@ -67,7 +67,7 @@ def test_a_worker_that_is_killed_or_hangs(
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:The dirpath has changed from")
-@pytest.mark.filterwarnings("ignore:steps 0, 4, 8 of before the interruption are not measured")
+@pytest.mark.filterwarnings("ignore:steps 0, 4.* of before the interruption")
 @pytest.mark.parametrize("when", ["measured", "waiting"])
 def test_a_training_that_is_killed_and_resumed(folder: Path, tracking: str, when: str) -> None:
     command = [sys.executable, "-m", "tests.support.killed_late", str(folder), when]
@@ -78,10 +78,6 @@ def test_a_training_that_is_killed_and_resumed(folder: Path, tracking: str, when
     assert left == (set() if when == "measured" else {"step=0", "step=4", "step=8"})
     path = str(folder / "kept" / ("step=8.ckpt" if when == "measured" else "step=4.ckpt"))
     resumed = measured(folder, ".", path)
-    step = int(Path(path).stem.partition("=")[2])
-    whole = measured(folder, "whole", mode="blocking").curve
-    again = measured(folder, "again", path, mode="blocking").curve  # a resumed training draws other random numbers
-    assert points_of(resumed) == [*(one for one in whole if one[0] <= step), *again]
     runs = MlflowClient().search_runs(["0"], order_by=["attributes.start_time"])
     history = MlflowClient().get_metric_history(runs[0].info.run_id, "test_label_accuracy")
     assert [one.step for one in history] == [0, 4, 8, 12, 16]
@@ -89,3 +85,7 @@ def test_a_training_that_is_killed_and_resumed(folder: Path, tracking: str, when
     assert [path.name for path in (folder / "downstream").iterdir()] == [place.name]
     assert not list(place.glob("step=*"))
     assert not list(place.rglob("*.ckpt"))
+    step = int(Path(path).stem.partition("=")[2])
+    whole = measured(folder, "whole", mode="blocking").curve
+    again = measured(folder, "again", path, mode="blocking").curve  # a resumed training draws other random numbers
+    assert points_of(resumed) == [*(one for one in whole if one[0] <= step), *again]
