@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import shlex
 import subprocess
 import sys
@@ -16,11 +17,18 @@ import torch
 from mlflow import MlflowClient
 from transformers import AutoTokenizer, EsmForMaskedLM, set_seed
 
-from pipeline import Downstream, DownstreamValidation, Store, open_encoder, setup_dwnstr_task_validation_callbacks
+from pipeline import (
+    Downstream,
+    DownstreamTrainerCallback,
+    DownstreamValidation,
+    Store,
+    open_encoder,
+    setup_dwnstr_task_validation_callbacks,
+)
 from pipeline.config.background import Background
 from pipeline.config.schema import Config
 from pipeline.config.task import Task
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import CheckpointError, ConfigError, PipelineError
 from pipeline.tracking.protocol import Data
 from pipeline.tracking.recording import Recording, replay
 from pipeline.training.best import Best
@@ -256,6 +264,14 @@ def test_monitors_are_refused(task: Task, tmp_path: Path, tracking: str, model_f
         trainer(tmp_path, [monitor, *callbacks]).fit(Busy(model_folder("esm")), loader(), loader())
 
 
+def test_a_best_model_is_refused(task: Task, tmp_path: Path, tracking: str) -> None:
+    from tests.support.loops import BEST, late_section, train
+
+    callback = DownstreamTrainerCallback(late_section(tmp_path, "background"))
+    with pytest.raises(ConfigError, match=f"metric_for_best_model='eval_{BEST}'.*keep_best"):
+        train(tmp_path / "out", [callback], metric_for_best_model=f"eval_{BEST}")
+
+
 def test_a_module_that_cannot_be_made_again_is_waited_for(
     task: Task, tmp_path: Path, tracking: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -287,6 +303,22 @@ def test_the_best_are_kept_and_ties_are_said(tmp_path: Path, task: Task) -> None
     assert "in the place of step=1" in said[3]
     assert "do not tell it" not in said[3]
     assert best.offer(folder.write(6, {"state_dict": {}}, {}), {}).endswith("test_label_mcc is not defined there")
+
+
+def test_a_disk_without_room_for_a_snapshot(tmp_path: Path) -> None:
+    """Nothing is left half written, and there is room for the next one."""
+    queue = Snapshots(tmp_path)
+    content = {"state_dict": {"weight": torch.zeros(100_000)}}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"step=3' cannot be written .*make room"):
+            queue.write(3, content, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+    queue.write(3, content, {})
+    assert [one.step for one in queue.waiting()] == [3]
 
 
 def test_weights_that_share_memory_do_so_in_a_snapshot() -> None:

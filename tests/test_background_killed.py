@@ -31,11 +31,13 @@ def folder(tmp_path: Path, model_folder: Any) -> Path:
     return tmp_path
 
 
-def measured(folder: Path, where: str, path: str | None = None, **options: Any) -> DownstreamValidation:
+def measured(
+    folder: Path, where: str, path: str | None = None, max_epochs: int = 4, **options: Any
+) -> DownstreamValidation:
     """A training of 16 steps, measured at 0, 4, 8, 12 and 16."""
     (callback,) = setup_dwnstr_task_validation_callbacks(config(folder, **options))
     assert isinstance(callback, DownstreamValidation)
-    train(folder, folder / where, [callback], path, **(INERT if path else {}))
+    train(folder, folder / where, [callback], path, max_epochs, **(INERT if path else {}))
     return callback
 
 
@@ -89,3 +91,22 @@ def test_a_training_that_is_killed_and_resumed(folder: Path, tracking: str, when
     whole = measured(folder, "whole", mode="blocking").curve
     again = measured(folder, "again", path, mode="blocking").curve  # a resumed training draws other random numbers
     assert points_of(resumed) == [*(one for one in whole if one[0] <= step), *again]
+
+
+def test_a_disk_without_room_for_the_worker(folder: Path, tracking: str) -> None:
+    """Said with the reason, twice; then the run has a tag and no metric, and the training has gone on."""
+    command = f"bash -c 'ulimit -f 8; exec {sys.executable} -m pipeline worker {{folder}}'"
+    with pytest.warns(UserWarning, match="failed at step 0") as said:
+        callback = measured(folder, "full", worker_command=command, max_epochs=1)
+    texts = [str(one.message) for one in said if "failed at step" in str(one.message)]
+    assert [text.partition(":")[0] for text in texts] == [
+        f"downstream validation failed at step {step}, {what}"
+        for step in (0, 4)
+        for what in ("it is tried once more", "training goes on")
+    ]
+    assert all("File too large" in text for text in texts)
+    assert callback.curve == []
+    (run,) = MlflowClient().search_runs(["0"])
+    assert {"downstream.failed.step 0", "downstream.failed.step 4"} <= set(run.data.tags)
+    assert run.data.metrics == {}
+    assert not list(folder.rglob("weights.ckpt"))

@@ -39,9 +39,11 @@ def config(folder: Path, mode: str = "background", timeout: float = 600.0, **bac
     return section(folder, task, mode=mode, background=own, on_start=True, timeout=timeout)
 
 
-def train(folder: Path, where: Path, callbacks: list[Any], path: str | None = None, **options: Any) -> Any:
+def train(
+    folder: Path, where: Path, callbacks: list[Any], path: str | None = None, epochs: int = 4, **options: Any
+) -> Any:
     pl.seed_everything(3, verbose=False)
-    one = trainer(where, callbacks, max_epochs=4)
+    one = trainer(where, callbacks, max_epochs=epochs)
     one.fit(Busy(folder / "esm"), loader(shuffle=False), loader(shuffle=False), ckpt_path=path, **options)
     return one
 
