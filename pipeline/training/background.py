@@ -171,10 +171,10 @@ class Background:
             last_step: the step of the last snapshot by then; later ones will be made again.
         """
         self._place(state["training"])
-        if self.snapshots.folder.exists():
-            self.snapshots.clear(-1 if last_step is None else last_step)
-            if progress is not None:
-                synced(self.snapshots.folder / "progress.pt", lambda path: torch.save(progress, path))
+        self._prepare_folder()
+        self.snapshots.clear(-1 if last_step is None else last_step)
+        if progress is not None:
+            synced(self.snapshots.folder / "progress.pt", lambda path: torch.save(progress, path))
         for step in sorted(state["pending"]):
             self._requeue(self.snapshots.of(step))
         self.poll()
@@ -196,7 +196,6 @@ class Background:
             write_json(snapshot.manifest, self._manifest(step))
         snapshot.error.unlink(missing_ok=True)
         if not snapshot.result.exists():
-            self._prepare_folder()
             self._call(snapshot)
 
     def _place(self, training: str) -> None:

@@ -56,6 +56,7 @@ class Session:
         self._began = self._spent = 0.0
         self._may_be_late = False
         self._late: Late | None = None
+        self._untold: list[Point] = []  # what came while the training was resumed
         self._left: Mapping[str, Any] | None = None  # its state, from before an interruption
         self._at_exit: Callable[[], None] | None = None
 
@@ -95,8 +96,10 @@ class Session:
         self.description, why = self.ranks.on_rank_zero(prepared)
         if why and self.ranks.is_first:
             work.host.warn(f"mode: background cannot be, the training waits for its measurements: {why}")
-        if why or not self._may_be_late:
+        self._may_be_late = self._may_be_late and not why
+        if not self._may_be_late:
             self._late = None
+            self._continue()
         elif self._late is None:
             self._late = Late(self.config, self.ranks, work)
             self._continue()
@@ -152,7 +155,10 @@ class Session:
         Raises:
             PipelineError: a measurement failed, `on_error` is `raise`, and there is one rank; several raise at the end.
         """
-        return self._take_in(self._late.poll()) if self._late else []
+        if self._late is None:
+            return []
+        found, self._untold = [*self._untold, *self._take_in(self._late.poll())], []
+        return found
 
     def finish(self, module: nn.Module | None = None, step: int = 0, alone: bool = False) -> list[Point]:
         """Waits for what is measured in the background; afterwards all ranks have the curve. Every rank calls it.
@@ -168,9 +174,10 @@ class Session:
         Raises:
             PipelineError: on every rank, where a measurement failed and `on_error` is `raise`.
         """
-        late, found = self._late, list[Point]()
+        late, found = self._late, self._untold
+        self._untold = []
         if late is None:
-            return []
+            return found
 
         def drained() -> tuple[list[Point], list[Point]]:
             found.extend(self._take_in(late.drain(module, step)))
@@ -186,16 +193,18 @@ class Session:
     def state(self) -> dict[str, Any]:
         """What a resumed training needs to continue the curve and the MLflow run."""
         run = self.work.own_run if self.work else None
-        progress = self.work.progress.state() if self.work and not self._late else self._progress
+        progress, left = self._progress, self._left
         if self._late is not None:
-            progress, self._left = self._late.progress_state(), self._late.state()
+            progress, left = self._late.progress_state(), self._late.state()
+        elif self.work is not None:
+            progress = self.work.progress.state()
         return {
             "validations": self._validations,
             "last_step": self.last_step,
             "run": run or self._run,
             "points": list(self._points),
             "progress": progress,
-            "background": self._left,
+            "background": left,
         }
 
     def load(self, state: Mapping[str, Any], fits: bool = True) -> None:
@@ -205,10 +214,11 @@ class Session:
             self.last_step = state["last_step"]
             self._points = list(state["points"])
             self._progress, self._left = state.get("progress"), state.get("background")
-            self._continue()
         self._run = state["run"]
         if self.work:
             self.work.earlier_run = self._run
+        if fits:
+            self._continue()
 
     def close(self, status: str) -> None:
         """Draws the curves, and ends the MLflow run if it was opened here."""
@@ -237,16 +247,18 @@ class Session:
     def _close_as_the_program_ends(self) -> None:
         error = getattr(sys, "last_value", None)
         failed = "FAILED" if isinstance(error, Exception) else "KILLED"
-        if error is None:
-            self.finish(alone=True)
-        self.close("FINISHED" if error is None else failed)
+        try:
+            if error is None:
+                self.finish(alone=True)
+        finally:
+            self.close("FINISHED" if error is None else failed)
 
     def _continue(self) -> None:
         """Changes are since the first measurement before an interruption."""
         if self.work and self._progress is not None:
             self.work.progress = Progress.from_state(self._progress)
         if self._late is not None and self._left is not None:
-            self._take_in(self._late.resume(self._left, self._progress, self.last_step))
+            self._untold += self._take_in(self._late.resume(self._left, self._progress, self.last_step))
             self._left = None
         elif self.work and self._left is not None and self._left["pending"] and not self._may_be_late:
             steps = ", ".join(map(str, self._left["pending"]))
