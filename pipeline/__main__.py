@@ -187,7 +187,21 @@ def _address(opened: OpenRun) -> dict[str, str]:
     return {"tracking_uri": shown(opened.uri), **ids}
 
 
-COMMANDS = {"measure": _measure, "compare": _compare, "replay": _replay, "config": _config, "doctor": _doctor}
+def _work(options: argparse.Namespace) -> Answer:
+    from pipeline.training.worker import Worker
+
+    Worker(options.folder).run(options.parent)
+    return Answer(())
+
+
+COMMANDS = {
+    "measure": _measure,
+    "compare": _compare,
+    "replay": _replay,
+    "config": _config,
+    "doctor": _doctor,
+    "worker": _work,
+}
 
 
 def run() -> int:

@@ -76,6 +76,11 @@ def _config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schema", action="store_true", help="print every key: type, default and meaning")
 
 
+def _worker(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the training writes them")
+    parser.add_argument("--parent", type=int, metavar="PID", help="wait for more as long as this process lives")
+
+
 def _doctor(parser: argparse.ArgumentParser) -> None:
     _add_measured(parser)
     parser.add_argument("--quick", action="store_true", help="leave out the cost, which takes seconds")
@@ -101,5 +106,6 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "compare": ("rank measurements that were made before", _compare),
     "replay": ("send to MLflow what it has missed", _replay),
     "config": ("print a configuration with every key, or what the keys mean", _config),
+    "worker": ("measure the snapshots of a training in the background", _worker),
     "doctor": ("say what is installed and works, and what a measurement costs", _doctor),
 }

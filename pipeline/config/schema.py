@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipeline.config.background import Background
 from pipeline.config.class_paths import ENCODERS, refuse_reference
-from pipeline.config.fields import check_choice, check_values, key, parse_bytes, require
+from pipeline.config.fields import DEVICES, check_choice, check_values, key, parse_bytes, require
 from pipeline.config.task import Task, check_names
 from pipeline.config.trackers import Logging
 from pipeline.statistics.metrics import LOSS, Metric, metrics_of_kind
 
 ON_ERROR = ("warn", "raise")
-DEVICES = ("auto", "cpu", "cuda", "mps")
+MODES = ("sharded", "blocking", "background")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STORED_DTYPES = ("float32", "float16")
 POOLINGS = ("mean", "cls", "last")
@@ -66,6 +67,13 @@ class Config:
     )
     trust_pickle: bool = key("unpickle a `.ckpt` as it is, with the code that it names", False)
     every_n_validations: int = key("the callback measures at the first validation and then at every n-th", 1, least=1)
+    mode: str = key(
+        "how the callback measures: the training waits for it (`sharded`, `blocking`), or a worker measures snapshots "
+        "of the weights while training goes on (`background`)",
+        "sharded",
+        choices=MODES,
+    )
+    background: Background = key("the worker of `mode: background`, and what it measures", Background)
     on_start: bool = key("the callback measures before the first training step too, at step 0", True)
     on_end: bool = key("the callback measures at the end of training, unless the last validation just did", False)
     on_error: str = key(
@@ -132,6 +140,9 @@ class Config:
         require(0 < self.timeout < 10**7, f"timeout is {self.timeout}, expected more than 0 and less than 10 million")
         parse_bytes(self.memory_budget)
         self.logging.check()
+        self.background.check(metric.key for metric in self.metrics)
+        both = self.mode == "background" and self.save
+        require(not both, "save: mode background writes snapshots itself; leave save out, and set background.keep_best")
         for task in self.dataset:
             task.check(with_files)
         check_names(self.dataset)
