@@ -140,12 +140,12 @@ class Config:
         require(0 < self.timeout < 10**7, f"timeout is {self.timeout}, expected more than 0 and less than 10 million")
         parse_bytes(self.memory_budget)
         self.logging.check()
-        self.background.check(metric.key for metric in self.metrics)
         both = self.mode == "background" and self.save
         require(not both, "save: mode background writes snapshots itself; leave save out, and set background.keep_best")
         for task in self.dataset:
             task.check(with_files)
         check_names(self.dataset)
+        self.background.check(metric.key for metric in self.metrics)
         targets = sorted({task.infer_target for task in self.dataset})
         differs = f"infer_target differs between tasks ({', '.join(targets)})"
         require(len(targets) <= 1, f"{differs}; a checkpoint has one architecture, give it in every task")
