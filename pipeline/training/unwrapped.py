@@ -1,4 +1,4 @@
-"""The module within what loops wrap around it: DDP, `torch.compile`, and what accelerate prepares."""
+"""The module within what loops wrap around it: DDP, `torch.compile`, DeepSpeed, and what accelerate prepares."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from pipeline.encoders.live import PLAIN
 from pipeline.errors import ConfigError
 
 WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
+WRAPPERS |= {"DeepSpeedEngine": "module"}  # of ZeRO 0 to 2; it has all weights, as it computes with them
 SHARDED = {
     "FullyShardedDataParallel": "FSDP",
     "FSDPModule": "FSDP2 (fully_shard)",
-    "DeepSpeedEngine": "a DeepSpeed engine",
+    "PipelineEngine": "a DeepSpeed engine of pipeline stages",
 }
 REMEDY = "downstream validation needs all weights on a rank; use DDP for now, or measure the checkpoints"
 
