@@ -89,7 +89,8 @@ class Downstream:
 
         Returns:
             The metrics, the same on every rank; empty where nothing was measured: by these keys, where the section is
-            not `enabled`, and where the measurement failed and `on_error` is `warn`.
+            not `enabled`, and where the measurement failed and `on_error` is `warn`; and with `mode: background`, where
+            they come later, see `curve`.
 
         Raises:
             PipelineError: at the first call, what would fail at each; later where `on_error` is `raise`.
