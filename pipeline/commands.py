@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import validation
 from pipeline.checkpoints.names import name_of, names_of, step_of, with_step
@@ -84,7 +84,7 @@ def measure_checkpoint(
         run.checkpoint(label, encoder.digest, ckpt, step)
     examples = _same(known, encoder)
     start = RandomInit(encoder, config, store, Several([run, *mirrors]), step or 0) if config.baseline else None
-    further = {"compare": start.compare} if start else {}
+    further: dict[str, Any] = {"compare": start.compare} if start else {}
     scores, changes = validation.measure(
         encoder, config, store, run, Several(mirrors), ckpt, step, label, until, examples, **further
     )

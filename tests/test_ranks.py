@@ -98,23 +98,27 @@ def test_an_empty_rank_takes_part(both: Any) -> None:
     assert [step for step, _ in of(both, "uneven")["curve"]] == [2, 4, 6]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_failure_on_rank_0_is_passed_over_by_both(stage: str, both: Any) -> None:
-    found = of(both, f"{stage} warn")
+def test_a_failure_on_one_rank_is_passed_over_by_both(stage: str, rank: int, both: Any) -> None:
+    found = of(both, f"{stage} warn {rank}")
     assert found["curve"] == []
     assert found["epochs"] == 3
     assert found["error"] == ""
     assert found["weights"] == of(both, "without")["weights"]
+    error = "rank 1: DataError: injected" if rank else "injected"
     assert found["said"] == [
-        f"downstream validation failed at step {step}, training goes on: injected" for step in (2, 4, 6)
+        f"downstream validation failed at step {step}, training goes on: {error}" for step in (2, 4, 6)
     ]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_failure_on_rank_0_ends_both(stage: str, both: Any) -> None:
-    assert of(both, f"{stage} raise")["epochs"] == 0
-    assert both.ranks[0][f"{stage} raise"]["error"] == "DataError: injected"
-    assert both.ranks[1][f"{stage} raise"]["error"] == "RankError: rank 0: DataError: injected"
+def test_a_failure_on_one_rank_ends_both(stage: str, rank: int, both: Any) -> None:
+    case = f"{stage} raise {rank}"
+    assert of(both, case)["epochs"] == 0
+    assert both.ranks[rank][case]["error"] == "DataError: injected"
+    assert both.ranks[1 - rank][case]["error"] == f"RankError: rank {rank}: DataError: injected"
 
 
 def test_an_interrupt_on_rank_0_is_no_failure_to_be_passed_over(both: Any) -> None:
@@ -133,9 +137,9 @@ def test_a_data_error_stops_both_before_the_first_step(both: Any) -> None:
 @pytest.mark.parametrize(
     ("scenario", "rank", "message"),
     [
-        ("late", 0, "rank 0 waited 20 s for every rank: .*[Rr]anks?.* 1"),
-        ("dead", 0, "rank 0 waited 20 s for every rank: .*[Rr]anks?.* 1"),
-        ("stuck", 1, "rank 1 waited up to 20 s for rank 0: .*raise timeout if it was still at work"),
+        ("late", 0, "rank 0 waited up to 20 s for every rank: .*[Rr]anks?.* 1"),
+        ("dead", 0, "rank 0 waited up to 20 s for every rank: .*[Rr]anks?.* 1"),
+        ("stuck", 1, "rank 1 waited up to 20 s for every rank: .*rank 0.*raise timeout if it was still at work"),
     ],
 )
 def test_a_rank_that_does_not_come_is_named(

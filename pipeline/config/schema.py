@@ -14,6 +14,7 @@ from pipeline.config.trackers import Logging
 from pipeline.statistics.metrics import LOSS, Metric, metrics_of_kind
 
 ON_ERROR = ("warn", "raise")
+MODES = ("sharded", "blocking")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STORED_DTYPES = ("float32", "float16")
@@ -61,6 +62,12 @@ class Config:
     )
     trust_pickle: bool = key("unpickle a `.ckpt` as it is, with the code that it names", False)
     every_n_validations: int = key("the callback measures at the first validation and then at every n-th", 1, least=1)
+    mode: str = key(
+        "where a training has several ranks: `sharded` shares a measurement out over them, `blocking` leaves it to "
+        "rank 0, for which the others wait",
+        "sharded",
+        choices=MODES,
+    )
     on_start: bool = key("the callback measures before the first training step too, at step 0", True)
     on_end: bool = key("the callback measures at the end of training, unless the last validation just did", False)
     on_error: str = key(

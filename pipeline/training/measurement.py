@@ -1,13 +1,12 @@
-"""The work of rank 0 in any training loop: it prepares, and measures the current weights."""
+"""The work in any training loop, of rank 0 or of each rank: it prepares, and measures the current weights."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -21,16 +20,17 @@ from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
+from pipeline.engines.workers import ALONE, Workers, from_first
 from pipeline.errors import CheckpointError
 from pipeline.load import Examples, load
 from pipeline.progress import no_progress
 from pipeline.report.publishing import describe, publish_curves
 from pipeline.store.embedding_table import Store
-from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.protocol import FOLDER, AtStep, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.train_head import make_head
 from pipeline.training.host import Host
 from pipeline.training.progress import Progress, resolution_of
+from pipeline.training.sharing import check_same, first_ranks_buffers, measuring_store
 from pipeline.training.untouched import untouched
 from pipeline.validation import check, dry_run
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 class Measurement:
     """Measures a module in training, and leaves it as it is.
 
+    Several ranks share the work, each with its own copy of the module; the first has the data read, logs and publishes.
+
     Attributes:
         host: the loop in which the module is trained.
         earlier_run: key of the MLflow run that an interrupted training had opened, to be continued.
@@ -48,8 +50,9 @@ class Measurement:
         progress: what the scores have changed by.
     """
 
-    def __init__(self, config: Config, host: Host, earlier_run: str | None = None) -> None:
+    def __init__(self, config: Config, host: Host, earlier_run: str | None = None, workers: Workers = ALONE) -> None:
         """Opens nothing yet."""
+        self.workers = workers
         self.config = config
         self.host = host
         self.earlier_run = earlier_run
@@ -95,12 +98,12 @@ class Measurement:
         Raises:
             PipelineError: see `validate`. Trackers that fail only warn.
         """
-        with self._around(module), self._in_place(module):
+        with self._around(module), self._in_place(module), first_ranks_buffers(module, self.workers):
             try:
                 metrics = self._measure(module, step)
             except Exception as error:
                 message = str(error)
-                run = self._training_run
+                run = self._training_run if self.workers.rank == 0 else None
                 if run is not None:
                     attempt("logging of the failure", lambda: run.failed(step, message))
                 raise
@@ -162,6 +165,8 @@ class Measurement:
             module.to(here)
 
     def _first_time(self, record: logging.LogRecord) -> bool:
+        if self.workers.rank > 0:
+            return False  # the first says the same
         text = record.getMessage()
         new = record.levelno < logging.WARNING or text not in self._said
         self._said.add(text)
@@ -206,10 +211,12 @@ class Measurement:
         if encoder.max_seq_length != self._limit:
             self._limit = encoder.max_seq_length
             self._read()
-        root = Path(self.config.store).expanduser()
+        check_same(encoder, self.workers)
         with ExitStack() as stack:
-            kept = nullcontext(root) if self.config.keep_embeddings else temporary_folder(root / "live")
-            store = Store.from_config(self.config, stack.enter_context(kept))
+            store = stack.enter_context(measuring_store(self.config, self.workers))
+            if self.workers.rank > 0:
+                validation.validate(encoder, self.config.tasks, store, examples=self._examples, workers=self.workers)
+                return {}
             run = self._training_run
             tracker: Tracker = NullTracker()
             if run is not None:
@@ -228,14 +235,15 @@ class Measurement:
                 f"step={step}",
                 examples=self._examples,
                 compare=lambda scores: self.progress.log(scores, step, tracker, AtStep(mirrors, step)),
+                workers=self.workers,
             )
         if self._run is not None:
             self._run.run.tags({f"{FOLDER}.start": f"step {self.progress.start}"})
         return validation.metrics_of(scores) | dict(changes.values)
 
     def _read(self) -> None:
-        """Reads and checks all data."""
-        self._examples = [load(task, self._limit) for task in self.config.dataset]
+        """Reads and checks all data, on one rank."""
+        self._examples = from_first(self.workers, lambda: [load(task, self._limit) for task in self.config.dataset])
 
     @cached_property
     def _mirrors(self) -> Sequence[Tracker]:

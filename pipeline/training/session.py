@@ -7,11 +7,12 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from pipeline.config.schema import Config
+from pipeline.engines.workers import ALONE
 from pipeline.errors import PipelineError
 from pipeline.report.tables import Table
 from pipeline.training.host import Host
@@ -21,9 +22,11 @@ from pipeline.training.ranks import LostRankError, Ranks
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class Session:
-    """Has rank 0 measure, and gives every rank the result.
+    """Has the ranks measure, or rank 0 alone, and gives every rank the result.
 
     Attributes:
         ranks: of the training.
@@ -63,7 +66,7 @@ class Session:
         self.ranks.open()
         self.start_clock()
         self._spent = 0.0
-        self.work = Measurement(self.config, host, self._run)
+        self.work = Measurement(self.config, host, self._run, self.ranks if self._is_shared else ALONE)
         self._continue()
 
     def start_clock(self) -> None:
@@ -79,13 +82,13 @@ class Session:
             work.prepare(module, may_wait)
             return work.description
 
-        self.description = self.ranks.on_rank_zero(prepared)
+        self.description = self._do(prepared)
 
     def try_out(self, module: nn.Module) -> None:
         """Tries whether a measurement can work. Raises PipelineError on every rank where it cannot."""
         assert self.work is not None
         work = self.work
-        self.ranks.on_rank_zero(lambda: work.try_out(module))
+        self._do(lambda: work.try_out(module))
 
     def is_due(self) -> bool:
         """Counts a validation, and says whether `every_n_validations` has it measured."""
@@ -97,7 +100,7 @@ class Session:
         assert self.work is not None
         work, began = self.work, time.perf_counter()
         try:
-            metrics = self.ranks.on_rank_zero(lambda: work.measure(module, step))
+            metrics = self._do(lambda: work.measure(module, step))
         except LostRankError:
             raise
         except Exception as error:
@@ -113,6 +116,18 @@ class Session:
         self._points.append((step, metrics))
         self._report(step, metrics, time.perf_counter() - began)
         return metrics
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether all ranks measure; with `save` rank 0 alone opens what it writes."""
+        return self.config.mode == "sharded" and not self.config.save
+
+    def _do(self, work: Callable[[], T]) -> T:
+        """Does `work` on every rank, or on rank 0 alone; gives all ranks what it gave on rank 0."""
+        if not self._is_shared:
+            return self.ranks.on_rank_zero(work)
+        self.ranks.arrive()
+        return self.ranks.together(work)[0]
 
     def state(self) -> dict[str, Any]:
         """What a resumed training needs to continue the curve and the MLflow run."""
