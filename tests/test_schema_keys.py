@@ -44,6 +44,7 @@ SCHEMAS = (Config, Logging, Task, Files)
 ELSEWHERE = {
     "enabled": "test_lightning.py: test_a_disabled_section_gives_no_callback",
     "model_factory": "test_own_models.py",
+    "mode": "test_sharded.py: test_the_metrics_of_two_ranks_are_those_of_one_process",
     "every_n_validations": "test_monitors.py: test_every_second_validation",
     "weights": "test_bare.py: test_an_average_is_taken_by_name_alone",
     "trust_remote_code": "test_remote_code.py",

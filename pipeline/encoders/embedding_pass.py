@@ -11,10 +11,12 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pipeline.encoders.forward import Transfer, batches
+from pipeline.encoders.in_step import SameNumber
 from pipeline.encoders.protocol import Encoder
 from pipeline.engines.workers import Workers, from_first, here
 from pipeline.progress import progress
 from pipeline.store.embedding_table import EmbeddingTable
+from pipeline.store.writing import ShardWriter
 
 
 class Lacking(Protocol):
@@ -78,14 +80,29 @@ def embed_missing(
     own = planned[workers.rank :: workers.count]
     own_texts = {key: texts[key] for keys in own for key in keys}
     unknown = here(workers, lambda: count(own_texts, aligned))
-    passes = (_forward(keys, unknown, texts, levels, encoder) for keys in own)
+    rounds = -(-len(planned) // workers.count)
+    same = SameNumber(encoder.in_step, lambda: encoder.hidden_states([texts[key] for key in planned[-1]]))
+    passes = _passes(own, rounds, same, lambda keys: _forward(keys, unknown, texts, levels, encoder))
     if encoder.device.type != "cpu":  # a GPU computes the next batch while one is written
         passes = (batch for batch, _ in pairwise(chain(passes, [None])) if batch)
     if shared:
-        part = workers.rank
-        return sum(workers.together(lambda: _write(passes, levels, made, sum(map(len, own_texts.values())), part)))
-    every = _exchanged(passes, -(-len(planned) // workers.count), workers)
-    return here(workers, lambda: _write(every, levels, made, sum(map(len, texts.values()))))
+        part, residues = workers.rank, sum(map(len, own_texts.values()))
+        return sum(workers.together(lambda: _write(passes, levels, made, residues, same.to(rounds), part)))
+    every = _exchanged(passes, rounds, workers)
+    return here(workers, lambda: _write(every, levels, made, sum(map(len, texts.values())), same.to(1)))
+
+
+def _passes(
+    own: Sequence[list[bytes]], rounds: int, same: SameNumber, forward: Callable[[list[bytes]], _Batch]
+) -> Iterator[_Batch]:
+    """The batches of this worker; the passes of all workers are as many, where they have to be."""
+    for number in range(rounds):
+        batch = None
+        with same:
+            batch = forward(own[number]) if number < len(own) and same.error is None else None
+        same.fill_up(number + 1)
+        if batch is not None:
+            yield batch
 
 
 def _exchanged(passes: Iterator[_Batch], rounds: int, workers: Workers) -> Iterator[_Batch]:
@@ -110,7 +127,12 @@ def _forward(
 
 
 def _write(
-    passes: Iterator[_Batch], levels: Sequence[Lacking], made: Mapping[str, Any], residues: int, part: int = 0
+    passes: Iterator[_Batch],
+    levels: Sequence[Lacking],
+    made: Mapping[str, Any],
+    residues: int,
+    same: SameNumber,
+    part: int = 0,
 ) -> int:
     """Writes batches as they come, into a part of each table unless that is 0; returns the number of tokens.
 
@@ -118,18 +140,25 @@ def _write(
     """
     tokens, on_gpu = 0, made["device"] != "cpu"
     with ExitStack() as stack:
+        stack.callback(same.fill_up)
         tables = [level.table.part(part) if part else level.table for level in levels]
         writers = [stack.enter_context(table.writer(made, in_thread=on_gpu)) for table in tables]
         advance = stack.enter_context(progress("embed", residues, "residues"))
         for batch in passes:
-            for writer, pooled in zip(writers, batch.pooled, strict=True):
-                if pooled is not None:
-                    counts = [batch.unknown[key] for key in pooled.keys]
-                    writer.add(pooled.keys, counts, pooled.counts, pooled.rows.array())
-                writer.count(batch.tokens)
-            if any(writer.is_full for writer in writers):
-                for writer in writers:
-                    writer.flush()
+            with same:
+                _add(batch, writers)
             tokens += batch.tokens
             advance(batch.residues)
+        same.raise_late()
     return tokens
+
+
+def _add(batch: _Batch, writers: Sequence[ShardWriter]) -> None:
+    for writer, pooled in zip(writers, batch.pooled, strict=True):
+        if pooled is not None:
+            counts = [batch.unknown[key] for key in pooled.keys]
+            writer.add(pooled.keys, counts, pooled.counts, pooled.rows.array())
+        writer.count(batch.tokens)
+    if any(writer.is_full for writer in writers):
+        for writer in writers:
+            writer.flush()

@@ -17,11 +17,12 @@ from pipeline.config.class_paths import encoder_class
 from pipeline.config.schema import Config
 from pipeline.embed import check_sequences, made_with
 from pipeline.encoders.devices import find_device, find_precision
+from pipeline.encoders.in_step import is_sharded
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.engines.workers import ALONE, Workers, from_first
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.load import Examples, load
 from pipeline.progress import no_progress
 from pipeline.report.publishing import describe, publish_curves
@@ -32,6 +33,7 @@ from pipeline.training.host import Host
 from pipeline.training.progress import Progress, resolution_of
 from pipeline.training.sharing import check_same, first_ranks_buffers, measuring_store
 from pipeline.training.untouched import untouched
+from pipeline.training.unwrapped import refuse_sharded
 from pipeline.validation import check, dry_run
 
 if TYPE_CHECKING:
@@ -180,6 +182,10 @@ class Measurement:
             if not hasattr(own, "from_checkpoint"):
                 raise CheckpointError(f"infer_target: {target} has no from_checkpoint(path), which save needs")
             return None
+        refuse_sharded(module)
+        if is_sharded(module) and (self.config.mode != "sharded" or self.config.save):
+            found = "save" if self.config.save else f"mode {self.config.mode}"
+            raise ConfigError(f"{found}: the weights are in parts on several ranks; use mode: sharded without save")
         return LiveModel(module, target, host.tokenizer, host.context, host.mode, host.holders)
 
     def _describe(self) -> dict[str, Any] | None:

@@ -72,7 +72,7 @@ def apart(folder: Path, encoder: Any, workers: Workers) -> Any:
 
 def rows(folder: Path) -> Any:
     """A digest of the embedding of each sequence that is kept."""
-    found = {}
+    found: dict[str, str] = {}
     for shard in sorted(folder.rglob("shard-*.parquet")):
         import pyarrow.parquet as pq
 
@@ -92,9 +92,10 @@ def main(folder: Path, model_folder: Path) -> None:
     found["rows"] = rows(folder / "esm") if RANK == 0 else None
     torch.manual_seed(0)
     own = Normed()
-    own.norm.running_mean = own.norm.running_mean + RANK  # type: ignore[operator]
+    mean: Any = own.norm.running_mean
+    mean += RANK
     found["own"] = live(folder / "own", own)
-    found["buffer"] = own.norm.running_mean.tolist()
+    found["buffer"] = mean.tolist()
     ranks = Ranks(60.0)
     ranks.open()
     found["apart"] = apart(folder / "apart", LiveModel(model, tokenizer=tokenizer).encoder(model.eval()), ranks)
