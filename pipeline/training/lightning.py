@@ -81,7 +81,7 @@ class DownstreamValidation(pl.Callback):
         return f"DownstreamValidation{[task.task_name for task in self.config.dataset]}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finds the encoder and reads all data, on rank 0.
+        """Finds the encoder, and has rank 0 read all data.
 
         Raises:
             PipelineError: what would fail at the first measurement, on every rank alike.
