@@ -68,8 +68,8 @@ class Config:
     trust_pickle: bool = key("unpickle a `.ckpt` as it is, with the code that it names", False)
     every_n_validations: int = key("the callback measures at the first validation and then at every n-th", 1, least=1)
     mode: str = key(
-        "how the callback measures: the training waits for it (`sharded`, `blocking`), or a worker measures snapshots "
-        "of the weights while training goes on (`background`)",
+        "how a training is measured: `sharded` shares a measurement out over its ranks, `blocking` leaves it to rank "
+        "0, for which the others wait; with `background` a worker measures snapshots while training goes on",
         "sharded",
         choices=MODES,
     )
