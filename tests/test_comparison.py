@@ -70,6 +70,8 @@ def test_a_pattern_gives_a_leaderboard_and_a_curve(lab: Lab, capsys: pytest.Capt
     lines = [line for line in printed.splitlines() if "step=" in line]
     assert [line.split("│")[2].strip() for line in lines] == [row["checkpoint"] for row in rows]
     assert {one.path for one in lab.client.list_artifacts(parent.info.run_id, "curves")} == {"curves/curve.png"}
+    page = load_text(f"{parent.info.artifact_uri}/report.html")
+    assert all(f'<th scope="row">{row["checkpoint"]}</th>' in page for row in rows)
     assert f"| 1 | {rows[0]['checkpoint']} |" in parent.data.tags["mlflow.note.content"]
 
 

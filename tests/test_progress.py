@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytorch_lightning as pl
 from mlflow import MlflowClient
 
 from pipeline import setup_dwnstr_task_validation_callbacks
 from pipeline.statistics.intervals import changes
+from pipeline.statistics.metrics import Metric
 from pipeline.statistics.predictions import Predictions, from_table
+from pipeline.tracking.protocol import NullTracker
+from pipeline.training.progress import Progress
 from tests.support.data import planted, planted_task, proteins, write_csv
 from tests.support.training import INERT, Busy, Recorder, loader, section, trainer
 
@@ -51,6 +56,7 @@ def test_changes_are_since_the_start_and_the_best_also_after_a_resume(
     assert [step for step, _ in curve] == [0, 4, 8, 12, 16]
     (run,) = MlflowClient().search_runs(["0"])
     assert run.data.tags["downstream.start"] == "step 0"
+    assert run.data.tags["mlflow.note.content"].startswith(f"- `{ACCURACY}`: **{curve[-1][1][ACCURACY]:.4f}** (95 %: ")
     assert "since step 0, the first measurement" in run.data.tags["mlflow.note.content"]
     seen = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/downstream/curves/resolution.md")
     assert f"| {ACCURACY} | " in seen
@@ -70,3 +76,22 @@ def test_changes_are_since_the_start_and_the_best_also_after_a_resume(
         for name, value in expected.items():
             history = MlflowClient().get_metric_history(run.info.run_id, name)
             assert [point.value for point in history if point.step == step] == [value]
+
+
+def test_curves_go_on_after_a_resume() -> None:
+    def measured(value: float) -> Any:
+        results = (Metric("", "y", "spearman", value), Metric("", "y", "mse", 1.0))
+        table = pa.table({"seed": [0]})
+        return [SimpleNamespace(results=results, task_name="t", table=table, verdicts=(), baselines={})]
+
+    def log(progress: Progress, value: float, step: int) -> dict[str, Any]:
+        return dict(progress.log(measured(value), step, NullTracker(), NullTracker()).curves)
+
+    first = Progress()
+    assert log(first, 0.25, 0) == {"test_y_spearman": ((0, 0.25),)}
+    state = first.state()
+    log(first, 0.75, 50)
+    resumed = Progress.from_state(state)
+    assert log(resumed, 0.5, 50) == {"test_y_spearman": ((0, 0.25), (50, 0.5))}
+    del state["curves"]
+    assert log(Progress.from_state(state), 0.5, 50) == {"test_y_spearman": ((50, 0.5),)}

@@ -141,7 +141,8 @@ class Progress:
         """What a checkpoint keeps: numbers, names, and tensors that hold Parquet files."""
         tables = [(task, step, _packed(table)) for (task, step), table in self._tables.items()]
         best = {key: (one.step, one.value) for key, one in self._best.items()}
-        return {"start": self.start, "best": best, "tables": tables, "curves": self._curves}
+        curves = {key: list(curve) for key, curve in self._curves.items()}
+        return {"start": self.start, "best": best, "tables": tables, "curves": curves}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
@@ -149,7 +150,8 @@ class Progress:
         made = cls()
         made.start = state["start"]
         made._best = {key: Best(*values) for key, values in state["best"].items()}
-        made._curves = {key: [*curve] for key, curve in state.get("curves", {}).items()}  # earlier versions kept none
+        curves = state.get("curves", {})  # earlier versions kept none
+        made._curves = {key: [(step, value) for step, value in curve] for key, curve in curves.items()}
         made._tables = {(task, step): _unpacked(packed) for task, step, packed in state["tables"]}
         return made
 
