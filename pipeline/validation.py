@@ -191,10 +191,10 @@ def dry_run(encoder: Encoder, examples: Sequence[Examples]) -> None:
     Raises:
         PipelineError: see `embed` and `train_head`.
     """
+    shortest = [replace(one, train=one.train.shortest(), test=one.test.shortest(), val=None) for one in examples]
+    with temporary_folder() as folder:
+        embed(shortest, encoder, Store(folder))  # in one pass: ranks that share weights make equally many
     for one in examples:
-        shortest = replace(one, train=one.train.shortest(), test=one.test.shortest(), val=None)
-        with temporary_folder() as folder:
-            embed([shortest], encoder, Store(folder))
         make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
 
 

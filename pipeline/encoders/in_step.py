@@ -55,21 +55,30 @@ class InStep:
         self.calls += 1
         self.reached = []
         hooks = [part.register_forward_pre_hook(self._reach, prepend=True) for part in self._parts]
+        found: list[T] = []
+        failed: list[Exception] = []
+
+        def attempt() -> None:  # the parts around it are put away as they should be only where nothing is raised
+            try:
+                found.append(code(*args, **options))
+            except Exception as error:
+                failed.append(error)
+                for part in self._order[len(self.reached) :]:
+                    part.unshard()
+                    part.reshard()
+
         try:
-            result = _within(self._around, lambda: code(*args, **options))
-            if not self._seen:
-                self._order, self._seen = self.reached, True
-        except Exception:
-            for part in self._order[len(self.reached) :]:
-                part.unshard()
-                part.reshard()
-            raise
+            _within(self._around, attempt)
         finally:
             for hook in hooks:
                 hook.remove()
             for part in self._parts:
                 part.reshard()
-        return result
+        if failed:
+            raise failed[0]
+        if not self._seen:
+            self._order, self._seen = self.reached, True
+        return found[0]
 
     def _reach(self, part: Any, _inputs: Any) -> None:
         self.reached.append(part)

@@ -146,7 +146,7 @@ class LiveModel:
         """An encoder of the user's own code on weights that are in parts on several ranks."""
         in_step = InStep(module)
         inner = _Method(module) if self._own_method else made_from_module(self._class, module)
-        owner = type(module) if self._own_method else self._class
+        owner = own_class(module) if self._own_method else self._class
         encoder = CustomEncoder(_InStep(inner, in_step), "in parts", _device_of(module), self.context, probe, owner)
         encoder.digest, encoder.reusable, encoder.in_step = f"in parts {uuid4().hex}", False, in_step
         encoder.precision = self.own_precision or encoder.precision
