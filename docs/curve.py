@@ -1,7 +1,7 @@
 """Draws the README's picture: a metric over a training, with its interval, its start and its baseline.
 
-    mlflow run . --env-manager local -e pretrain -P seed=1
-    python docs/curve.py RUN_ID [--metric fitness/test_fitness_probe_spearman] [--out docs/curve.png]
+mlflow run . --env-manager local -e pretrain -P seed=1
+python docs/curve.py RUN_ID [--metric fitness/test_fitness_probe_spearman] [--out docs/curve.png]
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def main() -> None:
 
 def history(client: MlflowClient, run_id: str, metric: str) -> dict[int, float]:
     """The values of a metric by step."""
-    return {point.step: point.value for point in sorted(client.get_metric_history(run_id, metric), key=lambda p: p.step)}
+    return {
+        point.step: point.value for point in sorted(client.get_metric_history(run_id, metric), key=lambda p: p.step)
+    }
 
 
 def draw(
@@ -50,7 +52,9 @@ def draw(
     start = score[steps[0]]
     with figure_style():
         title = "Fitness of protein variants, during a pre-training"
-        figure = new_figure(7, 3.4, title, "Spearman correlation on 500 variants that no head was trained on; band: 95 % interval")
+        figure = new_figure(
+            7, 3.4, title, "Spearman correlation on 500 variants that no head was trained on; band: 95 % interval"
+        )
         axes = figure.subplots()
         axes.fill_between(steps, list(low.values()), list(high.values()), alpha=0.2, linewidth=0)
         axes.plot(steps, list(score.values()), marker="o", linewidth=2)
@@ -58,7 +62,9 @@ def draw(
         axes.axhline(floor[steps[-1]], color=GREY, linestyle=":", linewidth=1.5)
         for height, text in ((start, "the untrained model"), (floor[steps[-1]], "no model: composition alone")):
             axes.annotate(text, (steps[-1], height), xytext=(0, 3), textcoords="offset points", ha="right", color=GREY)
-        axes.annotate(f"{score[steps[-1]]:.2f}", (steps[-1], score[steps[-1]]), xytext=(6, -3), textcoords="offset points")
+        axes.annotate(
+            f"{score[steps[-1]]:.2f}", (steps[-1], score[steps[-1]]), xytext=(6, -3), textcoords="offset points"
+        )
         axes.set(xlabel="training step", ylim=(min(0.0, floor[steps[-1]]) - 0.08, 1))
         return save(figure, out)
 

@@ -22,7 +22,10 @@ LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".yml": "yaml", ".
 def on_files(files: Files, *, config: Any) -> Files:
     """Adds the README, and a page for each file outside `docs/` that a page links to, directly or not."""
     _add(files, config, "README.md")
-    left = ["README.md", *(f"docs/{file.src_uri}" for file in files.documentation_pages() if file.src_uri != "index.md")]
+    left = [
+        "README.md",
+        *(f"docs/{file.src_uri}" for file in files.documentation_pages() if file.src_uri != "index.md"),
+    ]
     while left:
         path = left.pop()
         for target in _targets(path):
