@@ -18,8 +18,10 @@ OPTIONS = EncoderOptions(device="cpu", precision="fp32")
 ATOMS = [*"CNOSPFIbcnops()[]=#-+\\/123456789.@H", "Cl", "Br"]
 
 
-def make_esm(layers: int = 6, width: int = 320, heads: int = 20) -> HuggingFaceEncoder:
-    """An ESM, for proteins."""
+def make_esm(
+    layers: int = 6, width: int = 320, heads: int = 20, device: str = "cpu", compiled: bool = False
+) -> HuggingFaceEncoder:
+    """An ESM, for proteins; on a GPU in bf16."""
     torch.manual_seed(0)
     config = EsmConfig(
         vocab_size=len(VOCABULARY),
@@ -32,7 +34,10 @@ def make_esm(layers: int = 6, width: int = 320, heads: int = 20) -> HuggingFaceE
         max_position_embeddings=1026,
         position_embedding_type="rotary",
     )
-    return HuggingFaceEncoder(EsmModel(config, add_pooling_layer=False), make_tokenizer(), OPTIONS)
+    options = OPTIONS if device == "cpu" else EncoderOptions(device=device, precision="bf16", compile=compiled)
+    with torch.device(device):
+        model = EsmModel(config, add_pooling_layer=False)
+    return HuggingFaceEncoder(model, make_tokenizer(), options)
 
 
 def make_bart(layers: int = 6, width: int = 320, heads: int = 20) -> HuggingFaceEncoder:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlflow import MlflowClient
 from PIL import Image
@@ -102,9 +102,26 @@ def _photograph(browser: Browser, server: str, out: Path) -> None:
     _save(page, out / "mlflow-leaderboard.png")
 
     with tempfile.TemporaryDirectory() as folder:
-        page = browser.new_page(viewport={"width": 1000, "height": 1420})
-        page.goto(Path(client.download_artifacts(single, "report.html", folder)).as_uri())
+        page = _report(browser, client, single, "report.html", folder, (1200, 800))
         _save(page, out / "report.png")
+
+        page = _report(browser, client, single, "report.html", folder, (390, 844), device_scale_factor=2)
+        _save(page, out / "report-phone.png")
+
+        last = max(client.list_artifacts(training, "downstream"), key=lambda one: int(f"0{one.path.partition('=')[2]}"))
+        page = _report(browser, client, training, f"{last.path}/report.html", folder, (1200, 1500), color_scheme="dark")
+        page.locator("summary").first.click()
+        _save(page, out / "report-training.png")
+
+
+def _report(
+    browser: Browser, client: MlflowClient, run: str, path: str, folder: str, size: tuple[int, int], **options: Any
+) -> Page:
+    """The page of a measurement, as a file."""
+    width, height = size
+    page = browser.new_page(viewport={"width": width, "height": height}, **options)
+    page.goto(Path(client.download_artifacts(run, path, folder)).as_uri())
+    return page
 
 
 def _named(runs: list[Run], name: str) -> str:

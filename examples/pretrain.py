@@ -33,7 +33,7 @@ from pipeline import (
 from pipeline.data import tables
 from pipeline.encoders.esm import VOCABULARY, make_tokenizer
 from pipeline.errors import ConfigError
-from pipeline.program import check_tracking, print_links, run_program
+from pipeline.program import check_tracking, links, run_program
 from pipeline.report.tables import step_table
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.runs import open_run
@@ -224,7 +224,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"All of them:    mlflow run . --env-manager local -P ckpt='{out}/checkpoints/*' -P config={options.config}")
     print(f"TensorBoard:    tensorboard --logdir {out}")
     print(f"W&B:            wandb sync {out}/wandb/offline-run-*")
-    print_links(opened)
+    print("\n".join(links(opened)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,12 @@
 
     CSV --load--> Examples --embed--> Embeddings (Parquet) --train_head--> FittedHead --score--> Scores --> a tracker
 
+In a notebook or a script, a call measures a checkpoint or a module, with a configuration or with DataFrames:
+
+    from pipeline import measure
+
+    measure("models/esm2", {"train": train, "test": test}, target_column="stability").report("report.html")
+
 A file per noun: the type, and the function that makes it from the one before. `validate` walks the path:
 
     from pipeline import Store, open_encoder, read_config, validate
@@ -40,6 +46,9 @@ if TYPE_CHECKING:
     from pipeline.encoders.options import EncoderOptions as EncoderOptions
     from pipeline.encoders.protocol import Encoder as Encoder
     from pipeline.errors import PipelineError as PipelineError
+    from pipeline.interface import embed_sequences as embed_sequences
+    from pipeline.interface import measure as measure
+    from pipeline.report.measured import Measured as Measured
     from pipeline.score import Scores as Scores
     from pipeline.store.embedding_table import Store as Store
     from pipeline.tracking.protocol import NullTracker as NullTracker
@@ -70,12 +79,15 @@ _HOMES = {
     "HuggingFaceEncoder": "encoders.huggingface",
     "JournalLogger": "training.loggers",
     "LiveModel": "encoders.live",
+    "Measured": "report.measured",
     "NullTracker": "tracking.protocol",
     "PipelineError": "errors",
     "Scores": "score",
     "Store": "store.embedding_table",
     "Task": "config.task",
     "Tracker": "tracking.protocol",
+    "embed_sequences": "interface",
+    "measure": "interface",
     "open_encoder": "checkpoints.opening",
     "read_config": "config.yaml_file",
     "setup_dwnstr_task_validation_callbacks": "training.lightning",

@@ -1,111 +1,99 @@
-"""The command line, `python -m pipeline ENTRY_POINT ...`: parses arguments, calls, prints."""
+"""The command line, `downstream COMMAND ...` or `python -m pipeline COMMAND ...`: parses arguments, calls, prints."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from pipeline.config.shipped import CKPT, shipped
 from pipeline.errors import ConfigError, PipelineError, TrackingError
-from pipeline.program import PartlyError, add_traceback, check_tracking, print_links, run_program
+from pipeline.parser import make_parser
+from pipeline.program import PartlyError, check_tracking, links, run_program
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pipeline.config.schema import Config
+    from pipeline.report.comparison import Row
+    from pipeline.tracking.runs import OpenRun
 
 logger = logging.getLogger("pipeline")
-DEFAULT_CONFIG = "configs/default.yaml"
-DEFAULT_CKPT = "sample/checkpoint"
-OVERRIDES = "dot-list, such as 'dataset.num_epochs=3 device=cpu'"
-CKPT = "model folder, hub id, .ckpt or MLflow URI; several are a list with commas, or a pattern such as 'run/*.ckpt'"
-STAGES = {
-    "main": "the whole path: load, embed, train_head, score",
-    "load": "read and check the CSV files",
-    "embed": "as far as the embeddings in the store",
-    "train_head": "as far as the trained heads",
-    "score": "as far as the scores (the same as main)",
-}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises a ConfigError for a wrong argument, so that it is reported like every other error."""
+@dataclass(frozen=True)
+class Answer:
+    """What a command prints.
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see python -m pipeline --help")
+    Attributes:
+        lines: for people.
+        content: the same as a JSON object, for scripts.
+        error: raised after that, where a part of the work failed.
+    """
+
+    lines: Sequence[str]
+    content: Mapping[str, Any] = field(default_factory=dict)
+    error: PipelineError | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs an entry point. Returns the exit code, see `run_program`."""
-    return run_program(_parser(), lambda options: options.run(options), arguments)
+    """Runs a command. Returns the exit code, see `run_program`."""
+    return run_program(make_parser(), _run, arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m pipeline", description="Validation with a downstream task.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="stage", required=True, metavar="ENTRY_POINT")
-    every = argparse.ArgumentParser(add_help=False)
-    add_traceback(every)
-    common: dict[str, Any] = {"allow_abbrev": False, "parents": [every]}
-    for name, text in STAGES.items():
-        stage = commands.add_parser(name, help=text, description=text, **common)
-        stage.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file with model.dwnstr_task_validation")
-        stage.add_argument("--overrides", default="", help=OVERRIDES)
-        stage.add_argument("--ckpt", default=DEFAULT_CKPT, help=CKPT)
-        stage.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
-        stage.set_defaults(run=_measure)
-    compare = commands.add_parser("compare", help="measurements already made, side by side", **common)
-    compare.add_argument("runs", nargs="+", metavar="RUN_ID", help="run of a measurement, of several, or of a training")
-    compare.add_argument("--by", default="", help="metric to rank by; by default the first task's main one")
-    compare.add_argument("--tracking-uri", "--tracking_uri", default="", help="MLflow server or database")
-    compare.set_defaults(run=_compare)
-    replay = commands.add_parser("replay", help="send what MLflow has missed", **common)
-    replay.add_argument("journal", nargs="+", metavar="JOURNAL", help="the .jsonl file that a warning named")
-    replay.add_argument("--tracking-uri", "--tracking_uri", default="", help="by default, where it was meant for")
-    replay.set_defaults(run=_replay)
-    config = commands.add_parser("config", help="print the resolved configuration", **common)
-    config.add_argument("file", nargs="?", default=DEFAULT_CONFIG, help="YAML file")
-    config.add_argument("--overrides", default="", help=OVERRIDES)
-    config.add_argument("--schema", action="store_true", help="print every key with type, default and meaning")
-    config.set_defaults(run=_print_config)
-    return parser
+def _run(options: argparse.Namespace) -> None:
+    """Runs a command and prints its answer; as JSON, an error too: then it is the only key."""
+    command = COMMANDS[options.command]
+    if not options.json:
+        answer = command(options)
+        print("\n".join(answer.lines))
+    else:
+        with contextlib.redirect_stdout(sys.stderr):  # libraries print there
+            try:
+                answer = command(options)
+            except PipelineError as error:
+                answer = Answer((), {"error": str(error)}, error)
+        print(json.dumps(answer.content, allow_nan=False))
+    if answer.error:
+        raise answer.error
 
 
-def _print_config(options: argparse.Namespace) -> None:
+def _config(options: argparse.Namespace) -> Answer:
     from pipeline.config.documentation import markdown
-    from pipeline.config.yaml_file import read_config, to_yaml
+    from pipeline.config.yaml_file import read_config, to_mapping, to_yaml
 
     if options.schema:
-        print(markdown())
-        return
+        return Answer([markdown()], {"schema": markdown()})
     config = read_config(options.file, options.overrides)
-    for note in config.notes:
-        print(f"# {note}")
-    print(to_yaml(config), end="")
+    notes = [f"# {note}" for note in config.notes]
+    return Answer([*notes, to_yaml(config).rstrip("\n")], {"config": to_mapping(config), "notes": config.notes})
 
 
-def _measure(options: argparse.Namespace) -> None:
+def _measure(options: argparse.Namespace) -> Answer:
     """Measures a checkpoint in a run with a nested run per stage; several checkpoints in nested runs of a run."""
     from pipeline.config.yaml_file import read_config
 
     config = read_config(options.config, options.overrides)
-    unnamed = " (the default: give --ckpt)" if options.ckpt == DEFAULT_CKPT else ""
+    unnamed = " (the default: give --ckpt)" if options.ckpt == shipped(CKPT) else ""
     logger.info("measuring   %s%s as in %s", options.ckpt, unnamed, options.config)
     for note in config.notes:
         logger.info("config      %s", note)
     check_tracking(options.tracking_uri)
-    until = "score" if options.stage == "main" else options.stage
-    failed = _measure_tracked(options, config, until)
-    if failed:
-        raise PartlyError("; ".join(f"{name}: {why}" for name, why in failed.items()))
+    return _measure_tracked(options, config)
 
 
-def _measure_tracked(options: argparse.Namespace, config: Config, until: str) -> Mapping[str, str]:
-    """Measures and prints the scores. Returns the error of each checkpoint that failed, where there are several."""
+def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
     from pipeline import commands
     from pipeline.checkpoints.names import expand, name_of
     from pipeline.config.yaml_file import to_mapping
-    from pipeline.report import comparison as compare
+    from pipeline.report.overview import overview_frame
     from pipeline.report.publishing import describe
     from pipeline.store.embedding_table import Store
     from pipeline.tracking.mirrors import mirrors
@@ -115,35 +103,33 @@ def _measure_tracked(options: argparse.Namespace, config: Config, until: str) ->
     name = name_of(ckpts[0]) if len(ckpts) == 1 else f"{len(ckpts)} checkpoints"
     store = Store.from_config(config)
     store.clear()
+    lines, table = list[str](), None
     with (
         open_run(name, config, options.tracking_uri) as opened,
         mirrors(config.logging, name, to_mapping(config), store.root.expanduser()) as others,
     ):
         describe(opened.run, config)
         if len(ckpts) == 1:
-            measured = commands.measure_checkpoint(ckpts[0], config, store, opened.run, others, until)
-            table = measured.overview if measured.scores else None
-            failed, remarks = {}, list[str]()
+            measured = commands.measure_checkpoint(ckpts[0], config, store, opened.run, others, options.until)
+            rows, table = [measured.row], overview_frame(measured.scores, measured.changes)
+            lines = [measured.overview.text()] if measured.scores else []
         else:
-            rows = commands.measure_checkpoints(ckpts, config, store, opened.run, others, until)
-            names = commands.shown(rows, config)
-            some = any(row.metrics for row in rows)
-            table = compare.board_table(compare.leaderboard(rows, names), names) if some else None
-            remarks = compare.remarks(rows, names)
-            failed = {row.label: row.error for row in rows if row.error}
+            rows, board = commands.measure_checkpoints(ckpts, config, store, opened.run, others, options.until)
+            if board:
+                table, lines = board.frame, [board.table.text(), *board.remarks]
+        failed = {row.label: row.error for row in rows if row.error}
         if failed:
             opened.run.end("FAILED")
-    if table is not None:
-        print("\n".join([table.text(), *remarks]))
-    print_links(opened)
-    return failed
+    error = PartlyError("; ".join(f"{name}: {why}" for name, why in failed.items())) if failed else None
+    content = {"checkpoints": _plain(rows), "table": _records(table), "run": _address(opened)}
+    return Answer([*lines, *links(opened)], content, error)
 
 
-def _compare(options: argparse.Namespace) -> None:
+def _compare(options: argparse.Namespace) -> Answer:
     from pipeline import commands
     from pipeline.config.schema import Config
     from pipeline.report import comparison as compare
-    from pipeline.tracking.earlier_runs import read_runs
+    from pipeline.tracking.earlier_runs import read_runs, with_predictions
     from pipeline.tracking.runs import open_run
 
     check_tracking(options.tracking_uri)
@@ -151,32 +137,87 @@ def _compare(options: argparse.Namespace) -> None:
     rows = [row for run in runs for row in commands.rows_of_run(run)]
     names = compare.choose(rows, options.by)
     with open_run(f"{len(runs)} runs compared", Config(), options.tracking_uri) as opened:
-        board = commands.compare_runs(runs, names, opened.run)
-    print("\n".join([compare.board_table(board, names).text(), *compare.remarks(rows, names)]))
-    print_links(opened)
+        board = commands.compare_runs(with_predictions(runs, names[0]), names, opened.run)
+    lines = [board.table.text(), *board.remarks, *links(opened)]
+    return Answer(lines, {"by": names[0], "leaderboard": _records(board.frame), "run": _address(opened)})
 
 
-def _replay(options: argparse.Namespace) -> None:
+def _replay(options: argparse.Namespace) -> Answer:
     from pipeline.tracking.earlier_runs import replay_journal
 
-    failed = []
+    lines, journals, failed = list[str](), dict[str, Any](), list[str]()
     for name in options.journal:
         try:
             arrived, refused = replay_journal(name, options.tracking_uri)
         except PipelineError as error:
             failed.append(str(error))
+            journals[name] = {"error": str(error)}
             continue
         refusals = f", {refused} were refused" if refused else ""
         where = f" to {options.tracking_uri}" if options.tracking_uri else ""
-        print(f"{name}: {arrived} records sent{where}{refusals}")
-    if failed:
-        raise TrackingError("; ".join(failed))
+        lines.append(f"{name}: {arrived} records sent{where}{refusals}")
+        journals[name] = {"sent": arrived, "refused": refused}
+    return Answer(lines, {"journals": journals}, TrackingError("; ".join(failed)) if failed else None)
 
 
-if __name__ == "__main__":
+def _doctor(options: argparse.Namespace) -> Answer:
+    from pipeline.doctor import examine
+
+    found = examine(options.ckpt, options.config, options.overrides, options.tracking_uri, options.quick)
+    error = ConfigError("; ".join(found.problems)) if found.problems else None
+    return Answer(found.lines, found.content, error)
+
+
+def _records(frame: pd.DataFrame | None) -> Any:
+    """The rows of a table, for JSON: what is not defined is null."""
+    return [] if frame is None else json.loads(frame.to_json(orient="records", double_precision=15))
+
+
+def _plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Checkpoints with their metrics, for JSON."""
+    keys = ("label", "step", "metrics", "error")
+    return [{key: value for key in keys if (value := getattr(row, key)) not in (None, "")} for row in rows]
+
+
+def _address(opened: OpenRun) -> dict[str, str]:
+    """Where a run is, for JSON; without ids where it has not reached the server."""
+    from pipeline.tracking.client import shown
+
+    ids = dict(zip(("experiment_id", "run_id"), opened.ids or (), strict=False))
+    return {"tracking_uri": shown(opened.uri), **ids}
+
+
+def _work(options: argparse.Namespace) -> Answer:
+    from pipeline.training.worker import Worker
+
+    Worker(options.folder).run(options.parent)
+    return Answer(())
+
+
+COMMANDS = {
+    "measure": _measure,
+    "compare": _compare,
+    "replay": _replay,
+    "config": _config,
+    "doctor": _doctor,
+    "worker": _work,
+}
+
+
+def run() -> int:
+    """The program `downstream`."""
     # The imported libraries' 700,000 objects are never freed: walking through them again and again, and at the end,
     # would cost the garbage collector two seconds.
     gc.set_threshold(20_000)
-    code = main()
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has read enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     gc.freeze()
-    sys.exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -166,7 +166,7 @@ def _no_better(scores: Scores, baseline: BaselineScores) -> list[Verdict]:
 def _difference(scores: Scores, baseline: BaselineScores, metric: Metric) -> Change | None:
     """The checkpoint's metric less the baseline's, with the paired interval; None where there is none."""
     ours, theirs = (from_table(table, metric.target, metric.probe) for table in (scores.table, baseline.table))
-    return changes(ours, theirs).values.get(metric.name)
+    return changes(ours, theirs, only=metric.name).values.get(metric.name)
 
 
 def _improved(metric: Metric, change: Change) -> bool:

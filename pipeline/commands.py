@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,18 +17,16 @@ from pipeline.errors import PipelineError
 from pipeline.load import Examples
 from pipeline.random_init import RandomInit
 from pipeline.report import comparison as compare
-from pipeline.report.overview import overview, summary
+from pipeline.report.overview import Changes, overview, summary
 from pipeline.report.publishing import facts_of, publish_curves
 from pipeline.report.tables import Table
 from pipeline.score import Scores
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.embedding_table import Store
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.tracking.protocol import Several, Tracker
+from pipeline.tracking.protocol import NullTracker, Several, Tracker
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from pipeline.tracking.earlier_runs import Earlier
 
 logger = logging.getLogger(__name__)
@@ -41,14 +39,21 @@ class CheckpointResult:
     Attributes:
         row: what the leaderboard says of it.
         scores: of each task.
-        overview: a line per target; no lines where nothing was scored.
-        untrained: the same for the model with random weights, where that was asked for.
+        changes: what the scores have changed by since random weights, where that was asked for.
+        facts: what else a report says of the measurement, by name; none where nothing was scored.
+        untrained: the same as `row` for the model with random weights.
     """
 
     row: compare.Row
     scores: list[Scores]
-    overview: Table
+    changes: Changes
+    facts: Mapping[str, str]
     untrained: compare.Row | None
+
+    @property
+    def overview(self) -> Table:
+        """A line per target; no lines where nothing was scored."""
+        return overview(self.scores, self.changes)
 
 
 def measure_checkpoint(
@@ -79,19 +84,51 @@ def measure_checkpoint(
     encoder = open_encoder(ckpt, EncoderOptions.from_config(config))
     step = step_of(ckpt, encoder)
     label = with_step(name or name_of(ckpt), step)
-    run.rename(f"{label} {config.title}")
-    if until == "score":
-        run.checkpoint(label, encoder.digest, ckpt, step)
+    return measure_encoder(encoder, ckpt, step, label, config, store, run, mirrors, until, known)
+
+
+def measure_encoder(
+    encoder: Encoder,
+    source: str,
+    step: int | None,
+    label: str,
+    config: Config,
+    store: Store,
+    run: JournalRun | None = None,
+    mirrors: Sequence[Tracker] = (),
+    until: str = "score",
+    known: Sequence[Examples] = (),
+) -> CheckpointResult:
+    """Measures an open encoder, see `measure_checkpoint`.
+
+    Args:
+        encoder: what is measured.
+        source: where its weights are from.
+        step: of the training that made them, if it is known.
+        label: what it is called.
+        config: see above, as the others.
+        store: see above.
+        run: see above; None where nothing is tracked.
+        mirrors: see above.
+        until: see above.
+        known: see above.
+    """
+    tracker: Tracker = run or NullTracker()
+    if run is not None:
+        run.rename(f"{label} {config.title}")
+        if until == "score":
+            run.checkpoint(label, encoder.digest, source, step)
     examples = _same(known, encoder)
-    start = RandomInit(encoder, config, store, Several([run, *mirrors]), step or 0) if config.baseline else None
+    start = RandomInit(encoder, config, store, Several([tracker, *mirrors]), step or 0) if config.baseline else None
     further = {"compare": start.compare} if start else {}
-    scores, changes = validation.measure(
-        encoder, config, store, run, Several(mirrors), ckpt, step, label, until, examples, **further
+    scores, changes = validation.measure_and_publish(
+        encoder, config, store, tracker, Several(mirrors), source, step, label, until, examples, **further
     )
-    if scores:
-        run.describe(summary(facts_of(ckpt, step, encoder, scores), scores, changes))
+    facts = facts_of(source, step, encoder, scores) if scores else {}
+    if scores and run is not None:
+        run.describe(summary(facts, scores, changes))
     untrained = _row(changes.start, None, start.scores) if start and start.scores else None
-    return CheckpointResult(_row(label, step, scores), scores, overview(scores, changes), untrained)
+    return CheckpointResult(_row(label, step, scores), scores, changes, facts, untrained)
 
 
 def _row(label: str, step: int | None, scores: Sequence[Scores]) -> compare.Row:
@@ -108,11 +145,14 @@ def measure_checkpoints(
     run: JournalRun,
     mirrors: Sequence[Tracker],
     until: str = "score",
-) -> list[compare.Row]:
+) -> tuple[list[compare.Row], compare.Leaderboard | None]:
     """Measures each of several checkpoints in a nested run, and compares them in `run`.
 
     A checkpoint that cannot be measured is passed over with a warning. Data are read once; the same weights under two
     names are embedded and fitted once.
+
+    Returns:
+        A row for each; and the leaderboard, None where nothing was measured.
     """
     run.rename(f"{len(ckpts)} checkpoints {config.title}")
     rows: list[compare.Row] = []
@@ -132,12 +172,13 @@ def measure_checkpoints(
         if measured.untrained is not None and measured.untrained not in rows:
             rows.append(measured.untrained)
         known = known or [one.examples for one in measured.scores]
-    if any(row.metrics for row in rows):
-        _compare(rows, config, run, mirrors)
-    return rows
+    some = any(row.metrics for row in rows)
+    return rows, _compare(rows, config, run, mirrors) if some else None
 
 
-def _compare(rows: Sequence[compare.Row], config: Config, run: JournalRun, mirrors: Sequence[Tracker]) -> None:
+def _compare(
+    rows: Sequence[compare.Row], config: Config, run: JournalRun, mirrors: Sequence[Tracker]
+) -> compare.Leaderboard:
     """The leaderboard, and the curve against the step, or against the order given where checkpoints do not say one."""
     several = Several([run, *mirrors])
     steps = [row.step for row in rows if row.metrics]
@@ -145,21 +186,23 @@ def _compare(rows: Sequence[compare.Row], config: Config, run: JournalRun, mirro
     points = [(row.step or 0 if have_steps else place, row.metrics) for place, row in enumerate(rows) if row.metrics]
     for step, metrics in points:
         several.metrics(metrics, step)
-    names = shown(rows, config)
-    compare.publish(rows, names, several, run)
+    board = compare.leaderboard(rows, _shown(rows, config))
+    compare.publish(board, several, run, config.logging.figures)
     if config.logging.figures and have_steps:
         publish_curves(sorted(points, key=lambda point: point[0]), several)
+    return board
 
 
-def shown(rows: Sequence[compare.Row], config: Config) -> list[str]:
+def _shown(rows: Sequence[compare.Row], config: Config) -> list[str]:
     """The metrics that a leaderboard shows: the main ones, those first that a row has at all."""
     names = config.headlines
     return [name for name in names if any(name in row.metrics for row in rows)] or compare.choose(rows) or names
 
 
-def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun) -> pd.DataFrame:
+def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun) -> compare.Leaderboard:
     """Ranks measurements that were made before, and logs the leaderboard, and the curve of each training, in `run`."""
-    board = compare.publish([row for one in runs for row in rows_of_run(one)], names, run, run)
+    board = compare.leaderboard([row for one in runs for row in rows_of_run(one)], names)
+    compare.publish(board, run, run)
     for one in runs:
         publish_curves(one.points, run, f"curves/{metric_name(one.name)} {one.run_id[:8]}")
     return board

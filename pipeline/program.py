@@ -73,20 +73,18 @@ def check_tracking(tracking_uri: str) -> None:
         raise ConfigError(f"tracking_uri: the run is at '{given}' already; set MLFLOW_TRACKING_URI for mlflow run")
 
 
-def print_links(opened: OpenRun) -> None:
-    """Prints where to look at the run; for a local database, how to start the UI first."""
+def links(opened: OpenRun) -> list[str]:
+    """Lines that say where to look at the run; for a local database, how to start the UI first."""
     from pipeline.tracking.client import shown
 
     if opened.ids is None:  # the run has not reached the server; a warning has named the command that sends it
-        return
+        return []
     server = opened.uri if opened.uri.startswith("http") else "http://127.0.0.1:5000"
-    if server != opened.uri:
-        print(f"To look at it:  mlflow ui --backend-store-uri {shown(opened.uri)}")
+    start = [] if server == opened.uri else [f"To look at it:  mlflow ui --backend-store-uri {shown(opened.uri)}"]
     experiment, run = opened.ids
     runs = f"{shown(server)}/#/experiments/{experiment}/runs"
     view = "?workflowType=machine_learning"  # else MLflow 3 opens its view for agents
-    print(f"This run:       {runs}/{run}{view}")
-    print(f"All runs:       {runs}{view}")
+    return [*start, f"This run:       {runs}/{run}{view}", f"All runs:       {runs}{view}"]
 
 
 def _interrupt(number: int, _frame: Any) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Progress on a terminal; nothing in a log."""
+"""Progress on a terminal and in a notebook; nothing in a log."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 
 _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
@@ -22,8 +23,8 @@ def no_progress() -> Iterator[None]:
 
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar of `total` units on a terminal; gives the function that moves it on."""
-    if _hidden.get() or not sys.stderr.isatty():
+    """A bar of `total` units on a terminal or in a notebook; gives the function that moves it on."""
+    if _hidden.get() or not (sys.stderr.isatty() or _in_notebook()):
         yield lambda _units: None
         return
     from rich.console import Console
@@ -39,3 +40,12 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda units: bar.advance(task, units)
+
+
+def _in_notebook() -> bool:
+    """Whether a notebook shows bars: rich draws them with ipywidgets, and without them only warns."""
+    if "ipykernel" not in sys.modules or find_spec("ipywidgets") is None:
+        return False
+    from rich.console import Console
+
+    return Console().is_jupyter

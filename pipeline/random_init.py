@@ -64,7 +64,7 @@ class RandomInit:
         for one, other in zip(scores, self.scores, strict=True):
             for metric in (metric for metric in one.results if metric.is_headline):
                 now, then = (from_table(table, metric.target, metric.probe) for table in (one.table, other.table))
-                if change := changes(now, then).values.get(metric.name):
+                if change := changes(now, then, only=metric.name).values.get(metric.name):
                     found |= change.named(metric.key, "random_init")
         self._tracker.metrics(found)
         return Changes(found, "random_init", f"random weights (seed {self.seed})")

@@ -1,4 +1,4 @@
-"""Runs the four stages load, embed, train_head and score (`validate`); `measure` publishes the result too.
+"""Runs the four stages load, embed, train_head and score (`validate`); `measure_and_publish` also publishes the result.
 
 The command line, the callbacks and Python users call these two, and differ in where the encoder comes from and what
 the tracker is.
@@ -105,7 +105,7 @@ def validate(
     return scores
 
 
-def measure(
+def measure_and_publish(
     encoder: Encoder,
     config: Config,
     store: Store,

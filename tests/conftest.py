@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # more threads than cores are slow out of proportion
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,7 +17,11 @@ from hypothesis import settings
 
 from pipeline.store.embedding_table import Store
 from tests.support import models
+from tests.support.browser import chromium, missing
 from tests.support.encoders import FakeEncoder
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # In CI the same examples each time: what a new example finds is for whoever runs the tests by hand.
 settings.register_profile("here", deadline=None)  # no test depends on time
@@ -55,6 +59,16 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    lack = missing()
+    assert not (lack and os.environ.get("CI")), f"CI has not {lack}"
+    if lack:
+        pytest.skip(f"needs {lack}")
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture

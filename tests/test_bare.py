@@ -285,3 +285,25 @@ def test_truncated_safetensors(tmp_path: Path, esm: Path, model: Any) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="is damaged"):
         opened(path, esm)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "folder"])
+def test_quantised_weights_are_refused(dtype: torch.dtype, name: str, tmp_path: Path, esm: Path, model: Any) -> None:
+    """Their scales are not read: as they are, they would be other weights."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state[QUERY] = state[QUERY].to(dtype)
+    path = tmp_path / name
+    if name == "folder":
+        shutil.copytree(esm, path)
+        state.pop("lm_head.decoder.weight")
+        save_file(state, path / "model.safetensors", {"format": "pt"})
+    elif name == "weights.pt":
+        torch.save({"model": state}, path)
+    else:
+        save_file(state, path)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        CheckpointError, match=f"query.weight': expected .* found {kind}: quantised weights have scales"
+    ):
+        opened(path, esm)

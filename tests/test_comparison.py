@@ -16,7 +16,8 @@ from pipeline.__main__ import main
 from pipeline.checkpoints.names import expand, names_of, step_of, with_step
 from pipeline.checkpoints.opening import open_encoder
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.report.comparison import Row, board_table, choose, comparable, leaderboard, summary
+from pipeline.report.comparison import Row, choose, comparable, leaderboard
+from pipeline.report.page import leaderboard_page
 from tests.support.lab import STAGES, VALUE, Lab, furnished, own_signals, write_checkpoint
 from tests.support.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
 
@@ -208,12 +209,12 @@ def test_steps(tmp_path: Path, model_folder: Callable[..., Path], lab: Lab) -> N
 def test_ranks() -> None:
     mse, accuracy = "test_x_mse", "test_y_accuracy"
     rows = [Row("a", 1, {mse: 2.0, accuracy: 0.5}), Row("b", 2, {mse: 1.0}), Row("c", 3, {}, "broken")]
-    board = leaderboard(rows, [mse])
+    board = leaderboard(rows, [mse]).frame
     assert list(board.columns) == ["rank", "checkpoint", "step", mse, accuracy, "error"]
     assert list(board["checkpoint"]) == ["b", "a", "c"]
     assert list(board["rank"]) == [1, 2, 3]
     assert list(board["step"]) == [2, 1, 3]
-    assert list(leaderboard(rows, [accuracy])["checkpoint"]) == ["a", "b", "c"]
+    assert list(leaderboard(rows, [accuracy]).frame["checkpoint"]) == ["a", "b", "c"]
     assert choose(rows[:2]) == [accuracy]
     assert choose(rows[:2], mse) == [mse, accuracy]
     with pytest.raises(ConfigError, match=f"did you mean '{mse}'"):
@@ -226,16 +227,17 @@ def test_the_probe_stands_beside_the_head_and_the_head_ranks() -> None:
     rows = [Row(label, None, dict.fromkeys(names, value)) for label, value in (("low", 0.25), ("high", 0.5))]
     shown = choose(rows)
     assert shown == ["test_a_accuracy", "test_a_probe_accuracy", "test_b_accuracy", "test_b_probe_accuracy"]
-    assert list(leaderboard(rows, shown)["checkpoint"]) == ["high", "low"]
+    assert list(leaderboard(rows, shown).frame["checkpoint"]) == ["high", "low"]
     assert choose(rows, "test_b_probe_accuracy")[:2] == ["test_b_probe_accuracy", "test_a_accuracy"]
-    assert list(leaderboard(rows, choose(rows, "test_c_probe_mse"))["checkpoint"]) == ["low", "high"]
+    assert list(leaderboard(rows, choose(rows, "test_c_probe_mse")).frame["checkpoint"]) == ["low", "high"]
     rows = [Row("a", None, {name: 0.5 for name in names if name != "test_a_accuracy"}), rows[0]]
     assert choose(rows)[0] == "test_a_probe_accuracy"
 
 
 def test_a_leaderboard_as_a_table() -> None:
     rows = [Row("a|b", None, {"test_x_mse": 2.0}), Row("<b>[bold]", 2, {}, "broken")]
-    table = board_table(leaderboard(rows, ["test_x_mse", "test_x_r2"]), ["test_x_mse", "test_x_r2"])
+    board = leaderboard(rows, ["test_x_mse", "test_x_r2"])
+    table = board.table
     assert table.rows == [["1", "a|b", "2.0000", ""], ["2", "<b>[bold]", "failed", ""]]
     assert table.markdown().splitlines() == [
         "| # | checkpoint | test_x_mse | test_x_r2 |",
@@ -246,7 +248,10 @@ def test_a_leaderboard_as_a_table() -> None:
     lines = table.text().splitlines()
     assert lines[0].strip() == "Checkpoints by test_x_mse"
     assert [cell.strip() for cell in lines[-2].split("│")[1:-1]] == table.rows[1]
-    assert '<th scope="row">2</th><td>&lt;b&gt;[bold]</td><td>failed</td><td></td>' in table.html()
+    html = leaderboard_page("Title <1>", board)
+    assert "<title>Title &lt;1&gt;</title>" in html
+    assert '<th scope="row">&lt;b&gt;[bold]</th><td class="number">failed</td><td class="number"></td>' in html
+    assert "<li>&lt;b&gt;[bold]: broken</li>" in html
 
 
 def test_rows_of_other_test_sets_are_told_apart() -> None:
@@ -254,7 +259,7 @@ def test_rows_of_other_test_sets_are_told_apart() -> None:
     rows = [Row("a", 1, {"m": 1.0}, data=one), Row("b", 2, {"m": 1.0}, data=other), Row("c", 3, {}, "broken")]
     assert not comparable(rows)
     assert comparable([rows[0], rows[2]])
-    assert "The test sets differ between rows" in summary(rows, ["m"])
+    assert "The test sets differ between rows" in leaderboard(rows, ["m"]).summary
 
 
 def test_search_finds_checkpoints_by_step(lab: Lab) -> None:

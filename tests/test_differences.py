@@ -16,7 +16,7 @@ from mlflow.artifacts import load_text
 from mlflow.entities import Run
 
 from pipeline.__main__ import main
-from pipeline.report.comparison import Row, board_table, leaderboard, remarks
+from pipeline.report.comparison import Row, leaderboard
 from pipeline.report.differences import FIRST, differences
 from pipeline.statistics.intervals import MIN_SEQUENCES, changes
 from pipeline.statistics.predictions import Predictions, from_table
@@ -107,7 +107,7 @@ def test_rows_that_cannot_be_told_apart_are_marked() -> None:
     jitter = 0.003 * np.random.default_rng(7).standard_normal(len(best))
     near = best.set_column(2, "y_prediction", pa.array(best["y_prediction"].to_numpy() + jitter))
     rows = [row("worse", worse), row("near", near), row("best", best)]
-    shown = board_table(leaderboard(rows, ["test_y_mse"]), ["test_y_mse"])
+    shown = leaderboard(rows, ["test_y_mse"]).table
     assert shown.columns == ("#", "checkpoint", "test_y_mse", "against #1 (95 %)")
     first, second, third = shown.rows
     assert {first[1], second[1]} == {"best", "near"}
@@ -116,25 +116,26 @@ def test_rows_that_cannot_be_told_apart_are_marked() -> None:
     assert third[1] == "worse"
     assert third[3].startswith("+0.2")
     assert not third[3].endswith("=")
-    (told, *_) = said = remarks(rows, ["test_y_mse"])
+    (told, *_) = said = leaderboard(rows, ["test_y_mse"]).remarks
     assert told == "Rows with = cannot be told apart from the first: the interval of the difference holds 0."
     assert said[1:] == ["The first is the best of 3: its lead is not corrected for that choice."]
-    assert len(remarks(rows[1:], ["test_y_mse"])) == 1
+    assert len(leaderboard(rows[1:], ["test_y_mse"]).remarks) == 1
 
 
 def test_remarks_are_about_the_first_of_the_table_in_whatever_order_the_rows_are_given() -> None:
     """A run whose predictions were not kept is given first: the others still have differences, and it is named."""
     rows = [row("old", None), row("good", predictions(0.3)), row("bad", predictions(0.6), step=2)]
-    shown = leaderboard(rows, ["test_y_mse"])
+    board = leaderboard(rows, ["test_y_mse"])
+    shown = board.frame
     assert list(shown["checkpoint"]) == ["good", "bad", "old"]
     assert list(np.isfinite(shown["test_y_mse" + FIRST])) == [False, True, False]
-    assert remarks(rows, ["test_y_mse"]) == [
+    assert board.remarks == [
         "There is no difference to the first row: the predictions of some rows were not kept",
         "Rows with = cannot be told apart from the first: the interval of the difference holds 0.",
         "The first is the best of 3: its lead is not corrected for that choice.",
         "The rows are of different steps.",
     ]
-    assert remarks([row("old", None), row("older", None)], ["test_y_mse"]) == []
+    assert leaderboard([row("old", None), row("older", None)], ["test_y_mse"]).remarks == []
 
 
 def test_why_there_is_no_difference() -> None:

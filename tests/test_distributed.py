@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint.state_dict_saver as dcp
-from transformers import AutoTokenizer, EsmConfig, EsmForMaskedLM, EsmModel
+from transformers import AutoTokenizer, EsmForMaskedLM
 
 from pipeline.__main__ import main
 from pipeline.checkpoints.names import step_of
 from pipeline.checkpoints.opening import open_encoder
 from pipeline.encoders.description import DESCRIPTION, describe
-from pipeline.encoders.huggingface import HuggingFaceEncoder
 from pipeline.encoders.options import EncoderOptions
 from pipeline.errors import CheckpointError
 from tests.support.lab import VALUE, Lab, furnished, own_signals
 from tests.support.programs import run_two_ranks
+from tests.support.sharded import in_training
 
 TEXTS = ["MKVLAAGIVG", "ACD", "WWWWWWW"]
 
@@ -39,16 +39,6 @@ def written(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[...
 
 def options(folder: Path) -> EncoderOptions:
     return EncoderOptions(device="cpu", architecture=str(folder / "esm"))
-
-
-def in_training(folder: Path, name: str) -> HuggingFaceEncoder:
-    """The encoder with the weights that the ranks had."""
-    whole = torch.load(folder / f"{name}.pt", weights_only=True)
-    weights = {key.rpartition("esm.")[2]: value for key, value in whole.items() if "esm." in key}
-    model = EsmModel(EsmConfig.from_pretrained(folder / "esm"), add_pooling_layer=False)
-    model.load_state_dict(weights)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "esm")
-    return HuggingFaceEncoder(model.float(), tokenizer, EncoderOptions(device="cpu"))
 
 
 @pytest.mark.parametrize(

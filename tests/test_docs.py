@@ -16,6 +16,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+import pipeline
 from pipeline.config.yaml_file import read_config
 from tests.support.programs import ROOT
 from tests.support.snippets import PREPARED, Block, blocks, clone
@@ -186,6 +187,10 @@ def test_every_page_is_in_the_navigation(site: Path) -> None:
     """The first page leads to all pages of `docs/`, and to the README's relations."""
     linked = {unquote(urlsplit(link).path) for link in Links(site / "index.html").links}
     assert {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")} <= linked
+
+
+def test_every_public_name_is_in_the_reference(site: Path) -> None:
+    assert {f"pipeline.{name}" for name in pipeline.__all__} <= Links(site / "api.html").anchors
 
 
 def test_the_readme_is_short() -> None:

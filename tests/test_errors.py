@@ -319,7 +319,7 @@ def stored(content: object) -> Change:
 
 
 WEIGHTS: list[tuple[str, Change, str]] = [
-    ("model.safetensors", truncate, "cannot be loaded: SafetensorError"),
+    ("model.safetensors", truncate, "model.safetensors' is damaged (Error while des"),
     ("model.safetensors", Path.unlink, "no file named model.safetensors"),
     ("model.safetensors", tensor(None), "lacks weights of the encoder"),
     ("model.safetensors", tensor(None), "layer.1.attention.self.query.weight"),

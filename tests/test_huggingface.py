@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import DownstreamTrainerCallback, validation
 from pipeline.config.task import Task
 from pipeline.errors import ConfigError, DataError
 from pipeline.tracking.sender import flush
 from tests.support.data import planted_task
-from tests.support.loops import BEST, train
+from tests.support.loops import BEST, make_model, train
+from tests.support.own_model import OwnTokenizer
 from tests.support.readers import in_tensorboard, in_wandb
 from tests.support.training import section
 from tests.support.two_ranks_of import both_ranks
@@ -155,6 +157,21 @@ def test_mixed_precision(task: Task, tmp_path: Path, tracking: str) -> None:
     callback = made(tmp_path, task)
     assert train(tmp_path / "out", [callback], bf16=True, max_steps=4).seen == without
     assert [step for step, _ in callback.session.curve] == [0, 2, 4]
+
+
+def test_a_trainer_that_shows_no_list_is_measured_and_told(
+    task: Task, tmp_path: Path, tracking: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Something else than the Trainer's own handler calls: it is said that reporters hear nothing."""
+    logging.getLogger("pipeline").addHandler(caplog.handler)
+    callback, args = made(tmp_path, task), TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[])
+    state, control = TrainerState(), TrainerControl()
+    callback.on_train_begin(args, state, control, model=make_model(), processing_class=OwnTokenizer())
+    logging.getLogger("pipeline").removeHandler(caplog.handler)
+    assert [one.message for one in caplog.records if "no list of the trainer's callbacks" in one.message]
+    callback.on_epoch_begin(args, state, control, model=make_model())
+    assert [step for step, _ in callback.session.curve] == [0]
+    callback.session.close("FINISHED")
 
 
 @pytest.mark.parametrize("what", ["fsdp", "zero3"])

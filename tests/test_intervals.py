@@ -98,6 +98,15 @@ def test_what_a_metric_is_without_a_sequence_is_what_it_is_without_it(name: str,
         )
 
 
+@pytest.mark.parametrize("one", [*EVERY.values(), *TOKENS.values()], ids=[*EVERY, *TOKENS])
+def test_one_metric_alone_is_as_among_all(one: Predictions) -> None:
+    every = jackknife(one)
+    for name in every.values:
+        alone = jackknife(one, name)
+        assert set(alone.values) == {name}
+        np.testing.assert_array_equal(alone.without[name], every.without[name])
+
+
 def test_wilson_by_hand() -> None:
     """60 sequences of which 45 are right: Wilson's interval with t in place of z and n - 1 = 59 draws."""
     true = np.zeros(60, np.int64)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.heads.verdict import Verdict
-from pipeline.report.overview import Changes, overview
+from pipeline.report.overview import Changes, change_table, first_lines, headlines, overview
 from pipeline.statistics.metrics import LOSS, Change, Interval, Metric
 
 RESULTS = (
@@ -71,3 +71,31 @@ def test_whose_change_is_beyond_chance() -> None:
 def test_a_head_without_a_score() -> None:
     table = overview([scores(results=(RESULTS[-1],))])
     assert table.rows == [["t/test_x_spearman", "0.7500", "0.500, 0.875", "no score of the head"]]
+
+
+def test_the_first_lines_of_a_description() -> None:
+    changes = Changes(change(-0.5, -0.25), "start", "step 0")
+    assert first_lines([scores(Verdict("y", "no better than a guess", "in full"))], changes).splitlines() == [
+        "- `t/test_x_spearman`: **0.5000 ± 0.0625** (95 %: 0.250, 0.625), -0.375 (-0.500, -0.250) since step 0: "
+        "learns; worse (head)",
+        "- `t/test_y_spearman`: **0.1250**: no better than a guess",
+    ]
+
+
+def test_each_judgement_is_good_or_bad_or_neither() -> None:
+    changes = change(-0.5, -0.25) | change(0.125, 0.25, "t/test_x_probe_spearman")
+    first, second = headlines([scores(Verdict("y", "over-fitted", "in full"))], Changes(changes))
+    assert first.judgements == [("learns", "good"), ("worse (head)", "bad"), ("improved (probe)", "good")]
+    assert second.judgements == [("over-fitted", "bad")]
+    (tied, _) = headlines([scores()], Changes(change(-0.5, 0.25)))
+    assert tied.judgements == [("learns", "good"), ("not told apart from the start", "")]
+
+
+def test_changes_since_the_start_and_since_the_best() -> None:
+    best = Change(-0.125, Interval(-0.25, 0.0), 0.5).named("t/test_x_spearman", "best")
+    table = change_table(scores(), Changes(change(0.25, 0.5) | best, "start", "step 0"))
+    assert table.rows == [
+        ("t/test_x_spearman", "step 0", "+0.375", "+0.250, +0.500", "improved"),
+        ("t/test_x_spearman", "the best before", "-0.125", "-0.250, +0.000", "not told apart"),
+    ]
+    assert change_table(scores(), Changes()).rows == []

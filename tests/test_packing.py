@@ -23,8 +23,11 @@ from transformers import (
 )
 
 from pipeline.checkpoints.opening import open_encoder
+from pipeline.encoders.devices import DTYPES
 from pipeline.encoders.huggingface import HuggingFaceEncoder
+from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.packing import Packing
+from tests.support.decoders import decoder_folder
 
 # transformers 4.48 has no interface for attention of others: models are padded, and that is said
 pytestmark = pytest.mark.skipif(not hasattr(transformers, "AttentionInterface"), reason="needs transformers 4.51")
@@ -143,3 +146,45 @@ def test_padded_and_packed_agree(model_folder: Make) -> None:
     texts = ["MKV", "ACDEFGHIKL" * 9, "W", "MKV"]
     for one, other in zip(packed.hidden_states(texts), padded.hidden_states(texts), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow  # a minute of a C++ compiler
+@pytest.mark.parametrize("kind", ["esm", "prott5"])
+def test_compiled_layers_give_the_same(model_folder: Make, kind: str) -> None:
+    """The key `compile`: once for all layers and lengths, and stored apart, since the last bits are others."""
+    folder = str(model_folder(kind))
+    plain, compiled = (cast(Any, open_encoder(folder, EncoderOptions(compile=value))) for value in (False, True))
+    texts = ["MKV", "ACDEFGHIKL" * 4, "W", "MKV"]
+    torch.compiler.reset()
+    for some in (texts, texts[:1], texts[1:]):
+        for one, other in zip(compiled.hidden_states(some), plain.hidden_states(some), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    assert compiled.packs
+    assert compiled.digest != plain.digest
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["esm", "protbert", "smiles_bart", "gpt2", "llama"])
+def test_a_gpu_packs_in_half_precision(model_folder: Make, tmp_path: Path, kind: str, precision: str) -> None:
+    """The same hidden states as of each sequence alone, to the rounding of the half precision."""
+    folder = decoder_folder(tmp_path, kind) if kind in ("gpt2", "llama") else model_folder(kind)
+    encoder: Any = open_encoder(str(folder), EncoderOptions(device="cuda", precision=precision))
+    assert encoder.packs
+    letters = "CNOCCONNCOCNCCOCNOCC" if kind == "smiles_bart" else "ACDEFGHIKLMNPQRSTVWY"
+    texts = [letters[length % 7 :] * 3 for length in (3, 40, 17, 17, 30, 1)]
+    for text, state in zip(texts, encoder.hidden_states(texts), strict=True):
+        row = [*encoder.tokens.before, *encoder.tokens.ids(text), *encoder.tokens.after]
+        first, behind = len(encoder.tokens.before), len(encoder.tokens.after)
+        with torch.no_grad(), torch.autocast("cuda", DTYPES[precision]):
+            alone = encoder.model(input_ids=torch.tensor([row], device="cuda")).last_hidden_state[0]
+        alone = alone[first : len(row) - behind].float()
+        assert (state - alone).norm() < 0.02 * alone.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("kind", "precision"), [("prott5", "bf16"), ("esm", "fp32")])
+def test_a_gpu_pads_what_its_kernel_does_not_take(model_folder: Make, kind: str, precision: str) -> None:
+    """A bias of relative positions, and float32."""
+    encoder: Any = open_encoder(str(model_folder(kind)), EncoderOptions(device="cuda", precision=precision))
+    assert not encoder.packs

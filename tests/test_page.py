@@ -13,17 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.report.figures import draw
-from pipeline.report.overview import overview
+from pipeline.report.overview import Changes, change_table, headlines
 from pipeline.report.page import page
-from pipeline.report.tables import class_table
+from pipeline.report.sparkline import sparkline
+from pipeline.report.tables import Table, class_table, companion_table, data_table, score_table
 from pipeline.score import Scores
-from pipeline.statistics.metrics import LOSS
+from pipeline.statistics.metrics import LOSS, Change, Interval
 from pipeline.store.embedding_table import Store
 from pipeline.validation import validate
 from tests.support.data import planted_task
 from tests.support.encoders import FakeEncoder
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input", "wbr"}
+LOADED = ("src", "href", "xlink:href", "srcset", "action", "poster", "data")
 FACTS = {"checkpoint": "runs/<a & b>/last.ckpt", "date": "2026-01-02"}
 YAML = "model:\n  dwnstr_task_validation: {enabled: true, note: '</pre><script>'}\n"
 
@@ -37,14 +39,19 @@ class Reader(HTMLParser):
         self.texts: dict[str, list[str]] = {}
         self.tags: Counter[str] = Counter()
         self.images: list[dict[str, str | None]] = []
-        self.sources: list[str | None] = []
+        self.sources: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
         self.feed(text)
         self.close()
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags[tag] += 1
-        self.sources += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "poster")]
+        own = [(name, value or "") for name, value in attrs]
+        self.links += [value for name, value in own if (tag, name) == ("a", "href")]
+        self.sources += [value for name, value in own if name in LOADED and (tag, name) != ("a", "href")]
+        self.ids += [value for name, value in own if name == "id"]
         assert not any(name.startswith("on") for name, _ in attrs)
         if tag == "img":
             self.images.append(dict(attrs))
@@ -58,6 +65,10 @@ class Reader(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open:
             self.texts[self.open[-1]][-1] += data
+
+
+def tables_of(scores: Scores) -> list[Table]:
+    return [score_table([scores]), companion_table(scores), class_table(scores), data_table(scores)]
 
 
 @pytest.fixture(scope="module")
@@ -76,25 +87,24 @@ def test_every_number_note_and_picture_is_there(measured: tuple[list[Scores], di
     scores = [replace(one, notes=(*one.notes, "mcc is left out: all of <one> class")) for one in scores]
     reader = Reader(page("Title & more", scores, pictures, FACTS, YAML))
     assert reader.texts["title"] == reader.texts["h1"] == ["Title & more"]
-    assert dict(zip(reader.texts["dt"], reader.texts["dd"], strict=True)) == FACTS
-    assert reader.texts["h2"] == [*(one.task_name for one in scores), "Configuration"]
+    assert FACTS.items() <= dict(zip(reader.texts["dt"], reader.texts["dd"], strict=True)).items()
+    names = [one.task_name for one in scores]
+    assert [text for text in reader.texts["h2"] if text] == [*names, "Configuration"]
     assert reader.texts["pre"] == [YAML]
-    cells = [cell for row in overview(scores).rows for cell in row[1:]]
-    for one in scores:
-        assert one.metrics
-        for metric in (result for result in one.results if not result.probe):
-            beside = "" if metric.name == LOSS else f"{one.metrics[replace(metric, probe=True).key]:.4f}"
-            cells += [f"{metric.value:.4f}", beside]
-            cells += [f"{one.constant[metric.key]:.4f}" if metric.key in one.constant else ""]
-        cells += [f"{value:.4f}" for value in one.companions.values()]
-        cells += [cell for row in class_table(one).rows for cell in row[1:]]
+    cells = [cell for one in scores for table in tables_of(one) for row in table.rows for cell in row[1:]]
     assert reader.texts["td"] == cells
-    names = [metric.key for one in scores for metric in one.results if not metric.probe]
-    first = [metric.key for one in scores for metric in one.results if metric.is_headline and not metric.probe]
-    assert [text for text in reader.texts["th"] if "/test_" in text or LOSS in text] == [*first, *names]
+    keys = [metric.key for one in scores for metric in one.results if not metric.probe]
+    assert [text for text in reader.texts["th"] if "/test_" in text or LOSS in text] == keys
+    for one in scores:
+        for metric in one.results:
+            assert f"{metric.value:.4f}" in cells
     notes = [note for one in scores for note in (*one.earlier_notes, *one.notes)]
-    assert reader.texts["li"] == notes
+    judged = [text for one in headlines(scores) for text, _ in one.judgements]
+    assert sorted(reader.texts["li"]) == sorted(notes + judged)
     assert len(notes) > 2
+    counts = [len(one.notes) + len(one.earlier_notes) for one in scores]
+    assert reader.texts["a"] == [names[0], f"{counts[0]} warnings", names[1], f"{counts[1]} warnings"]
+    assert set(reader.links) <= {f"#{one}" for one in reader.ids}
     paths = [path for one in scores for path in pictures[one.task_name]]
     assert [image["src"] for image in reader.images] == [
         "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() for path in paths
@@ -107,8 +117,9 @@ def test_it_needs_nothing_else(measured: tuple[list[Scores], dict[str, list[Path
     text = page("Title", *measured, FACTS, YAML)
     reader = Reader(text)
     assert len(reader.sources) == sum(map(len, measured[1].values())) > 0
-    assert all(source and source.startswith("data:image/png;base64,") for source in reader.sources)
-    for outside in ("http://", "https://", "url(", "@import", "<script", "<link", "<iframe"):
+    assert all(source.startswith("data:image/png;base64,") for source in reader.sources)
+    assert reader.tags["script"] == 1
+    for outside in ("http://", "https://", "url(", "@import", "<link", "<iframe", "fetch(", "alert(1)</script"):
         assert outside not in text
 
 
@@ -116,9 +127,43 @@ def test_a_task_without_pictures_or_notes(measured: tuple[list[Scores], dict[str
     bare = replace(measured[0][0], notes=(), earlier_notes=())
     reader = Reader(page("Title", [bare], {}, {}, ""))
     assert not reader.images
-    assert not reader.tags["li"]
-    assert not reader.tags["ul"]
+    assert reader.texts["li"] == ["no better than a guess"]
+    assert not any("warning" in text for text in reader.texts["a"])
     assert Reader(page("Title", [], {}, {}, "")).texts["h2"] == ["Configuration"]
+
+
+def test_a_training_has_its_curve_and_what_has_changed(measured: tuple[list[Scores], dict[str, list[Path]]]) -> None:
+    scores = measured[0][1]
+    head, probe = (one.key for one in scores.results if one.is_headline)
+    since = Change(0.25, Interval(0.125, 0.5), 0.99).named(head, "start")
+    best = Change(-0.25, Interval(-0.5, -0.125), 0.99).named(head, "best")
+    curves = {head: ((0, 0.25), (50, 0.75), (100, 0.5)), probe: ((0, 0.0), (50, 0.0), (100, 1.0))}
+    of_data = [cell for row in data_table(scores).rows for cell in row[1:]]
+    reader = Reader(page("Title", [scores], {}, {}, "", Changes(since | best, "start", "step 0", curves)))
+    terms = dict(zip(reader.texts["dt"], reader.texts["dd"], strict=True))
+    assert terms["since step 0"] == "+0.250 (+0.125, +0.500)"
+    assert terms["since the best before"] == "-0.250 (-0.500, -0.125)"
+    assert (reader.tags["svg"], reader.tags["polyline"]) == (1, 2)
+    told = change_table(scores, Changes(since | best, "start", "step 0")).rows
+    assert len(told) == 2
+    cells = [cell for row in told for cell in row[1:]] + of_data
+    assert reader.texts["td"][-len(cells) :] == cells
+    alone = Reader(page("Title", [scores], {}, {}, "", Changes({}, "start", "step 0", {head: ((0, 0.25),)})))
+    assert not alone.tags["svg"]
+    assert not any("since" in text for text in alone.texts["dt"])
+
+
+def test_a_sparkline() -> None:
+    found = sparkline({"head": ((0, 0.25), (50, 0.75), (100, 0.5)), "probe": ((50, 1.0),)}, level=0.0)
+    assert found is not None
+    assert found.lines == {"head": "4,34 120,14 236,24", "probe": "120,4"}
+    assert (found.dot, found.level, found.steps) == ((236.0, 24.0), 44.0, (0, 100))
+    assert found.label == "3 measurements, from 0.250 at step 0 to 0.500 at step 100, between 0.250 and 0.750"
+    assert sparkline({"head": ((0, 1.0),)}) is None
+    assert sparkline({}) is None
+    level = sparkline({"head": ((3, 1.0), (3, 1.0))})
+    assert level is not None
+    assert level.dot == (4.0, 44.0)
 
 
 printable = st.text(st.characters(exclude_categories=["C"], exclude_characters="\r"))
@@ -136,8 +181,10 @@ def test_any_text_is_shown_as_it_is(
         scores = replace(measured[0][1], examples=examples, notes=(text,), earlier_notes=())
         reader = Reader(page(text, [scores], {}, {**facts, text: text}, yaml))
         assert reader.texts["h1"] == [text]
-        assert reader.texts["h2"][0] == text
-        assert reader.texts["li"][0] == text
-        assert reader.texts["dt"] == list({**facts, text: text})
-        assert reader.texts["dd"] == list({**facts, text: text}.values())
+        assert reader.texts["a"][0] == text
+        assert reader.texts["h2"][1] == text
+        assert text in reader.texts["li"]
+        told = {**facts, text: text}
+        assert reader.texts["dt"][-len(told) :] == list(told)
+        assert reader.texts["dd"][-len(told) :] == list(told.values())
         assert reader.texts["pre"] == [yaml]

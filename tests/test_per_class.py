@@ -71,7 +71,7 @@ def test_a_report_has_a_fold_with_a_row_per_class_for_head_and_probe(tmp_path: P
     assert scores.classes["labels"].sum() == len(scores.examples.test)
     html = page("title", [scores], {}, {}, "")
     assert "Each class alone" in html
-    assert "<th>probe average precision" in html.replace(' scope="col"', "")
+    assert ">probe average precision</th>" in html
 
 
 def test_numbers_have_no_classes(tmp_path: Path) -> None:

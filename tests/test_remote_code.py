@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_bare_weights_take_the_code_of_their_architecture(remote: tuple[Path, An
         (lambda path: (path / "remote_esm.py").unlink(), "cannot be loaded"),
         (lambda path: (path / "remote_esm.py").write_text("def broken(:"), "cannot be loaded"),
         (lambda path: (path / "remote_esm.py").write_text("raise RuntimeError('no')"), "cannot be loaded"),
-        (lambda path: next(path.glob("model-00002*")).unlink(), "cannot be loaded"),
+        (lambda path: next(path.glob("model-00002*")).unlink(), "which is not there; copy all shards"),
         (
             lambda path: rewrite(path, {"AutoConfig": "remote_esm.RemoteConfig"}),
             "expected an AutoModel, found AutoConfig",
@@ -140,3 +141,33 @@ def test_the_command_line_takes_it_and_the_run_says_so(
     run = lab.parents()[0]
     assert run.data.params["cfg.trust_remote_code"] == "True"
     assert run.info.run_name.startswith("checkpoint-30")
+
+
+MEASURED = "the class of transformers is measured, which may be another model; trust_remote_code=true runs it"
+SHIFTED = """
+from transformers import EsmModel
+class Shifted(EsmModel):
+    def forward(self, *given, **options):
+        found = super().forward(*given, **options)
+        found.last_hidden_state = found.last_hidden_state + 1
+        return found
+"""
+
+
+def test_code_for_a_type_that_transformers_knows(
+    tmp_path: Path, model_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not run, which is said once, or where it is trusted, run; code of a tokenizer alone makes no other model."""
+    path = Path(shutil.copytree(model_folder("esm"), tmp_path / "shifted"))
+    (path / "shifted.py").write_text(SHIFTED)
+    rewrite(path, {"AutoModel": "shifted.Shifted"})
+    plain = open_encoder(str(model_folder("esm")), CPU).hidden_states(["MKV"])[0]
+    before = imported()
+    assert torch.equal(open_encoder(str(path), CPU).hidden_states(["MKV"])[0], plain)
+    assert imported() == before
+    assert [MEASURED in one.message for one in caplog.records].count(True) == 1
+    caplog.clear()
+    assert torch.equal(open_encoder(str(path), TRUSTED).hidden_states(["MKV"])[0], plain + 1)
+    rewrite(path, {"AutoTokenizer": ["shifted.Tokenizer", None]})
+    assert torch.equal(open_encoder(str(path), TRUSTED).hidden_states(["MKV"])[0], plain)
+    assert MEASURED not in caplog.text

@@ -9,8 +9,9 @@ import pytest
 
 from pipeline.report.resolution_table import resolution_text
 from pipeline.statistics.intervals import changes
+from pipeline.statistics.metrics import NORMAL
 from pipeline.statistics.predictions import Predictions
-from pipeline.statistics.resolution import NORMAL, Resolution, advice, resolutions, to_monitor
+from pipeline.statistics.resolution import Resolution, advice, resolutions, to_monitor
 
 KEY = "test_x_accuracy"
 PROBE = "test_x_probe_accuracy"

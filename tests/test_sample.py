@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from scipy.stats import spearmanr
 
+import pipeline
 from pipeline import Store, open_encoder, read_config, validate
 from pipeline.data import tables
 from tests.support.programs import ROOT
@@ -119,3 +121,10 @@ def test_the_oldest_environment_is_what_the_project_allows() -> None:
     lowest = dict(re.findall(r'"([\w-]+)>=([\d.]+)', "".join(parts)))
     assert lowest.pop("torch") != pins["torch"]
     assert {name: pins[name][: len(version)] for name, version in lowest.items()} == lowest
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert pipeline.__version__ == project["version"] == cited["version"]
+    assert cited["license"] == project["license"]["text"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints.opening import open_encoder
+from pipeline.config.background import Background
 from pipeline.config.class_paths import import_class
 from pipeline.config.documentation import markdown
 from pipeline.config.schema import Config
@@ -39,15 +40,26 @@ from tests.support.data import make_task, planted, planted_task, proteins, write
 from tests.support.encoders import FakeEncoder
 from tests.support.programs import ROOT
 
-SCHEMAS = (Config, Logging, Task, Files)
+SCHEMAS = (Config, Background, Logging, Task, Files)
 # Where a key that has no test below is tested.
 ELSEWHERE = {
     "enabled": "test_lightning.py: test_a_disabled_section_gives_no_callback",
     "model_factory": "test_own_models.py",
     "every_n_validations": "test_monitors.py: test_every_second_validation",
+    "compile": "test_packing.py: test_compiled_layers_give_the_same",
     "weights": "test_bare.py: test_an_average_is_taken_by_name_alone",
     "trust_remote_code": "test_remote_code.py",
     "baseline": "test_random_init.py: test_table_report_and_run_say_it",
+    "mode": "test_background.py: test_the_curve_is_that_of_blocking",
+    "background": "test_background.py",
+    "worker_device": "test_background.py: test_keys_that_are_wrong",
+    "worker_threads": "test_background.py: test_the_threads_of_the_worker",
+    "worker_command": "test_background.py: test_a_command_of_the_user_s",
+    "max_pending": "test_background.py: test_where_the_worker_is_busy",
+    "when_busy": "test_background.py: test_where_the_worker_is_busy",
+    "drain_timeout": "test_background.py: test_what_is_left_is_said_and_measured_by_the_command_line_or_later",
+    "keep_best": "test_background.py: test_the_best_are_kept_and_ties_are_said",
+    "keep_best_metric": "test_background.py: test_the_best_are_kept_and_ties_are_said",
     "on_start": "test_lightning.py: test_the_untrained_and_the_final_weights",
     "on_end": "test_lightning.py: test_the_untrained_and_the_final_weights",
     "on_error": "test_untouched.py",

@@ -57,7 +57,7 @@ def _read(source: str, options: EncoderOptions, factory: Any) -> Stored:
     if lightning.is_file():
         names = _of_module(names)
     stored = _tensors(names, metadata, source)
-    shapes = {short: torch.empty(_size(metadata, name), device="meta") for short, name in stored.items()}
+    shapes = {short: _outline(metadata, name) for short, name in stored.items()}
 
     def fill_tensors(tensors: Mapping[str, Tensor]) -> None:
         _fill({stored[short]: tensor for short, tensor in tensors.items()}, folder, metadata)
@@ -140,8 +140,11 @@ def _tensors(names: Mapping[str, str], metadata: Any, source: str) -> dict[str, 
     return stored
 
 
-def _size(metadata: Any, name: str) -> tuple[int, ...]:
-    return tuple(metadata.state_dict_metadata[name].size)
+def _outline(metadata: Any, name: str) -> Tensor:
+    """A tensor of the stored shape and dtype, without its values."""
+    stored = metadata.state_dict_metadata[name]
+    dtype = getattr(getattr(stored, "properties", None), "dtype", torch.float32)
+    return torch.empty(tuple(stored.size), dtype=dtype, device="meta")
 
 
 def _fill(tensors: dict[str, Tensor], folder: Path, metadata: Any) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from pipeline.checkpoints.bare import by_name, dtype_of, opened_safetensors, read_index
 from pipeline.checkpoints.remote_code import own_class
 from pipeline.checkpoints.stored import FACTORY, Format, Stored, say_left_out
-from pipeline.encoders.checks import count_tensors
+from pipeline.checkpoints.unpickle import StandIn, read_tensors
+from pipeline.encoders.checks import TAKE_ITS_OWN, count_tensors
 from pipeline.encoders.code_digest import class_name
 from pipeline.encoders.description import class_for, encoder_of, load_tokenizer
 from pipeline.encoders.options import EncoderOptions
-from pipeline.encoders.weights import check_unexpected, is_derived
+from pipeline.encoders.weights import check_dtypes, check_unexpected, is_derived
 from pipeline.errors import CheckpointError
 
 
@@ -25,21 +27,60 @@ def _holds(path: Path) -> bool:
 def _read(source: str, given: EncoderOptions, factory: Any) -> Stored:
     files = [path for kind in ("safetensors", "bin") for path in Path(source).glob(f"*.{kind}")]
     own = own_class(source, given.trust_remote_code, count_tensors(files))
+    dtypes = _check_files(Path(source)) if factory is None else {}
     factory = factory or own
     skeleton, options = _class_to_load(source, factory, sum(path.stat().st_size for path in files))
     options |= {"torch_dtype": torch.float32}  # as transformers 4 calls it; 5 takes it, too
     model, info = skeleton.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    if getattr(model, "hf_quantizer", None) is None:  # which reads scales
+        check_dtypes(dtypes, source)
     encoder, name = encoder_of(model)
     lacking = sorted(key for key in info["missing_keys"] if key.startswith(name) and not is_derived(key, model))
-    wrong = sorted(str(key) for key in info["mismatched_keys"])
-    if lacking or wrong:
+    if lacking:
         raise CheckpointError(
-            f"ckpt: '{source}' lacks weights of the encoder or has them in another shape: {(lacking + wrong)[:3]}"
+            f"ckpt: '{source}' lacks weights of the encoder: {', '.join(lacking[:3])}; {TAKE_ITS_OWN}"
         )
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        shapes = f"expected the shape {tuple(expected)}, found {tuple(found)}"
+        raise CheckpointError(f"ckpt: '{source}': '{key}': {shapes}; {TAKE_ITS_OWN}")
     inside = _stored_under(info["unexpected_keys"], model)
     check_unexpected(encoder, inside, name, source, FACTORY)
     say_left_out([key for key in info["unexpected_keys"] if key not in inside], encoder)
     return Stored(model if factory else encoder, load_tokenizer(source, own is not None), factory=factory)
+
+
+def _check_files(folder: Path) -> dict[str, torch.dtype]:
+    """The dtypes of stored weights, by name.
+
+    The library would say less of what is wrong with a file, and reads whatever file an index names.
+
+    Raises:
+        CheckpointError: a file of weights is damaged, not there, not in the folder, or holds other things.
+    """
+    found: dict[str, torch.dtype] = {}
+    for path in _weight_files(folder):
+        if path.suffix == ".safetensors":
+            with opened_safetensors(path) as opened:
+                found |= {name: dtype_of(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
+            continue
+        content = by_name(read_tensors(path, mapped=True), str(path))
+        other = next((value for value in content.values() if isinstance(value, StandIn)), None)
+        if other is not None:
+            what = f"{type(other).__module__}.{type(other).__qualname__}"
+            remedy = "save the weights alone, as safetensors"
+            raise CheckpointError(f"ckpt: '{path}': expected tensors, found a {what}, whose code is not run; {remedy}")
+        found |= {name: value.dtype for name, value in content.items() if isinstance(value, torch.Tensor)}
+    return {name: dtype for name, dtype in found.items() if name.endswith("weight")}  # buffers may count
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads, which looks for them in this order."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / f"{name}.index.json").is_file():
+            return sorted(set(read_index(folder / f"{name}.index.json").values()))
+    return []
 
 
 def _class_to_load(source: str, factory: Any, held: int) -> tuple[Any, dict[str, Any]]:

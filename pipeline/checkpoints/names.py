@@ -13,6 +13,8 @@ from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError
 
 STEP = re.compile(r"(?:^|[^a-z])(?:step|checkpoint|ckpt|iter|iteration)[=_-]?(\d{1,18})(?!\.?\d)", re.IGNORECASE)
+RANDOM_STATES = "random_states_*.pkl"  # in each folder of accelerate
+COUNTED = re.compile(r"checkpoint_\d+")  # how accelerate names its folders, by a count of saves
 MOST_STEPS = 2**63 - 1  # that trackers take
 # Of files that hold a checkpoint; they are no part of its name.
 SUFFIXES = (".ckpt", ".nemo", ".pt", ".pth", ".bin", ".safetensors")
@@ -53,14 +55,26 @@ def _alternatives(ckpt: str) -> list[str]:
 
 
 def step_of(ckpt: str, encoder: Encoder) -> int | None:
-    """The training step in a checkpoint, in the file that Hugging Face's trainer wrote beside it, or in its name."""
+    """The training step in a checkpoint, in the file that Hugging Face's trainer wrote beside it, or in its name.
+
+    `checkpoint_3` of accelerate is the fourth save, of whatever step: it has none.
+    """
     if encoder.step is not None:
         return _checked(encoder.step, ckpt)
     written = _trainer_step(Path(ckpt).expanduser())
     if written is not None:
         return written
-    named = STEP.search(Path(ckpt).name)
+    named = None if _counts_saves(ckpt) else STEP.search(Path(ckpt).name)
     return int(named[1]) if named else None
+
+
+def _counts_saves(ckpt: str) -> bool:
+    """Whether the number in a name is accelerate's count of its saves, which is no training step.
+
+    What is on a server cannot be looked into, and may be accelerate's.
+    """
+    remote = ckpt.startswith(("runs:/", "models:/"))
+    return bool(COUNTED.fullmatch(Path(ckpt).name)) and (remote or any(Path(ckpt).expanduser().glob(RANDOM_STATES)))
 
 
 def name_of(ckpt: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from pipeline.checkpoints.accelerate import ACCELERATE
@@ -109,6 +110,8 @@ def _at_fault(ckpt: str, source: str) -> Iterator[None]:
         if not Path(source).exists():
             raise CheckpointError(f"ckpt: '{ckpt}' does not exist here or on the hub ({error}); {REMEDY}") from error
         found = malformed(Path(source)) or f"{type(error).__name__}: {error}"
+        if isinstance(error, UnpicklingError):  # the library's words end in advice to run what the file holds
+            found = "a file of weights holds other things than tensors, whose code is not run"
         raise CheckpointError(f"ckpt: '{ckpt}' cannot be loaded: {found}") from error
 
 

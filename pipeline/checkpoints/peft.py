@@ -23,6 +23,7 @@ from pipeline.checkpoints.unpickle import read_tensors
 from pipeline.encoders.checks import json_object
 from pipeline.encoders.description import load_tokenizer
 from pipeline.encoders.options import EncoderOptions
+from pipeline.encoders.weights import check_dtypes
 from pipeline.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -84,6 +85,7 @@ def _state(folder: Path, options: EncoderOptions) -> dict[str, Tensor]:
     tensors = isinstance(found, Mapping) and all(isinstance(value, Tensor) for value in found.values())
     if not tensors or not all(str(name).startswith(PREFIX) for name in found):
         raise CheckpointError(f"ckpt: '{path}': expected tensors called {PREFIX}..., found others; {REMEDY}")
+    check_dtypes({name: value.dtype for name, value in found.items()}, str(path))
     return {name.removeprefix(PREFIX): value.float() for name, value in found.items()}
 
 

@@ -20,7 +20,7 @@ from pipeline.encoders.description import described_tokenizer, fresh, load_token
 from pipeline.encoders.internals import uncompiled
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
-from pipeline.encoders.weights import check_unexpected, matching_prefix
+from pipeline.encoders.weights import check_dtypes, check_unexpected, matching_prefix
 from pipeline.errors import CheckpointError
 
 FACTORY = (
@@ -185,13 +185,15 @@ def _load(model: nn.Module, weights: Weights, prefix: str, remedy: str) -> None:
     """Loads the stored weights whose names begin with `prefix`, which are all that the model has.
 
     Raises:
-        CheckpointError: a weight has another shape, is no tensor, or is not one of the model's; `remedy` says what to
-            do about the last.
+        CheckpointError: a weight has another shape, is no tensor, is quantised, or is not one of the model's; `remedy`
+            says what to do about the last.
     """
     state, source = weights.state, weights.source
-    check_unexpected(model, state, prefix, source, remedy)
     own = model.state_dict()
     stored = {key: state[prefix + key] for key in own if prefix + key in state}
+    trained = [prefix + key for key in stored if own[key].is_floating_point()]
+    check_dtypes({key: state[key].dtype for key in trained if isinstance(state[key], Tensor)}, source)
+    check_unexpected(model, state, prefix, source, remedy)
     for key, value in stored.items():
         where = f"ckpt: '{source}': '{prefix}{key}'"
         if isinstance(value, StandIn):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.config.background import Background
 from pipeline.config.line_numbers import SECTION
 from pipeline.config.schema import Config
 from pipeline.config.task import Files, MaxRows, Task
@@ -30,6 +31,7 @@ def _lines() -> Iterator[str]:
     yield from ("# Configuration", "", f"Keys of the section `{SECTION}` of a YAML file.", "")
     yield from ("This page is what `python -m pipeline config --schema` prints.", "")
     yield from _table("The section", Config)
+    yield from _table("In the background: `background`", Background)
     yield from _table("Logging: `logging`", Logging)
     yield from _table("A task: `dataset`, or an entry of the list", Task)
     yield from _table("Files: `dataset.dataset`", Files)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError, nearest
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipeline.config.background import Background
 from pipeline.config.class_paths import ENCODERS, refuse_reference
-from pipeline.config.fields import check_choice, check_values, key, parse_bytes, require
+from pipeline.config.fields import DEVICES, check_choice, check_values, key, parse_bytes, require
 from pipeline.config.task import Task, check_names
 from pipeline.config.trackers import Logging
 from pipeline.statistics.metrics import LOSS, Metric, metrics_of_kind
 
 ON_ERROR = ("warn", "raise")
-DEVICES = ("auto", "cpu", "cuda", "mps")
+MODES = ("sharded", "blocking", "background")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STORED_DTYPES = ("float32", "float16")
 POOLINGS = ("mean", "cls", "last")
@@ -40,6 +41,11 @@ class Config:
         "mean",
         choices=POOLINGS,
     )
+    compile: bool = key(
+        "compile the layers of a Hugging Face model, which pays on a GPU for millions of tokens; in a training, and "
+        "for a model of a class of your own, compile the model itself",
+        False,
+    )
     max_batch_tokens: int | None = key("token budget of an embedding batch; null: by kind of device", least=1)
     embedding_dtype: str = key("how embeddings are stored: `float32` or `float16`", "float32", choices=STORED_DTYPES)
     store: str = key("folder of stored embeddings and heads", "~/.cache/downstream-validation")
@@ -61,6 +67,13 @@ class Config:
     )
     trust_pickle: bool = key("unpickle a `.ckpt` as it is, with the code that it names", False)
     every_n_validations: int = key("the callback measures at the first validation and then at every n-th", 1, least=1)
+    mode: str = key(
+        "how the callback measures: the training waits for it (`sharded`, `blocking`), or a worker measures snapshots "
+        "of the weights while training goes on (`background`)",
+        "sharded",
+        choices=MODES,
+    )
+    background: Background = key("the worker of `mode: background`, and what it measures", Background)
     on_start: bool = key("the callback measures before the first training step too, at step 0", True)
     on_end: bool = key("the callback measures at the end of training, unless the last validation just did", False)
     on_error: str = key(
@@ -115,8 +128,11 @@ class Config:
         """`memory_budget` in bytes."""
         return parse_bytes(self.memory_budget)
 
-    def check(self) -> None:
-        """Raises ConfigError where a value is out of range, or two tasks contradict one another."""
+    def check(self, with_files: bool = True) -> None:
+        """Raises ConfigError where a value is out of range, or two tasks contradict one another.
+
+        `with_files` requires the folders of the CSV files too.
+        """
         check_choice("device", self.device.split(":")[0], DEVICES)
         check_values(self)
         known = self.baseline in (None, "random_init")
@@ -124,8 +140,11 @@ class Config:
         require(0 < self.timeout < 10**7, f"timeout is {self.timeout}, expected more than 0 and less than 10 million")
         parse_bytes(self.memory_budget)
         self.logging.check()
+        self.background.check(metric.key for metric in self.metrics)
+        both = self.mode == "background" and self.save
+        require(not both, "save: mode background writes snapshots itself; leave save out, and set background.keep_best")
         for task in self.dataset:
-            task.check()
+            task.check(with_files)
         check_names(self.dataset)
         targets = sorted({task.infer_target for task in self.dataset})
         differs = f"infer_target differs between tasks ({', '.join(targets)})"

@@ -17,9 +17,11 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.config.background import Background
 from pipeline.config.class_paths import import_class
 from pipeline.config.line_numbers import SECTION, Lines
 from pipeline.config.schema import Config
+from pipeline.config.shipped import anchor
 from pipeline.config.task import LEVELS, Files, MaxRows, Task
 from pipeline.config.trackers import Logging
 from pipeline.errors import ConfigError, nearest
@@ -58,6 +60,7 @@ def read_config(source: str | Path | Mapping[Any, Any], overrides: str = "") -> 
     section = _section(root, path)
     OmegaConf.set_readonly(section, False)
     OmegaConf.set_struct(section, False)
+    anchor(section, source)
     overridden = _apply(section, overrides)
     try:
         plain = OmegaConf.to_container(section, resolve=True)
@@ -90,6 +93,9 @@ def config_from(section: dict[Any, Any], lines: Lines | None = None) -> Config:
     if isinstance(raw.get("logging"), dict):
         _check_keys(raw["logging"], Logging, ("logging",), lines)
         raw["logging"] = _typed(Logging, _with_lists(raw["logging"], "tags"), ("logging",), lines)
+    if isinstance(raw.get("background"), dict):
+        _check_keys(raw["background"], Background, ("background",), lines)
+        raw["background"] = _typed(Background, raw["background"], ("background",), lines)
     if isinstance(tasks, list):
         typed = [_task(entry, ("dataset", index), lines) for index, entry in enumerate(tasks)]
     else:
@@ -123,7 +129,7 @@ def to_mapping(config: Config) -> dict[str, Any]:
     for values in map(dataclasses.asdict, config.dataset):
         level, head = values.pop("level"), values.pop("head")
         tasks.append({"class": head or level, **values})
-    own["logging"] = dataclasses.asdict(config.logging)
+    own |= {name: dataclasses.asdict(getattr(config, name)) for name in ("logging", "background")}
     return {**own, "dataset": tasks if config.is_list else tasks[0]}
 
 

@@ -127,7 +127,8 @@ def load_tokenizer(source: str, trusted: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:
         found = malformed(Path(folder)) or str(error)
-        raise CheckpointError(f"ckpt: the tokenizer in '{folder}' cannot be loaded: {found}") from error
+        remedy = "copy the files of the tokenizer there"
+        raise CheckpointError(f"ckpt: the tokenizer in '{folder}' cannot be loaded: {found}; {remedy}") from error
 
 
 def portable(tokenizer: Any) -> Any:

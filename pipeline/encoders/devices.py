@@ -27,3 +27,9 @@ def find_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Values of the CPU on a device; to a GPU without waiting for it."""
+    on_gpu = device.type == "cuda"
+    return (values.pin_memory() if on_gpu else values).to(device, non_blocking=on_gpu)

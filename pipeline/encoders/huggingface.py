@@ -16,14 +16,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.encoders.code_digest import no_reuse
 from pipeline.encoders.description import fresh, quiet
-from pipeline.encoders.devices import DTYPES, find_device, find_precision
+from pipeline.encoders.devices import DTYPES, find_device, find_precision, send
 from pipeline.encoders.digests import code_of, model_digest
+from pipeline.encoders.layers import compile_layers, find_layer, shorten
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.packing import Packing
 from pipeline.encoders.protocol import Encoder, no_first
 from pipeline.encoders.tokens import Tokens
 from pipeline.encoders.weights import weights_of
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError
 
 REMEDY = "give the module a method hidden_states(sequences), or name an encoder class in infer_target"
 
@@ -31,8 +32,9 @@ REMEDY = "give the module a method hidden_states(sequences), or name an encoder 
 class HuggingFaceEncoder(Encoder):
     """A Hugging Face encoder and its tokenizer. See `Encoder` for the attributes.
 
-    On a CPU, sequences are packed into one row where the model gives the same hidden states so; else, and where the
-    model runs as it is, they are padded to the longest of a batch. Padding is masked and not returned.
+    On a CPU in float32, and on a GPU in bf16 or fp16, sequences are packed into one row where the model gives the same
+    hidden states so; else, and where the model runs as it is, they are padded to the longest of a batch. Padding is
+    masked and not returned.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class HuggingFaceEncoder(Encoder):
         Args:
             model: the encoder, without heads; layers above the chosen layer are removed.
             tokenizer: its tokenizer.
-            options: device, precision, layer and pooling are used.
+            options: device, precision, layer, pooling and `compile` are used, the last where not `as_is`.
             as_is: the model is of a class of the user's own, or in training: it stays where it is, keeps all layers and
                 heads, and runs as its class has it. Float32 copies stand in for weights of another dtype.
             maker: a digest of the user's code that made the model; None where it cannot be known.
@@ -68,10 +70,13 @@ class HuggingFaceEncoder(Encoder):
         self._check_ids(self.tokens.before + self.tokens.after)
         if not as_is:
             if self.layer is not None:
-                _shorten(model, self.layer, config)
+                shorten(model, self.layer, config)
             if hasattr(config, "use_cache"):
                 config.use_cache = False  # the keys and values of a causal model, for a token to come
             model.to(self.device)
+            if options.compile:
+                compile_layers(model, config)
+        self.compiled = options.compile and not as_is
         self.model = model.eval()
         self._copies = _float_copies(model) if as_is else {}
         self.hidden_size: int = self._found_size() if as_is else getattr(config, "hidden_size", None) or config.d_model
@@ -84,6 +89,7 @@ class HuggingFaceEncoder(Encoder):
     def digest(self) -> str:  # type: ignore[override]  # mypy: read-only, though a cached property can be set
         """See `Encoder`. Computed when it is first used: all weights are read."""
         how = self.precision if self.layer is None else f"{self.precision} layer {self.layer}"
+        how += " compiled" if self.compiled else ""
         if self.as_is:
             how += f" {self._code or uuid4().hex}"
         return model_digest(self.model, {**weights_of(self.model), **self._copies}, self.tokens, how)
@@ -130,22 +136,19 @@ class HuggingFaceEncoder(Encoder):
     @cached_property
     @torch.no_grad()
     def _packing(self) -> Packing | None:
-        """None on a GPU: it would be given a small piece of work for each sequence."""
-        if self.device.type != "cpu" or self.precision != "fp32" or self.as_is:
+        """None for float32 on a GPU: the kernel for sequences of many lengths takes bf16 and fp16 alone."""
+        full = self.precision == "fp32"
+        if self.as_is or (self.device.type, full) not in (("cpu", True), ("cuda", False)):
             return None
-        return Packing.fit(self.model, self.tokens.ordinary(24), self.tokens.padding)
+        autocast = None if full else self._autocast
+        return Packing.fit(self.model, self.tokens.ordinary(24), self.tokens.padding, autocast)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Hidden states of the rows padded to the longest, shape (rows, longest, hidden_size)."""
         tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
         ids = pad_sequence(tokens, batch_first=True, padding_value=self.tokens.padding)
         mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
-        return self._forward(input_ids=self._send(ids), attention_mask=self._send(mask))
-
-    def _send(self, values: Tensor) -> Tensor:
-        """To the device; to a GPU without waiting for it."""
-        pinned = values.pin_memory() if self.device.type == "cuda" else values
-        return pinned.to(self.device, non_blocking=self.device.type == "cuda")
+        return self._forward(input_ids=send(ids, self.device), attention_mask=send(mask, self.device))
 
     def _forward(self, **inputs: Tensor) -> Tensor:
         """The hidden states of the chosen layer."""
@@ -197,9 +200,8 @@ class HuggingFaceEncoder(Encoder):
                 kind = type(self.model).__name__
                 remedy = "leave baseline out"
                 raise CheckpointError(f"baseline: {kind}(config) gives no model ({error}); {remedy}") from error
-        options = EncoderOptions(
-            device=str(self.device), precision=self.precision, layer=self.layer, pooling=self.pooling
-        )
+        same = {name: getattr(self, name) for name in ("precision", "layer", "pooling")}
+        options = EncoderOptions(device=str(self.device), compile=self.compiled, **same)
         return HuggingFaceEncoder(model.to(self.device), self.tokens.tokenizer, options, self.as_is, self.maker)
 
     def why_unknown(self, sequence: str) -> str:
@@ -216,35 +218,6 @@ class HuggingFaceEncoder(Encoder):
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.precision])
-
-
-def _layers(config: Any) -> int:
-    """How many layers the encoder has."""
-    names = ("encoder_layers", "num_hidden_layers", "num_layers", "n_layers")
-    count = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
-    if count is None:
-        raise ConfigError(f"layer: expected one of {', '.join(names)} in the model's configuration; set layer=null")
-    return int(count)
-
-
-def find_layer(layer: int | None, config: Any) -> int | None:
-    """A layer's number from 0 on; None for the last."""
-    if layer is None:
-        return None
-    last = _layers(config)
-    if not -last - 1 <= layer <= last:
-        raise ConfigError(f"layer: expected {-last - 1} to {last} for a model of {last} layers, found {layer}")
-    found = layer % (last + 1)
-    return None if found == last else found
-
-
-def _shorten(model: nn.Module, layer: int, config: Any) -> None:
-    """Removes the layers above `layer` but for the next, whose input is the output of `layer`."""
-    count = _layers(config)
-    stacks = (part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
-    stack = next(stacks, None)
-    if stack is not None:
-        del stack[layer + 1 :]
 
 
 def _float_copies(model: nn.Module) -> dict[str, Tensor]:

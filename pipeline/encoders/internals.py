@@ -47,6 +47,11 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, COMPILED)
 
 
+def has_compiled_parts(model: nn.Module) -> bool:
+    """Whether a module in it was compiled in place, by `Module.compile`."""
+    return any(getattr(part, "_compiled_call_impl", None) is not None for part in model.modules())
+
+
 def uncompiled(name: str) -> str:
     """The name that a weight or module had before `torch.compile`, FSDP and the like; a trailing dot is kept."""
     for wrapped in WRAPPED:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.encoders.devices import DTYPES, find_device, find_precision
 from pipeline.encoders.digests import weights_digest
-from pipeline.encoders.huggingface import find_layer
+from pipeline.encoders.layers import find_layer
 from pipeline.encoders.megatron import MegatronModel
 from pipeline.encoders.megatron_tokens import MegatronTokens
 from pipeline.encoders.options import EncoderOptions

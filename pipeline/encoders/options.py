@@ -26,6 +26,7 @@ class EncoderOptions:
         model_factory: the path of a class or function of the user's that makes the `nn.Module` that the weights are of;
             it is called with the stored configuration.
         pooling: how token states become the embedding of a sequence; see `Encoder`.
+        compile: have `torch.compile` compile the layers of a Hugging Face model.
     """
 
     infer_target: str = "auto"
@@ -38,6 +39,7 @@ class EncoderOptions:
     layer: int | None = None
     model_factory: str | None = None
     pooling: str = "mean"
+    compile: bool = False
 
     @classmethod
     def from_config(cls, config: Config) -> EncoderOptions:

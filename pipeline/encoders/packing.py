@@ -4,6 +4,9 @@ Linear layers then see real tokens alone, and attention runs within each sequenc
 its hidden states on a probe stay the same: positions must be an argument, absolute (ESM, BERT, BART) or relative (T5),
 and attention plain, or causal (GPT-2, Llama). An activation that the model computes in several operations, each over
 all values of a layer, is replaced by a single operation where that gives the same, too.
+
+On a CPU attention is computed for neighbours of equal length at a time; on a GPU, in bf16 or fp16, for all sequences of
+the row by one kernel, `torch.nn.attention.varlen`, which takes no bias of relative positions: T5 is padded there.
 """
 
 from __future__ import annotations
@@ -11,27 +14,42 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, product
+from itertools import accumulate, groupby, product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.encoders.internals import attention_of, attention_set
+from pipeline.encoders.devices import send
+from pipeline.encoders.internals import attention_of, attention_set, has_compiled_parts
 
 NAME = "within_sequences"  # of the attention, among those that transformers knows
 # The arguments that transformers gives to an attention function and that do not change the result here.
 HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
-TOLERANCE = 1e-5
+TOLERANCE, GPU_TOLERANCE = 1e-5, 1e-4  # of the probe in float32; a GPU adds up in another order for each shape
+HALF_TOLERANCE = (
+    0.05  # of the hidden states' norm, in bf16 and fp16; what another context makes of them is far above it
+)
 
 logger = logging.getLogger(__name__)
 
 _given_up: set[type[nn.Module]] = set()  # classes of models that the user was told of
-_lengths: ContextVar[Sequence[int]] = ContextVar("lengths of the sequences in the row")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The lengths of the sequences in the row; on a GPU where each begins, and the last ends, (sequences + 1,)."""
+
+    lengths: Sequence[int]
+    starts: Tensor | None
+
+
+_row: ContextVar[_Row] = ContextVar("the sequences in the row")
 
 
 class Packing:
@@ -48,27 +66,31 @@ class Packing:
         self._biases: list[Any] = [part for part in inner if hasattr(part, "compute_bias")]  # T5's relative positions
 
     @classmethod
-    def fit(cls, model: nn.Module, ids: Sequence[int], padding: int) -> Packing | None:
+    def fit(
+        cls,
+        model: nn.Module,
+        ids: Sequence[int],
+        padding: int,
+        autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> Packing | None:
         """The packing of a model in evaluation mode; None, and a log line, where it does not give the same.
 
         Args:
-            model: a Hugging Face encoder.
+            model: a Hugging Face encoder, in float32.
             ids: some tokens to try it on, no special ones among them.
             padding: the padding token; positions may be numbered from behind it.
+            autocast: within what it will run, where that is bf16 or fp16; tried too, when float32 gives the same.
         """
         if attention_of(model.config) != "sdpa" or len(ids) < 2:
             _give_up(model, "its attention is not torch's, sdpa" if len(ids) >= 2 else "it has no tokens to try")
             return None
         rows = [[*ids], [*ids[: len(ids) // 2]], [*reversed(ids)]]  # the last has the length of the first
-        device = next(model.parameters()).device
-        expected = [model(input_ids=torch.tensor([row], device=device)).last_hidden_state[0] for row in rows]
+        contexts = [(nullcontext, _close)] if autocast is None else [(nullcontext, _close), (autocast, _close_in_half)]
         fused, reason = fused_forwards(model), ""
         for fusing, first in product([fused, {}] if fused else [{}], (0, padding + 1)):
             packing = cls(model, first, fusing)
             try:
-                found = packing(rows, lambda **inputs: model(**inputs).last_hidden_state)
-                pairs = zip(expected, found, strict=True)
-                if all(torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in pairs):
+                if all(packing._agrees(rows, context, close) for context, close in contexts):
                     return packing
             except Exception as error:  # whatever a model has against it: in the end it is padded
                 if _is_out_of_memory(error):
@@ -77,6 +99,23 @@ class Packing:
                 reason = f"{type(error).__name__}: {error}"
         _give_up(model, reason or "its hidden states become others")
         return None
+
+    def _agrees(
+        self,
+        rows: Sequence[Sequence[int]],
+        context: Callable[[], AbstractContextManager[Any]],
+        close: Callable[[Tensor, Tensor], bool],
+    ) -> bool:
+        """Whether each row has the same hidden states alone and packed."""
+        device = next(self.model.parameters()).device
+
+        def forward(**inputs: Tensor) -> Tensor:
+            states: Tensor = self.model(**inputs).last_hidden_state
+            return states
+
+        with context():
+            alone = [forward(input_ids=torch.tensor([row], device=device))[0] for row in rows]
+            return all(map(close, self(rows, forward), alone))
 
     def __call__(self, rows: Sequence[Sequence[int]], forward: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         """The hidden states of each row of token ids, each of shape (tokens, hidden_size).
@@ -87,12 +126,14 @@ class Packing:
         """
         lengths = [len(row) for row in rows]
         device = next(self.model.parameters()).device
-        ids = torch.tensor([[token for row in rows for token in row]], device=device)
-        positions = torch.cat([torch.arange(self.first, self.first + length) for length in lengths]).to(device)
+        ids = send(torch.tensor([[token for row in rows for token in row]]), device)
+        positions = send(torch.cat([torch.arange(self.first, self.first + length) for length in lengths]), device)
         inputs = {"input_ids": ids, "position_ids": positions[None]}
         if _takes(self.model, "token_type_ids") and bool(getattr(self.model.config, "type_vocab_size", 0)):
             inputs["token_type_ids"] = torch.zeros_like(ids)  # a model's own are as many as it has positions
-        with self._given(positions, max(lengths)), _within(self.model, lengths):
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) if device.type == "cuda" else None
+        row = _Row(lengths, None if starts is None else send(starts, device))
+        with self._given(positions, max(lengths)), _within(self.model, row):
             states: Tensor = forward(**inputs)
         found: tuple[Tensor, ...] = states[0].split(lengths)
         return found
@@ -151,8 +192,13 @@ def attention(
     if sharing > 1:
         key, value = (states.repeat_interleave(sharing, dim=1) for states in (key, value))
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, head size)
+    row = _row.get()
+    if torch.is_autocast_enabled(query.device.type):
+        if position_bias is not None:
+            raise ValueError("attention with a bias of relative positions, which varlen attention does not take")
+        return _varlen(query, key, value, row, causal, scaling)[None], None
     parts, begin = [], 0
-    for length, same in groupby(_lengths.get()):
+    for length, same in groupby(row.lengths):
         count = len(list(same))
         end = begin + count * length
         q, k, v = (rows[begin:end].unflatten(0, (count, length)).transpose(1, 2) for rows in (query, key, value))
@@ -163,8 +209,26 @@ def attention(
     return torch.cat(parts)[None], None
 
 
+def _varlen(query: Tensor, key: Tensor, value: Tensor, row: _Row, causal: bool, scaling: float | None) -> Tensor:
+    """Attention of all sequences by one kernel, in the dtype of autocast; shapes (tokens, heads, head size)."""
+    from torch.nn.attention.varlen import varlen_attn  # from torch 2.10 on
+
+    assert row.starts is not None  # as it is on a GPU
+    dtype, longest = torch.get_autocast_dtype(query.device.type), max(row.lengths)
+    query, key, value = (states.to(dtype) for states in (query, key, value))
+    window = (-1, 0 if causal else -1)
+    found = varlen_attn(query, key, value, row.starts, row.starts, longest, longest, scale=scaling, window_size=window)
+    assert isinstance(found, Tensor)  # it gives more only where that is asked for
+    return found
+
+
 def fused_forwards(model: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-    """By module, its forward pass with torch's own GELU: as ESM writes that out, it is a sixth of all of its time."""
+    """By module, its forward pass with torch's own GELU: as ESM writes that out, it is a sixth of all of its time.
+
+    None where the model was compiled: that puts operations together by itself, and once more for each other forward.
+    """
+    if has_compiled_parts(model):
+        return {}
     return {
         module: partial(FUSED[type(module).__name__], module)
         for module in model.modules()
@@ -177,6 +241,15 @@ FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "EsmIntermediate": lambda module, states: functional.gelu(module.dense(states)),
     "NewGELUActivation": lambda _module, states: functional.gelu(states, approximate="tanh"),
 }
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    tolerance = TOLERANCE if found.device.type == "cpu" else GPU_TOLERANCE
+    return torch.allclose(expected, found, rtol=tolerance, atol=tolerance)
+
+
+def _close_in_half(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).norm() <= HALF_TOLERANCE * expected.norm())
 
 
 def _give_up(model: nn.Module, reason: str) -> None:
@@ -197,14 +270,15 @@ def _takes(module: nn.Module, name: str) -> bool:
 
 
 @contextmanager
-def _within(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
-    """Has the model's attention stay within sequences of these lengths."""
+def _within(model: nn.Module, row: _Row) -> Iterator[None]:
+    """Has the model's attention stay within the sequences of a row."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, attention)
-    token = _lengths.set(lengths)
+    compiled = has_compiled_parts(model)  # then attention is left out: new lengths would have it compiled again
+    AttentionInterface.register(NAME, torch.compiler.disable(attention) if compiled else attention)
+    token = _row.set(row)
     try:
         with attention_set(model.config, NAME):
             yield
     finally:
-        _lengths.reset(token)
+        _row.reset(token)

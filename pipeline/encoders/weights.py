@@ -19,6 +19,7 @@ MASKED = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "codegen")
 UNUSED = (
     "embeddings.position_embeddings.weight"  # of an ESM with rotary positions: transformers 4 makes them all the same
 )
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of which a value is what it stands for
 SHOWN = 3  # names in a message
 
 
@@ -86,6 +87,17 @@ def check_unexpected(encoder: nn.Module, state: Mapping[str, Any], prefix: str, 
     if left:
         kind = type(encoder).__name__
         raise CheckpointError(f"ckpt: '{source}' holds weights that a {kind} does not have: {_some(left)}; {remedy}")
+
+
+def check_dtypes(found: Mapping[str, torch.dtype], source: str) -> None:
+    """Raises CheckpointError where weights are stored as integers or in 8 bits: quantised, with scales elsewhere."""
+    for name, dtype in found.items():
+        if dtype not in FLOATS:
+            expected = "expected float16, bfloat16, float32 or float64"
+            why = "quantised weights have scales, which are not read; take the checkpoint that they were made from"
+            raise CheckpointError(
+                f"ckpt: '{source}': '{name}': {expected}, found {str(dtype).removeprefix('torch.')}: {why}"
+            )
 
 
 def check_finite(model: nn.Module, source: str) -> None:

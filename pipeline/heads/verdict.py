@@ -23,7 +23,6 @@ from pipeline.statistics.metrics import LOSS, Metric
 FALLING = 0.1  # of what is explained at the end, added from the second last tenth of the epochs to the last
 LEAST = 0.01  # of an explained share: less is the noise of a few epochs
 GAP = 0.4  # of explained shares between train and test set
-TO_95 = 1.96  # standard errors from the middle to the end of an interval
 Array = npt.NDArray[Any]
 
 
@@ -118,7 +117,7 @@ def _no_better(metric: Metric) -> bool:
     """Whether accuracy, or squared error, is better than the constant guess by less than its standard error."""
     if metric.constant is None or metric.name not in ("accuracy", "mse"):
         return False
-    error = (metric.interval.high - metric.interval.low) / 2 / TO_95 if metric.interval else 0.0
+    error = metric.interval.error if metric.interval else 0.0
     gain = metric.constant - metric.value if metric.lower_is_better else metric.value - metric.constant
     return gain <= error
 

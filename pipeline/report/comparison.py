@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pipeline.errors import ConfigError, nearest
 from pipeline.report.differences import FIRST, differences
+from pipeline.report.page import leaderboard_page
 from pipeline.report.tables import Table, number, plain
 from pipeline.statistics.metrics import Metric, lower_is_better
 from pipeline.store.temporary import temporary_folder
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-FILE = "leaderboard.json"
+FILE, PAGE = "leaderboard.json", "report.html"
 
 
 @dataclass(frozen=True)
@@ -63,50 +66,109 @@ def choose(rows: Sequence[Row], by: str = "") -> list[str]:
     return list(dict.fromkeys([*([by] if by else common), *main]))
 
 
-def leaderboard(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
-    """The checkpoints, best first in the first of `names`; those without it are last, ties in the order given.
+@dataclass(frozen=True)
+class Leaderboard:
+    """Checkpoints, best first.
 
-    Returns:
-        The columns `rank` (from 1), `checkpoint`, `step`, each metric, those of `names` first, and `error`. Where
-        predictions are at hand, `<metric>_delta_first` and its `_ci_low` and `_ci_high` follow the first of `names`:
-        the difference to the first row, with its paired 95 % interval.
+    Attributes:
+        frame: the columns `rank` (from 1), `checkpoint`, `step`, each metric, those of `names` first, and `error`.
+            Where predictions are at hand, `<metric>_delta_first` and its `_ci_low` and `_ci_high` follow the first of
+            `names`: the difference to the first row, with its paired 95 % interval.
+        names: the metrics to show; rows are ranked by the first.
+        remarks: how it is to be read: what its marks mean, and what its rows differ in.
     """
+
+    frame: pd.DataFrame
+    names: Sequence[str]
+    remarks: Sequence[str]
+
+    @property
+    def table(self) -> Table:
+        """The metrics to show, and beside the first how far each row is from the first row."""
+        rows, names, key = [], self.names, self.names[0] + FIRST
+        compared = key in self.frame.columns
+        for row in self.frame.to_dict("records"):
+            values = [number(row[name]) if row[name] == row[name] else "" for name in names]
+            cells = ["failed", *values[1:]] if row["error"] else values
+            if compared:
+                cells.insert(1, _difference(row[key], row[f"{key}_ci_low"], row[f"{key}_ci_high"]))
+            rows.append([str(row["rank"]), row["checkpoint"], *cells])
+        columns = [*names[:1], *(["against #1 (95 %)"] if compared else []), *names[1:]]
+        return Table(("#", "checkpoint", *columns), rows, frozenset({1}), f"Checkpoints by {names[0]}")
+
+    @property
+    def errors(self) -> list[str]:
+        """Why checkpoints were not measured."""
+        failed = self.frame[self.frame["error"] != ""]
+        return [f"{plain(name)}: {why}" for name, why in zip(failed["checkpoint"], failed["error"], strict=True)]
+
+    @property
+    def bars(self) -> list[Bar | None]:
+        """Of each row the difference to the first, to be drawn on one scale; empty where there is none at all."""
+        key = self.names[0] + FIRST
+        if key not in self.frame.columns:
+            return []
+        numbers = self.frame[[f"{key}_ci_low", key, f"{key}_ci_high"]].to_numpy(float)
+        low, high = min(0.0, float(np.nanmin(numbers))), max(0.0, float(np.nanmax(numbers)))
+        places = 3 + 94 * (np.insert(numbers, 3, 0.0, axis=1) - low) / ((high - low) or 1)
+        return [None if np.isnan(row).any() else Bar(*row.round(2).tolist()) for row in places]
+
+    @property
+    def every_metric(self) -> Table:
+        """A row per metric, a column per checkpoint."""
+        names = [name for name in self.frame.columns if name not in ("rank", "checkpoint", "step", "error")]
+        cells = [[number(value) if value == value else "" for value in self.frame[name]] for name in names]
+        return Table(
+            ("metric", *self.frame["checkpoint"]), [(name, *row) for name, row in zip(names, cells, strict=True)]
+        )
+
+    @property
+    def summary(self) -> str:
+        """The leaderboard in Markdown, the errors, and how it is to be read."""
+        return "\n".join([self.table.markdown(), "", *(f"- {line}" for line in (*self.errors, *self.remarks))])
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Where a difference, the ends of its interval and no difference are drawn, in percent from the left."""
+
+    low: float
+    middle: float
+    high: float
+    zero: float
+
+    @property
+    def tied(self) -> bool:
+        """Whether the row cannot be told apart from the first."""
+        return self.low <= self.zero <= self.high
+
+
+def leaderboard(rows: Sequence[Row], names: Sequence[str]) -> Leaderboard:
+    """The checkpoints, best first in the first of `names`; those without it are last, ties in the order given."""
     import pandas as pd
 
-    metrics = list(dict.fromkeys([*names, *(name for row in rows for name in row.metrics)]))
     ranked = _ranked(rows, names[0])
-    records = [{"checkpoint": row.label, "step": row.step, **row.metrics, "error": row.error} for row in ranked]
-    frame = pd.DataFrame(records, columns=["checkpoint", "step", *metrics, "error"])
-    frame = frame.astype({"step": "Int64", **dict.fromkeys(metrics, "float64")})
-    found, _ = differences([row.tables for row in ranked], names[0])
-    if any(found):
-        key = names[0] + FIRST
-        columns = pd.DataFrame([one.interval.named(key) | {key: one.value} if one else {} for one in found])
-        place = frame.columns.tolist().index(names[0]) + 1
-        for offset, column in enumerate((key, f"{key}_ci_low", f"{key}_ci_high")):
-            frame.insert(place + offset, column, columns[column])
-    frame.insert(0, "rank", frame.index + 1)
-    return frame
+    measured = [row for row in ranked if row.metrics]
+    found, reasons = differences([row.tables for row in measured], names[0])
+    key = names[0] + FIRST
+    changes = [{key: one.value, **one.interval.named(key)} if one else {} for one in found]
+    changes += [{}] * (len(ranked) - len(measured))  # what failed is last
+    first = [names[0], *(key + end for end in ("", "_ci_low", "_ci_high") if any(found))]
+    numbers = list(dict.fromkeys([*first, *names, *(name for row in rows for name in row.metrics)]))
+    records = [
+        {"rank": place, "checkpoint": row.label, "step": row.step, **row.metrics, **change, "error": row.error}
+        for place, (row, change) in enumerate(zip(ranked, changes, strict=True), 1)
+    ]
+    frame = pd.DataFrame(records, columns=["rank", "checkpoint", "step", *numbers, "error"])
+    frame = frame.astype({"step": "Int64", **dict.fromkeys(numbers, "float64")})
+    lines = [f"There is no difference to the first row: {reason}" for reason in reasons]
+    return Leaderboard(frame, names, lines + _remarks(measured, any(found)))
 
 
 def _ranked(rows: Sequence[Row], name: str) -> list[Row]:
-    """The rows, best first in a metric; those without it are last, ties in the order given."""
+    """The rows, best first in a metric; then those without it, then what failed; ties in the order given."""
     sign = 1 if lower_is_better(name) else -1
-    return sorted(rows, key=lambda row: (name not in row.metrics, sign * row.metrics.get(name, 0.0)))
-
-
-def board_table(board: pd.DataFrame, names: Sequence[str]) -> Table:
-    """A leaderboard with some of its metrics, and beside the first how far each row is from the first row."""
-    rows, key = [], names[0] + FIRST
-    compared = key in board.columns
-    for row in board.to_dict("records"):
-        values = [number(row[name]) if row[name] == row[name] else "" for name in names]
-        cells = ["failed", *values[1:]] if row["error"] else values
-        if compared:
-            cells.insert(1, _difference(row[key], row[f"{key}_ci_low"], row[f"{key}_ci_high"]))
-        rows.append([str(row["rank"]), row["checkpoint"], *cells])
-    columns = [*names[:1], *(["against #1 (95 %)"] if compared else []), *names[1:]]
-    return Table(("#", "checkpoint", *columns), rows, frozenset({1}), f"Checkpoints by {names[0]}")
+    return sorted(rows, key=lambda row: (not row.metrics, name not in row.metrics, sign * row.metrics.get(name, 0.0)))
 
 
 def _difference(value: float, low: float, high: float) -> str:
@@ -121,37 +183,27 @@ def comparable(rows: Sequence[Row]) -> bool:
     return len({row.data for row in rows if row.metrics}) <= 1
 
 
-def remarks(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
-    """How a leaderboard is to be read: what its marks mean, and what its rows differ in."""
-    measured = _ranked([row for row in rows if row.metrics], names[0])
-    found, reasons = differences([row.tables for row in measured], names[0])
-    lines = [f"There is no difference to the first row: {reason}" for reason in reasons]
-    if any(found):
+def _remarks(measured: Sequence[Row], compared: bool) -> list[str]:
+    lines = []
+    if compared:
         lines.append("Rows with = cannot be told apart from the first: the interval of the difference holds 0.")
-    if any(found) and len(measured) > 2:
+    if compared and len(measured) > 2:
         lines.append(f"The first is the best of {len(measured)}: its lead is not corrected for that choice.")
     if len({row.step for row in measured}) > 1:
         lines.append("The rows are of different steps.")
-    if not comparable(rows):
+    if not comparable(measured):
         lines.append("The test sets differ between rows: sequences that one encoder takes are too long for another.")
     return lines
 
 
-def summary(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """The leaderboard in Markdown, the errors, and how it is to be read."""
-    lines = [board_table(leaderboard(rows, names), names).markdown(), ""]
-    lines += [f"- {plain(row.label)}: {row.error}" for row in rows if row.error]
-    return "\n".join([*lines, *(f"- {remark}" for remark in remarks(rows, names))])
-
-
-def publish(rows: Sequence[Row], names: Sequence[str], tracker: Tracker, run: JournalRun) -> pd.DataFrame:
-    """Logs the leaderboard as a table that MLflow shows, and in the run's description; returns it."""
-    board = leaderboard(rows, names)
-    data = board.astype(object).where(board.notna(), None).to_dict("split", index=False)
+def publish(board: Leaderboard, tracker: Tracker, run: JournalRun, with_page: bool = True) -> None:
+    """Logs a leaderboard as a table that MLflow shows, as the page `report.html`, and in the run's description."""
+    frame, title = board.frame, f"{len(board.frame)} checkpoints by {board.names[0]}"
+    data = frame.astype(object).where(frame.notna(), None).to_dict("split", index=False)
+    files = {FILE: json.dumps(data), **({PAGE: leaderboard_page(title, board)} if with_page else {})}
     with temporary_folder() as folder:
-        path = folder / FILE
-        path.write_text(json.dumps(data), encoding="utf-8")
-        tracker.artifact(path)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+            tracker.artifact(folder / name)
     run.tags({"mlflow.loggedArtifacts": json.dumps([{"path": FILE, "type": "table"}])})
-    run.describe(f"{len(rows)} checkpoints by `{names[0]}`\n\n{summary(rows, names)}")
-    return board
+    run.describe(f"{len(frame)} checkpoints by `{board.names[0]}`\n\n{board.summary}")

@@ -1,19 +1,24 @@
-"""What a reader looks at first: a line per target with its score, its interval, what it has changed by, a verdict."""
+"""What a reader looks at first: for each target its score, its interval, what it has changed by, a verdict."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.report.tables import INTERVAL, Table, append, interval_text, number, pairs_of, score_table, score_text
 from pipeline.statistics.metrics import Since
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pipeline.score import Scores
     from pipeline.statistics.metrics import Metric
 
 HEAD, PROBE = False, True
+IMPROVED, WORSE, TIED = "improved", "worse", "not told apart"
+Curve = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -24,36 +29,100 @@ class Changes:
         values: by the names that they are logged under; see `Change.named`.
         since: which of them.
         start: where the training began, in words.
+        curves: in a training by metric, the step and the value of each measurement so far, with this one.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
     since: Since = "start"
     start: str = "the start"
+    curves: Mapping[str, Curve] = field(default_factory=dict)
 
-    def of(self, metric: Metric | None) -> tuple[float, float, float] | None:
-        """The change and the ends of its interval; None where there is none."""
-        key = f"{metric.key}_delta_{self.since}" if metric else ""
+    def of(self, metric: Metric | None, since: Since | None = None) -> tuple[float, float, float] | None:
+        """The change and the ends of its interval; None where there is none. By default since the training began."""
+        key = f"{metric.key}_delta_{since or self.since}" if metric else ""
         if key not in self.values:
             return None
         return self.values[key], self.values[f"{key}_ci_low"], self.values[f"{key}_ci_high"]
 
-    def text(self, metric: Metric | None) -> str:
+    def text(self, metric: Metric | None, since: Since | None = None) -> str:
         """`+0.125 (+0.050, +0.200)`; empty where there is no change."""
-        found = self.of(metric)
+        found = self.of(metric, since)
         return "{:+.3f} ({:+.3f}, {:+.3f})".format(*found) if found else ""
 
     def verdict(self, pair: Mapping[bool, Metric]) -> list[str]:
         """Whose change is beyond chance, and in which direction."""
         found: dict[str, list[str]] = {}
-        compared = {which: change for which, metric in pair.items() if (change := self.of(metric))}
-        for which, (_, low, high) in compared.items():
-            if low <= 0 <= high:
-                continue
-            improved = (high < 0) == pair[which].lower_is_better
-            found.setdefault("improved" if improved else "worse", []).append("probe" if which else "head")
-        if compared and not found:
-            return [f"not told apart from {self.start}"]
+        compared = {which: self.direction(metric) for which, metric in pair.items()}
+        for which, word in compared.items():
+            if word in (IMPROVED, WORSE):
+                found.setdefault(word, []).append("probe" if which else "head")
+        if TIED in compared.values() and not found:
+            return [f"{TIED} from {self.start}"]
         return [f"{word} ({', '.join(who)})" for word, who in found.items()]
+
+    def direction(self, metric: Metric, since: Since | None = None) -> str:
+        """`improved`, `worse`, or `not told apart` where the interval holds 0; empty where there is no change."""
+        found = self.of(metric, since)
+        if found is None:
+            return ""
+        _, low, high = found
+        if low <= 0 <= high:
+            return TIED
+        return IMPROVED if (high < 0) == metric.lower_is_better else WORSE
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The main metric of a target.
+
+    Attributes:
+        scores: of its task.
+        pair: the head's metric (`HEAD`), and the probe's beside it (`PROBE`), as far as there are.
+        changes: what they have changed by.
+    """
+
+    scores: Scores
+    pair: Mapping[bool, Metric]
+    changes: Changes
+
+    @property
+    def main(self) -> Metric:
+        """The head's; the probe's where the head has none."""
+        return next(iter(self.pair.values()))
+
+    @property
+    def baseline(self) -> str:
+        """What the baseline reaches, its head's and then its probe's."""
+        keys = [replace(self.main, probe=which).key for which in (HEAD, PROBE)]
+        return ", ".join(f"{self.scores.baselines[key]:.3f}" for key in keys if key in self.scores.baselines)
+
+    @property
+    def judgements(self) -> list[tuple[str, str]]:
+        """What is wrong with the head, or that it learns; what has changed beyond chance. With each `good` or `bad`."""
+        words = [one.short for one in self.scores.verdicts if one.target in ("", self.main.target)]
+        words = words or ([] if HEAD in self.pair else ["no score of the head"])
+        found = [(word, "bad") for word in words] or [("learns", "good")]
+        tones = {IMPROVED: "good", WORSE: "bad"}
+        return found + [(text, tones.get(text.split()[0], "")) for text in self.changes.verdict(self.pair)]
+
+    @property
+    def verdict(self) -> str:
+        """The judgements in a line."""
+        return "; ".join(text for text, _ in self.judgements)
+
+    @property
+    def markdown(self) -> str:
+        """Score, interval, change and verdict, in a line."""
+        interval = f" ({INTERVAL}: {interval_text(self.main)})" if self.main.interval else ""
+        change = self.changes.text(self.main)
+        since = f", {change} since {self.changes.start}" if change else ""
+        return f"- `{self.main.key}`: **{score_text(self.main)}**{interval}{since}: {self.verdict}"
+
+
+def headlines(scores: Sequence[Scores], changes: Changes = Changes()) -> list[Headline]:
+    """Those of every target, in order."""
+    found = [(one, pairs_of(metric for metric in one.results if metric.is_headline)) for one in scores]
+    return [Headline(one, pair, changes) for one, pairs in found for pair in pairs.values()]
 
 
 def overview(scores: Sequence[Scores], changes: Changes = Changes(), title: str = "Scores on the test set") -> Table:
@@ -68,38 +137,67 @@ def overview(scores: Sequence[Scores], changes: Changes = Changes(), title: str 
         Columns that would be empty are left out. The baseline is the head's, then the probe's. The verdict says what is
         wrong with the head, or that it learns; where there is a start, whose change leaves 0 out of its 95 % interval.
     """
-    headlines = [(one, pairs_of(metric for metric in one.results if metric.is_headline)) for one in scores]
-    pairs = [(one, pair) for one, found in headlines for pair in found.values()]
-    columns, rows = ["metric"], [[next(iter(pair.values())).beside.key] for _, pair in pairs]
+    every = headlines(scores, changes)
+    columns, rows = ["metric"], [[one.main.beside.key] for one in every]
     for name, which in (("score", HEAD), ("probe", PROBE)):
-        found = [pair.get(which) for _, pair in pairs]
+        found = [one.pair.get(which) for one in every]
         if any(found):
             append(columns, rows, name, [score_text(one) if one else "" for one in found])
             append(columns, rows, INTERVAL, [interval_text(one) for one in found])
             append(columns, rows, f"{name} since {changes.start}", [changes.text(one) for one in found])
-    append(columns, rows, "baseline", [_baseline(pair, one.baselines) for one, pair in pairs])
-    append(columns, rows, "constant guess", [number(next(iter(pair.values())).constant) for _, pair in pairs])
-    append(columns, rows, "verdict", [_verdict(one, pair, changes) for one, pair in pairs])
+    append(columns, rows, "baseline", [one.baseline for one in every])
+    append(columns, rows, "constant guess", [number(one.main.constant) for one in every])
+    append(columns, rows, "verdict", [one.verdict for one in every])
     left = frozenset({0, len(columns) - 1})
     return Table(columns, rows, left, title)
 
 
+def overview_frame(scores: Sequence[Scores], changes: Changes = Changes()) -> pd.DataFrame:
+    """The overview as numbers: a row per target.
+
+    Returns:
+        Columns `task`, `metric`, `score`, `ci_low`, `ci_high` (the ends of its 95 % interval), the same of the probe
+        (`probe`, ...), `baseline` (of the head, else of the probe), `constant` (a constant guess) and `verdict`. What
+        is not defined is NaN.
+    """
+    import pandas as pd
+
+    rows = []
+    for one in headlines(scores, changes):
+        row: dict[str, Any] = {"task": one.scores.task_name, "metric": one.main.beside.short}
+        for prefix, which in (("", HEAD), ("probe_", PROBE)):
+            metric = one.pair.get(which)
+            row["probe" if which else "score"] = metric.value if metric else math.nan
+            ends = (metric.interval.low, metric.interval.high) if metric and metric.interval else (math.nan, math.nan)
+            row |= dict(zip((f"{prefix}ci_low", f"{prefix}ci_high"), ends, strict=True))
+        baselines = one.scores.baselines
+        lines = [baselines[metric.key] for metric in one.pair.values() if metric.key in baselines]
+        row |= {"baseline": lines[0] if lines else math.nan}
+        row |= {"constant": math.nan if one.main.constant is None else one.main.constant}
+        rows.append(row | {"verdict": one.verdict})
+    return pd.DataFrame(rows)
+
+
+def change_table(scores: Scores, changes: Changes) -> Table:
+    """A row per comparison of a main metric with another checkpoint, on the same test sequences."""
+    others: dict[Since, str] = {changes.since: changes.start, "best": "the best before"}
+    rows = []
+    for metric in (metric for metric in scores.results if metric.is_headline):
+        for since, words in others.items():
+            if found := changes.of(metric, since):
+                value, low, high = (f"{one:+.3f}" for one in found)
+                rows.append((metric.key, words, value, f"{low}, {high}", changes.direction(metric, since)))
+    return Table(("metric", "against", "change", INTERVAL, "verdict"), rows, frozenset({0, 1, 4}))
+
+
 def summary(facts: Mapping[str, str], scores: Sequence[Scores], changes: Changes = Changes()) -> str:
-    """A run's description: the overview first, as MLflow shows the first lines alone; warnings; every metric; facts."""
+    """A run's description: a line per target, as MLflow shows the first lines alone; warnings; every metric; facts."""
     notes = [f"- {one.task_name}: {note}" for one in scores for note in (*one.earlier_notes, *one.notes)]
     about = [f"- {name}: `{value}`" for name, value in facts.items()]
-    return "\n".join([overview(scores, changes).markdown(), "", *notes, "", score_table(scores).markdown(), "", *about])
+    first = first_lines(scores, changes)
+    return "\n".join([first, "", *notes, *([""] if notes else []), score_table(scores).markdown(), "", *about])
 
 
-def _baseline(pair: Mapping[bool, Metric], baselines: Mapping[str, float]) -> str:
-    first = next(iter(pair.values()))
-    keys = [replace(first, probe=which).key for which in (HEAD, PROBE)]
-    return ", ".join(f"{baselines[key]:.3f}" for key in keys if key in baselines)
-
-
-def _verdict(scores: Scores, pair: Mapping[bool, Metric], changes: Changes) -> str:
-    target = next(iter(pair.values())).target
-    words = [one.short for one in scores.verdicts if one.target in ("", target)]
-    if HEAD not in pair:
-        words = words or ["no score of the head"]
-    return "; ".join([*(words or ["learns"]), *changes.verdict(pair)])
+def first_lines(scores: Sequence[Scores], changes: Changes = Changes()) -> str:
+    """The first lines of a run's description, in Markdown."""
+    return "\n".join(one.markdown for one in headlines(scores, changes))

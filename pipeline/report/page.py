@@ -1,82 +1,28 @@
-"""A measurement as a single HTML file, figures included."""
+"""A measurement, or several side by side, as a single HTML file, figures included."""
 
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
-from html import escape
+from functools import cache
 from pathlib import Path
-from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pipeline.report.overview import Changes, overview
-from pipeline.report.tables import class_table, companion_table, score_table
+from pipeline.report.overview import HEAD, PROBE, Changes, Headline, change_table, headlines, overview
+from pipeline.report.sparkline import HEIGHT, WIDTH, sparkline
+from pipeline.report.tables import class_table, companion_table, data_table, interval_text, number, score_table
+from pipeline.report.tables import score_text as value_text
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    from pipeline.report.comparison import Leaderboard
     from pipeline.score import Scores
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #222; --dim: #666; --line: #ddd; --back: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ddd; --dim: #999; --line: #444; --back: #000; }
-  img { filter: invert(1) hue-rotate(180deg); }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem; overflow-wrap: anywhere;
-  font: 1rem/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); }
-h1, h2 { line-height: 1.2; }
-h2 { margin-top: 2.5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-dl { display: grid; grid-template-columns: fit-content(40%) 1fr; gap: 0.25rem 1rem; }
-dt { color: var(--dim); }
-dd { margin: 0; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; overflow-wrap: normal; }
-th, td { padding: 0.25rem 1rem 0.25rem 0; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-td { text-align: right; font-variant-numeric: tabular-nums; }
-th { font-weight: normal; }
-thead th { color: var(--dim); white-space: normal; vertical-align: bottom; }
-thead th + th { text-align: right; }
-td:last-child { color: var(--dim); }
-img { display: block; max-width: 100%; height: auto; margin: 1.5rem 0; }
-pre { overflow-x: auto; overflow-wrap: normal; }
-</style>
-</head>
-<body>
-<main>
-<h1>$title</h1>
-<div class="wide" role="region" aria-label="Overview" tabindex="0">
-$overview
-</div>
-<dl>
-$facts
-</dl>
-$tasks
-<h2>Configuration</h2>
-<details>
-<summary>The YAML that repeats this measurement</summary>
-<pre>$yaml</pre>
-</details>
-</main>
-</body>
-</html>
-""")
-TASK = Template("""<section>
-<h2>$name</h2>
-<div class="wide" role="region" aria-label="Metrics" tabindex="0">
-$table
-$embeddings
-</div>
-$classes
-$notes
-$pictures
-</section>""")
+WIDE = 800  # pixels from which a picture has a row of its own
+HELPERS = {"HEAD": HEAD, "PROBE": PROBE, "width": WIDTH, "height": HEIGHT}
 
 
 def page(
@@ -100,37 +46,72 @@ def page(
     Raises:
         OSError: a picture cannot be read.
     """
-    terms = [f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()]
-    tasks = [_task(one, pictures.get(one.task_name, ())) for one in scores]
-    texts = {"title": escape(title), "yaml": escape(yaml), "overview": overview(scores, changes).html()}
-    return PAGE.substitute(texts, facts="\n".join(terms), tasks="\n".join(tasks))
+    tasks = [_task(one, pictures.get(one.task_name, ()), changes) for one in scores]
+    return _render("measurement.html", title=title, tasks=tasks, facts=facts, yaml=yaml, changes=changes)
 
 
-def _task(scores: Scores, pictures: Sequence[Path]) -> str:
-    """A task's section: its metrics, the warnings, and its figures."""
-    items = [f"<li>{escape(note)}</li>" for note in (*scores.earlier_notes, *scores.notes)]
-    listed = "<ul>\n" + "\n".join(items) + "\n</ul>" if items else ""
-    images = "\n".join(_image(scores.task_name, path) for path in pictures)
-    return TASK.substitute(
-        name=escape(scores.task_name),
-        table=score_table([scores]).html(),
-        embeddings=companion_table(scores).html() if scores.companions else "",
-        classes=_classes(scores),
-        notes=listed,
-        pictures=images,
-    )
+def leaderboard_page(title: str, board: Leaderboard) -> str:
+    """Returns the HTML of several checkpoints side by side."""
+    return _render("leaderboard.html", title=title, board=board, bars=board.bars, every=board.every_metric)
 
 
-def _classes(scores: Scores) -> str:
-    """A fold with the metrics of each class alone; empty where the labels are numbers."""
-    table = class_table(scores)
-    if not table.rows:
-        return ""
-    region = f'<div class="wide" role="region" aria-label="Each class" tabindex="0">\n{table.html()}\n</div>'
-    return f"<details>\n<summary>Each class alone</summary>\n{region}\n</details>"
+def notebook_table(title: str, scores: Sequence[Scores], changes: Changes, notes: Sequence[str]) -> str:
+    """Returns the HTML of the overview as a notebook shows it, in its own style."""
+    return _render("notebook.html", title=title, content=overview(scores, changes), notes=notes)
 
 
-def _image(task_name: str, path: Path) -> str:
+def _render(template: str, **values: Any) -> str:
+    return _environment().get_template(f"{template}.jinja").render(values)
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("pipeline.report")
+    found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    found.globals.update(HELPERS)
+    found.filters.update(interval=interval_text, value=value_text, number=number, breakable=_breakable)
+    return found
+
+
+def _breakable(name: str) -> Markup:
+    """The name of a metric, that a narrow page breaks between words."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub("([_/])", r"\1<wbr>", str(escape(name))))  # noqa: S704 - it is escaped
+
+
+def _task(scores: Scores, pictures: Sequence[Path], changes: Changes) -> dict[str, Any]:
+    """What a task's card and its fold show."""
+    data = set(scores.examples.notes)
+    return {
+        "name": scores.task_name,
+        "headlines": [(one, _curve(one, changes)) for one in headlines([scores], changes)],
+        "notes": [note for note in (*scores.earlier_notes, *scores.notes) if note not in data],
+        "data_notes": [note for note in scores.earlier_notes if note in data],
+        "data": data_table(scores),
+        "metrics": score_table([scores]),
+        "embeddings": companion_table(scores),
+        "classes": class_table(scores),
+        "changes": change_table(scores, changes),
+        "pictures": [_picture(scores.task_name, path) for path in pictures],
+    }
+
+
+def _curve(one: Headline, changes: Changes) -> Any:
+    """The head's and the probe's values over the training, and the baseline's level."""
+    names = {"probe" if which else "head": metric.key for which, metric in one.pair.items()}
+    curves = {name: changes.curves[key] for name, key in names.items() if key in changes.curves}
+    return sparkline(curves, one.scores.baselines.get(one.main.key))
+
+
+def _picture(task_name: str, path: Path) -> dict[str, Any]:
     """A figure, within the page; its alternative text is taken from the file's name."""
-    alt = escape(f"{task_name}: {path.stem.replace('_', ' ')}")
-    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+    from PIL import Image
+
+    with Image.open(path) as image:
+        width, height = image.size
+    source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    alt = f"{task_name}: {path.stem.replace('_', ' ')}"
+    return {"src": source, "alt": alt, "width": width, "height": height, "wide": width > WIDE}

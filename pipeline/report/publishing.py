@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.schema import Config
 from pipeline.config.yaml_file import to_mapping, to_yaml
 from pipeline.encoders.protocol import Encoder
+from pipeline.errors import ConfigError
 from pipeline.report.figures import curves, draw
 from pipeline.report.overview import Changes
 from pipeline.report.page import page
@@ -58,6 +59,19 @@ def publish(
         tracker.artifact(report)
 
 
+def write_report(
+    path: Path, scores: Sequence[Scores], changes: Changes, title: str, facts: Mapping[str, str], yaml: str
+) -> None:
+    """Writes the page to a file of the user's, see `publish`. Raises ConfigError where it cannot be written."""
+    with temporary_folder() as temporary:
+        pictures = {one.task_name: draw(one, temporary / metric_name(one.task_name)) for one in scores}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(page(title, scores, pictures, facts, yaml, changes), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"report: '{path}' cannot be written ({error.strerror}); give another path") from error
+
+
 def publish_curves(points: Sequence[tuple[int, Mapping[str, float]]], tracker: Tracker, folder: str = "curves") -> None:
     """Draws every metric against the step, if there are two steps or more."""
     if len(points) < 2:
@@ -90,7 +104,7 @@ def _data_of(scores: Scores) -> str:
     for name, part in scores.examples.parts.items():
         left_out = f" ({part.left_out} left out)" if part.left_out else ""
         rows.append(f"{len(part)} {name}{left_out}")
-    return f"{scores.examples.task.dataset_path}: {', '.join(rows)}"
+    return f"{scores.examples.task.dataset_path or 'DataFrame'}: {', '.join(rows)}"
 
 
 def versions() -> dict[str, str]:

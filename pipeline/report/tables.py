@@ -1,4 +1,4 @@
-"""Results as tables: for the terminal, for Markdown and for HTML."""
+"""Results as tables: for the terminal, for Markdown and for the page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,7 +47,9 @@ class Table:
             )
         for row in self.rows:
             view.add_row(*map(Text, row))
-        console = Console(width=None if sys.stdout.isatty() else 200)
+        console = Console(
+            width=None if sys.stdout.isatty() else 200, force_jupyter=False
+        )  # there it would show nothing
         with console.capture() as captured:
             console.print(view)
         return captured.get().rstrip("\n")
@@ -58,16 +59,6 @@ class Table:
         rule = ["---" if index in self.left else "---:" for index in range(len(self.columns))]
         rows = [self.columns, rule, *self.rows]
         return "\n".join(f"| {' | '.join(map(plain, row))} |" for row in rows)
-
-    def html(self) -> str:
-        """A `<table>` in which the first cell of each row is its heading."""
-        heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in self.columns)
-        rows = [
-            f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in others)}</tr>'
-            for first, *others in self.rows
-        ]
-        body = "\n".join(rows)
-        return f"<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
 def plain(text: str) -> str:
@@ -98,6 +89,18 @@ def score_table(scores: Sequence[Scores]) -> Table:
 def companion_table(scores: Scores) -> Table:
     """What the embeddings of a task are like, whatever the labels."""
     return Table(("embeddings", "value"), [(name, number(value)) for name, value in scores.companions.items()])
+
+
+def data_table(scores: Scores) -> Table:
+    """A row per part of a task's data: sequences used and left out, labels that are masked, sequences in train too."""
+    examples = scores.examples
+    rows = []
+    for name, part in examples.parts.items():
+        shares = [examples.found.get(what) for what in (f"{name}_masked", f"{name}_in_train", f"{name}_near_train")]
+        percents = ["" if share is None else f"{share:.1%}" for share in shares]
+        rows.append((name, f"{len(part):,}", f"{part.left_out:,}", *percents))
+    columns = ("part", "sequences", "left out, too long", "labels masked", "in train too", "nearly the same in train")
+    return Table(columns, rows)
 
 
 def class_table(scores: Scores) -> Table:

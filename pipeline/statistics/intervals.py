@@ -66,15 +66,15 @@ def intervals(predictions: Predictions) -> Intervals:
     return found
 
 
-def changes(now: Predictions, before: Predictions) -> Changes:
-    """What each metric has changed by since another checkpoint, with the paired 95 % interval.
+def changes(now: Predictions, before: Predictions, *, only: str | None = None) -> Changes:
+    """What each metric, or one, has changed by since another checkpoint, with the paired 95 % interval.
 
     Raises:
         DataError: the two were not measured on the same sequences and labels.
     """
     now.check_same_labels(before)
     found, reasons = Changes(), _reasons(now)
-    first, second = jackknife(now), jackknife(before)
+    first, second = jackknife(now, only), jackknife(before, only)
     same = len(now.seeds) == len(before.seeds) and all(
         np.array_equal(one.predicted, other.predicted) for one, other in zip(now.seeds, before.seeds, strict=True)
     )

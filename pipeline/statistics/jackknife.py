@@ -8,6 +8,7 @@ left out; how much follows from sums too, as described at `_spearman`, `_auroc` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,25 +32,33 @@ class Jackknife:
     without: dict[str, Floats]
 
 
-def jackknife(predictions: Predictions) -> Jackknife:
-    """Computes every metric on all sequences and without each. What is not defined is NaN or infinite.
+def jackknife(predictions: Predictions, only: str | None = None) -> Jackknife:
+    """Computes every metric, or one, on all sequences and without each. What is not defined is NaN or infinite.
 
     Of several head seeds it is the mean of their metrics: without a sequence, the mean of theirs without it.
     """
-    each = [_metrics(one) for one in predictions.seeds]
+    each = [_metrics(one, only) for one in predictions.seeds]
     found = {name: np.mean([one[name] for one in each], axis=0) for name in each[0]}
     values = {name: float(both[0]) for name, both in found.items()}
     return Jackknife(values, {name: both[1:] for name, both in found.items()})
 
 
-def _metrics(predictions: Predictions) -> dict[str, Floats]:
+def _metrics(predictions: Predictions, only: str | None) -> dict[str, Floats]:
+    numbers = predictions.classes is None
+    sums, of_ranks = (_regression, {"spearman": _spearman}) if numbers else (_classification, OF_RANKS)
+    later: dict[str, Callable[[Predictions], Floats]] = dict(of_ranks)
+    if predictions.counts.max(initial=0) > 1:
+        later[metric_of(predictions)] = _within_sequences
     with np.errstate(all="ignore"):
-        found = _regression(predictions) if predictions.classes is None else _classification(predictions)
-        if predictions.counts.max(initial=0) > 1:
-            each = per_sequence(predictions)
-            count, total = _all_and_without(np.stack([~np.isnan(each), np.nan_to_num(each)], 1))
-            found[metric_of(predictions)] = total / count
-        return found
+        found = {} if only in later else sums(predictions)
+        found |= {name: compute(predictions) for name, compute in later.items() if only in (None, name)}
+    return found if only is None else {name: both for name, both in found.items() if name == only}
+
+
+def _within_sequences(predictions: Predictions) -> Floats:
+    each = per_sequence(predictions)
+    count, total = _all_and_without(np.stack([~np.isnan(each), np.nan_to_num(each)], 1))
+    return np.asarray(total / count)
 
 
 def _all_and_without(sums: Floats) -> Floats:
@@ -72,11 +81,10 @@ def _regression(predictions: Predictions) -> dict[str, Floats]:
         "mae": absolute / n,
         "r2": 1 - squares / total,
         "pearson": (sxy - sx * sy / n) / np.sqrt(total * (sxx - sx**2 / n)),
-        "spearman": _spearman(predictions, true, predicted),
     }
 
 
-def _spearman(predictions: Predictions, true: Floats, predicted: Floats) -> Floats:
+def _spearman(predictions: Predictions) -> Floats:
     """The correlation of midranks u and v, centred and divided by the number of units.
 
     A unit takes part in a moment E[u v] in three places: its own product, and the ranks of the units above it in either
@@ -84,8 +92,8 @@ def _spearman(predictions: Predictions, true: Floats, predicted: Floats) -> Floa
     u_j], with above = 1 where j is higher, 1/2 at ties (Croux and Dehon 2010, there without ties). Leaving a sequence
     out takes the influence of its units away.
     """
-    size = len(true)
-    u, v = ((rankdata(one) - (size + 1) / 2) / size for one in (predicted, true))
+    size = len(predictions.true)
+    u, v = ((rankdata(one) - (size + 1) / 2) / size for one in (predictions.predicted, predictions.true))
     pairs = ((u, u), (v, v), (u, v))
     columns = [a * b + _sum_above(a, b) + _sum_above(b, a) for a, b in pairs]
     moments = np.array([[np.mean(a * b)] for a, b in pairs])
@@ -120,21 +128,19 @@ def _classification(predictions: Predictions) -> dict[str, Floats]:
         "balanced_accuracy": (both / np.maximum(st, 1)).sum(0) / (st > 0).sum(0),
         "macro_f1": (2 * both / np.maximum(st + sp, 1)).mean(0),
         "mcc": np.where(spread > 0, (right * n - chance) / np.sqrt(spread), 0.0),  # Gorodkin 2004
-        "auroc": _auroc(predictions, true, probabilities),
-        "average_precision": _average_precision(predictions, true, probabilities),
     }
 
 
-def _auroc(predictions: Predictions, true: npt.NDArray[np.int64], probabilities: Floats) -> Floats:
+def _auroc(predictions: Predictions) -> Floats:
     """Of two classes the second one's, of more the mean of each against the rest.
 
     It is the share of pairs (unit of the class, other unit) in the right order. Leaving a sequence out takes the pairs
     of its units away, which are sums of placements, counted from ranks (DeLong et al. 1988; Obuchowski 1997 for
     clusters). Pairs within the sequence are taken twice then; they are given back at the share of all pairs.
     """
-    classes = len(predictions.classes or ())
+    classes, true = len(predictions.classes or ()), np.asarray(predictions.true, np.int64)
     every = [
-        _auroc_of(predictions, true == index, probabilities[:, index])
+        _auroc_of(predictions, true == index, predictions.predicted[:, index])
         for index in ([1] if classes == 2 else range(classes))
     ]
     return np.asarray(np.mean(every, 0))
@@ -153,10 +159,11 @@ def _auroc_of(predictions: Predictions, positive: npt.NDArray[np.bool_], score: 
     return np.concatenate([[share], without])
 
 
-def _average_precision(predictions: Predictions, true: npt.NDArray[np.int64], probabilities: Floats) -> Floats:
+def _average_precision(predictions: Predictions) -> Floats:
     """Of two classes the second one's, of more the mean of each that has labels against the rest."""
+    true = np.asarray(predictions.true, np.int64)
     present = [1] if len(predictions.classes or ()) == 2 else np.unique(true)
-    every = [_average_precision_of(predictions, true == index, probabilities[:, index]) for index in present]
+    every = [_average_precision_of(predictions, true == index, predictions.predicted[:, index]) for index in present]
     return np.asarray(np.mean(every, 0))
 
 
@@ -189,3 +196,7 @@ def _at_or_above(place: npt.NDArray[np.int64], weights: Floats, owner: npt.NDArr
     ends = np.searchsorted(keys // (place.max() + 1), keys // (place.max() + 1), side="right") - 1
     cumulated = summed.cumsum()
     return np.asarray((cumulated[ends] - cumulated + summed)[at])
+
+
+# Metrics of classes that are not sums over the test set: they take most of the time.
+OF_RANKS = {"auroc": _auroc, "average_precision": _average_precision}

@@ -35,6 +35,7 @@ PROBE = "_probe"  # stands between a target and a metric of the probe's
 Since = Literal["start", "best", "random_init"]  # the first or the best measurement of a training; untrained weights
 EVERY = (*(name for names in OF_KIND.values() for name in names), *PER_SEQUENCE.values())
 BASELINE = "_baseline"  # between a target, and the probe if it is of a probe, and a metric of a baseline's
+NORMAL = 1.959964  # the half width of a 95 % interval, in standard errors
 _KEY = re.compile(f"test_(.+?)({BASELINE})?({PROBE})?_({'|'.join(EVERY)})")
 
 
@@ -44,6 +45,11 @@ class Interval:
 
     low: float
     high: float
+
+    @property
+    def error(self) -> float:
+        """The standard error that an interval of this width has."""
+        return (self.high - self.low) / 2 / NORMAL
 
     def named(self, key: str) -> dict[str, float]:
         """The two ends under the names that they are logged under.

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from pipeline.statistics.metrics import Metric, metric_name
+from pipeline.statistics.metrics import Interval, Metric, metric_name
 
 MEASUREMENTS = 3  # the fewest from which anything is said
-NORMAL = 1.959964  # the half width of a 95 % interval, in standard errors
 Points = Sequence[tuple[int, Mapping[str, float]]]
 
 
@@ -72,7 +71,7 @@ def _resolution(metric: Metric, key: str, measured: Points, heads: int) -> Resol
     """Of variances the mean over the measurements: each alone is from a few seeds."""
     one = fmean(numbers.get(f"{key}_seed_std", 0.0) ** 2 for _, numbers in measured) / heads
     low, high = f"{key}_delta_start_ci_low", f"{key}_delta_start_ci_high"
-    errors = [(numbers[high] - numbers[low]) / 2 / NORMAL for _, numbers in measured if low in numbers]
+    errors = [Interval(numbers[low], numbers[high]).error for _, numbers in measured if low in numbers]
     steps, values = [step for step, _ in measured], [numbers[key] for _, numbers in measured]
     slope = _slope(steps, values) * (-1 if metric.lower_is_better else 1)
     sampling = fmean(error**2 for error in errors) ** 0.5

@@ -33,6 +33,7 @@ FAST = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": True,  # two lines for each nested run
 }
 UPLOAD_SECONDS = 300
+ASKED_SECONDS = {"http": 5, "database": 60}  # a machine under load takes long to import what opens a database
 
 
 class _Thread(threading.local):
@@ -130,6 +131,32 @@ def download(uri: str) -> Path:
         raise CheckpointError(
             f"ckpt: '{uri}' cannot be downloaded from '{mlflow.get_tracking_uri()}': {error}"
         ) from error
+
+
+def answer(uri: str = "") -> tuple[str, str]:
+    """An address to show, by default that in force, and why it does not answer; empty where it does.
+
+    A SQLite database that does not exist is not made: the first measurement makes it.
+    """
+    uri = uri or mlflow.get_tracking_uri()
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not path.exists():
+        return shown(uri), "" if os.access(path.absolute().parent, os.W_OK) else "its folder cannot be written"
+    seconds = ASKED_SECONDS["http" if uri.startswith("http") else "database"]
+    answers: list[str] = []
+
+    def ask() -> None:
+        fail_fast()
+        try:
+            MlflowClient(uri).search_experiments(max_results=1)
+            answers.append("")
+        except Exception as error:  # of the many libraries below MLflow
+            answers.append(" ".join(str(error).split())[:200] or type(error).__name__)
+
+    thread = threading.Thread(target=ask, name="asking MLflow", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return shown(uri), next(iter(answers), f"nothing came within {seconds} s")
 
 
 def sweep(client: MlflowClient, experiment_id: str) -> None:

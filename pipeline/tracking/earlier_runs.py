@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import socket
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlflow
@@ -38,18 +38,19 @@ class Earlier:
         name: the run's.
         points: downstream metrics at each step, the first step first.
         data: digests of the test sets.
-        tables: at each step, the predictions by task, those that were kept; see `Scores.table`.
+        tables: at each step, the predictions by task, those that were kept and read (`with_predictions`); see
+            `Scores.table`.
     """
 
     run_id: str
     name: str
     points: list[tuple[int, dict[str, float]]]
     data: frozenset[str]
-    tables: dict[int, dict[str, pa.Table]]
+    tables: Mapping[int, dict[str, pa.Table]] = field(default_factory=dict)
 
 
 def read_runs(run_ids: Sequence[str], tracking_uri: str = "") -> list[Earlier]:
-    """The downstream metrics of runs that MLflow has.
+    """The downstream metrics of runs that MLflow has, without predictions.
 
     Raises:
         TrackingError: MLflow does not answer, or has no such run.
@@ -75,18 +76,29 @@ def _read(client: MlflowClient, run_id: str) -> Earlier:
         raise ConfigError(f"run '{run_id}' holds no measurement; give runs of measurements or of trainings")
     sets = [given.dataset for given in (run.inputs.dataset_inputs if run.inputs else [])]
     data = frozenset(dataset.digest for dataset in sets if dataset.name.endswith(" test"))
-    tables = {step: _tables(client, run_id, step) for step in points}
-    return Earlier(run_id, str(run.info.run_name), sorted(points.items(), key=lambda point: point[0]), data, tables)
+    return Earlier(run_id, str(run.info.run_name), sorted(points.items(), key=lambda point: point[0]), data)
 
 
-def _tables(client: MlflowClient, run_id: str, step: int) -> dict[str, pa.Table]:
-    """The predictions of a measurement in a training, or of one alone; none where they cannot be had."""
+def with_predictions(runs: Sequence[Earlier], name: str) -> list[Earlier]:
+    """The same runs with the predictions that a metric is computed from, and no others."""
+    metric, client = Metric.parse(name), connect()
+    task = metric.task if metric else ""
+    return [
+        replace(run, tables={step: _tables(client, run.run_id, step, task) for step, _ in run.points}) for run in runs
+    ]
+
+
+def _tables(client: MlflowClient, run_id: str, step: int, task: str) -> dict[str, pa.Table]:
+    """The predictions of a measurement in a training, or of one alone; none where they cannot be had.
+
+    Without a name of a task there is one alone.
+    """
     found = {}
     try:
         paths = [one.path for one in client.list_artifacts(run_id, f"{FOLDER}/step={step}")]
         for path in paths or [one.path for one in client.list_artifacts(run_id)]:
             name = Path(path).name
-            if name.startswith(PREDICTIONS) and name.endswith(".parquet"):
+            if name.startswith(f"{PREDICTIONS}{task}") and name.endswith(f"{task}.parquet"):
                 with temporary_folder() as folder:
                     local = client.download_artifacts(run_id, path, str(folder))
                     found[name.removeprefix(PREDICTIONS).removesuffix(".parquet")] = pq.read_table(local)

@@ -23,6 +23,7 @@ class JournalRun:
 
     Attributes:
         key: the run's, in the journal; on the server it is the tag `pipeline.journal`.
+        time: of its metrics, in milliseconds since 1970; None for that of each call.
     """
 
     def __init__(self, journal: Journal, key: str, context: Mapping[str, str]) -> None:
@@ -31,6 +32,7 @@ class JournalRun:
         self.key = key
         self.context = context
         self.model: str | None = None
+        self.time: int | None = None
         self.ended: str | None = None
         self._notes: list[str] = []
 
@@ -69,7 +71,7 @@ class JournalRun:
         """See `Tracker.metrics`. On a run with a checkpoint, the metrics are linked to it too."""
         numbers = {key: float(value) for key, value in values.items()}
         on = [dataset_name(data), data.digest[:16]] if data else None
-        self._write("metrics", values=numbers, step=step, time=now(), model=self.model, data=on)
+        self._write("metrics", values=numbers, step=step, time=self.time or now(), model=self.model, data=on)
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
         """See `Tracker.artifact`."""

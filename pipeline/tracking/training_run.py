@@ -74,7 +74,13 @@ class TrainingRun:
 
     @contextmanager
     def measurement(
-        self, step: int, digest: str, source: str = "live weights", tasks: str = "", child: bool = False
+        self,
+        step: int,
+        digest: str,
+        source: str = "live weights",
+        tasks: str = "",
+        child: bool = False,
+        time: int | None = None,
     ) -> Iterator[Tracker]:
         """The tracker of one measurement, of the weights with `digest` at `step` of the training.
 
@@ -84,9 +90,12 @@ class TrainingRun:
             source: where the weights are.
             tasks: their names, for the name of the nested run.
             child: logs the measurement to a nested run too, which has a nested run for each stage.
+            time: of the metrics, in milliseconds since 1970, so that a server takes those logged once more for the
+                same; by default, that of each call.
         """
         name = f"step={step}"
         linked = JournalRun(self.run.journal, self.run.key, self.run.context)  # a logger may write to the run as well
+        linked.time = time
         linked.checkpoint(name, digest, source, step)
         here = _Here(linked, self._data, step)
         if not child:

@@ -52,6 +52,13 @@ class Host(Protocol):
     def mirrors(self, run: Any) -> Sequence[Tracker]:
         """Trackers beside MLflow. A logger of `run`, the `TrainingRun` or None, is none of them."""
 
+    @property
+    def folder(self) -> Path:
+        """Of the training's output."""
+
+    def checkpoint(self, module: nn.Module, step: int) -> dict[str, Any]:
+        """What a checkpoint of the module holds."""
+
     def save(self, module: nn.Module, step: int, description: Mapping[str, Any] | None) -> Path:
         """Writes a checkpoint of the module, without callbacks and barriers of the loop. Raises CheckpointError."""
 
@@ -75,9 +82,13 @@ class LogHost:
         """Checkpoints that are written for a measurement are kept below `folder`."""
         self.folder = folder
 
+    def checkpoint(self, module: nn.Module, step: int) -> dict[str, Any]:
+        """See `Host.checkpoint`."""
+        return {"global_step": step, "state_dict": module.state_dict()}
+
     def save(self, module: nn.Module, step: int, description: Mapping[str, Any] | None) -> Path:
         """See `Host.save`."""
-        content = {"global_step": step, "state_dict": module.state_dict()}
+        content = self.checkpoint(module, step)
         return write_checkpoint(self.folder, step, content, description, "set the folder of the training's output")
 
     def say(self, text: str) -> None:

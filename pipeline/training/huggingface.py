@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import copy
+import logging
 import math
 import os
 import sys
@@ -15,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from pipeline.config.background import late_monitor
 from pipeline.config.schema import Config
 from pipeline.config.yaml_file import read_config
 from pipeline.errors import ConfigError
@@ -24,6 +27,8 @@ from pipeline.training.session import Session
 from pipeline.training.unwrapped import REMEDY, arithmetic, unwrapped, without_autocast_wrapper
 
 PREFIX = "eval_"
+
+logger = logging.getLogger(__name__)
 
 
 class TrainerHost(LogHost):
@@ -100,7 +105,12 @@ class DownstreamTrainerCallback(TrainerCallback):
             return
         self.on_init_end(args, state, control)
         self._handler, self._latest = _handler_that_calls(self), None
-        if self._handler is not None:
+        if self._handler is None:
+            logger.warning(
+                "downstream validation finds no list of the trainer's callbacks: its reporters are not told of a "
+                "measurement, and early stopping by its metrics must stand behind DownstreamTrainerCallback"
+            )
+        else:
             _put_in_front(self, self._handler.callbacks)
         self.session.close("FAILED")  # of a training that did not come to its end
         self.session.forget()
@@ -113,8 +123,9 @@ class DownstreamTrainerCallback(TrainerCallback):
             self.session.open(TrainerHost(args, module, tokenizer))
             try:
                 self.session.prepare(module)
+                self._refuse_monitor(args)
             except BaseException:
-                self.session.work = None
+                self.session.close("FAILED")
                 raise
         self._keep(state)
 
@@ -142,7 +153,11 @@ class DownstreamTrainerCallback(TrainerCallback):
             metrics[best] = math.nan  # not measured: no new best model, and the trainer goes on
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Where the trainer does not evaluate, measures before a save, so that the checkpoint holds the state."""
+        """Where the trainer does not evaluate, measures before a save, so that the checkpoint holds the state.
+
+        Takes in what has been measured in the background.
+        """
+        self._tell(args, state, control, self.session.poll())
         if self._is_on and control.should_save and not _evaluates(args):
             self._measure_once(args, state, control, given["model"])
 
@@ -162,6 +177,8 @@ class DownstreamTrainerCallback(TrainerCallback):
         replaced = args.load_best_model_at_end and state.best_model_checkpoint  # then these are not the final weights
         if self.config.on_end and not replaced and self.session.last_step != state.global_step:
             self._measure(args, state, control, given["model"])
+        final = None if replaced else unwrapped(given["model"])
+        self._tell(args, state, control, self.session.finish(final, state.global_step))
         self._keep(state)
         self.session.close("FINISHED")
 
@@ -198,6 +215,25 @@ class DownstreamTrainerCallback(TrainerCallback):
             should_log = control.should_log
             self._handler.on_log(args, state, control, {**named, **epoch})
             control.should_log = should_log
+
+    def _tell(self, args: Any, state: Any, control: Any, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Tells the trainer's history and its reporters of measurements of earlier steps, at those."""
+        for step, metrics in points:
+            named = {f"{PREFIX}{name}": value for name, value in metrics.items()}
+            state.log_history.append({**named, "step": step})
+            if self._handler is not None:
+                should_log, earlier = control.should_log, copy.copy(state)
+                earlier.global_step = step
+                self._handler.on_log(args, earlier, control, dict(named))
+                control.should_log = should_log
+        if points:
+            self._keep(state)
+
+    def _refuse_monitor(self, args: Any) -> None:
+        """Raises ConfigError where the best model would be chosen by a metric that comes later than its weights."""
+        best = (args.metric_for_best_model or "").removeprefix(PREFIX)
+        if self.session.is_late and self.config.has_metric(best):
+            raise ConfigError(late_monitor(f"metric_for_best_model='{args.metric_for_best_model}'"))
 
     def _keep(self, state: Any) -> None:
         """Puts what a resumed training needs where `trainer_state.json` has it."""

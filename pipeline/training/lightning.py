@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.report.tables import Table
 from pipeline.training.lightning_host import LightningHost
 from pipeline.training.lightning_package import DescribingIO, pl
-from pipeline.training.monitors import warn_of_monitors
+from pipeline.training.monitors import refuse_monitors, warn_of_monitors
 from pipeline.training.session import Session
 
 SHARDED = ("FSDP", "ModelParallel", "DeepSpeed")
@@ -97,14 +97,14 @@ class DownstreamValidation(pl.Callback):
         # to this callback, so none is skipped or called twice.
         callbacks = vars(trainer)["callbacks"]
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
-        self.session.open(LightningHost(trainer))
+        self.session.open(LightningHost(trainer), may_be_late=stage == "fit")
         # A module may build its layers in one of these hooks, which come later; then it is inspected again.
         kind, base = type(pl_module), pl.LightningModule
         self._late = any(
             getattr(kind, hook, None) is not getattr(base, hook, None) for hook in ("setup", "configure_model")
         )
         self.session.prepare(pl_module, may_wait=self._late)
-        warn_of_monitors(callbacks, self.config)
+        self._look_at_monitors(callbacks)
         io = trainer.strategy.checkpoint_io
         if not isinstance(io, DescribingIO):
             trainer.strategy.checkpoint_io = DescribingIO(io, DESCRIPTION, lambda: self.session.description)
@@ -114,6 +114,7 @@ class DownstreamValidation(pl.Callback):
         if self._late and self.session.work is not None:
             self._late = False
             self.session.prepare(pl_module)
+            self._look_at_monitors(vars(trainer)["callbacks"])
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The same for a trainer that only validates."""
@@ -124,6 +125,10 @@ class DownstreamValidation(pl.Callback):
         self.session.start_clock()
         if self.config.on_start and trainer.global_step == 0 and not self._rehearsal:
             self._measure(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Takes in what has been measured in the background."""
+        self.session.poll()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures, and publishes the metrics. In the sanity check, only tries whether that can work."""
@@ -148,6 +153,7 @@ class DownstreamValidation(pl.Callback):
         done = self.session.last_step == trainer.global_step
         if self.config.on_end and not done and not self._rehearsal:
             self._measure(trainer, pl_module)
+        self.session.finish(pl_module, trainer.global_step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Ends the MLflow run if it was opened here, and leaves the trainer as it was."""
@@ -179,6 +185,13 @@ class DownstreamValidation(pl.Callback):
     ) -> None:
         """Keeps the checkpoint's step: a trainer that only validates does not restore it."""
         self._loaded_step = int(checkpoint.get("global_step", 0))
+
+    def _look_at_monitors(self, callbacks: Sequence[Any]) -> None:
+        """Refuses or warns of callbacks that would go by old metrics, once it is known whether they are late."""
+        if not self.session.is_late:
+            warn_of_monitors(callbacks, self.config)
+        elif not self._late:
+            refuse_monitors(callbacks, self.config)
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """The metrics, the same on every rank; empty where the measurement failed and `on_error` is `warn`."""

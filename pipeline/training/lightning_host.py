@@ -67,17 +67,27 @@ class LightningHost:
 
         return [LoggerTracker(one) for one in self.loggers if not writes_to_run(one)]
 
-    def save(self, module: Any, step: int, description: Mapping[str, Any] | None) -> Path:
-        """See `Host.save`: as Lightning's own, without the trainer's callbacks and its barrier."""
+    @property
+    def folder(self) -> Path:
+        """See `Host.folder`."""
+        return Path(self.trainer.default_root_dir)
+
+    def checkpoint(self, module: Any, step: int) -> dict[str, Any]:
+        """See `Host.checkpoint`: as Lightning's own, without the trainer's callbacks."""
         content = {
             "epoch": self.trainer.current_epoch,
-            "global_step": self.trainer.global_step,
+            "global_step": step,
             "pytorch-lightning_version": vars(pl)["__version__"],
             "state_dict": module.state_dict(),
             "hyper_parameters": dict(module.hparams),
         }
         module.on_save_checkpoint(content)
-        return write_checkpoint(Path(self.trainer.default_root_dir), step, content, description, "set default_root_dir")
+        return content
+
+    def save(self, module: Any, step: int, description: Mapping[str, Any] | None) -> Path:
+        """See `Host.save`: without the trainer's barrier."""
+        content = self.checkpoint(module, step)
+        return write_checkpoint(self.folder, step, content, description, "set default_root_dir")
 
     def say(self, text: str) -> None:
         """See `Host.say`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class Downstream:
         self.config = config if isinstance(config, Config) else read_config(config)
         self.session = Session(self.config)
         self.tokenizer, self.name, self.folder = tokenizer, name, Path(folder)
+        self._last: tuple[Callable[[], nn.Module | None], int, int] = (lambda: None), 0, 0  # that was to be measured
 
     def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
         """Measures the weights that the model has now, and logs the result at `step`.
@@ -98,11 +100,13 @@ class Downstream:
         module = unwrapped(model)
         with without_autocast_wrapper(module):
             first = self._opened(module)
+            self.session.poll()
             due = self.config.on_start if step == 0 else self.session.is_due()
             if not due:
                 if first:
                     self.session.try_out(module)
                 return {}
+            self._last = weakref.ref(module), step, _version(module)
             try:
                 return self.session.measure(module, step)
             finally:
@@ -151,7 +155,14 @@ class Downstream:
         self.session.load(state)
 
     def close(self, status: str = "FINISHED") -> None:
-        """Draws the curves, and ends the MLflow run if it was opened here, as `FINISHED`, `FAILED` or `KILLED`."""
+        """Draws the curves, and ends the MLflow run if it was opened here, as `FINISHED`, `FAILED` or `KILLED`.
+
+        In the background (`mode`), waits for what is not measured yet if the status is `FINISHED`; every rank calls.
+        """
+        if status == "FINISHED":
+            found, step, version = self._last
+            module = found()
+            self.session.finish(module if module is not None and _version(module) == version else None, step)
         self.session.close(status)
 
     def __enter__(self) -> Downstream:
@@ -172,3 +183,8 @@ class Downstream:
             self.session.work = None
             raise
         return True
+
+
+def _version(module: nn.Module) -> int:
+    """A number that changes when weights do."""
+    return sum(parameter._version for parameter in module.parameters())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -99,12 +99,14 @@ class Measurement:
             try:
                 metrics = self._measure(module, step)
             except Exception as error:
-                message = str(error)
-                run = self._training_run
-                if run is not None:
-                    attempt("logging of the failure", lambda: run.failed(step, message))
+                self.tell_failure(step, str(error))
                 raise
             return metrics
+
+    @property
+    def runs_module(self) -> bool:
+        """Whether measuring runs the module itself, see `LiveModel`; False where that is not known yet."""
+        return self._live is not None and self._live.runs_module
 
     @property
     def own_run(self) -> str | None:
@@ -133,7 +135,7 @@ class Measurement:
     def _options(self) -> EncoderOptions:
         """With the training's device: at its end the module may be back on the CPU."""
         device = str(self.host.device) if self.config.device == "auto" else self.config.device
-        return replace(EncoderOptions.from_config(self.config), device=device)
+        return replace(EncoderOptions.from_config(self.config), device=device, compile=False)
 
     @contextmanager
     def _around(self, module: nn.Module) -> Iterator[None]:
@@ -206,32 +208,52 @@ class Measurement:
         if encoder.max_seq_length != self._limit:
             self._limit = encoder.max_seq_length
             self._read()
-        root = Path(self.config.store).expanduser()
-        with ExitStack() as stack:
-            kept = nullcontext(root) if self.config.keep_embeddings else temporary_folder(root / "live")
-            store = Store.from_config(self.config, stack.enter_context(kept))
-            run = self._training_run
-            tracker: Tracker = NullTracker()
-            if run is not None:
-                child = self.config.child_runs
-                open_tracker = partial(run.measurement, step, encoder.digest, source, self.config.title, child)
-                tracker = stack.enter_context(guarded("logging to MLflow", open_tracker))
-            mirrors = Several(self._mirrors)
-            scores, changes = validation.measure(
-                encoder,
-                self.config,
-                store,
-                tracker,
-                mirrors,
-                source,
-                step,
-                f"step={step}",
-                examples=self._examples,
-                compare=lambda scores: self.progress.log(scores, step, tracker, AtStep(mirrors, step)),
-            )
+        with self.trackers(step, encoder.digest, source) as (tracker, mirrors):
+            metrics = measured(encoder, self.config, self._examples, self.progress, tracker, mirrors, source, step)
+        self.tell_start(self.progress.start)
+        return metrics
+
+    @contextmanager
+    def trackers(
+        self, step: int, digest: str, source: str, time: int | None = None
+    ) -> Iterator[tuple[Tracker, Tracker]]:
+        """What a measurement of the weights with `digest` is logged to: MLflow, and the mirrors.
+
+        Args:
+            step: of the training.
+            digest: of the encoder.
+            source: where the weights are.
+            time: of the measurement, in milliseconds since 1970; by default, that of each call.
+        """
+        run = self._training_run
+        if run is None:
+            yield NullTracker(), Several(self._mirrors)
+            return
+        open_tracker = partial(run.measurement, step, digest, source, self.config.title, self.config.child_runs, time)
+        with guarded("logging to MLflow", open_tracker) as tracker:
+            yield tracker, Several(self._mirrors)
+
+    def open(self) -> None:
+        """Opens the MLflow run, unless it is open."""
+        _ = self._training_run
+
+    def tell_start(self, step: int | None) -> None:
+        """Tags the run with the step that changes are since."""
         if self._run is not None:
-            self._run.run.tags({f"{FOLDER}.start": f"step {self.progress.start}"})
-        return validation.metrics_of(scores) | dict(changes.values)
+            self._run.run.tags({f"{FOLDER}.start": f"step {step}"})
+
+    def tell_failure(self, step: int, message: str) -> None:
+        """Tags the run with the failure of a measurement."""
+        run = self._training_run
+        if run is not None:
+            attempt("logging of the failure", lambda: run.failed(step, message))
+
+    def warn_once(self, texts: Sequence[str]) -> None:
+        """Logs warnings of a measurement that another process made, each once in a training."""
+        validation.logger.addFilter(self._first_time)
+        for text in texts:
+            validation.logger.warning("%s", text)
+        validation.logger.removeFilter(self._first_time)
 
     def _read(self) -> None:
         """Reads and checks all data."""
@@ -260,3 +282,45 @@ class Measurement:
             self.host.say(f"downstream validation logs to MLflow: {run.place}")
         describe(run.run, self.config, FOLDER)
         return run
+
+
+def measured(
+    encoder: Encoder,
+    config: Config,
+    examples: Sequence[Examples],
+    progress: Progress,
+    tracker: Tracker,
+    mirrors: Tracker,
+    source: str,
+    step: int,
+) -> dict[str, float]:
+    """Measures the weights of a training, and follows what they have changed by. Returns all metrics, changes too.
+
+    Args:
+        encoder: of the weights.
+        config: of the measurement.
+        examples: of each task.
+        progress: knows the measurements before.
+        tracker: see `validation.measure`.
+        mirrors: see `validation.measure`.
+        source: see `validation.measure`.
+        step: of the training.
+
+    Raises:
+        PipelineError: see `validate`.
+    """
+    root = Path(config.store).expanduser()
+    with nullcontext(root) if config.keep_embeddings else temporary_folder(root / "live") as folder:
+        scores, changes = validation.measure_and_publish(
+            encoder,
+            config,
+            Store.from_config(config, folder),
+            tracker,
+            mirrors,
+            source,
+            step,
+            f"step={step}",
+            examples=examples,
+            compare=lambda scores: progress.log(scores, step, tracker, AtStep(mirrors, step)),
+        )
+    return validation.metrics_of(scores) | dict(changes.values)

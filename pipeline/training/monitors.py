@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.background import late_monitor
 from pipeline.config.schema import Config
+from pipeline.errors import ConfigError
 from pipeline.tracking.mirrors import is_kind
 from pipeline.training.lightning_package import pl
 
@@ -108,6 +110,14 @@ class DownstreamEarlyStopping(_Companion, pl.callbacks.EarlyStopping):
         """As Lightning's, for a fresh metric."""
         if self._is_fresh(trainer, self.monitor):
             super().on_validation_end(trainer, pl_module)
+
+
+def refuse_monitors(callbacks: Sequence[Any], config: Config) -> None:
+    """Raises ConfigError where a callback goes by a downstream metric that comes later than the weights it is of."""
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None) or ""
+        if config.has_metric(monitor):
+            raise ConfigError(late_monitor(f"{type(callback).__name__}(monitor='{monitor}')"))
 
 
 def warn_of_monitors(callbacks: Sequence[Any], config: Config) -> None:

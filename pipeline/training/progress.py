@@ -14,7 +14,7 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.errors import DataError
-from pipeline.report.overview import Changes, overview
+from pipeline.report.overview import Changes, first_lines, overview
 from pipeline.report.resolution_table import resolution_text
 from pipeline.report.tables import Table, step_table
 from pipeline.statistics.intervals import changes
@@ -49,13 +49,18 @@ class Progress:
         """Before the first measurement."""
         self.start: int | None = None
         self.overview: Table | None = None
+        self._lines = ""  # the same in the first lines of a description
+        self._curves: dict[str, list[tuple[int, float]]] = {}  # of each main metric
         self._best: dict[str, Best] = {}
         self._tables: dict[tuple[str, int], pa.Table] = {}  # of predictions, by task and step
 
     def log(self, scores: Sequence[Scores], step: int, tracker: Tracker, mirrors: Tracker) -> Changes:
         """Follows a measurement, see `follow`; logs the changes, and why there are none. Returns the changes."""
         found, notes = self.follow(scores, step)
-        since = Changes(found, "start", f"step {self.start}")
+        since = Changes(
+            found, "start", f"step {self.start}", {key: tuple(curve) for key, curve in self._curves.items()}
+        )
+        self._lines = first_lines(scores, since)
         self.overview = overview(scores, since, f"Scores on the test set at step {step}")
         for note in notes:
             logger.warning("%s", note)
@@ -71,7 +76,7 @@ class Progress:
             points: the step and the metrics of each measurement.
             config: says which metrics to show of each, and how many heads a score is the mean of.
         """
-        latest = [self.overview.markdown(), ""] if self.overview else []
+        latest = [self._lines, ""] if self._lines else []
         since = f"Changes are since step {self.start}, the first measurement."
         seen = resolution_of(points, config)
         return "\n".join(
@@ -96,6 +101,7 @@ class Progress:
         for one in scores:
             for metric in filter(lambda metric: metric.is_headline, one.results):
                 self._compare(one, metric, found, notes)
+                self._curves.setdefault(metric.key, []).append((step, metric.value))
                 best = self._best.get(metric.key)
                 sign = -1 if metric.lower_is_better else 1
                 if best is None or sign * metric.value > sign * best.value:
@@ -128,14 +134,14 @@ class Progress:
     def _change(self, one: Scores, metric: Metric, before: pa.Table) -> Change | str:
         """The change since another measurement, or why there is none."""
         now, then = (from_table(table, metric.target, metric.probe) for table in (one.table, before))
-        every = changes(now, then)
+        every = changes(now, then, only=metric.name)
         return every.values.get(metric.name) or every.refused.get(metric.name, "it is not defined in both")
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: numbers, names, and tensors that hold Parquet files."""
         tables = [(task, step, _packed(table)) for (task, step), table in self._tables.items()]
         best = {key: (one.step, one.value) for key, one in self._best.items()}
-        return {"start": self.start, "best": best, "tables": tables}
+        return {"start": self.start, "best": best, "tables": tables, "curves": self._curves}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
@@ -143,6 +149,7 @@ class Progress:
         made = cls()
         made.start = state["start"]
         made._best = {key: Best(*values) for key, values in state["best"].items()}
+        made._curves = {key: [*curve] for key, curve in state.get("curves", {}).items()}  # earlier versions kept none
         made._tables = {(task, step): _unpacked(packed) for task, step, packed in state["tables"]}
         return made
 

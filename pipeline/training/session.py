@@ -6,7 +6,7 @@ import atexit
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,11 +14,14 @@ from torch import nn
 from pipeline.config.schema import Config
 from pipeline.errors import PipelineError
 from pipeline.report.tables import Table
+from pipeline.training.background import Arrival
 from pipeline.training.host import Host
+from pipeline.training.late import Late, why_not_late
 from pipeline.training.measurement import Measurement
 from pipeline.training.progress import Progress
 from pipeline.training.ranks import LostRankError, Ranks
 
+Point = tuple[int, dict[str, float]]  # a step, and the metrics of its weights
 logger = logging.getLogger(__name__)
 
 
@@ -51,15 +54,25 @@ class Session:
         self._points: list[tuple[int, dict[str, float]]] = []  # the curve, with what came before an interruption
         self._progress: dict[str, Any] | None = None  # of rank 0, in the form in which a checkpoint has it
         self._began = self._spent = 0.0
+        self._may_be_late = False
+        self._late: Late | None = None
+        self._untold: list[Point] = []  # what came while the training was resumed
+        self._left: Mapping[str, Any] | None = None  # its state, from before an interruption
         self._at_exit: Callable[[], None] | None = None
 
     def forget(self) -> None:
         """Begins anew, for another training, such as another fold."""
         self._validations, self.last_step, self._run = 0, None, None
-        self._points, self._progress = [], None
+        self._points, self._progress, self._left = [], None, None
 
-    def open(self, host: Host) -> None:
-        """Begins to measure in a loop; every rank calls it."""
+    def open(self, host: Host, may_be_late: bool = True) -> None:
+        """Begins to measure in a loop; every rank calls it.
+
+        Args:
+            host: the loop.
+            may_be_late: whether the loop goes on while something is measured.
+        """
+        self._may_be_late = may_be_late and self.config.mode == "background"
         self.ranks.open()
         self.start_clock()
         self._spent = 0.0
@@ -75,11 +88,26 @@ class Session:
         assert self.work is not None
         work = self.work
 
-        def prepared() -> dict[str, Any] | None:
+        def prepared() -> tuple[dict[str, Any] | None, str]:
             work.prepare(module, may_wait)
-            return work.description
+            late = self._may_be_late
+            return work.description, why_not_late(self.config, module, work.runs_module) if late else ""
 
-        self.description = self.ranks.on_rank_zero(prepared)
+        self.description, why = self.ranks.on_rank_zero(prepared)
+        if why and self.ranks.is_first:
+            work.host.warn(f"mode: background cannot be, the training waits for its measurements: {why}")
+        self._may_be_late = self._may_be_late and not why
+        if not self._may_be_late:
+            self._late = None
+            self._continue()
+        elif self._late is None:
+            self._late = Late(self.config, self.ranks, work)
+            self._continue()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the training does not wait for its measurements (`mode: background`); known after `prepare`."""
+        return self._late is not None
 
     def try_out(self, module: nn.Module) -> None:
         """Tries whether a measurement can work. Raises PipelineError on every rank where it cannot."""
@@ -93,8 +121,15 @@ class Session:
         return (self._validations - 1) % self.config.every_n_validations == 0
 
     def measure(self, module: nn.Module, step: int) -> dict[str, float]:
-        """The metrics, the same on every rank; empty where the measurement failed and `on_error` is `warn`."""
+        """The metrics, the same on every rank; empty where the measurement failed and `on_error` is `warn`.
+
+        In the background, writes a snapshot, on rank 0; the metrics come later, see `poll`.
+        """
         assert self.work is not None
+        if self._late is not None:
+            self.last_step = step
+            self._late.hand_over(module, step)
+            return {}
         work, began = self.work, time.perf_counter()
         try:
             metrics = self.ranks.on_rank_zero(lambda: work.measure(module, step))
@@ -114,15 +149,62 @@ class Session:
         self._report(step, metrics, time.perf_counter() - began)
         return metrics
 
+    def poll(self) -> list[Point]:
+        """Takes in what has been measured in the background since the last call: steps and metrics, on rank 0.
+
+        Raises:
+            PipelineError: a measurement failed, `on_error` is `raise`, and there is one rank; several raise at the end.
+        """
+        if self._late is None:
+            return []
+        found, self._untold = [*self._untold, *self._take_in(self._late.poll())], []
+        return found
+
+    def finish(self, module: nn.Module | None = None, step: int = 0, alone: bool = False) -> list[Point]:
+        """Waits for what is measured in the background; afterwards all ranks have the curve. Every rank calls it.
+
+        Args:
+            module: is measured, where the last snapshot that was due was skipped; None where it is not at hand.
+            step: of the module.
+            alone: without the other ranks, as a program ends.
+
+        Returns:
+            As `poll`.
+
+        Raises:
+            PipelineError: on every rank, where a measurement failed and `on_error` is `raise`.
+        """
+        late, found = self._late, self._untold
+        self._untold = []
+        if late is None:
+            return found
+
+        def drained() -> tuple[list[Point], list[Point]]:
+            found.extend(self._take_in(late.drain(module, step)))
+            late.raise_failures()
+            return self.curve, self._points
+
+        if not alone:
+            self.curve, self._points = self.ranks.on_rank_zero(drained)
+        elif self.ranks.is_first:
+            drained()
+        return found
+
     def state(self) -> dict[str, Any]:
         """What a resumed training needs to continue the curve and the MLflow run."""
         run = self.work.own_run if self.work else None
+        progress, left = self._progress, self._left
+        if self._late is not None:
+            progress, left = self._late.progress_state(), self._late.state()
+        elif self.work is not None:
+            progress = self.work.progress.state()
         return {
             "validations": self._validations,
             "last_step": self.last_step,
             "run": run or self._run,
             "points": list(self._points),
-            "progress": self.work.progress.state() if self.work else self._progress,
+            "progress": progress,
+            "background": left,
         }
 
     def load(self, state: Mapping[str, Any], fits: bool = True) -> None:
@@ -131,14 +213,16 @@ class Session:
             self._validations = state["validations"]
             self.last_step = state["last_step"]
             self._points = list(state["points"])
-            self._progress = state.get("progress")
-            self._continue()
+            self._progress, self._left = state.get("progress"), state.get("background")
         self._run = state["run"]
         if self.work:
             self.work.earlier_run = self._run
+        if fits:
+            self._continue()
 
     def close(self, status: str) -> None:
         """Draws the curves, and ends the MLflow run if it was opened here."""
+        self._close_late()
         if self.work is not None:
             self._run = self.work.own_run or self._run
             self._progress = self.work.progress.state()
@@ -163,18 +247,55 @@ class Session:
     def _close_as_the_program_ends(self) -> None:
         error = getattr(sys, "last_value", None)
         failed = "FAILED" if isinstance(error, Exception) else "KILLED"
-        self.close("FINISHED" if error is None else failed)
+        try:
+            if error is None:
+                self.finish(alone=True)
+        finally:
+            self.close("FINISHED" if error is None else failed)
 
     def _continue(self) -> None:
         """Changes are since the first measurement before an interruption."""
         if self.work and self._progress is not None:
             self.work.progress = Progress.from_state(self._progress)
+        if self._late is not None and self._left is not None:
+            self._untold += self._take_in(self._late.resume(self._left, self._progress, self.last_step))
+            self._left = None
+        elif self.work and self._left is not None and self._left["pending"] and not self._may_be_late:
+            steps = ", ".join(map(str, self._left["pending"]))
+            self.work.host.warn(f"steps {steps} of before the interruption are not measured: mode is not background")
+            self._left = None
 
-    def _report(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        """Says the headline metrics, the seconds of the measurement, and its share of the training time."""
+    def _take_in(self, arrivals: Sequence[Arrival]) -> list[Point]:
+        """Adds measurements that have come back to the curve, and says them. Returns those that are new."""
+        new = []
+        for one in arrivals:
+            self._points.append((one.step, one.metrics))
+            if one.is_new:
+                new.append((one.step, one.metrics))
+                self._report(one.step, one.metrics, one.waited, one.seconds)
+        self.curve += new
+        return new
+
+    def _close_late(self) -> None:
+        """Takes in what is there, and ends the worker."""
+        if self._late is not None and self.work is not None:
+            self._take_in(self._late.close())
+            self.work.progress = self._late.progress() or self.work.progress
+            self._left, self._late = self._late.state(), None
+
+    def _report(self, step: int, metrics: Mapping[str, float], seconds: float, elsewhere: float | None = None) -> None:
+        """Says the headline metrics, and what share of the training time measurements take.
+
+        Args:
+            step: of the weights.
+            metrics: by name.
+            seconds: that the training waited.
+            elsewhere: seconds of the worker, where there is one.
+        """
         self._spent += seconds
         share = 100 * self._spent / max(time.perf_counter() - self._began, 1e-9)
         numbers = ", ".join(f"{name} {metrics[name]:.4f}" for name in self.config.headlines if name in metrics)
-        cost = f"{seconds:.1f} s; {share:.0f} % of the training time so far"
+        took = f"{seconds:.1f} s" if elsewhere is None else f"{elsewhere:.1f} s in the background, {seconds:.2f} s here"
+        cost = f"{took}; {share:.0f} % of the training time so far"
         if self.work is not None and self.ranks.is_first:
             self.work.host.say(f"downstream validation at step {step}: {numbers} ({cost})")

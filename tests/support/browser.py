@@ -31,8 +31,9 @@ localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
 
 def missing() -> str:
     """What this machine lacks to show a page; empty where it lacks nothing."""
-    if find_spec("playwright") is None:
-        return "the package playwright"
+    for package in ("playwright", "axe_playwright_python"):
+        if find_spec(package) is None:
+            return f"the package {package}"
     return "" if shutil.which("chromium") else "the program chromium"
 
 
@@ -45,6 +46,14 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=ARGUMENTS)
         yield browser
         browser.close()
+
+
+def barriers(page: Page) -> list[str]:
+    """What axe finds on a page that keeps people with a screen reader, a keyboard or poor sight out."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response["violations"]
+    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
 
 
 class Ui:

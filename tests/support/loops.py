@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from pipeline import Downstream, DownstreamTrainerCallback, validation
+from pipeline.config.background import Background
 from pipeline.errors import DataError
 from tests.support.data import planted_task_at
 from tests.support.models import RESIDUES
@@ -223,14 +224,15 @@ def trainer_on_two_ranks(folder: Path) -> dict[str, Any]:
     return found
 
 
+def ddp(model: Any, optimizer: Any) -> tuple[Any, Any]:
+    return DistributedDataParallel(model, find_unused_parameters=True), optimizer
+
+
 def loop_on_two_ranks(folder: Path) -> dict[str, Any]:
     """A raw loop under DDP, with and without; a measurement that fails, in both ways."""
     dist.init_process_group("gloo")
     config = section(folder, planted_task_at(folder / "data"), on_start=True, on_error="warn", timeout=60.0)
     config.dataset[0].num_epochs = 1
-
-    def ddp(model: Any, optimizer: Any) -> tuple[Any, Any]:
-        return DistributedDataParallel(model, find_unused_parameters=True), optimizer
 
     found: dict[str, Any] = {"without": loop(lambda *_: None, ddp)["seen"]}
     with Downstream(config) as downstream:
@@ -257,9 +259,28 @@ def loop_on_two_ranks(folder: Path) -> dict[str, Any]:
     return found
 
 
+def late_on_two_ranks(folder: Path) -> dict[str, Any]:
+    """A raw loop under DDP, measured in the background."""
+    dist.init_process_group("gloo")
+    found: dict[str, Any] = {"without": loop(lambda *_: None, ddp)["seen"]}
+    for mode in ("blocking", "background"):
+        with Downstream(late_section(folder, mode), OwnTokenizer(), folder=folder / "out") as downstream:
+            found[mode] = loop(downstream, ddp)["seen"]
+        found[f"{mode} curve"] = downstream.curve
+    return found
+
+
+def late_section(folder: Path, mode: str = "background", **options: Any) -> Any:
+    """A configuration whose model is made again by its class."""
+    given: dict[str, Any] = {"on_start": True, "model_factory": "tests.support.loops.Net", **options}
+    config = section(folder, planted_task_at(folder / "data"), mode=mode, background=Background(max_pending=9), **given)
+    config.dataset[0].num_epochs = 1
+    return config
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     place = Path(sys.argv[2])
-    seen = {"trainer": trainer_on_two_ranks, "loop": loop_on_two_ranks}[sys.argv[1]](place)
+    seen = {"trainer": trainer_on_two_ranks, "loop": loop_on_two_ranks, "late": late_on_two_ranks}[sys.argv[1]](place)
     (place / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(seen))
     os._exit(0)

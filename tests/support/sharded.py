@@ -22,9 +22,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import EsmForMaskedLM
+from transformers import AutoTokenizer, EsmConfig, EsmForMaskedLM, EsmModel
 
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+from pipeline.encoders.huggingface import HuggingFaceEncoder
+from pipeline.encoders.options import EncoderOptions
+
+FULL = StateDictOptions(full_state_dict=True)
 IDS = torch.tensor([[0, 5, 6, 7, 8, 2], [0, 9, 10, 11, 12, 2]])
 
 
@@ -50,6 +53,16 @@ def write(path: Path, model: nn.Module, save: Callable[[], Any]) -> None:
     if dist.get_rank() == 0:
         torch.save(whole, path.with_suffix(".pt"))
     dist.barrier()
+
+
+def in_training(folder: Path, name: str) -> HuggingFaceEncoder:
+    """The encoder with the weights that the ranks had, of the model in `folder/esm`."""
+    whole = torch.load(folder / f"{name}.pt", weights_only=True)
+    weights = {key.rpartition("esm.")[2]: value for key, value in whole.items() if "esm." in key}
+    model = EsmModel(EsmConfig.from_pretrained(folder / "esm"), add_pooling_layer=False)
+    model.load_state_dict(weights)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "esm")
+    return HuggingFaceEncoder(model.float(), tokenizer, EncoderOptions(device="cpu"))
 
 
 class Module(pl.LightningModule):

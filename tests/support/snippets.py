@@ -56,6 +56,8 @@ def clone(folder: Path) -> None:
     """What a reader has in a clone, in `folder`, but with configurations that take seconds; and a `my.yaml`."""
     for name in ("MLproject", "conda.yaml", "examples", "pipeline", "sample"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "models").mkdir()
+    (folder / "models" / "esm2").symlink_to(ROOT / "sample" / "checkpoint")
     shutil.copytree(ROOT / "configs", folder / "configs")
     (folder / "my.yaml").write_text(MINE.replace("stability", "fitness").replace("data/proteins", "data/variants"))
     for path in (folder / "my.yaml", *folder.glob("configs/*.yaml")):
@@ -127,7 +129,20 @@ def readme() -> dict[str, Any]:
     own = {"Trainer": Trainer, "HuggingFaceTrainer": HuggingFaceTrainer, "Downstream": Downstream, "callbacks": []}
     made = {**huggingface(), **own, "DownstreamTrainerCallback": DownstreamTrainerCallback}
     made["arguments"].eval_strategy = "no"  # the excerpt has no data
-    return made
+    return {**made, **frames()}
+
+
+def frames() -> dict[str, Any]:
+    """Two parts of a few labelled rows."""
+    import pandas as pd
+
+    rows = pd.read_csv("sample/data/variants/train/x000.csv", nrows=120).drop(columns="id")
+    return {"train": rows[:60], "test": rows[60:]}
+
+
+def notebook() -> dict[str, Any]:
+    """The same under another name of the label."""
+    return {part: rows.rename(columns={"fitness": "stability"}) for part, rows in frames().items()}
 
 
 def probe() -> dict[str, Any]:
@@ -156,5 +171,6 @@ PREPARED: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/lightning.md": lightning,
     "docs/loop.md": small_model,
     "docs/probe.md": probe,
+    "docs/python.md": notebook,
     "docs/store.md": shard,
 }

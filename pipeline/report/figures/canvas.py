@@ -50,12 +50,12 @@ def figure_style() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float, title: str, subtitle: str) -> Figure:
-    """An empty figure of `width` and `height` inches with a heading; pyplot does not know it."""
+def new_figure(width: float, height: float, title: str, subtitle: str, kind: type[Figure] | None = None) -> Figure:
+    """An empty figure of `width` and `height` inches with a heading, of the class `kind`; pyplot does not know it."""
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
-    figure = Figure((width, height), layout="constrained")
+    figure = (kind or Figure)((width, height), layout="constrained")
     below = fill(subtitle, int(15 * width - 3))
     room = "\n" * (below.count("\n") + 1)  # the layout leaves space for one heading alone
     heading = figure.suptitle(shorten(title, int(10 * width)) + room, x=0.1 / width, ha="left", size=11)

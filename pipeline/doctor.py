@@ -1,0 +1,188 @@
+"""Says what is installed, which device there is, whether store and tracker work, and what a measurement will cost."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.requirements import Requirement
+
+from pipeline.checkpoints.names import expand
+from pipeline.checkpoints.opening import open_encoder
+from pipeline.config.schema import Config
+from pipeline.config.shipped import ROOT
+from pipeline.config.yaml_file import read_config
+from pipeline.cost import Cost, estimate
+from pipeline.encoders.devices import find_device, find_precision
+from pipeline.encoders.options import EncoderOptions
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.load import load
+from pipeline.store.embedding_table import Store
+from pipeline.validation import check
+
+NAME = "downstream-validation"
+SHOWN = ("torch", "transformers", "mlflow", "pyarrow", "pandas", "scikit-learn")
+
+
+@dataclass
+class Findings:
+    """What was found.
+
+    Attributes:
+        lines: in words, to print.
+        content: the same for scripts.
+        problems: what does not work, with the remedy; also among the lines.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    content: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def say(self, what: str, text: str) -> None:
+        """Adds a line."""
+        self.lines.append(f"{what:<14}{text}")
+
+    def attempt(self, what: str, look: Callable[[], None]) -> None:
+        """Calls `look`; what it raises is a problem."""
+        try:
+            look()
+        except PipelineError as error:
+            self.problems.append(str(error))
+            self.say(what, f"PROBLEM: {error}")
+
+
+def examine(ckpt: str, config: str, overrides: str = "", tracking_uri: str = "", quick: bool = False) -> Findings:
+    """Looks at everything that a measurement needs, without making one; nothing is written.
+
+    Args:
+        ckpt: see `open_encoder`; of several, the first is looked at.
+        config: a YAML file.
+        overrides: see `read_config`.
+        tracking_uri: by default MLflow's current one.
+        quick: leaves out the cost, for which the checkpoint is opened and some batches are timed.
+    """
+    found, read = Findings(), list[Config]()
+    found.attempt("packages", lambda: _packages(found))
+    found.say("sample", f"{ROOT}/sample, configurations in {ROOT}/configs")
+    found.attempt("configuration", lambda: read.append(_configuration(found, config, overrides)))
+    if read:
+        found.attempt("device", lambda: _device(found, read[0]))
+        found.attempt("store", lambda: _store(found, read[0]))
+    found.attempt("tracker", lambda: _tracker(found, tracking_uri))
+    if read and not quick:
+        found.attempt("cost", lambda: _cost(found, ckpt, read[0]))
+    found.content["problems"] = found.problems
+    return found
+
+
+def _packages(found: Findings) -> None:
+    """The versions of what is installed, extras too. Raises ConfigError for what is not as the package wants it."""
+    found.content["versions"] = {"python": platform.python_version()}
+    try:
+        wanted = [Requirement(line) for line in requires(NAME) or []]
+        found.content["versions"][NAME] = version(NAME)
+    except PackageNotFoundError:
+        raise ConfigError(f"expected the installed package {NAME}, found its files alone; pip install it") from None
+    always = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+    versions = {one.name: _version(one.name) for one in always}
+    found.content["versions"] |= versions
+    shown = ", ".join(f"{name} {versions.get(name)}" for name in SHOWN)
+    found.say("installed", f"{NAME} {version(NAME)}, python {platform.python_version()}, {shown}")
+    names = {part for one in wanted if one.marker for part in str(one.marker).split('"') if part.isidentifier()}
+    found.content["extras"] = {}
+    for extra in sorted(names - {"extra", "test"}):
+        members = [one for one in wanted if one not in always and one.marker and one.marker.evaluate({"extra": extra})]
+        there = {one.name: _version(one.name) for one in members}
+        found.content["extras"][extra] = there
+        missing = "" if all(there.values()) else f"; pip install '{NAME}[{extra}]'"
+        words = ", ".join(f"{name} {number}" if number else f"no {name}" for name, number in there.items())
+        found.say(f"extra {extra}", f"{words}{missing}")
+    wrong = [one for one in always if not one.specifier.contains(versions[one.name] or "0", prereleases=True)]
+    if wrong:
+        what = ", ".join(f"{one.name} {versions[one.name] or 'missing'}" for one in wrong)
+        raise ConfigError(f"expected {', '.join(map(str, wrong))}; found {what}; pip install -U {NAME}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _configuration(found: Findings, file: str, overrides: str) -> Config:
+    config = read_config(file, overrides)
+    check(config.dataset)
+    found.say("configuration", f"{file}: {config.title}")
+    found.content["config"] = file
+    return config
+
+
+def _device(found: Findings, config: Config) -> None:
+    device = find_device(config.device)
+    precision = find_precision(config.precision, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    threads = f", {torch.get_num_threads()} threads of {os.cpu_count()} processors" if device.type == "cpu" else ""
+    found.say("device", f"{device} ({name}), {precision}{threads}")
+    found.content["device"] = {"device": str(device), "name": name, "precision": precision}
+
+
+def _store(found: Findings, config: Config) -> None:
+    folder = Path(config.store).expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    found.content["store"] = {"folder": str(folder), "free_bytes": free}
+    if not os.access(there, os.W_OK) or not there.is_dir():
+        raise ConfigError(f"store: expected a folder that can be written, found '{there}'; set store to another folder")
+    found.say("store", f"{folder}, {_size(free)} free")
+
+
+def _tracker(found: Findings, uri: str) -> None:
+    from pipeline.tracking.client import answer
+
+    address, problem = answer(uri)
+    found.content["tracker"] = {"tracking_uri": address, "answers": not problem}
+    if problem:
+        raise ConfigError(f"MLflow at '{address}' does not answer: {problem}; give --tracking-uri, or start the server")
+    found.say("tracker", f"MLflow at {address} answers")
+
+
+def _cost(found: Findings, ckpt: str, config: Config) -> None:
+    first, *others = expand(ckpt)
+    encoder = open_encoder(first, EncoderOptions.from_config(config))
+    more = f", the first of {1 + len(others)}" if others else ""
+    found.say("checkpoint", f"{first}{more}: {encoder.hidden_size} wide, {encoder.device} {encoder.precision}")
+    examples = [load(task, encoder.max_seq_length) for task in config.dataset]
+    cost = estimate(examples, encoder, Store.from_config(config))
+    found.content["cost"] = {"checkpoint": first, **asdict(cost)}
+    for line in _words(cost):
+        found.say("cost", line)
+    free = found.content.get("store", {}).get("free_bytes", cost.disk_bytes)
+    if cost.disk_bytes > free:
+        need = f"{_size(cost.disk_bytes)} for the embeddings"
+        raise ConfigError(f"store: expected {need}, found {_size(free)} free; set store to another disk")
+
+
+def _words(cost: Cost) -> list[str]:
+    parts = (f"{name}: {', '.join(f'{n} {part}' for part, n in parts.items())}" for name, parts in cost.rows.items())
+    lines = [f"rows       {'; '.join(parts)}", f"sequences  {cost.sequences} distinct, {cost.stored} already stored"]
+    if cost.seconds is None:
+        return [*lines, "time       nothing to embed; heads and scores take their time"]
+    how = f"from {cost.timed} of {cost.batches} batches; heads and scores come on top"
+    lines.append(f"tokens     about {cost.tokens} to embed")
+    return [*lines, f"time       about {cost.seconds:.1f} s to embed ({how})", f"disk       {_size(cost.disk_bytes)}"]
+
+
+def _size(number: float) -> str:
+    """Bytes in words: `1.5 GB`."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while number >= 1000 and len(units) > 1:
+        number, units = number / 1000, units[1:]
+    return f"{number:.0f} bytes" if units[0] == "bytes" else f"{number:.1f} {units[0]}"

@@ -1,0 +1,276 @@
+"""For notebooks and scripts: a call that measures, and one that embeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from pipeline.checkpoints.names import name_of, step_of, with_step
+from pipeline.checkpoints.opening import open_encoder
+from pipeline.commands import measure_encoder
+from pipeline.config.fields import check_choice
+from pipeline.config.schema import POOLINGS, Config
+from pipeline.config.shipped import CKPT, CONFIG, shipped
+from pipeline.config.task import Task
+from pipeline.config.yaml_file import RENAMED, config_from, read_config, to_mapping
+from pipeline.data.kinds import kind_of
+from pipeline.data.parts import Part
+from pipeline.embed import embed
+from pipeline.encoders.live import LiveModel
+from pipeline.encoders.options import EncoderOptions
+from pipeline.encoders.protocol import Encoder
+from pipeline.errors import ConfigError, DataError, nearest
+from pipeline.load import Examples, load
+from pipeline.report.measured import Measured
+from pipeline.store.embedding_table import Store
+from pipeline.training.untouched import untouched
+from pipeline.training.unwrapped import arithmetic, unwrapped, without_autocast_wrapper
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+PARTS = {"train", "test", "val"}
+
+
+def measure(
+    ckpt: str | PathLike[str] | nn.Module | Encoder | None = None,
+    config: str | PathLike[str] | Config | Mapping[str, Any] | Mapping[str, pd.DataFrame] | None = None,
+    *,
+    tokenizer: Any = None,
+    track: bool | str = False,
+    overrides: str = "",
+    **settings: Any,
+) -> Measured:
+    """Measures what the embeddings of a checkpoint or a module are worth on labelled sequences.
+
+        measure("models/esm2", "my.yaml").report("report.html")
+        measure("models/esm2", {"train": train, "test": test}, target_column="stability")
+
+    A module is afterwards what it was: weights, modes, random states. Embeddings and heads are kept in the store of the
+    configuration, so that a second call takes seconds.
+
+    Args:
+        ckpt: as on the command line, see `open_encoder`; a module with a Hugging Face model in it; or an encoder. By
+            default the sample's checkpoint.
+        config: a YAML file, its content, a `Config`; or the parts `train`, `test` and, for early stopping, `val` as
+            DataFrames. By default the sample's configuration.
+        tokenizer: the Hugging Face tokenizer of a module; by default that in it.
+        track: whether the result goes to MLflow and the trackers of the configuration; a text is the server's address.
+        overrides: dot-list such as `device=cpu dataset.num_epochs=3`, for a file or its content.
+        settings: keys of the configuration: of the section, such as `device`, or of every task, such as `num_epochs`.
+            With DataFrames, `target_column` may be left out where there is one beside `sequence_column`; `level`
+            (`sequence` or `token`) and `task_type` are inferred from the labels where they are not given.
+
+    Raises:
+        PipelineError: see `read_config`, `open_encoder` and `validate`.
+    """
+    frames, notes = _frames(config), list[str]()
+    checked = _config_of_frames(frames, settings, notes) if frames else _config(config, overrides, settings)
+    notes += checked.notes
+    store = Store.from_config(checked)
+    store.clear()
+    with _opened(ckpt, EncoderOptions.from_config(checked), tokenizer) as found:
+        known = [load(task, found.encoder.max_seq_length, frames) for task in checked.dataset] if frames else ()
+        args = (found.encoder, found.source, found.step, found.label)
+        if track is False:
+            silent = replace(checked, logging=replace(checked.logging, figures=False))
+            result, run_id = measure_encoder(*args, silent, store, known=known), None
+        else:
+            uri = track if isinstance(track, str) else ""
+            with _tracked(found.label, checked, uri) as (opened, others):
+                result = measure_encoder(*args, checked, store, opened.run, others, known=known)
+            run_id = opened.ids[1] if opened.ids else None
+    return Measured(found.label, result.scores, result.changes, result.facts, checked, tuple(notes), run_id)
+
+
+def embed_sequences(
+    sequences: Iterable[str],
+    ckpt: str | PathLike[str] | nn.Module | Encoder | None = None,
+    *,
+    pooling: str = "mean",
+    tokenizer: Any = None,
+    store: str | PathLike[str] | None = None,
+    **options: Any,
+) -> npt.NDArray[np.float32]:
+    """The embeddings of sequences, in the order given.
+
+    Args:
+        sequences: of any number; each distinct one is embedded once.
+        ckpt: see `measure`.
+        pooling: `mean` of a sequence's token states, `cls` or `last`; an `Encoder` has its own.
+        tokenizer: see `measure`.
+        store: folder of stored embeddings; by default that of the configuration.
+        options: of `EncoderOptions`, such as `device`, `precision`, `layer` and `architecture`.
+
+    Returns:
+        Shape (n, hidden_size), float32.
+
+    Raises:
+        DataError: a sequence is empty, has more characters than the encoder takes, or none that it knows.
+        ConfigError: an option is not known.
+        PipelineError: see `open_encoder` and `embed`.
+    """
+    texts = _checked_texts(sequences)
+    check_choice("pooling", pooling, POOLINGS)
+    known = [field.name for field in dataclasses.fields(EncoderOptions)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"embed_sequences: unknown option '{name}'{nearest(name, known)}")
+    with _opened(ckpt, EncoderOptions(**options, pooling=pooling), tokenizer) as found:
+        encoder = found.encoder
+        if not texts:
+            return np.zeros((0, encoder.hidden_size), np.float32)
+        limit = encoder.max_seq_length
+        for place, text in enumerate(texts):
+            if limit is not None and len(text) > limit:
+                too_long = f"expected at most {limit} characters, which is all the encoder takes, found {len(text)}"
+                raise DataError(f"sequences[{place}]: {too_long}; cut it, or leave it out")
+        (embedded,) = embed([_unlabelled(texts)], encoder, Store(Path(store or Config().store)))
+        return np.asarray(embedded.rows("train").gather(np.arange(len(texts))).numpy())
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An encoder, where its weights are from, the step of their training, and what to call it."""
+
+    encoder: Encoder
+    source: str
+    step: int | None
+    label: str
+
+
+@contextmanager
+def _opened(
+    ckpt: str | PathLike[str] | nn.Module | Encoder | None, options: EncoderOptions, tokenizer: Any
+) -> Iterator[_Opened]:
+    """The encoder of whatever is measured; a module is put back as it was."""
+    if isinstance(ckpt, nn.Module):
+        module = unwrapped(ckpt)
+        first = next(module.parameters(), None)
+        with without_autocast_wrapper(module), untouched(module):
+            context, mode = arithmetic(torch.device("cpu") if first is None else first.device)
+            live = LiveModel(module, options.infer_target, tokenizer, context, mode)
+            try:
+                yield _Opened(live.encoder(module, options), "live weights", None, type(module).__name__)
+            finally:
+                live.release()
+        return
+    if ckpt is not None and not isinstance(ckpt, (str, PathLike)):
+        yield _Opened(ckpt, type(ckpt).__name__, ckpt.step, type(ckpt).__name__)
+        return
+    name = shipped(CKPT) if ckpt is None else str(ckpt)
+    encoder = open_encoder(name, options)
+    step = step_of(name, encoder)
+    yield _Opened(encoder, name, step, with_step(name_of(name), step))
+
+
+@contextmanager
+def _tracked(label: str, config: Config, uri: str) -> Iterator[tuple[Any, Any]]:
+    """The run of a measurement, and the trackers beside MLflow."""
+    from pipeline.report.publishing import describe
+    from pipeline.tracking.mirrors import mirrors
+    from pipeline.tracking.runs import open_run
+
+    folder = Path(config.store).expanduser()
+    with open_run(label, config, uri) as opened, mirrors(config.logging, label, to_mapping(config), folder) as others:
+        describe(opened.run, config)
+        yield opened, others
+
+
+def _frames(config: Any) -> dict[str, pd.DataFrame]:
+    """The DataFrames, where the configuration is such."""
+    if not isinstance(config, Mapping) or not config:
+        return {}
+    frames = {str(part): value for part, value in config.items() if hasattr(value, "columns")}
+    if frames and (len(frames) < len(config) or not {"train", "test"} <= set(frames) <= PARTS):
+        expected = "expected DataFrames of train, test and, for early stopping, val"
+        raise ConfigError(f"config: {expected}; found {', '.join(map(str, config))}")
+    return frames
+
+
+def _config(config: Any, overrides: str, settings: Mapping[str, Any]) -> Config:
+    """The configuration of a file, its content or a `Config`, with the settings in it."""
+    if isinstance(config, Config):
+        if overrides:
+            raise ConfigError("overrides: a Config takes none; give keywords, or change it")
+        found = config
+    else:
+        source = shipped(CONFIG) if config is None else config
+        found = read_config(source if isinstance(source, Mapping) else Path(source), overrides)
+    if settings:
+        section, of_tasks = _sorted(settings)
+        plain = {**to_mapping(found), **section}
+        tasks = plain["dataset"] if found.is_list else [plain["dataset"]]
+        changed = [{**task, **of_tasks} for task in tasks]
+        found, notes = config_from({**plain, "dataset": changed if found.is_list else changed[0]}), found.notes
+        found.notes[:0] = notes
+    found.check()
+    return found
+
+
+def _config_of_frames(frames: Mapping[str, pd.DataFrame], settings: Mapping[str, Any], notes: list[str]) -> Config:
+    """The configuration of a task on DataFrames; `notes` gets what was inferred."""
+    section, task = _sorted(settings)
+    frame, sequence = frames["train"].rename(columns=str), task.get("sequence_column", "sequence")
+    others = [column for column in frame.columns if column != sequence]
+    if "target_column" not in task and len(others) == 1:
+        task["target_column"] = others[0]
+    targets = task.get("target_column", [])
+    target = targets if isinstance(targets, str) else next(iter(targets), None)
+    if {"class", "task_type"} <= set(task) or not {sequence, target} <= set(frame.columns):
+        pass  # nothing to infer, or an error to come, which names the columns
+    else:
+        level, kind, why = kind_of(frame, sequence, str(target))
+        inferred = {"class": level, "task_type": kind}
+        notes += [
+            f"{key} is read as {value}: '{target}' holds {why}" for key, value in inferred.items() if key not in task
+        ]
+        task = {**inferred, **task}
+    task.setdefault("task_name", str(target or "downstream"))
+    config = config_from({**section, "dataset": task})
+    config.check(with_files=False)
+    return config
+
+
+def _sorted(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of the section, and of tasks. Raises ConfigError for one that is neither."""
+    section = {field.name for field in dataclasses.fields(Config) if not field.metadata.get("hidden")} - {"dataset"}
+    task = {field.metadata.get("key", field.name) for field in dataclasses.fields(Task)} | set(RENAMED)
+    task -= {"dataset", "dataset_path", "head"}
+    found: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    for name, value in settings.items():
+        key = "class" if name == "level" else name  # a word of Python
+        if key not in section | task:
+            raise ConfigError(f"measure: unknown setting '{name}'{nearest(name, section | task)}")
+        found[key in task][key] = value
+    return found
+
+
+def _checked_texts(sequences: Iterable[str]) -> list[str]:
+    if isinstance(sequences, str):
+        raise DataError("sequences: expected a list of texts, found one text; write [text]")
+    texts = list(sequences)
+    for place, text in enumerate(texts):
+        if not isinstance(text, str) or not text:
+            raise DataError(f"sequences[{place}]: expected a text that is not empty, found {text!r:.60}; leave it out")
+    return texts
+
+
+def _unlabelled(texts: list[str]) -> Examples:
+    """Sequences in the form in which they are embedded."""
+    lengths = np.array([len(text) for text in texts], dtype=np.int64)
+    rows = [f"sequences:{place}" for place in range(len(texts))]
+    part = Part(texts, rows, np.ones(len(texts), dtype=np.int64), [], [], 0, lengths)
+    return Examples(Task(task_name="sequences", sequence_column="sequences"), (), part, part)

@@ -1,0 +1,72 @@
+"""Calls of a tracker, kept as plain values and files, so that another process makes them later."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking.protocol import Data, NullTracker, Tracker
+
+
+class Recording(NullTracker):
+    """A tracker that keeps what it is told.
+
+    Attributes:
+        calls: as JSON has them, for `replay`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Files are copied to `folder`."""
+        super().__init__()
+        self.folder = folder
+        self.calls: list[Any] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Tracker]:
+        """See `Tracker.stage`."""
+        within = Recording(self.folder)
+        self.calls.append(["stage", name, within.calls])
+        yield within
+
+    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
+        """See `Tracker.metrics`."""
+        numbers = {name: float(value) for name, value in values.items()}
+        self.calls.append(["metrics", numbers, step, asdict(data) if data else None])
+
+    def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
+        """See `Tracker.artifact`."""
+        kept = f"{os.urandom(8).hex()}/{path.name}"
+        (self.folder / kept).parent.mkdir(parents=True)
+        shutil.copyfile(path, self.folder / kept)
+        self.calls.append(["artifact", kept, folder, step])
+
+    def note(self, text: str) -> None:
+        """See `Tracker.note`."""
+        self.calls.append(["note", text])
+
+    def data(self, data: Data) -> None:
+        """See `Tracker.data`."""
+        self.calls.append(["data", asdict(data)])
+
+
+def replay(calls: Sequence[Any], tracker: Tracker, folder: Path) -> None:
+    """Makes the calls of a `Recording`, whose files are in `folder`."""
+    for call, *values in calls:
+        if call == "stage":
+            with tracker.stage(values[0]) as within:
+                replay(values[1], within, folder)
+        elif call == "metrics":
+            numbers, step, data = values
+            tracker.metrics(numbers, step, Data(**data) if data else None)
+        elif call == "artifact":
+            kept, place, step = values
+            tracker.artifact(folder / kept, place, step)
+        elif call == "note":
+            tracker.note(values[0])
+        else:
+            tracker.data(Data(**values[0]))

@@ -1,0 +1,269 @@
+"""The command `downstream`: its help, what scripts read, and `doctor`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import Store, open_encoder, read_config, validate
+from pipeline.__main__ import main
+from pipeline.config.task import Task
+from pipeline.config.yaml_file import to_yaml
+from pipeline.cost import estimate
+from pipeline.load import load
+from tests.support.data import TEXTS, make_task, proteins, token_task
+from tests.support.encoders import FakeEncoder
+from tests.support.programs import ROOT, loaded_after
+from tests.support.training import section
+
+COMMANDS = ["measure", "compare", "replay", "config", "doctor"]
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """`main` takes over signals, which are given back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def job(tmp_path: Path, model_folder: Callable[..., Path]) -> list[str]:
+    """Arguments that measure a small model on a small task, with everything in `tmp_path`."""
+    rows = [{"sequence": text, "share": text.count("L") / len(text)} for text in proteins(60, 1)]
+    task = make_task(tmp_path / "data", rows, num_epochs=1, task_name="leucine")
+    (tmp_path / "my.yaml").write_text(to_yaml(section(tmp_path, task)))
+    return [f"--config={tmp_path / 'my.yaml'}", f"--ckpt={model_folder('esm')}"]
+
+
+def in_process(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, Any]:
+    capsys.readouterr()
+    code = main(arguments)
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_a_terminal(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([command, "--help"] if command else ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    assert all(any(line.startswith(f"  {code}  ") for line in lines) for code in ("0", "1", "2", "130, 143"))
+    if not command:
+        assert all(any(line.startswith(f"    {name}  ") for line in lines) for name in COMMANDS)
+
+
+def test_help_does_not_wait_for_libraries() -> None:
+    code = """
+from pipeline.__main__ import main
+for command in ("measure", "compare", "replay", "config", "doctor"):
+    try:
+        main([command, "--help"])
+    except SystemExit:
+        pass
+"""
+    assert not {"torch", "mlflow", "transformers", "pandas", "numpy", "pyarrow"} & loaded_after(code)
+
+
+def test_scripts_get_one_object(job: list[str], tracking: str, tmp_path: Path) -> None:
+    """In a process of its own, where libraries print as they like; the numbers are the run's."""
+    command = [sys.executable, "-m", "pipeline", "measure", "--json", *job]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    (checkpoint,) = found["checkpoints"]
+    (row,) = found["table"]
+    assert row["metric"] == "test_share_spearman"
+    assert row["score"] == pytest.approx(checkpoint["metrics"]["test_share_spearman"], abs=1e-12)
+    assert row["baseline"] is None
+    assert found["run"]["tracking_uri"] == tracking
+    assert "measuring   " in run.stderr
+    from mlflow import MlflowClient
+
+    logged = MlflowClient(tracking).get_run(found["run"]["run_id"])
+    assert logged.data.metrics["test_share_spearman"] == pytest.approx(row["score"])
+
+
+def test_a_checkpoint_that_fails_is_in_the_object(
+    job: list[str], tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ckpt = job.pop().removeprefix("--ckpt=")
+    code, found = in_process(["measure", "--json", *job, f"--ckpt={ckpt},{tmp_path / 'none'}"], capsys)
+    assert code == 2
+    good, bad = found["checkpoints"]
+    assert "test_share_spearman" in good["metrics"]
+    assert "error" not in good
+    assert "does not exist" in bad["error"]
+    assert [row["checkpoint"] for row in found["table"]] == [good["label"], bad["label"]]
+    again = ["compare", "--json", "--by=test_share_spearman", found["run"]["run_id"]]
+    code, compared = in_process(again, capsys)
+    assert (code, compared["by"]) == (0, "test_share_spearman")
+    assert compared["leaderboard"][0]["test_share_spearman"] == pytest.approx(good["metrics"]["test_share_spearman"])
+
+
+def test_an_error_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_process(["config", "nowhere.yaml", "--json"], capsys) == (
+        2,
+        {"error": "config: expected a YAML file, found 'nowhere.yaml' (No such file or directory)"},
+    )
+    assert main(["--json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "see downstream --help" in captured.err
+    code, found = in_process(["replay", "nowhere.jsonl", "--json"], capsys)
+    assert code == 2
+    assert "nowhere.jsonl" in found["journals"]["nowhere.jsonl"]["error"]
+
+
+def test_the_configuration_as_an_object_and_as_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is printed in any folder can be kept as a file, and edited."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["config"]) == 0
+    Path("mine.yaml").write_text(capsys.readouterr().out)
+    code, found = in_process(["config", "mine.yaml", "--json"], capsys)
+    assert (code, found["notes"]) == (0, [])
+    assert found["config"]["dataset"][0]["dataset_path"] == str(ROOT / "sample/data/variants")
+    assert yaml.safe_load(Path("mine.yaml").read_text())["model"]["dwnstr_task_validation"] == found["config"]
+    assert "| `num_epochs`" in in_process(["config", "--schema", "--json"], capsys)[1]["schema"]
+
+
+def test_whoever_reads_may_stop_reading(tmp_path: Path) -> None:
+    script = f"{sys.executable} -m pipeline config --schema | head -1; echo ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout.splitlines()[1:] == ["0"]
+    assert run.stderr == ""
+
+
+def test_doctor_finds_nothing_wrong(
+    job: list[str], tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = in_process(["doctor", "--json", *job], capsys)
+    assert (code, found["problems"]) == (0, [])
+    assert found["versions"]["python"] == sys.version.split()[0]
+    assert found["versions"]["torch"]
+    assert set(found["extras"]) == {"hydra", "peft", "train"}
+    assert found["device"]["device"] in ("cpu", "cuda")
+    assert found["tracker"] == {"tracking_uri": tracking, "answers": True}
+    assert found["cost"]["rows"] == {"leucine": {"train": 60, "test": 60}}
+    assert (found["cost"]["sequences"], found["cost"]["stored"]) == (60, 0)
+    assert not (tmp_path / "store").exists()
+    assert main(["doctor", *job]) == 0
+    assert "60 distinct, 0 already stored" in capsys.readouterr().out
+    assert "cost" not in in_process(["doctor", "--json", "--quick", *job], capsys)[1]
+
+
+def test_doctor_names_each_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing listens at port 9; the other findings come all the same."""
+    (tmp_path / "file").touch()
+    options = [
+        "--tracking-uri=http://127.0.0.1:9",
+        f"--overrides=store={tmp_path / 'file' / 'store'}",
+        "--ckpt=./none.ckpt",
+    ]
+    code, found = in_process(["doctor", "--json", *options, f"--config={ROOT}/configs/default.yaml"], capsys)
+    assert code == 2
+    folder, tracker, ckpt = found["problems"]
+    assert folder.startswith("store: expected a folder that can be written")
+    assert tracker.startswith("MLflow at 'http://127.0.0.1:9' does not answer")
+    assert "./none.ckpt" in ckpt
+    assert found["device"]
+    assert found["tracker"]["answers"] is False
+    code, found = in_process(["doctor", "--json", "--quick", "--config=nowhere.yaml"], capsys)
+    assert (code, len(found["problems"])) == (2, 1)
+
+
+def test_doctor_makes_no_database(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path}/new.db"
+    options = [f"--tracking-uri={uri}", f"--overrides=store={tmp_path / 'store'}"]
+    code, found = in_process(["doctor", "--json", "--quick", *options], capsys)
+    assert (code, found["tracker"]["answers"]) == (0, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cost_is_what_embedding_then_takes(tmp_path: Path, fake: FakeEncoder, store: Store) -> None:
+    """By hand: of six sequences one is in the other task alone; float32 rows, one each or one per residue."""
+    rows: list[dict[str, object]] = [{"sequence": text, "y": 0.5 + place} for place, text in enumerate([*TEXTS, "MKV"])]
+    rows.append({"sequence": "HHH", "y": 9.0})
+    tasks: list[Task] = [make_task(tmp_path / "s", rows, num_epochs=0), token_task(tmp_path, num_epochs=0)]
+    examples = [load(task) for task in tasks]
+    cost = estimate(examples, fake, store)
+    assert not store.root.exists()
+    residues = sum(map(len, TEXTS))
+    assert (cost.sequences, cost.stored, cost.tokens) == (7, 0, residues + 3)
+    assert cost.disk_bytes == 4 * fake.hidden_size * (7 + residues)
+    assert cost.rows == {"downstream": {"train": 8, "test": 8}, "tokens": {"train": 6, "test": 6}}
+    assert cost.seconds is not None
+    assert cost.seconds > 0
+    assert 2 <= cost.timed <= cost.batches
+    validate(fake, tasks[1:], store, until="embed")
+    assert estimate(examples[1:], fake, store).seconds is None
+    part = estimate(examples, fake, store)  # of the sequence-level task none is stored
+    assert (part.stored, part.disk_bytes) == (0, 4 * fake.hidden_size * 7)
+    validate(fake, tasks, store, until="embed")
+    done = estimate(examples, fake, store)
+    assert (done.stored, done.tokens, done.seconds, done.disk_bytes, done.batches) == (7, 0, None, 0, 0)
+
+
+@pytest.mark.slow
+def test_the_wheel_measures_the_sample_from_an_empty_folder(tmp_path: Path) -> None:
+    """Built from the sdist. Its dependencies are those of this environment: installing torch again takes minutes."""
+    source, dist, empty = tmp_path / "source", tmp_path / "dist", tmp_path / "empty"
+    unwanted = shutil.ignore_patterns(".git", ".*_cache", "build", "*.egg-info", "__pycache__", "mlruns", "mlflow.db*")
+    shutil.copytree(ROOT, source, ignore=unwanted)
+    build = f"from setuptools import build_meta; print(build_meta.build_sdist({str(dist)!r}))"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (sdist,) = dist.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, dist)
+    (unpacked,) = (path for path in dist.iterdir() if path.is_dir())
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(dist)]
+    subprocess.run([*pip, str(unpacked)], check=True, capture_output=True)
+    (wheel,) = dist.glob("*.whl")
+
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    (site,) = venv.glob("lib/python*/site-packages")
+    (site / "zz_others.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    install = [str(venv / "bin/pip"), "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+
+    empty.mkdir()
+    here = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    downstream = str(venv / "bin/downstream")
+
+    def call(*arguments: str) -> Any:
+        run = subprocess.run([downstream, *arguments], cwd=empty, env=here, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        return json.loads(run.stdout)
+
+    found = call("measure", "--json")
+    assert {row["task"] for row in found["table"]} == {"fitness", "secondary_structure", "exposure", "location"}
+    assert (empty / "mlflow.db").exists()
+    doctor = call("doctor", "--json")
+    assert doctor["config"] == str(site / "pipeline/shipped/configs/default.yaml")
+    assert doctor["cost"]["stored"] == doctor["cost"]["sequences"] == 1920
+
+
+def test_the_default_configuration_is_read_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (ROOT / "configs").glob("*.yaml"):
+        for task in read_config(path).dataset:
+            assert Path(task.dataset_path, "train").is_dir()
+    assert open_encoder(str(ROOT / "sample/checkpoint")).hidden_size == 96

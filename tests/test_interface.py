@@ -1,0 +1,234 @@
+"""What notebooks and scripts call: `measure` and `embed_sequences`, as a user writes them, with their types."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+from typing import Any, assert_type
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pytest
+import torch
+import yaml
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from torch import nn
+from transformers import AutoModel, AutoTokenizer
+
+import pipeline
+from pipeline import Measured, Scores, embed_sequences, measure, open_encoder, read_config
+from pipeline.config.shipped import CKPT, ROOT
+from pipeline.config.yaml_file import to_yaml
+from pipeline.data.kinds import kind_of
+from pipeline.errors import ConfigError, DataError
+from pipeline.progress import progress
+from tests.support.data import make_task, proteins
+from tests.support.encoders import FakeEncoder
+from tests.support.training import section
+
+QUICK: dict[str, Any] = {"num_epochs": 2, "num_seeds": 1, "baselines": False}
+
+
+def frames(column: str = "length", texts: str = "sequence") -> dict[str, pd.DataFrame]:
+    """Numbers that a mean embedding can tell."""
+    made = {}
+    for seed, (part, rows) in enumerate({"train": 60, "test": 60}.items()):
+        found = proteins(rows, seed)
+        made[part] = pd.DataFrame({texts: found, column: [text.count("L") / len(text) for text in found]})
+    return made
+
+
+@pytest.fixture
+def esm(model_folder: Callable[..., Path]) -> Path:
+    return model_folder("esm")
+
+
+def test_two_frames_need_the_names_of_their_columns_alone(esm: Path, tmp_path: Path) -> None:
+    found = measure(esm, frames("share", "protein"), sequence_column="protein", store=str(tmp_path / "store"), **QUICK)
+    assert_type(found, Measured)
+    assert_type(found.scores, list[Scores])
+    assert_type(found.metrics, dict[str, float])
+    assert_type(found.plot(), Figure)
+    assert_type(found.report(tmp_path), Path)
+    table: pd.DataFrame = found.table
+    assert list(table.columns[:4]) == ["task", "metric", "score", "ci_low"]
+    (row,) = table.to_dict("records")
+    (scores,) = found.scores
+    assert (row["task"], row["metric"]) == ("share", "test_share_spearman")
+    assert row["score"] == found.metrics["test_share_spearman"] == scores.metrics["test_share_spearman"]
+    assert row["probe_ci_low"] == found.metrics["test_share_probe_spearman_ci_low"]
+    assert np.isnan(row["constant"])
+    assert found.run_id is None
+    assert found.notes == (
+        "class is read as sequence: 'share' holds numbers",
+        "task_type is read as regression: 'share' holds numbers",
+    )
+
+
+def test_a_result_is_shown(esm: Path, tmp_path: Path) -> None:
+    found = measure(esm, frames(), store=str(tmp_path / "store"), **QUICK)
+    page = found.report(tmp_path / "new" / "page.html")
+    assert page == tmp_path / "new" / "page.html"
+    text = page.read_text()
+    assert "DataFrame: 60 train, 60 test" in text
+    assert text.count("<img") == 3
+    assert found.report(tmp_path) == tmp_path / "report.html"
+    html = found._repr_html_()
+    assert "<table>" in html
+    assert "'length' holds numbers" in unescape(html)
+    assert "test_length_spearman" in str(found)
+    figure: Any = found.plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["length: length spearman"]
+    (score, probe) = (line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o")
+    assert [score, probe] == [found.metrics["test_length_spearman"], found.metrics["test_length_probe_spearman"]]
+    with pytest.raises(
+        ConfigError, match=r"report: '.*x000.csv/page.html' cannot be written \(.+\); give another path"
+    ):
+        (tmp_path / "x000.csv").touch()
+        found.report(tmp_path / "x000.csv" / "page.html")
+
+
+def test_file_content_and_keywords_are_one_configuration(esm: Path, tmp_path: Path) -> None:
+    """Of the section and of its tasks; an override is in the file, so a keyword has the last word."""
+    parts = frames()
+    records: dict[str, Any] = {part: frame.to_dict("records") for part, frame in parts.items()}
+    task = make_task(tmp_path / "data", records["train"], records["test"], **{**QUICK, "num_epochs": 5})
+    content = yaml.safe_load(to_yaml(section(tmp_path, task)))
+    first = measure(esm, content, overrides="dataset.num_epochs=3", num_epochs=2, max_batch_tokens=512)
+    assert (first.config.max_batch_tokens, first.config.dataset[0].num_epochs) == (512, 2)
+    again = measure(str(esm), first.config)
+    assert again.metrics == first.metrics
+    in_memory = measure(esm, parts, store=str(tmp_path / "other"), max_batch_tokens=512, **QUICK)
+    assert in_memory.metrics == first.metrics
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(content))
+    assert measure(esm, tmp_path / "my.yaml", num_epochs=2, max_batch_tokens=512).metrics == first.metrics
+    with pytest.raises(ConfigError, match="overrides: a Config takes none"):
+        measure(esm, first.config, overrides="device=cpu")
+
+
+def test_a_module_is_measured_as_its_checkpoint_and_stays_as_it_is(esm: Path, tmp_path: Path) -> None:
+    model, tokenizer = AutoModel.from_pretrained(esm), AutoTokenizer.from_pretrained(esm)
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    stored = measure(esm, frames(), store=str(tmp_path / "a"), **QUICK)
+    states = torch.get_rng_state(), random.getstate()
+    live = measure(model, frames(), tokenizer=tokenizer, store=str(tmp_path / "b"), **QUICK)
+    assert live.metrics == stored.metrics
+    assert live.facts["checkpoint"] == "live weights"
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    wrapped = nn.ModuleDict({"inner": model})
+    again = embed_sequences(["MKV"], wrapped, tokenizer=tokenizer, store=tmp_path / "b")
+    assert np.array_equal(again, embed_sequences(["MKV"], esm, store=tmp_path / "a"))
+
+
+def test_tracked_where_that_is_asked_for(esm: Path, tmp_path: Path, tracking: str) -> None:
+    client = MlflowClient(tracking)
+    found = measure(esm, frames(), store=str(tmp_path / "store"), **QUICK)
+    assert not client.search_runs(["0"])
+    tracked = measure(esm, frames(), track=tracking, store=str(tmp_path / "store"), **QUICK)
+    assert tracked.run_id is not None
+    run = client.get_run(tracked.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["test_length_spearman"] == pytest.approx(found.metrics["test_length_spearman"])
+    assert "report.html" in {file.path for file in client.list_artifacts(tracked.run_id)}
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        ([0.5, 2.0], ("sequence", "regression")),
+        ([0, 1], ("sequence", "classification")),
+        ([True, False], ("sequence", "classification")),
+        (["inner", "outer"], ("sequence", "classification")),
+        (["HHC", "CC"], ("token", "classification")),
+        (["HHC", "C"], ("sequence", "classification")),
+        ([[0.5, None, 1.0], [0.5, 1.0]], ("token", "regression")),
+    ],
+)
+def test_the_kind_of_task_is_in_the_labels(labels: list[Any], kind: tuple[str, str]) -> None:
+    assert kind_of(pd.DataFrame({"s": ["MKV", "MK"], "y": labels}), "s", "y")[:2] == kind
+
+
+def test_many_whole_numbers_are_numbers() -> None:
+    assert kind_of(pd.DataFrame({"s": ["A"] * 21, "y": range(21)}), "s", "y")[:2] == ("sequence", "regression")
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (frames(), {"num_epoch": 1}, "measure: unknown setting 'num_epoch'; did you mean 'num_epochs'?"),
+        ({"train": frames()["train"]}, {}, "config: expected DataFrames of train, test and, for early stopping, val"),
+        (frames("a"), {"target_column": "b"}, "frames['train']: expected a column 'b'"),
+        (frames(), {"sequence_column": "text", "target_column": "length"}, "expected a column 'text'"),
+        (frames(), {"sequence_column": "text"}, "task 'downstream': target_column is missing"),
+        (frames(), {"task_type": "clasification"}, "did you mean 'classification'?"),
+    ],
+)
+def test_mistakes(config: Any, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(pipeline.PipelineError) as error:
+        measure(FakeEncoder(), config, store=str(tmp_path), **settings)
+    assert message in str(error.value)
+
+
+def test_sequences_are_embedded_in_the_order_given(esm: Path, tmp_path: Path) -> None:
+    texts = ["MKVLA", "GG", "MKVLA", "WWWWWWWW"]
+    found = embed_sequences(pd.Series(texts), esm, store=tmp_path)
+    assert_type(found, npt.NDArray[np.float32])
+    assert found.shape == (4, 32)
+    assert found.dtype == np.dtype(np.float32)
+    expected = [states.mean(0).numpy() for states in open_encoder(str(esm)).hidden_states(texts)]
+    assert np.allclose(found, expected, atol=1e-5)
+    assert np.array_equal(found[0], found[2])
+    last = embed_sequences(texts, esm, pooling="last", device="cpu", store=tmp_path)
+    assert np.allclose(last[1], open_encoder(str(esm)).hidden_states(["GG"])[0][-1].numpy(), atol=1e-5)
+    assert embed_sequences([], esm, store=tmp_path).shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "options", "message"),
+    [
+        ("MKV", {}, "sequences: expected a list of texts, found one text; write [text]"),
+        (["MKV", ""], {}, "sequences[1]: expected a text that is not empty, found ''; leave it out"),
+        (["MKV", None], {}, "sequences[1]: expected a text that is not empty, found None; leave it out"),
+        (
+            ["MKV" * 400],
+            {},
+            "sequences[0]: expected at most 1022 characters, which is all the encoder takes, found 1200",
+        ),
+        (["MKV", "???"], {}, "row 1: column 'sequences': expected a sequence with characters the encoder knows"),
+        (["MKV"], {"pooling": "max"}, "pooling: expected one of mean, cls, last, found 'max'"),
+        (["MKV"], {"devise": "cpu"}, "embed_sequences: unknown option 'devise'; did you mean 'device'?"),
+    ],
+)
+def test_mistakes_in_sequences(
+    esm: Path, tmp_path: Path, sequences: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((DataError, ConfigError)) as error:
+        embed_sequences(sequences, esm, store=tmp_path, **options)
+    assert message in str(error.value)
+
+
+def test_the_sample_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert embed_sequences(["MKV"], store=tmp_path).shape == (1, 96)
+    config = read_config(ROOT / "configs/default.yaml", "dataset.1.dataset_path=sample/mine")
+    assert config.dataset[0].dataset_path == str(ROOT / "sample/data/variants")
+    assert config.dataset[1].dataset_path == "sample/mine"
+    monkeypatch.chdir(ROOT)
+    assert read_config("configs/default.yaml").dataset[0].dataset_path == "sample/data/variants"
+    assert Path(CKPT).is_dir()
+
+
+def test_no_bars_where_no_notebook_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("embed", 2, "residues") as advance:
+        advance(1)
+    assert capsys.readouterr() == ("", "")
