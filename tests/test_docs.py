@@ -7,7 +7,10 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -18,6 +21,7 @@ from mlflow import MlflowClient
 
 import pipeline
 from pipeline.config.yaml_file import read_config
+from tests.support.browser import chromium, missing
 from tests.support.programs import ROOT
 from tests.support.snippets import PREPARED, Block, blocks, clone
 
@@ -181,6 +185,23 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
         assert [one for one in Links(path).loaded if urlsplit(one).netloc] == [], path.name
     for path in site.rglob("*.css"):
         assert re.findall(r"url\(['\"]?(?:https?:)?//|@import", path.read_text(encoding="utf-8")) == [], path.name
+
+
+@pytest.mark.skipif(bool(missing()) and not os.environ.get("CI"), reason=f"needs {missing()}")
+def test_the_search_finds_a_page_without_a_network(site: Path) -> None:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, chromium() as browser:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"http://127.0.0.1:{server.server_port}/"
+        page = browser.new_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{here}index.html")
+        page.get_by_role("textbox").first.click()
+        page.keyboard.type("ridge regression")
+        page.locator(".md-search-result__item").get_by_text("The probe").first.wait_for()
+        server.shutdown()
+    assert [url for url in asked if not url.startswith((here, "blob:", "data:"))] == []
 
 
 def test_every_page_is_in_the_navigation(site: Path) -> None:
