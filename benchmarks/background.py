@@ -1,6 +1,6 @@
 """What a measurement in the background costs a training: in turn with one that the training waits for.
 
-    python benchmarks/background.py [--layers 6] [--width 320] [--rounds 7] [--json FILE]
+    python benchmarks/background.py [--layers 6] [--width 320] [--rounds 7] [--rows 0] [--json FILE]
 
 A loop of optimizer steps of an ESM, measured on the sample data. *Stall* is the time that one measurement keeps the
 training: the call with the weights, and the call that takes in the result and hands it to the journal. Beside it, in
@@ -42,9 +42,10 @@ def timed(work: Callable[[], Any]) -> float:
 class Loop:
     """A training of one model, measured in one way."""
 
-    def __init__(self, mode: str, folder: Path, layers: int, width: int, figures: bool) -> None:
-        """Of random weights, on random tokens."""
+    def __init__(self, mode: str, folder: Path, layers: int, width: int, rows: int, figures: bool) -> None:
+        """Of random weights, on random tokens; measured on at most `rows` sequences of each part."""
         less = "dataset.num_epochs=1 dataset.num_seeds=1 dataset.baselines=false"
+        less += f" dataset.max_rows.train={rows} dataset.max_rows.test={rows}" if rows else ""
         own = f"{less} logging.figures={str(figures).lower()} store={folder}/store mode={mode}"
         config = read_config("configs/pretrain.yaml", own)
         torch.manual_seed(0)
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=0, help="most sequences of each part; 0: all")
     parser.add_argument("--figures", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -100,7 +102,8 @@ def main() -> None:
         folder = Path(name)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         late, waited = (
-            Loop(mode, folder, options.layers, options.width, options.figures) for mode in ("background", "blocking")
+            Loop(mode, folder, options.layers, options.width, options.rows, options.figures)
+            for mode in ("background", "blocking")
         )
         with late.downstream, waited.downstream:
             for loop in (late, waited):  # opens the run of MLflow, and starts the worker

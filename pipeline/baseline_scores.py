@@ -54,7 +54,13 @@ class BaselineScores:
     table: pa.Table
 
 
-def beside_baseline(scores: Scores, store: Store, device: torch.device, in_list: bool = False) -> Scores:
+def beside_baseline(
+    scores: Scores,
+    store: Store,
+    device: torch.device,
+    in_list: bool = False,
+    measured: BaselineScores | PipelineError | None = None,
+) -> Scores:
     """The scores of a checkpoint with those of the baseline, and a note on each target where they are no better.
 
     Args:
@@ -62,6 +68,7 @@ def beside_baseline(scores: Scores, store: Store, device: torch.device, in_list:
         store: where the scores of baselines are kept.
         device: where heads are trained.
         in_list: see `score`.
+        measured: what `measure_baseline` gave, or raised, where it was called before.
 
     Returns:
         The scores as they were, with a note, where the baseline cannot be measured: a checkpoint's scores do not
@@ -69,15 +76,22 @@ def beside_baseline(scores: Scores, store: Store, device: torch.device, in_list:
     """
     if not scores.examples.task.baselines:
         return scores
-    try:
-        baseline = measure_baseline(scores.examples, store, device)
-    except PipelineError as error:
-        return replace(scores, notes=(*scores.notes, f"there is no baseline: {error}"))
+    baseline = measured or try_baseline(scores.examples, store, device)
+    if isinstance(baseline, PipelineError):
+        return replace(scores, notes=(*scores.notes, f"there is no baseline: {baseline}"))
     prefix = f"{metric_name(scores.task_name)}/" if in_list else ""
     values = {prefix + name: value for name, value in baseline.values.items()}
     found = _no_better(replace(scores, baselines=values), baseline)
     notes = (*scores.notes, *(one.text for one in found))
     return replace(scores, baselines=values, notes=notes, verdicts=(*scores.verdicts, *found))
+
+
+def try_baseline(examples: Examples, store: Store, device: torch.device) -> BaselineScores | PipelineError:
+    """As `measure_baseline`, with the error as a result."""
+    try:
+        return measure_baseline(examples, store, device)
+    except PipelineError as error:
+        return error
 
 
 def measure_baseline(examples: Examples, store: Store, device: torch.device) -> BaselineScores:

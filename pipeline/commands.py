@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import validation
 from pipeline.checkpoints.names import name_of, names_of, step_of, with_step
@@ -120,7 +120,7 @@ def measure_encoder(
             run.checkpoint(label, encoder.digest, source, step)
     examples = _same(known, encoder)
     start = RandomInit(encoder, config, store, Several([tracker, *mirrors]), step or 0) if config.baseline else None
-    further = {"compare": start.compare} if start else {}
+    further: dict[str, Any] = {"compare": start.compare} if start else {}
     scores, changes = validation.measure_and_publish(
         encoder, config, store, tracker, Several(mirrors), source, step, label, until, examples, **further
     )

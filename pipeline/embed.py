@@ -11,8 +11,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, pairwise
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.tables import place
-from pipeline.encoders.forward import POOLED, Transfer, batches, misaligned
+from pipeline.encoders.embedding_pass import Pooled, embed_missing
+from pipeline.encoders.forward import POOLED, Transfer, misaligned
 from pipeline.encoders.protocol import Encoder
-from pipeline.errors import CheckpointError, DataError
+from pipeline.encoders.unknown import count_unknown
+from pipeline.engines.workers import ALONE, Workers, from_first
+from pipeline.errors import CheckpointError
 from pipeline.load import Examples
-from pipeline.progress import progress
 from pipeline.statistics.label_free import label_free, sample
 from pipeline.store.embedding_table import EmbeddingTable, Store, sequence_key
 from pipeline.store.reading import Rows
 from pipeline.store.shards import DamagedShardsError, Entry
-from pipeline.store.writing import ShardWriter
 
 logger = logging.getLogger(__name__)
 
@@ -84,38 +83,43 @@ class Embeddings:
         return rows.of(entries) if rows.in_memory else Rows(self.table, entries, self.memory_bytes)
 
 
-def embed(examples: Sequence[Examples], encoder: Encoder, store: Store) -> list[Embeddings]:
+def embed(examples: Sequence[Examples], encoder: Encoder, store: Store, workers: Workers = ALONE) -> list[Embeddings]:
     """Embeds the sequences that are not stored yet, and gives each task its embeddings.
+
+    Several workers share the batches of one plan. The rows meet in the table of the first one, where the store is the
+    same folder for all; else in that of each.
 
     Raises:
         DataError: a sequence has no token that the encoder knows.
         CheckpointError: a token-level task, and the tokenizer does not give one token per character.
         CacheError: the store cannot be written, or reads back damaged what was just written.
     """
-    levels = {level: _Level(level, examples, encoder, store) for level in sorted({e.task.level for e in examples})}
+    levels = [_Level(level, examples, encoder, store) for level in sorted({e.task.level for e in examples})]
     plan = made_with(encoder.device, encoder.precision, encoder.pooling, store, examples)
     with ExitStack() as locks:
-        for level in levels.values():
-            locks.enter_context(level.table.lock())
-            level.look_up()
+        _look_up(levels, store, workers, locks)
         began = time.perf_counter()
-        tokens = _embed_missing(list(levels.values()), encoder, plan, examples)
+        count = partial(count_unknown, encoder=encoder, examples=examples)
+        tokens = embed_missing(levels, encoder, plan, count, workers, store.shared)
         seconds = time.perf_counter() - began
-        for level in levels.values():
-            level.read_embedded()
+        for level in levels:
+            from_first(workers, level.table.take_parts)
+            workers.together(level.read_embedded)
     total = len(_texts(examples))
-    embedded = len({key for level in levels.values() for key in level.missing})
+    embedded = len({key for level in levels for key in level.missing})
     cached = total - embedded
     metrics = {"embedded": embedded, "cached": cached, "tokens": tokens, "cache_hits": cached / max(1, total)}
     if tokens:
         metrics["tokens_per_second"] = tokens / seconds
-    return [levels[one.task.level].embeddings(one, metrics) for one in examples]
+    by_name = {level.name: level for level in levels}
+    return [_embeddings(by_name[one.task.level], one, metrics, store.memory_bytes) for one in examples]
 
 
 class _Level:
     """The sequences of all tasks of a level, which have the same pooling, and the table of their embeddings.
 
     Attributes:
+        name: the level.
         pooling: the encoder's, or `none` at token level.
         table: where the embeddings are stored.
         texts: the distinct sequences, by key.
@@ -125,10 +129,13 @@ class _Level:
     """
 
     def __init__(self, level: str, examples: Sequence[Examples], encoder: Encoder, store: Store) -> None:
+        self.name = level
         self.pooling = encoder.pooling if level == "sequence" else "none"
         self.table = store.table(encoder.digest, self.pooling, encoder.hidden_size, encoder.reusable)
         self.texts = _texts([one for one in examples if one.task.level == level])
         self.memory_bytes, self.reusable = store.memory_bytes, encoder.reusable
+        self.missing: dict[bytes, str] = {}
+        self.rows: Rows | None = None
         self._per_character = encoder.per_character
 
     def look_up(self) -> None:
@@ -142,16 +149,22 @@ class _Level:
             self.table.drop(shard for shard, _ in error.damaged)
             self.look_up()
 
+    def join(self, folder: Path | None, missing: Collection[bytes]) -> None:
+        """Takes the table in `folder`, where there is one, for this worker's own; all are to embed what is missing."""
+        self.missing = {key: text for key, text in self.texts.items() if key in missing}
+        if folder is not None:
+            self.table = EmbeddingTable(folder, self.table.settings)
+
     def read_embedded(self) -> None:
-        """Reads all rows where some were missing. Raises DamagedShardsError where they are not what was written."""
-        if self.missing:
+        """Reads all rows that were not read. Raises DamagedShardsError where they are not what was written."""
+        if self.missing or self.rows is None:
             self._read(self.table.index(), self.memory_bytes)
 
     def _read(self, index: dict[bytes, Entry], memory_bytes: int) -> None:
         self.entries = {key: index[key] for key in self.texts if key in index}
         self.rows = Rows(self.table, self.entries.values(), memory_bytes)
 
-    def pooled(self, batch: Sequence[bytes], states: Sequence[Tensor]) -> _Pooled | None:
+    def pooled(self, batch: Sequence[bytes], states: Sequence[Tensor]) -> Pooled | None:
         """The missing rows of a batch from its hidden states, each (tokens, hidden_size); pooled on their device."""
         found = {key: rows for key, rows in zip(batch, states, strict=True) if key in self.missing}
         if not found:
@@ -163,34 +176,7 @@ class _Level:
             for key, rows in found.items():
                 if len(rows) != len(self.texts[key]):
                     raise CheckpointError(misaligned(self.texts[key], len(rows)))
-        return _Pooled(list(found), [len(rows) for rows in found.values()], Transfer(torch.cat(list(found.values()))))
-
-    def embeddings(self, examples: Examples, metrics: Mapping[str, float]) -> Embeddings:
-        """The embeddings of a task of this level."""
-        parts = examples.parts.items()
-        entries = {name: [self.entries[sequence_key(text)] for text in part.sequences] for name, part in parts}
-        unknown = [self.entries[key].unknown for key in _texts([examples])]
-        some = f"{sum(unknown)} tokens in {len(unknown) - unknown.count(0)} of {len(unknown)} sequences"
-        notes = (f"{some} are unknown to the tokenizer",) if any(unknown) else ()
-        return Embeddings(examples, self.rows, entries, self.memory_bytes, metrics, notes, self.reusable)
-
-
-@dataclass(frozen=True)
-class _Pooled:
-    """Rows of a batch on their way to the CPU: keys of the sequences, rows of each, and the rows."""
-
-    keys: list[bytes]
-    counts: list[int]
-    rows: Transfer
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The result of a forward pass: for each level the rows that it lacks; and the numbers of tokens and residues."""
-
-    pooled: list[_Pooled | None]
-    tokens: int
-    residues: int
+        return Pooled(list(found), [len(rows) for rows in found.values()], Transfer(torch.cat(list(found.values()))))
 
 
 def made_with(
@@ -219,87 +205,36 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 def check_sequences(examples: Sequence[Examples], encoder: Encoder) -> None:
     """Raises what `embed` would for a sequence that the encoder cannot take, without embedding any."""
     aligned = _texts([one for one in examples if one.task.level == "token"])
-    _count_unknown(_texts(examples), aligned, encoder, examples)
+    count_unknown(_texts(examples), aligned, encoder, examples)
 
 
-def _embed_missing(
-    levels: Sequence[_Level], encoder: Encoder, plan: Mapping[str, Any], examples: Sequence[Examples]
-) -> int:
-    """One pass of the encoder over all that is missing; returns the number of tokens."""
-    levels = [level for level in levels if level.missing]
-    texts = {key: text for level in levels for key, text in level.missing.items()}
-    if not texts:
-        return 0
-    aligned = {key for level in levels if level.pooling == "none" for key in level.missing}
-    unknown = _count_unknown(texts, aligned, encoder, examples)
-    tokens, on_gpu = 0, encoder.device.type != "cpu"
-    with ExitStack() as stack:
-        made = {**plan, "packed": encoder.packs}
-        writers = [stack.enter_context(level.table.writer(made, in_thread=on_gpu)) for level in levels]
-        advance = stack.enter_context(progress("embed", sum(map(len, texts.values())), "residues"))
-        planned = batches(texts, plan["max_batch_tokens"], plan["emb_batch_size"], encoder.packs)
-        passes = (_forward(keys, texts, levels, encoder) for keys in planned)
-        if on_gpu:  # a GPU computes the next batch while one is written
-            passes = (batch for batch, _ in pairwise(chain(passes, [None])) if batch)
-        for batch in passes:
-            _write(batch, unknown, writers)
-            tokens += batch.tokens
-            advance(batch.residues)
-    return tokens
+def _look_up(levels: Sequence[_Level], store: Store, workers: Workers, locks: ExitStack) -> None:
+    """Finds what is missing. The first worker's table is that of all, where they share the store."""
+    own = workers.rank == 0 or not store.shared
+
+    def looked_up() -> list[tuple[Path, set[bytes]]]:
+        for level in levels if own else ():
+            locks.enter_context(level.table.lock())
+            level.table.take_parts()
+            level.look_up()
+        return [(level.table.folder, {*level.missing}) for level in levels]
+
+    found = workers.together(looked_up)
+    for level, (first, *others) in zip(levels, zip(*found, strict=True), strict=True):
+        level.join(None if own else first[0], first[1].union(*(missing for _, missing in others)))
 
 
-def _forward(keys: list[bytes], texts: Mapping[bytes, str], levels: Sequence[_Level], encoder: Encoder) -> _Batch:
-    first = any(level.pooling == "cls" for level in levels)
-    found = (encoder.states_from_first if first else encoder.hidden_states)([texts[key] for key in keys])
-    states = [rows[1:] for rows in found] if first else found
-    pooled = [level.pooled(keys, found if level.pooling == "cls" else states) for level in levels]
-    return _Batch(pooled, sum(map(len, states)), sum(len(texts[key]) for key in keys))
-
-
-def _write(batch: _Batch, unknown: Mapping[bytes, int], writers: Sequence[ShardWriter]) -> None:
-    """Writes the rows of a batch. All tables end their shards together, so that a resumed run has the same batches."""
-    for writer, pooled in zip(writers, batch.pooled, strict=True):
-        if pooled is not None:
-            writer.add(pooled.keys, [unknown[key] for key in pooled.keys], pooled.counts, pooled.rows.array())
-        writer.count(batch.tokens)
-    if any(writer.is_full for writer in writers):
-        for writer in writers:
-            writer.flush()
+def _embeddings(level: _Level, examples: Examples, metrics: Mapping[str, float], memory_bytes: int) -> Embeddings:
+    """The embeddings of a task of this level."""
+    parts = examples.parts.items()
+    entries = {name: [level.entries[sequence_key(text)] for text in part.sequences] for name, part in parts}
+    unknown = [level.entries[key].unknown for key in _texts([examples])]
+    some = f"{sum(unknown)} tokens in {len(unknown) - unknown.count(0)} of {len(unknown)} sequences"
+    notes = (f"{some} are unknown to the tokenizer",) if any(unknown) else ()
+    assert level.rows is not None
+    return Embeddings(examples, level.rows, entries, memory_bytes, metrics, notes, level.reusable)
 
 
 def _texts(examples: Sequence[Examples]) -> dict[bytes, str]:
     """The distinct sequences of some tasks, by key."""
     return {sequence_key(text): text for one in examples for part in one.parts.values() for text in part.sequences}
-
-
-def _count_unknown(
-    texts: Mapping[bytes, str], aligned: Collection[bytes], encoder: Encoder, examples: Sequence[Examples]
-) -> dict[bytes, int]:
-    """The number of unknown tokens of each sequence; those in `aligned` must have one token per character.
-
-    It is known before anything is embedded, so that an encoder that cannot serve a task fails at once.
-    """
-    counts: dict[bytes, int] = {}
-    keys = list(texts)
-    for begin in range(0, len(keys), 1024):
-        chunk = keys[begin : begin + 1024]
-        for key, (unknown, tokens) in zip(chunk, encoder.count_unknown([texts[key] for key in chunk]), strict=True):
-            if unknown == tokens:
-                raise _all_unknown(texts[key], examples, encoder.why_unknown(texts[key]))
-            if key in aligned and tokens != len(texts[key]):
-                raise CheckpointError(misaligned(texts[key], tokens))
-            counts[key] = unknown
-    return counts
-
-
-def _all_unknown(text: str, examples: Sequence[Examples], why: str) -> DataError:
-    """The error for a sequence of unknown tokens alone, with the file and line of the first row that has it."""
-    rows = ((one.task, name, part) for one in examples for name, part in one.parts.items() if text in part.sequences)
-    task, name, part = next(rows)
-    file, _, row = part.rows[part.sequences.index(text)].rpartition(":")
-    in_memory = not task.dataset_path
-    path = Path(f"frames['{name}']") if in_memory else Path(task.dataset_path) / name / file
-    where = place(path, int(row), in_memory)
-    shown = text if len(text) <= 60 else text[:57] + "..."
-    column = f"column '{task.sequence_column}'"
-    return DataError(f"{where}: {column}: expected a sequence with characters the encoder knows, found {shown!r}{why}")

@@ -50,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         entry_point = commands.add_parser(name, **style)
         _add_measured(entry_point)
         entry_point.set_defaults(command="measure", until="score" if name == "main" else name)
+    _worker(commands.add_parser("worker", description="Measures the snapshots of a training.", **style))  # nor this
     return parser
 
 
@@ -106,6 +107,5 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "compare": ("rank measurements that were made before", _compare),
     "replay": ("send to MLflow what it has missed", _replay),
     "config": ("print a configuration with every key, or what the keys mean", _config),
-    "worker": ("measure the snapshots of a training in the background", _worker),
     "doctor": ("say what is installed and works, and what a measurement costs", _doctor),
 }

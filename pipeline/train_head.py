@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -104,35 +106,77 @@ def train_head(embeddings: Embeddings, store: Store, device: torch.device) -> Fi
         DataError: the loss is no longer a finite number.
         CacheError: the head cannot be stored.
     """
+    task = embeddings.examples.task
+    heads = fit_seeds(embeddings, task.seeds, store, device)
+    return fitted_head(task, heads, fit_probe(embeddings) if task.probe != "none" else None)
+
+
+def fitted_head(task: Task, heads: Sequence[SeedHead], probe: Probe | None) -> FittedHead:
+    """The heads of all seeds of a task and its probe, with what there is to say of them."""
+    notes = (no_reuse(type(heads[0].head), "heads are trained"),) if code_of_head(task) is None else ()
+    return FittedHead(tuple(heads), probe, notes + (probe.notes if probe else ()))
+
+
+def fit_seeds(embeddings: Embeddings, seeds: Sequence[int], store: Store, device: torch.device) -> list[SeedHead]:
+    """The heads of some seeds of a task. Raises what `train_head` does."""
     task, targets = embeddings.examples.task, embeddings.examples.targets
     code = code_of_head(task)
     reusable = code is not None and embeddings.reusable
     folder, width = store.root.expanduser() / "heads", embeddings.table.hidden_size
-    keys = [head_key(embeddings.examples, embeddings.key, seed, code, device) for seed in task.seeds]
+    keys = [head_key(embeddings.examples, embeddings.key, seed, code, device) for seed in seeds]
     paths = [folder / f"{key}.safetensors" for key in keys]
-    with (  # the caller's modes and random states come back afterwards
+    with _as_trained_alone(device):
+        heads = [_fresh(task, seed, width, targets, device) for seed in seeds]
+        found = [_restore(head, path) if reusable else None for head, path in zip(heads, paths, strict=True)]
+        missing = [index for index, losses in enumerate(found) if losses is None]
+        trained = dict[int, Losses]()
+        if missing:
+            fitted = fit([heads[i] for i in missing], [seeds[i] for i in missing], embeddings, device)
+            trained = dict(zip(missing, fitted, strict=True))
+        for index, losses in trained.items() if reusable else ():
+            _keep(heads[index], losses, paths[index])
+    result = []
+    for index, (seed, head, stored) in enumerate(zip(seeds, heads, found, strict=True)):
+        curves = stored or trained[index]
+        steps = steps_of(embeddings.examples, len(curves[0]))
+        result.append(SeedHead(seed, head.eval(), *curves, steps, stored is not None))
+    return result
+
+
+@contextmanager
+def _as_trained_alone(device: torch.device) -> Iterator[None]:
+    """Modes and random states of the caller come back afterwards."""
+    with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
-        heads = [_fresh(task, seed, width, targets, device) for seed in task.seeds]
-        found = [_restore(head, path) if reusable else None for head, path in zip(heads, paths, strict=True)]
-        missing = [index for index, losses in enumerate(found) if losses is None]
-        trained = dict[int, Losses]()
-        if missing:
-            fitted = fit([heads[i] for i in missing], [task.seeds[i] for i in missing], embeddings, device)
-            trained = dict(zip(missing, fitted, strict=True))
-        for index, losses in trained.items() if reusable else ():
-            _keep(heads[index], losses, paths[index])
-    notes = (no_reuse(type(heads[0]), "heads are trained"),) if code is None else ()
-    probe = fit_probe(embeddings) if task.probe != "none" else None
-    result = []
-    for index, (seed, head, stored) in enumerate(zip(task.seeds, heads, found, strict=True)):
-        curves = stored or trained[index]
-        steps = steps_of(embeddings.examples, len(curves[0]))
-        result.append(SeedHead(seed, head.eval(), *curves, steps, stored is not None))
-    return FittedHead(tuple(result), probe, notes + (probe.notes if probe else ()))
+        yield
+
+
+@dataclass(frozen=True)
+class PackedHead:
+    """A `SeedHead` that can go to another process: in place of the module its state, on the CPU."""
+
+    head: SeedHead
+    state: dict[str, torch.Tensor]
+    scale: Any
+
+    @classmethod
+    def of(cls, one: SeedHead) -> PackedHead:
+        """Packs it."""
+        state = {name: value.cpu() for name, value in one.head.state_dict().items()}
+        return cls(replace(one, head=None), state, one.head.label_scale)  # type: ignore[arg-type]
+
+    def unpacked(self, embeddings: Embeddings, device: torch.device) -> SeedHead:
+        """The head of a task again, on a device."""
+        examples = embeddings.examples
+        with _as_trained_alone(device):
+            head = _fresh(examples.task, self.head.seed, embeddings.table.hidden_size, examples.targets, device)
+        head.load_state_dict(self.state)
+        head.label_scale = self.scale
+        return replace(self.head, head=head.eval())
 
 
 def _fresh(task: Task, seed: int, hidden_size: int, targets: tuple[Target, ...], device: torch.device) -> Head:

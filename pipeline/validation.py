@@ -23,11 +23,13 @@ from pipeline.config.task import Task, check_names
 from pipeline.config.yaml_file import to_yaml
 from pipeline.embed import Embeddings, differences, embed, made_with
 from pipeline.encoders.protocol import Encoder
+from pipeline.engines.workers import ALONE, Workers
 from pipeline.heads import optimizers
 from pipeline.load import Examples, load
 from pipeline.report.overview import Changes
 from pipeline.report.publishing import facts_of, publish
 from pipeline.score import Scores, companions, score
+from pipeline.sharing import share_out
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
@@ -60,6 +62,7 @@ def validate(
     tracker: Tracker | None = None,
     until: str = "score",
     examples: Sequence[Examples] | None = None,
+    workers: Workers = ALONE,
 ) -> list[Scores]:
     """Measures what an encoder's embeddings are worth on each task.
 
@@ -70,6 +73,7 @@ def validate(
         tracker: where results go; nowhere by default.
         until: the last stage to run: `load`, `embed`, `train_head` or `score`.
         examples: what `load` gave for each task, where it is at hand: the files are not read again.
+        workers: who share the work; all call this alike, and only the first has a `tracker`.
 
     Returns:
         The scores of each task, in order; none where `until` is an earlier stage.
@@ -87,20 +91,28 @@ def validate(
     if last < STAGES.index("embed"):
         return []
     with _stage(tracker, "embed") as run:
-        embeddings = embed(examples, encoder, store)
+        embeddings = embed(examples, encoder, store, workers)
         _log_embed(embeddings, encoder, store, run)
         _log_label_free(embeddings, in_list, run)
+    if last < STAGES.index("train_head"):
+        return []
+    tests, device = last >= STAGES.index("score"), encoder.device
+    shared = share_out(embeddings, store, device, in_list, tests, workers) if workers.count > 1 else None
+    if shared and workers.rank > 0:  # the first logs
+        return shared.scores
     scores = []
-    for task_embeddings in embeddings if last >= STAGES.index("train_head") else []:
+    for place, task_embeddings in enumerate(embeddings):
         suffix = f" {task_embeddings.examples.task.task_name}" if in_list else ""
         with _stage(tracker, f"train_head{suffix}") as run:
-            head = train_head(task_embeddings, store, encoder.device)
+            head = shared.heads[place] if shared else train_head(task_embeddings, store, device)
             _log_head(head, task_embeddings.examples.task.task_name, run)
-        if last < STAGES.index("score"):
+        if not tests:
             continue
         with _stage(tracker, f"score{suffix}") as run:
-            measured = score(task_embeddings, head, in_list)
-            scores.append(beside_baseline(measured, store, encoder.device, in_list))
+            if shared:
+                scores.append(shared.scores[place])
+            else:
+                scores.append(beside_baseline(score(task_embeddings, head, in_list), store, device, in_list))
             _log_scores(scores[-1], run, tracker)
     return scores
 
@@ -117,6 +129,7 @@ def measure_and_publish(
     until: str = "score",
     examples: Sequence[Examples] | None = None,
     compare: Callable[[Sequence[Scores]], Changes] = lambda _: Changes(),
+    workers: Workers = ALONE,
 ) -> tuple[list[Scores], Changes]:
     """Validates an encoder and publishes the result: numbers, pictures and the page.
 
@@ -132,6 +145,7 @@ def measure_and_publish(
         until: see `validate`.
         examples: see `validate`.
         compare: gives what the scores have changed by since the training began, and logs it.
+        workers: see `validate`; this is the first of them.
 
     Returns:
         The scores of each task, and those changes.
@@ -140,7 +154,7 @@ def measure_and_publish(
         PipelineError: see `validate`. What cannot be drawn only warns.
     """
     here, beside = AtStep(tracker, step or 0), AtStep(mirrors, step or 0)
-    scores = validate(encoder, config.tasks, store, here, until, examples)
+    scores = validate(encoder, config.tasks, store, here, until, examples, workers)
     if not scores:
         return scores, Changes()
     beside.metrics(metrics_of(scores))

@@ -31,6 +31,7 @@ from pipeline.config.task import Task
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 from pipeline.tracking.protocol import Data
 from pipeline.tracking.recording import Recording, replay
+from pipeline.tracking.sender import flush
 from pipeline.training.best import Best
 from pipeline.training.snapshots import Snapshots, on_cpu
 from pipeline.training.worker import Worker
@@ -185,6 +186,7 @@ def test_what_is_left_is_said_and_measured_by_the_command_line_or_later(
     assert third.state_dict()["points"] == again.curve
     assert third.curve == []
     third.close()
+    flush()
     history = MlflowClient().get_metric_history(newest_run().info.run_id, ACCURACY)
     assert [one.step for one in history] == [0, 1, 2]
 
@@ -206,6 +208,7 @@ def test_a_worker_that_fails_twice(
     downstream.close()
     assert "failed at step 0, it is tried once more: 'false" in caplog.text
     assert "failed at step 0, training goes on: 'false" in caplog.text
+    flush()
     run = newest_run()
     assert "ended with code 1" in run.data.tags["downstream.failed.step 0"]
     assert run.data.metrics == {}
@@ -230,6 +233,7 @@ def test_a_snapshot_that_cannot_be_written(
     downstream.close()
     assert "failed at step 0, training goes on: background: " in caplog.text
     assert "cannot be written" in caplog.text
+    flush()
     assert "cannot be written" in newest_run().data.tags["downstream.failed.step 0"]
 
 

@@ -62,7 +62,7 @@ def test_a_worker_that_is_killed_or_hangs(
 
     threading.Thread(target=strike, daemon=True).start()
     with pytest.warns(UserWarning, match="failed at step 4, it is tried once more: the worker"):
-        callback = measured(folder, "late", timeout=600.0 if number == signal.SIGKILL else 60.0)
+        callback = measured(folder, "late", timeout=600.0 if number == signal.SIGKILL else 100.0)
     assert hit
     assert points_of(callback) == points_of(measured(folder, "waited", mode="blocking"))
     assert len(points_of(callback)) == 5

@@ -184,15 +184,14 @@ def test_doctor_names_each_problem(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "./none.ckpt" in ckpt
     assert found["device"]
     assert found["tracker"]["answers"] is False
-    code, found = in_process(["doctor", "--json", "--quick", "--config=nowhere.yaml"], capsys)
+    uri = f"--tracking-uri=sqlite:///{tmp_path}/new.db"
+    code, found = in_process(["doctor", "--json", "--quick", "--config=nowhere.yaml", uri], capsys)
     assert (code, len(found["problems"])) == (2, 1)
 
 
-def test_doctor_makes_no_database(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uri = f"sqlite:///{tmp_path}/new.db"
-    options = [f"--tracking-uri={uri}", f"--overrides=store={tmp_path / 'store'}"]
+@pytest.mark.parametrize("uri", ["sqlite:///{}/new.db", "file://{}/mlruns", "{}/mlruns"])
+def test_doctor_makes_no_database(tmp_path: Path, capsys: pytest.CaptureFixture[str], uri: str) -> None:
+    options = [f"--tracking-uri={uri.format(tmp_path)}", f"--overrides=store={tmp_path / 'store'}"]
     code, found = in_process(["doctor", "--json", "--quick", *options], capsys)
     assert (code, found["tracker"]["answers"]) == (0, True)
     assert not list(tmp_path.iterdir())

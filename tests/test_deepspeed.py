@@ -334,11 +334,17 @@ def test_other_models_and_zero_3_with_a_missing_rank(
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_deepspeed_itself_writes(esm: EncoderOptions, tmp_path: Path, stage: int) -> None:
-    """On two ranks: the weights are those that its own script consolidates, and rounded, those of its module."""
+def test_what_deepspeed_itself_writes(
+    model: Any, esm: EncoderOptions, tmp_path: Path, tracking: str, stage: int
+) -> None:
+    """On two ranks: the weights are those that its own script consolidates, and rounded, those of its module.
+
+    The module within the engine is measured meanwhile, unless it is in parts.
+    """
     pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install deepspeed")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+    task = planted_task(tmp_path / "data", num_epochs=1)
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29650 + stage)}
     command = [sys.executable, "-m", "tests.support.deepspeed_rank", str(esm.architecture), str(tmp_path), str(stage)]
     start = partial(subprocess.Popen, command, cwd=ROOT)
@@ -347,6 +353,19 @@ def test_what_deepspeed_itself_writes(esm: EncoderOptions, tmp_path: Path, stage
     encoder: Any = open_encoder(str(tmp_path / "written"), esm)
     official = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "written"))
     live = torch.load(tmp_path / "live.pt", weights_only=True)
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    if stage == 3:
+        assert "ZeRO-3" in str(first)
+    else:
+        trained = EsmForMaskedLM(model.config)
+        trained.load_state_dict(live)
+        (expected,) = validate(
+            LiveModel(trained.eval(), tokenizer=AutoTokenizer.from_pretrained(str(esm.architecture))).encoder(trained),
+            task,
+            Store(tmp_path / "expected"),
+        )
+        assert {name: first[name] for name in expected.metrics} == pytest.approx(expected.metrics, rel=1e-5)
     for name, weight in encoder.model.state_dict().items():
         assert torch.equal(weight.bfloat16(), live[f"esm.{name}"].bfloat16())
         if stage > 1 or f"esm.{name}" != EMBEDDING:  # of ZeRO 1 its script leaves out what is frozen

@@ -20,6 +20,7 @@ from pipeline.report.comparison import Row, leaderboard
 from pipeline.report.differences import FIRST, differences
 from pipeline.statistics.intervals import MIN_SEQUENCES, changes
 from pipeline.statistics.predictions import Predictions, from_table
+from pipeline.tracking.earlier_runs import read_runs, with_predictions
 from tests.support.lab import VALUE, Lab, furnished, own_signals, write_checkpoint
 
 SPEARMAN, MSE, PROBE_MSE = "test_value_spearman", "test_value_mse", "test_value_probe_mse"
@@ -149,3 +150,30 @@ def test_why_there_is_no_difference() -> None:
     assert reasons[0].startswith("two checkpoints can be compared on the same test sequences and labels only")
     assert differences(other, "test_x_mse") == ([None, None], [])
     assert differences(other, "loss") == ([None, None], [])
+
+
+def test_predictions_of_other_tasks_are_not_read(tracking: str, tmp_path: Path) -> None:
+    """The names of tasks may begin and end alike."""
+    tasks = ("a", "a b a", "b")
+    with mlflow.start_run() as run:
+        for task in tasks:
+            mlflow.log_metric(f"{task}/test_y_mse", 0.5, step=3)
+            pq.write_table(predictions(0.3), tmp_path / f"predictions_{task}.parquet")
+            mlflow.log_artifact(str(tmp_path / f"predictions_{task}.parquet"))
+    runs = read_runs([run.info.run_id], tracking)
+    assert [one.tables for one in runs] == [{}]
+    for task in tasks:
+        (one,) = with_predictions(runs, f"{task}/test_y_mse")
+        assert {step: list(tables) for step, tables in one.tables.items()} == {3: [task]}
+    (one,) = with_predictions(runs, "test_y_mse")
+    assert set(one.tables[3]) == set(tasks)
+
+
+def test_a_row_without_the_metric_stands_before_one_that_failed() -> None:
+    rows = [Row("broken", None, {}, "no weights"), Row("other", 1, {"test_x_mse": 1.0}), row("one", predictions(0.3))]
+    board = leaderboard([*rows, row("two", predictions(0.6))], ["test_y_mse"])
+    assert list(board.frame["checkpoint"]) == ["one", "two", "other", "broken"]
+    assert list(np.isfinite(board.frame["test_y_mse" + FIRST])) == [False, True, False, False]
+    assert [bar is not None for bar in board.bars] == [False, True, False, False]
+    assert board.every_metric.columns == ("metric", "one", "two", "other", "broken")
+    assert board.errors == ["broken: no weights"]

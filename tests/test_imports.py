@@ -13,10 +13,10 @@ from tests.support.programs import ROOT, loaded_after
 
 # The rooms, folders and files at the top: each may import those before it.
 ORDER = """
-errors progress statistics config data load store encoders tracking checkpoints embed heads train_head score
-baseline_scores report random_init validation commands training interface program parser cost doctor __main__
+errors progress engines statistics config data load store encoders tracking checkpoints embed heads train_head score
+baseline_scores sharing report random_init validation commands training interface program parser cost doctor __main__
 """.split()
-DEEPEST = 14  # floors of module-level imports
+DEEPEST = 15  # floors of module-level imports
 ADAPTERS = {
     "mlflow": {f"tracking.{name}" for name in ("client", "mlflow", "runs", "earlier_runs", "training_run")},
     "peft": {"checkpoints.peft"},

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from mlflow import MlflowClient
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from pipeline import DESCRIPTION, Downstream, LiveModel, PipelineError, open_encoder, untouched, validation
 from pipeline.config.task import Task
@@ -206,6 +208,28 @@ def test_sharded_models_are_refused_in_words(task: Task, tmp_path: Path) -> None
     next(model.parameters()).ds_id = 0
     with pytest.raises(ConfigError, match=r"ZeRO-3, which has 'esm.*in parts; downstream validation needs all weights"):
         Downstream(section(tmp_path, task), OwnTokenizer())(model, 0)
+
+
+def test_fsdp2_is_refused_in_words(task: Task, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        model = fully_shard(make_model())
+        with pytest.raises(ConfigError, match=r"is sharded: FSDP2 \(fully_shard\); .* needs all weights"):
+            Downstream(section(tmp_path, task), OwnTokenizer())(model, 0)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_engine_of_deepspeed_is_taken_off() -> None:
+    """Stands for DeepSpeed's own, which test_deepspeed.py measures where it is installed; stages are no whole model."""
+    model = make_model()
+    engine: Any = type("DeepSpeedEngine", (nn.Module,), {})()
+    engine.module = model
+    assert unwrapped(engine) is model
+    stages = type("PipelineEngine", (type(engine),), {})()
+    stages.module = model
+    with pytest.raises(ConfigError, match="is sharded: a DeepSpeed engine of pipeline stages"):
+        unwrapped(stages)
 
 
 def test_state_of_layers_that_scale(task: Task, tmp_path: Path, tracking: str) -> None:

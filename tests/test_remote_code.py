@@ -144,13 +144,13 @@ def test_the_command_line_takes_it_and_the_run_says_so(
 
 
 MEASURED = "the class of transformers is measured, which may be another model; trust_remote_code=true runs it"
-SHIFTED = """
+SWAPPED = """
 from transformers import EsmModel
-class Shifted(EsmModel):
-    def forward(self, *given, **options):
-        found = super().forward(*given, **options)
-        found.last_hidden_state = found.last_hidden_state + 1
-        return found
+class Swapped(EsmModel):
+    def __init__(self, config):
+        super().__init__(config, add_pooling_layer=False)
+    def forward(self, input_ids=None, **options):
+        return super().forward(input_ids=input_ids.where(input_ids != 20, 4), **options)  # M as if it were L
 """
 
 
@@ -158,16 +158,19 @@ def test_code_for_a_type_that_transformers_knows(
     tmp_path: Path, model_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not run, which is said once, or where it is trusted, run; code of a tokenizer alone makes no other model."""
-    path = Path(shutil.copytree(model_folder("esm"), tmp_path / "shifted"))
-    (path / "shifted.py").write_text(SHIFTED)
-    rewrite(path, {"AutoModel": "shifted.Shifted"})
-    plain = open_encoder(str(model_folder("esm")), CPU).hidden_states(["MKV"])[0]
+    path = Path(shutil.copytree(model_folder("esm"), tmp_path / "swapped"))
+    (path / "swapped.py").write_text(SWAPPED)
+    rewrite(path, {"AutoModel": "swapped.Swapped"})
+    encoder = open_encoder(str(model_folder("esm")), CPU)
+    plain, swapped = (encoder.hidden_states([text])[0] for text in ("MKV", "LKV"))
     before = imported()
     assert torch.equal(open_encoder(str(path), CPU).hidden_states(["MKV"])[0], plain)
     assert imported() == before
     assert [MEASURED in one.message for one in caplog.records].count(True) == 1
     caplog.clear()
-    assert torch.equal(open_encoder(str(path), TRUSTED).hidden_states(["MKV"])[0], plain + 1)
-    rewrite(path, {"AutoTokenizer": ["shifted.Tokenizer", None]})
+    found = open_encoder(str(path), TRUSTED).hidden_states(["MKV"])[0]
+    assert torch.allclose(found, swapped, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-2)
+    rewrite(path, {"AutoTokenizer": ["swapped.Tokenizer", None]})
     assert torch.equal(open_encoder(str(path), TRUSTED).hidden_states(["MKV"])[0], plain)
     assert MEASURED not in caplog.text

@@ -68,8 +68,8 @@ class Config:
     trust_pickle: bool = key("unpickle a `.ckpt` as it is, with the code that it names", False)
     every_n_validations: int = key("the callback measures at the first validation and then at every n-th", 1, least=1)
     mode: str = key(
-        "how the callback measures: the training waits for it (`sharded`, `blocking`), or a worker measures snapshots "
-        "of the weights while training goes on (`background`)",
+        "how a training is measured: `sharded` shares a measurement out over its ranks, `blocking` leaves it to rank "
+        "0, for which the others wait; with `background` a worker measures snapshots while training goes on",
         "sharded",
         choices=MODES,
     )
@@ -140,12 +140,12 @@ class Config:
         require(0 < self.timeout < 10**7, f"timeout is {self.timeout}, expected more than 0 and less than 10 million")
         parse_bytes(self.memory_budget)
         self.logging.check()
-        self.background.check(metric.key for metric in self.metrics)
         both = self.mode == "background" and self.save
         require(not both, "save: mode background writes snapshots itself; leave save out, and set background.keep_best")
         for task in self.dataset:
             task.check(with_files)
         check_names(self.dataset)
+        self.background.check(metric.key for metric in self.metrics)
         targets = sorted({task.infer_target for task in self.dataset})
         differs = f"infer_target differs between tasks ({', '.join(targets)})"
         require(len(targets) <= 1, f"{differs}; a checkpoint has one architecture, give it in every task")

@@ -76,8 +76,7 @@ class CustomEncoder(Encoder):
         cls, encoder_class: Any, module: nn.Module, device: torch.device, context: Context, mode: str
     ) -> CustomEncoder:
         """Wraps a live module with the class's own `from_module`; `mode` names the arithmetic of `context`."""
-        what = f"{class_name(encoder_class)}.from_module cannot take the module {type(module).__name__}"
-        inner = _made(encoder_class, "from_module(module)", module, f"infer_target: {what}")
+        inner = made_from_module(encoder_class, module)
         classes = [type(inner), *map(type, module.modules())]
         return cls(
             inner, own_digest(encoder_class, classes, lambda: f"{mode} {module_digest(module)}"), device, context
@@ -120,6 +119,12 @@ class CustomEncoder(Encoder):
             expected = "expected a list of tensors of shape (length, hidden_size)"
             raise CheckpointError(f"{type(self.inner).__name__}.hidden_states: {expected}, found {states!r:.100}")
         return int(states[0].shape[1])
+
+
+def made_from_module(encoder_class: Any, module: nn.Module) -> Any:
+    """What the class's own `from_module` makes of a live module. Raises CheckpointError where it cannot."""
+    what = f"{class_name(encoder_class)}.from_module cannot take the module {type(module).__name__}"
+    return _made(encoder_class, "from_module(module)", module, f"infer_target: {what}")
 
 
 def _made(encoder_class: Any, method: str, argument: Any, failed: str) -> Any:

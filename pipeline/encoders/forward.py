@@ -47,7 +47,10 @@ def batches(
 
 
 class Transfer:
-    """Rows on their way from the device to the CPU, so that the next forward pass need not wait for them."""
+    """Rows on their way from the device to the CPU, so that the next forward pass need not wait for them.
+
+    Pickled, they have arrived.
+    """
 
     def __init__(self, rows: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -57,6 +60,12 @@ class Transfer:
             self._event = torch.cuda.current_stream(rows.device).record_event()
         else:
             self._rows = rows.cpu()
+
+    def __getstate__(self) -> tuple[npt.NDArray[np.float32]]:
+        return (self.array(),)
+
+    def __setstate__(self, rows: tuple[npt.NDArray[np.float32]]) -> None:
+        self._event, self._rows = None, torch.from_numpy(rows[0])
 
     def array(self) -> npt.NDArray[np.float32]:
         """Waits for them."""

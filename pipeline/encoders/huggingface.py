@@ -18,6 +18,7 @@ from pipeline.encoders.code_digest import no_reuse
 from pipeline.encoders.description import fresh, quiet
 from pipeline.encoders.devices import DTYPES, find_device, find_precision, send
 from pipeline.encoders.digests import code_of, model_digest
+from pipeline.encoders.in_step import InStep
 from pipeline.encoders.layers import compile_layers, find_layer, shorten
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.packing import Packing
@@ -44,6 +45,7 @@ class HuggingFaceEncoder(Encoder):
         options: EncoderOptions = EncoderOptions(),
         as_is: bool = False,
         maker: str | None = "",
+        in_step: InStep | None = None,
     ) -> None:
         """Puts the model on its device and in evaluation mode.
 
@@ -54,6 +56,7 @@ class HuggingFaceEncoder(Encoder):
             as_is: the model is of a class of the user's own, or in training: it stays where it is, keeps all layers and
                 heads, and runs as its class has it. Float32 copies stand in for weights of another dtype.
             maker: a digest of the user's code that made the model; None where it cannot be known.
+            in_step: runs a model in training whose weights are in parts on several ranks, in their own dtype.
 
         Raises:
             CheckpointError: the tokenizer's special tokens are not around the sequence, the model gives no hidden
@@ -61,7 +64,7 @@ class HuggingFaceEncoder(Encoder):
             ConfigError: the device or the layer is not there, or the device has no such precision.
         """
         config: Any = model.config
-        self.as_is, self.maker = as_is, maker
+        self.as_is, self.maker, self.in_step = as_is, maker, in_step
         self.layer = find_layer(options.layer, config)
         self.device = next(model.parameters()).device if as_is else find_device(options.device)
         self.precision = find_precision(options.precision, self.device)
@@ -78,7 +81,7 @@ class HuggingFaceEncoder(Encoder):
                 compile_layers(model, config)
         self.compiled = options.compile and not as_is
         self.model = model.eval()
-        self._copies = _float_copies(model) if as_is else {}
+        self._copies = _float_copies(model) if as_is and in_step is None else {}
         self.hidden_size: int = self._found_size() if as_is else getattr(config, "hidden_size", None) or config.d_model
         self.max_seq_length = limit_of(config, self.tokens)
         self.pooling = options.pooling
@@ -88,6 +91,8 @@ class HuggingFaceEncoder(Encoder):
     @cached_property
     def digest(self) -> str:  # type: ignore[override]  # mypy: read-only, though a cached property can be set
         """See `Encoder`. Computed when it is first used: all weights are read."""
+        if self.in_step is not None:
+            return f"in parts {uuid4().hex}"  # no rank has all weights
         how = self.precision if self.layer is None else f"{self.precision} layer {self.layer}"
         how += " compiled" if self.compiled else ""
         if self.as_is:
@@ -103,12 +108,12 @@ class HuggingFaceEncoder(Encoder):
     @cached_property
     def reusable(self) -> bool:  # type: ignore[override]
         """See `Encoder`: the code of a model that runs as it is must be known."""
-        return not self.as_is or self._code is not None
+        return self.in_step is None and (not self.as_is or self._code is not None)
 
     @cached_property
     def notes(self) -> Sequence[str]:  # type: ignore[override]
         """See `Encoder`."""
-        return () if self.reusable else (no_reuse(type(self.model), "embeddings are made"),)
+        return () if self.reusable or self.in_step else (no_reuse(type(self.model), "embeddings are made"),)
 
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """See `Encoder.hidden_states`."""
@@ -156,7 +161,12 @@ class HuggingFaceEncoder(Encoder):
             last: Tensor = self.model(**inputs).last_hidden_state
             return last
         options = {**inputs, "output_hidden_states": True}
-        output = functional_call(self.model, self._copies, kwargs=options) if self._copies else self.model(**options)
+        if self.in_step is not None:
+            output = self.in_step(self.model, **options)
+        elif self._copies:
+            output = functional_call(self.model, self._copies, kwargs=options)
+        else:
+            output = self.model(**options)
         states = output.get("hidden_states") if hasattr(output, "get") else None
         if states is None:
             name = type(self.model).__name__

@@ -6,18 +6,21 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.class_paths import encoder_class
 from pipeline.encoders.code_digest import class_name
-from pipeline.encoders.custom import Context, CustomEncoder, module_digest, no_layer, own_digest
+from pipeline.encoders.custom import Context, CustomEncoder, made_from_module, module_digest, no_layer, own_digest
 from pipeline.encoders.description import check_architecture, describe, encoder_of, is_of_transformers, quiet, rebuild
 from pipeline.encoders.devices import find_device
 from pipeline.encoders.digests import settings_digest
 from pipeline.encoders.huggingface import REMEDY, HuggingFaceEncoder, limit_of
+from pipeline.encoders.in_step import InStep, SameNumber, is_sharded, own_class
 from pipeline.encoders.internals import hooks_of, is_compiled, uncompiled, uncompiled_state
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.tokens import Tokens
@@ -40,6 +43,7 @@ class LiveModel:
 
     Attributes:
         runs_module: whether measuring runs the module itself; see `training.untouched`. A `.ckpt` then takes its code.
+        in_parts: whether the weights are in parts on several ranks: then all ranks must measure, and the module runs.
         own_precision: the arithmetic of a module's own method, as the trainer calls it; None for any other way.
         max_seq_length: as an `Encoder`'s.
         description: what a `.ckpt` holds to describe the module, so that it can be opened without the module's code, or
@@ -73,13 +77,17 @@ class LiveModel:
         """
         self.context, self.mode, self.maker = context, mode, maker
         self.description: dict[str, Any] | None = None
+        self.in_parts = is_sharded(module)
         self._class = encoder_class(infer_target)
         self._own_method = self._class is None and callable(getattr(module, "hidden_states", None))
         self.own_precision = (mode or PLAIN) if self._own_method else None
         self._skeleton: nn.Module | None = None
         if self._class is not None:
-            found = CustomEncoder.from_module(self._class, module, _device_of(module), context, mode)
-            self.max_seq_length = found.max_seq_length
+            if self.in_parts:
+                found: Any = made_from_module(self._class, module)
+            else:
+                found = CustomEncoder.from_module(self._class, module, _device_of(module), context, mode)
+            self.max_seq_length = _own_limit(found)
         elif self._own_method:
             self.description = {"prefix": "", "class": class_name(type(module))}
             self.max_seq_length = _own_limit(module)
@@ -113,6 +121,8 @@ class LiveModel:
         if self._class is not None or self._own_method:
             no_layer(options.layer, type(module).__name__)
         where = _device_of(module) if options.device == "auto" else find_device(options.device)
+        if self.in_parts and (self._class is not None or self._own_method):
+            return self._custom_in_step(module, probe).with_pooling(options.pooling)
         if self._class is not None:
             custom = CustomEncoder.from_module(self._class, module, where, self.context, self.mode)
             return custom.with_pooling(options.pooling)
@@ -127,9 +137,29 @@ class LiveModel:
             return encoder.with_pooling(options.pooling)
         if self._skeleton is None:
             model = encoder_of(_only_model(module)[1])[0]
-            return HuggingFaceEncoder(model, self._tokenizer, options, as_is=True, maker=self.maker)
+            in_step = InStep(module, model) if self.in_parts else None
+            return HuggingFaceEncoder(model, self._tokenizer, options, True, self.maker, in_step)
         self._take_weights(module)
         return HuggingFaceEncoder(self._skeleton, self._tokenizer, replace(options, device=str(where)))
+
+    def _custom_in_step(self, module: nn.Module, probe: str) -> CustomEncoder:
+        """An encoder of the user's own code on weights that are in parts on several ranks."""
+        in_step = InStep(module)
+        inner = _Method(module) if self._own_method else made_from_module(self._class, module)
+        owner = type(module) if self._own_method else self._class
+        encoder = CustomEncoder(_InStep(inner, in_step), "in parts", _device_of(module), self.context, probe, owner)
+        encoder.digest, encoder.reusable, encoder.in_step = f"in parts {uuid4().hex}", False, in_step
+        encoder.precision = self.own_precision or encoder.precision
+        reached, same = [], SameNumber(in_step)
+        for number in (1, 2):
+            with same:
+                encoder.hidden_states([probe] * number)
+            reached.append(in_step.reached)
+        same.raise_late()
+        if len(reached[0]) != len(reached[1]):  # ranks with unlike batches would wait for one another in vain
+            found = f"{len(reached[0])} calls of sharded layers for one sequence, and {len(reached[1])} for two"
+            raise CheckpointError(f"{class_name(owner)}: {found}; give all sequences to the layers in one padded batch")
+        return encoder
 
     def release(self) -> None:
         """Lets go of the weights that `encoder` took: where they are not float32 they are a copy."""
@@ -140,6 +170,10 @@ class LiveModel:
     def _rebuild(self, module: nn.Module, model: Any, prefix: str) -> None:
         """Makes the second model, where the configuration gives exactly the module's model; else logs why not."""
         assert self.description is not None
+        if self.in_parts:
+            if not is_of_transformers(own_class(model)):
+                self.description["class"] = class_name(own_class(model))
+            return
         own = class_name(type(model))
         try:
             if not is_of_transformers(type(model)):
@@ -164,6 +198,19 @@ class LiveModel:
         weights = {key: state[self._prefix + key].detach() for key in self._skeleton.state_dict()}
         taken = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
         self._skeleton.load_state_dict(taken, assign=True)
+
+
+class _InStep:
+    """An object of the user's own whose passes run on all ranks at once."""
+
+    def __init__(self, inner: Any, in_step: InStep) -> None:
+        self._inner, self._in_step = inner, in_step
+        for name in ("hidden_states", "states_from_first"):
+            if callable(getattr(inner, name, None)):
+                setattr(self, name, partial(in_step, getattr(inner, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 class _Method:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pipeline.encoders.in_step import InStep
 from pipeline.errors import CheckpointError
 
 
@@ -28,6 +29,7 @@ class Encoder(Protocol):
         notes: lines for whoever reads the result.
         made_with: how the checkpoint was measured in training, if it holds that; see `embed.made_with`.
         step: of the training, if the checkpoint holds it.
+        in_step: runs the passes of a model whose weights are in parts on several ranks; else None.
     """
 
     hidden_size: int
@@ -41,6 +43,7 @@ class Encoder(Protocol):
     notes: Sequence[str] = ()
     made_with: Mapping[str, Any] = MappingProxyType({})
     step: int | None = None
+    in_step: InStep | None = None
 
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """The hidden states of the real tokens of each sequence, float32, each of shape (tokens, hidden_size)."""

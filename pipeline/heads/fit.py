@@ -225,9 +225,13 @@ def fit(heads: Sequence[Head], seeds: Sequence[int], embeddings: Embeddings, dev
 
 
 def _stackable(heads: Sequence[Head], task: Task, targets: Sequence[Target]) -> TypeGuard[Sequence[MLP]]:
-    """Whether one optimizer can train all heads at once."""
-    plain = is_plain(task.optim) and (len(heads) == 1 or not needs_metric(task.optim))
-    return plain and targets[0].weights is None and all(type(head) is MLP for head in heads)
+    return all(type(head) is MLP for head in heads) and trained_at_once(task, targets, len(heads))
+
+
+def trained_at_once(task: Task, targets: Sequence[Target], count: int) -> bool:
+    """Whether one optimizer trains so many heads at once: then a part of them would not have the same last bits."""
+    plain = is_plain(task.optim) and (count == 1 or not needs_metric(task.optim))
+    return plain and targets[0].weights is None and task.level == "sequence" and task.head is None
 
 
 def _backward(head: Head, targets: tuple[Target, ...], batch: Batch) -> Tensor:

@@ -5,6 +5,7 @@ manifest:
 
     <store>/embeddings/<key>/manifest.json        the list of shards, and how they were made; written last
     <store>/embeddings/<key>/shard-00000.parquet  see `shards.py`
+    <store>/embeddings/<key>/part-1/              the same, of a worker beside the first, until that takes it over
 
 A shard is written under a temporary name, synced, renamed, and listed in the manifest with its checksums. A file that
 is not listed is ignored, and a damaged shard is dropped from the list, never read as data.
@@ -15,10 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,7 @@ from pipeline.errors import CacheError
 from pipeline.store import shards
 from pipeline.store.shards import KEY_BYTES, Entry, Shard, is_damage
 from pipeline.store.temporary import remove_abandoned, temporary_folder
-from pipeline.store.writing import ShardWriter, disk_errors
+from pipeline.store.writing import ShardWriter, disk_errors, next_number, shard_name
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
@@ -49,6 +51,7 @@ class Store:
         memory_bytes: embeddings beyond this are read from disk as they are used.
         max_batch_tokens: token budget of an embedding batch; None for the default of the kind of device.
         lasting: the folder of what depends on the data alone, where `root` goes after a measurement; else None.
+        shared: whether `root` is the same folder for all workers, where there are several.
     """
 
     root: Path
@@ -56,6 +59,7 @@ class Store:
     memory_bytes: int = 10**9
     max_batch_tokens: int | None = None
     lasting: Path | None = None
+    shared: bool = True
 
     @classmethod
     def from_config(cls, config: Config, root: Path | None = None) -> Store:
@@ -158,8 +162,25 @@ class EmbeddingTable:
             made_with: how they were made, for the manifest.
             in_thread: whether a thread writes while the caller works.
         """
+        with disk_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
         _remove_unlisted(self.folder)
         return ShardWriter(self, made_with, in_thread)
+
+    def part(self, number: int) -> EmbeddingTable:
+        """A table within this one, for a worker that writes beside the holder of the lock; see `take_parts`."""
+        return EmbeddingTable(self.folder / f"part-{number}", self.settings)
+
+    def take_parts(self) -> None:
+        """Takes over the shards of all parts, also of those that killed workers left. Hold the lock."""
+        with disk_errors(self.folder):
+            for folder in sorted(self.folder.glob("part-*")):
+                listed = self.shards()
+                for number, shard in enumerate(_listed(folder), next_number(listed)):
+                    listed.append(replace(shard, file=shard_name(number)))
+                    (folder / shard.file).replace(self.path(listed[-1]))
+                self.write_manifest(listed)
+                shutil.rmtree(folder)
 
     def path(self, shard: Shard) -> Path:
         """The shard's file."""

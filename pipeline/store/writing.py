@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.errors import CacheError
 from pipeline.store import shards
-from pipeline.store.shards import Array, ShardFile
+from pipeline.store.shards import Array, Shard, ShardFile
 
 if TYPE_CHECKING:
     from pipeline.store.embedding_table import EmbeddingTable
@@ -37,7 +37,7 @@ class ShardWriter:
         self.table = table
         self.made_with = made_with
         self.in_thread = in_thread
-        self._next = 1 + max((int(shard.file[6:11]) for shard in table.shards()), default=-1)
+        self._next = next_number(table.shards())
         self._file: ShardFile | None = None
         self._buffer: list[Added] = []  # too few yet for a row group
         self._buffer_bytes = self._bytes = self._tokens = 0  # the latter two of the whole shard
@@ -100,7 +100,7 @@ class ShardWriter:
         buffer, self._buffer, self._buffer_bytes = self._buffer, [], 0
         with disk_errors(self.table.folder):
             if self._file is None:
-                path = self.table.folder / f"shard-{self._next:05d}.parquet"
+                path = self.table.folder / shard_name(self._next)
                 self._file = ShardFile(path, self.table.hidden_size, self.table.dtype, self.made_with)
                 self._next += 1
         self._run(partial(_write, self._file, buffer), self.in_thread)
@@ -125,6 +125,16 @@ class ShardWriter:
         except BaseException:
             file.discard()
             raise
+
+
+def shard_name(number: int) -> str:
+    """The name of a shard's file."""
+    return f"shard-{number:05d}.parquet"
+
+
+def next_number(listed: Sequence[Shard]) -> int:
+    """The number of the next shard."""
+    return 1 + max((int(shard.file[6:11]) for shard in listed), default=-1)
 
 
 def _write(file: ShardFile, buffer: Sequence[Added]) -> None:

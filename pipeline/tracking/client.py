@@ -136,12 +136,13 @@ def download(uri: str) -> Path:
 def answer(uri: str = "") -> tuple[str, str]:
     """An address to show, by default that in force, and why it does not answer; empty where it does.
 
-    A SQLite database that does not exist is not made: the first measurement makes it.
+    A SQLite database, or a folder of runs, that does not exist is not made: the first measurement makes it.
     """
     uri = uri or mlflow.get_tracking_uri()
-    path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not path.exists():
-        return shown(uri), "" if os.access(path.absolute().parent, os.W_OK) else "its folder cannot be written"
+    place = uri.removeprefix("sqlite:///").removeprefix("file://")
+    if "://" not in place and not place.startswith("databricks") and not Path(place).exists():
+        writable = os.access(Path(place).absolute().parent, os.W_OK)
+        return shown(uri), "" if writable else "its folder cannot be written"
     seconds = ASKED_SECONDS["http" if uri.startswith("http") else "database"]
     answers: list[str] = []
 

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import mlflow
@@ -98,7 +99,7 @@ def _tables(client: MlflowClient, run_id: str, step: int, task: str) -> dict[str
         paths = [one.path for one in client.list_artifacts(run_id, f"{FOLDER}/step={step}")]
         for path in paths or [one.path for one in client.list_artifacts(run_id)]:
             name = Path(path).name
-            if name.startswith(f"{PREDICTIONS}{task}") and name.endswith(f"{task}.parquet"):
+            if fnmatchcase(name, f"{PREDICTIONS}{task or '*'}.parquet"):
                 with temporary_folder() as folder:
                     local = client.download_artifacts(run_id, path, str(folder))
                     found[name.removeprefix(PREDICTIONS).removesuffix(".parquet")] = pq.read_table(local)

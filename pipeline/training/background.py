@@ -194,7 +194,8 @@ class Background:
         if _read_json(snapshot.manifest) != self._manifest(step):
             shutil.rmtree(snapshot.result, ignore_errors=True)  # measured as another configuration says
             write_json(snapshot.manifest, self._manifest(step))
-        snapshot.error.unlink(missing_ok=True)
+        for path in (snapshot.error, snapshot.claim):
+            path.unlink(missing_ok=True)
         if not snapshot.result.exists():
             self._call(snapshot)
 

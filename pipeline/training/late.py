@@ -103,7 +103,7 @@ class Late:
 
     def progress(self) -> Progress | None:
         """See `Background.progress`."""
-        return self.background.progress() if self.background else None
+        return attempt("reading of a result", self.background.progress) if self.background else None
 
 
 def why_not_late(config: Config, module: nn.Module, runs_module: bool) -> str:

@@ -17,7 +17,7 @@ from pipeline.training.lightning_package import DescribingIO, pl
 from pipeline.training.monitors import refuse_monitors, warn_of_monitors
 from pipeline.training.session import Session
 
-SHARDED = ("FSDP", "ModelParallel", "DeepSpeed")
+SHARDED = ("FSDP", "DeepSpeed")
 
 
 def setup_dwnstr_task_validation_callbacks(cfg: str | Path | Mapping[Any, Any] | Config) -> list[pl.Callback]:
@@ -81,7 +81,7 @@ class DownstreamValidation(pl.Callback):
         return f"DownstreamValidation{[task.task_name for task in self.config.dataset]}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finds the encoder and reads all data, on rank 0.
+        """Finds the encoder, and has rank 0 read all data.
 
         Raises:
             PipelineError: what would fail at the first measurement, on every rank alike.
@@ -204,6 +204,7 @@ def _check_strategy(trainer: pl.Trainer) -> None:
     """Raises ConfigError for a strategy under which no rank has all weights."""
     kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     if any(kind.startswith(SHARDED) for kind in kinds):
-        raise ConfigError(f"strategy {kinds[0]}: downstream validation needs all weights on a rank; use ddp for now")
-    if trainer.world_size > 1 and "DDPStrategy" not in kinds:
-        raise ConfigError(f"strategy {kinds[0]}: downstream validation on several ranks needs ddp")
+        remedy = "use ddp, or FSDP2 (ModelParallelStrategy)"
+        raise ConfigError(f"strategy {kinds[0]}: downstream validation needs all weights on a rank; {remedy}")
+    if trainer.world_size > 1 and not {"DDPStrategy", "ModelParallelStrategy"} & {*kinds}:
+        raise ConfigError(f"strategy {kinds[0]}: downstream validation on several ranks needs ddp, or FSDP2")

@@ -47,10 +47,10 @@ class LoopHost(LogHost):
 class Downstream:
     """Measures a model in training: `downstream = Downstream("my.yaml", tokenizer=...)`, `downstream(model, step)`.
 
-    Where there are several ranks, all of them call; rank 0 measures, and each gets the same metrics or the same error.
-    The model may be wrapped by DDP, `torch.compile` or accelerate. Model, optimizer, random states and modes are
-    afterwards what they were. Used as a context manager, or with `close`, it ends the MLflow run that it opened; else
-    that is done when the program ends.
+    Where there are several ranks, all of them call and share the work (see `mode`), and get the same metrics or the
+    same error. The model may be wrapped by DDP, `torch.compile` or accelerate, or be one of `fully_shard`. Model,
+    optimizer, random states and modes are afterwards what they were. Used as a context manager, or with `close`, it
+    ends the MLflow run that it opened; else that is done when the program ends.
 
     Attributes:
         config: of the measurements.
@@ -89,7 +89,8 @@ class Downstream:
 
         Returns:
             The metrics, the same on every rank; empty where nothing was measured: by these keys, where the section is
-            not `enabled`, and where the measurement failed and `on_error` is `warn`.
+            not `enabled`, and where the measurement failed and `on_error` is `warn`; and with `mode: background`, where
+            they come later, see `curve`.
 
         Raises:
             PipelineError: at the first call, what would fail at each; later where `on_error` is `raise`.

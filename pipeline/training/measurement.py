@@ -1,13 +1,12 @@
-"""The work of rank 0 in any training loop: it prepares, and measures the current weights."""
+"""The work in any training loop, of rank 0 or of each rank: it prepares, and measures the current weights."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,20 +17,23 @@ from pipeline.config.class_paths import encoder_class
 from pipeline.config.schema import Config
 from pipeline.embed import check_sequences, made_with
 from pipeline.encoders.devices import find_device, find_precision
+from pipeline.encoders.in_step import is_sharded
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
-from pipeline.errors import CheckpointError
+from pipeline.engines.workers import ALONE, Workers, from_first
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.load import Examples, load
 from pipeline.progress import no_progress
 from pipeline.report.publishing import describe, publish_curves
 from pipeline.store.embedding_table import Store
-from pipeline.store.temporary import temporary_folder
-from pipeline.tracking.protocol import FOLDER, AtStep, NullTracker, Several, Tracker, attempt, guarded
+from pipeline.tracking.protocol import FOLDER, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.train_head import make_head
 from pipeline.training.host import Host
 from pipeline.training.progress import Progress, resolution_of
+from pipeline.training.sharing import check_same, first_ranks_buffers, measured
 from pipeline.training.untouched import untouched
+from pipeline.training.unwrapped import refuse_sharded
 from pipeline.validation import check, dry_run
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 class Measurement:
     """Measures a module in training, and leaves it as it is.
 
+    Several ranks share the work, each with its own copy of the module; the first has the data read, logs and publishes.
+
     Attributes:
         host: the loop in which the module is trained.
         earlier_run: key of the MLflow run that an interrupted training had opened, to be continued.
@@ -48,8 +52,9 @@ class Measurement:
         progress: what the scores have changed by.
     """
 
-    def __init__(self, config: Config, host: Host, earlier_run: str | None = None) -> None:
+    def __init__(self, config: Config, host: Host, earlier_run: str | None = None, workers: Workers = ALONE) -> None:
         """Opens nothing yet."""
+        self.workers = workers
         self.config = config
         self.host = host
         self.earlier_run = earlier_run
@@ -95,11 +100,12 @@ class Measurement:
         Raises:
             PipelineError: see `validate`. Trackers that fail only warn.
         """
-        with self._around(module), self._in_place(module):
+        with self._around(module), self._in_place(module), first_ranks_buffers(module, self.workers):
             try:
                 metrics = self._measure(module, step)
             except Exception as error:
-                self.tell_failure(step, str(error))
+                if self.workers.rank == 0:
+                    self.tell_failure(step, str(error))
                 raise
             return metrics
 
@@ -164,6 +170,8 @@ class Measurement:
             module.to(here)
 
     def _first_time(self, record: logging.LogRecord) -> bool:
+        if self.workers.rank > 0:
+            return False  # the first says the same
         text = record.getMessage()
         new = record.levelno < logging.WARNING or text not in self._said
         self._said.add(text)
@@ -177,6 +185,10 @@ class Measurement:
             if not hasattr(own, "from_checkpoint"):
                 raise CheckpointError(f"infer_target: {target} has no from_checkpoint(path), which save needs")
             return None
+        refuse_sharded(module)
+        if is_sharded(module) and (self.config.mode != "sharded" or self.config.save):
+            found = "save" if self.config.save else f"mode {self.config.mode}"
+            raise ConfigError(f"{found}: the weights are in parts on several ranks; use mode: sharded without save")
         return LiveModel(module, target, host.tokenizer, host.context, host.mode, host.holders)
 
     def _describe(self) -> dict[str, Any] | None:
@@ -208,8 +220,13 @@ class Measurement:
         if encoder.max_seq_length != self._limit:
             self._limit = encoder.max_seq_length
             self._read()
+        check_same(encoder, self.workers)
+        more = (source, step, self.workers)
+        if self.workers.rank > 0:
+            nowhere = NullTracker()
+            return measured(encoder, self.config, self._examples, self.progress, nowhere, nowhere, *more)
         with self.trackers(step, encoder.digest, source) as (tracker, mirrors):
-            metrics = measured(encoder, self.config, self._examples, self.progress, tracker, mirrors, source, step)
+            metrics = measured(encoder, self.config, self._examples, self.progress, tracker, mirrors, *more)
         self.tell_start(self.progress.start)
         return metrics
 
@@ -256,8 +273,8 @@ class Measurement:
         validation.logger.removeFilter(self._first_time)
 
     def _read(self) -> None:
-        """Reads and checks all data."""
-        self._examples = [load(task, self._limit) for task in self.config.dataset]
+        """Reads and checks all data, on one rank."""
+        self._examples = from_first(self.workers, lambda: [load(task, self._limit) for task in self.config.dataset])
 
     @cached_property
     def _mirrors(self) -> Sequence[Tracker]:
@@ -282,45 +299,3 @@ class Measurement:
             self.host.say(f"downstream validation logs to MLflow: {run.place}")
         describe(run.run, self.config, FOLDER)
         return run
-
-
-def measured(
-    encoder: Encoder,
-    config: Config,
-    examples: Sequence[Examples],
-    progress: Progress,
-    tracker: Tracker,
-    mirrors: Tracker,
-    source: str,
-    step: int,
-) -> dict[str, float]:
-    """Measures the weights of a training, and follows what they have changed by. Returns all metrics, changes too.
-
-    Args:
-        encoder: of the weights.
-        config: of the measurement.
-        examples: of each task.
-        progress: knows the measurements before.
-        tracker: see `validation.measure`.
-        mirrors: see `validation.measure`.
-        source: see `validation.measure`.
-        step: of the training.
-
-    Raises:
-        PipelineError: see `validate`.
-    """
-    root = Path(config.store).expanduser()
-    with nullcontext(root) if config.keep_embeddings else temporary_folder(root / "live") as folder:
-        scores, changes = validation.measure_and_publish(
-            encoder,
-            config,
-            Store.from_config(config, folder),
-            tracker,
-            mirrors,
-            source,
-            step,
-            f"step={step}",
-            examples=examples,
-            compare=lambda scores: progress.log(scores, step, tracker, AtStep(mirrors, step)),
-        )
-    return validation.metrics_of(scores) | dict(changes.values)

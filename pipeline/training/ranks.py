@@ -1,20 +1,24 @@
-"""Work that rank 0 of a training does for all ranks: each gets its result, or its error."""
+"""The ranks of a training as workers: each does its part, and all get the results, or all an error."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from pipeline.engines.workers import from_first
 from pipeline.errors import PipelineError
 
 T = TypeVar("T")
 
+AGREED = "all_ranks_know"  # an attribute of errors
+
 
 class RankError(PipelineError):
-    """The error that rank 0 raised, on the other ranks."""
+    """The error that another rank raised."""
 
 
 class LostRankError(PipelineError):
@@ -22,13 +26,16 @@ class LostRankError(PipelineError):
 
 
 class Ranks:
-    """The ranks of a training, in a process group of their own, whose timeout is not the training's.
+    """See `Workers`: the ranks of a training, in a process group of their own, whose timeout is not the training's.
 
     They wait without using CPU or GPU. Without a process group, or with one rank, work is done at once.
+
+    Whatever the ranks tell each other is a message of one kind, a result or an error. So a rank that fails between two
+    calls of `together` is heard at the next one, whichever that is on the other ranks, and none waits for it in vain.
     """
 
     def __init__(self, timeout: float) -> None:
-        """`timeout` is in seconds: how long a rank may take to arrive, and rank 0 to do the work."""
+        """`timeout` is in seconds: how long the ranks wait for one another, while one is still at work too."""
         self.timeout = timedelta(seconds=timeout)
         self.group: Any = None
 
@@ -38,60 +45,97 @@ class Ranks:
             self.group = dist.new_group(backend="gloo", timeout=self.timeout)
 
     @property
+    def rank(self) -> int:
+        """See `Workers.rank`."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def count(self) -> int:
+        """See `Workers.count`."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
     def is_first(self) -> bool:
         """Whether this is rank 0, or the only one."""
-        return self.group is None or dist.get_rank() == 0
+        return self.rank == 0
 
     def close(self) -> None:
         """Forgets the group, without destroying it: it may be broken."""
         self.group = None
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
-        """Does `work` on rank 0. Returns its result on every rank, or raises on every rank.
+        """Does `work` on rank 0, once all ranks are there. Returns its result on every rank, or raises on every rank.
 
         Raises:
             RankError: on the other ranks, what `work` raised on rank 0.
             LostRankError: a rank did not arrive, or is gone; the message names it.
         """
-        if self.group is None:
-            return work()
-        self._arrive()
-        if dist.get_rank() != 0:
-            heard: T = self._hear()
-            return heard
-        try:
-            result = work()
-        except Exception as error:
-            self._tell(None, RankError(f"rank 0: {type(error).__name__}: {error}"))
-            raise
-        except BaseException as error:
-            self._tell(None, LostRankError(f"downstream validation: rank 0 was stopped: {type(error).__name__}"))
-            raise
-        self._tell(result, None)
-        return result
+        self.arrive()
+        return from_first(self, work)
 
-    def _arrive(self) -> None:
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """See `Workers.together`.
+
+        Raises:
+            RankError: what `work` raised on the first rank where it failed, on all others.
+            LostRankError: a rank did not arrive, or is gone; the message names it.
+        """
+        if self.group is None:
+            return [work()]
+        own: Exception | None = None
+        try:
+            message = pickle.dumps((work(), None))
+        except Exception as error:
+            if _is_agreed(error):
+                raise
+            own, message = error, _failure(RankError(f"rank {self.rank}: {type(error).__name__}: {error}"))
+        except BaseException as error:
+            stopped = f"downstream validation: rank {self.rank} was stopped: {type(error).__name__}"
+            self._exchange(_failure(LostRankError(stopped)))
+            raise
+        messages = [pickle.loads(one) for one in self._exchange(message)]  # noqa: S301  # from a rank of this training
+        failed = [rank for rank, (_, failure) in enumerate(messages) if failure is not None]
+        if failed:
+            first = own if own is not None and failed[0] == self.rank else messages[failed[0]][1]
+            setattr(first, AGREED, True)
+            raise first
+        return [result for result, _ in messages]
+
+    def arrive(self) -> None:
+        """Waits for all ranks. Raises LostRankError where one does not come."""
+        if self.group is None:
+            return
         try:
             dist.monitored_barrier(self.group, self.timeout, wait_all_ranks=True)
         except RuntimeError as error:
-            waited = f"waited {self.timeout.total_seconds():g} s for every rank"
-            raise LostRankError(f"downstream validation: rank {dist.get_rank()} {waited}: {error}") from error
+            raise self._lost(error) from error
 
-    def _tell(self, result: Any, failure: PipelineError | None) -> None:
+    def _exchange(self, message: bytes) -> list[bytes]:
+        """The messages of all ranks; each waits until all have one."""
+        self.arrive()  # which names a rank that does not come
+        found: list[Any] = [None] * self.count
         try:
-            dist.broadcast_object_list([(result, failure)], src=0, group=self.group)
+            dist.all_gather_object(found, message, self.group)
         except RuntimeError as error:
-            raise LostRankError(f"downstream validation: rank 0 cannot reach the other ranks: {error}") from error
+            raise self._lost(error) from error
+        return found
 
-    def _hear(self) -> Any:
-        box: list[Any] = [None]
-        try:
-            dist.broadcast_object_list(box, src=0, group=self.group)
-        except RuntimeError as error:
-            waited = f"waited up to {self.timeout.total_seconds():g} s for rank 0"
-            remedy = "see its output; raise timeout if it was still at work"
-            raise LostRankError(f"downstream validation: rank {dist.get_rank()} {waited}: {error}; {remedy}") from error
-        result, failure = box[0]
-        if failure is not None:
-            raise failure
-        return result
+    def _lost(self, error: Exception) -> LostRankError:
+        waited = f"waited up to {self.timeout.total_seconds():g} s for every rank"
+        remedy = "see the output of that rank; raise timeout if it was still at work"
+        return LostRankError(f"downstream validation: rank {self.rank} {waited}: {error}; {remedy}")
+
+
+def _failure(error: PipelineError) -> bytes:
+    return pickle.dumps((None, error))
+
+
+def _is_agreed(error: BaseException | None) -> bool:
+    """Whether all ranks know of an error already, or of one that it comes from."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        if hasattr(error, AGREED) or isinstance(error, LostRankError):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False

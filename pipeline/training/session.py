@@ -7,11 +7,12 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from pipeline.config.schema import Config
+from pipeline.engines.workers import ALONE
 from pipeline.errors import PipelineError
 from pipeline.report.tables import Table
 from pipeline.training.background import Arrival
@@ -24,9 +25,11 @@ from pipeline.training.ranks import LostRankError, Ranks
 Point = tuple[int, dict[str, float]]  # a step, and the metrics of its weights
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class Session:
-    """Has rank 0 measure, and gives every rank the result.
+    """Has the ranks measure, or rank 0 alone, and gives every rank the result.
 
     Attributes:
         ranks: of the training.
@@ -76,7 +79,7 @@ class Session:
         self.ranks.open()
         self.start_clock()
         self._spent = 0.0
-        self.work = Measurement(self.config, host, self._run)
+        self.work = Measurement(self.config, host, self._run, self.ranks if self._is_shared else ALONE)
         self._continue()
 
     def start_clock(self) -> None:
@@ -93,7 +96,7 @@ class Session:
             late = self._may_be_late
             return work.description, why_not_late(self.config, module, work.runs_module) if late else ""
 
-        self.description, why = self.ranks.on_rank_zero(prepared)
+        self.description, why = self._do(prepared)
         if why and self.ranks.is_first:
             work.host.warn(f"mode: background cannot be, the training waits for its measurements: {why}")
         self._may_be_late = self._may_be_late and not why
@@ -113,7 +116,7 @@ class Session:
         """Tries whether a measurement can work. Raises PipelineError on every rank where it cannot."""
         assert self.work is not None
         work = self.work
-        self.ranks.on_rank_zero(lambda: work.try_out(module))
+        self._do(lambda: work.try_out(module))
 
     def is_due(self) -> bool:
         """Counts a validation, and says whether `every_n_validations` has it measured."""
@@ -132,7 +135,7 @@ class Session:
             return {}
         work, began = self.work, time.perf_counter()
         try:
-            metrics = self.ranks.on_rank_zero(lambda: work.measure(module, step))
+            metrics = self._do(lambda: work.measure(module, step))
         except LostRankError:
             raise
         except Exception as error:
@@ -189,6 +192,18 @@ class Session:
         elif self.ranks.is_first:
             drained()
         return found
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether all ranks measure; with `save` rank 0 alone opens what it writes."""
+        return self.config.mode == "sharded" and not self.config.save
+
+    def _do(self, work: Callable[[], T]) -> T:
+        """Does `work` on every rank, or on rank 0 alone; gives all ranks what it gave on rank 0."""
+        if not self._is_shared:
+            return self.ranks.on_rank_zero(work)
+        self.ranks.arrive()
+        return self.ranks.together(work)[0]
 
     def state(self) -> dict[str, Any]:
         """What a resumed training needs to continue the curve and the MLflow run."""

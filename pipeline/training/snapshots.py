@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,8 @@ class Snapshots:
             synced(draft.weights, lambda path: torch.save(copied, path))
             write_json(draft.manifest, manifest)
             draft.folder.rename(made.folder)
-            _sync(self.folder)
+            with suppress(OSError):  # some systems do not open folders
+                _sync(self.folder)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(draft.folder, ignore_errors=True)
             raise unwritable(made.folder, error) from error

@@ -1,4 +1,4 @@
-"""The module within what loops wrap around it: DDP, `torch.compile`, and what accelerate prepares."""
+"""The module within what loops wrap around it: DDP, `torch.compile`, DeepSpeed, and what accelerate prepares."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ from pipeline.encoders.live import PLAIN
 from pipeline.errors import ConfigError
 
 WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
+WRAPPERS |= {"DeepSpeedEngine": "module"}  # of ZeRO 0 to 2; it has all weights, as it computes with them
 SHARDED = {
-    "FullyShardedDataParallel": "FSDP",
-    "FSDPModule": "FSDP2 (fully_shard)",
-    "DeepSpeedEngine": "a DeepSpeed engine",
+    "FullyShardedDataParallel": "FSDP (fully_shard, which replaces it, can be measured)",
+    "PipelineEngine": "a DeepSpeed engine of pipeline stages",
 }
 REMEDY = "downstream validation needs all weights on a rank; use DDP for now, or measure the checkpoints"
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself, which has all its weights. Sharded modules will be gathered here; for now they are refused.
+    """The module itself, which has all its weights, or is one of FSDP2 (`fully_shard`), which runs as it is.
 
     Raises:
-        ConfigError: no rank has all weights (FSDP, FSDP2, DeepSpeed ZeRO-3).
+        ConfigError: no rank has all weights (FSDP, DeepSpeed ZeRO-3, tensor parallelism).
     """
     while True:
-        _refuse_sharded(module)
+        refuse_sharded(module)
         inner = next((inner for name, inner in WRAPPERS.items() if name in _names(module)), None)
         if inner is None:
             return module
         module = getattr(module, inner)
 
 
-def _refuse_sharded(module: nn.Module) -> None:
+def refuse_sharded(module: nn.Module) -> None:
+    """Raises ConfigError where a module's weights are in parts in a way that cannot be measured, see `unwrapped`."""
     found = next(filter(None, map(_sharded_class, module.modules())), None)
-    found = found or next(filter(None, map(_sharded_parameter, module.named_parameters())), None)
+    inside = {id(one) for part in module.modules() if "FSDPModule" in _names(part) for one in part.parameters()}
+    named = module.named_parameters()
+    found = found or next(filter(None, (_sharded_parameter(name, one, id(one) in inside) for name, one in named)), None)
     if found:
         raise ConfigError(f"{type(module).__name__}: the model is sharded: {found}; {REMEDY}")
 
@@ -48,12 +51,18 @@ def _sharded_class(module: nn.Module) -> str:
     return next((what for name, what in SHARDED.items() if name in _names(module)), "")
 
 
-def _sharded_parameter(named: tuple[str, nn.Parameter]) -> str:
-    name, parameter = named
+def _sharded_parameter(name: str, parameter: Any, by_fsdp: bool) -> str:
     if hasattr(parameter, "ds_id"):
         return f"DeepSpeed ZeRO-3, which has '{name}' in parts"
-    distributed = "DTensor" in _names(parameter) | _names(parameter.data)
-    return f"'{name}' is a DTensor, as FSDP2 and tensor parallelism make it" if distributed else ""
+    if "DTensor" not in _names(parameter) | _names(parameter.data):
+        return ""
+    if not by_fsdp:
+        return f"'{name}' is a DTensor, as tensor parallelism makes it"
+    mesh = parameter.device_mesh
+    if mesh.ndim > 1 or mesh.size() != torch.distributed.get_world_size():
+        kind = f"{mesh.ndim} dimensions {mesh.mesh_dim_names or ''}, {mesh.size()} ranks"
+        return f"'{name}' is on a device mesh of {kind}, where one of all ranks in one dimension can be measured"
+    return ""
 
 
 def _names(instance: object) -> set[str]:

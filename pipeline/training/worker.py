@@ -23,8 +23,8 @@ from pipeline.errors import ConfigError
 from pipeline.load import Examples, load
 from pipeline.store.temporary import host_mark
 from pipeline.tracking.recording import Recording
-from pipeline.training.measurement import measured
 from pipeline.training.progress import Progress
+from pipeline.training.sharing import measured
 from pipeline.training.snapshots import Snapshot, Snapshots, synced, write_json
 
 PAUSE = 0.1  # seconds between two looks for a snapshot

@@ -94,15 +94,16 @@ class Command:
         """See `OwnWorker`; the time counts from when a worker has begun with a snapshot."""
         self.words = [word.replace(PLACE, str(folder)) for word in shlex.split(command)]
         self.timeout = timeout
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}  # the last of each step
+        self._running: list[subprocess.Popen[bytes]] = []
         self._begun: dict[int, float] = {}
 
     def call(self, snapshot: Snapshot) -> None:
         """See `Workers.call`."""
         self._begun.pop(snapshot.step, None)
-        self._processes[snapshot.step] = subprocess.Popen(  # noqa: S603
-            self.words, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        process = subprocess.Popen(self.words, stdin=subprocess.DEVNULL, start_new_session=True)  # noqa: S603
+        self._processes[snapshot.step] = process
+        self._running = [process, *(one for one in self._running if one.poll() is None)]
 
     def trouble(self, snapshot: Snapshot) -> str:
         """See `Workers.trouble`."""
@@ -119,9 +120,10 @@ class Command:
 
     def stop(self) -> None:
         """See `Workers.stop`: what was submitted goes on; a command that is about to end is waited for."""
-        for process in self._processes.values():
+        end = time.monotonic() + GRACE
+        for process in self._running:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(max(0.0, end - time.monotonic()))
 
 
 def _reason(snapshot: Snapshot) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +12,23 @@ import deepspeed
 import deepspeed.comm.torch as backend
 import torch
 import torch.distributed as dist
-from transformers import EsmForMaskedLM
+from transformers import EsmForMaskedLM, EsmTokenizer
+
+from pipeline import Downstream
+from pipeline.errors import ConfigError
+from tests.support.data import planted_task_at
+from tests.support.training import section
+
+
+def measure(engine: Any, source: str, folder: Path) -> dict[str, float]:
+    """The metrics of the weights in training; of ZeRO 3 the error instead."""
+    config = section(folder, planted_task_at(folder / "data"), on_error="raise", timeout=120.0)
+    config.dataset[0].num_epochs = 1
+    with Downstream(config, EsmTokenizer.from_pretrained(source)) as downstream:
+        try:
+            return downstream(engine, 3)
+        except ConfigError as error:
+            return {str(error): 0.0}
 
 
 def run(source: str, folder: Path, stage: int) -> None:
@@ -35,6 +52,8 @@ def run(source: str, folder: Path, stage: int) -> None:
         ids = torch.randint(4, 24, (2, 17), generator=chance)
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
+    measured = measure(engine, source, folder) if (folder / "data").is_dir() else {}
+    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(measured))
     engine.save_checkpoint(str(folder / "written"))
     gathered = deepspeed.zero.GatheredParameters(list(engine.module.parameters())) if stage == 3 else nullcontext()
     with gathered:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from pipeline import Downstream, DownstreamTrainerCallback, validation
+from pipeline import Downstream, DownstreamTrainerCallback, sharing
 from pipeline.config.background import Background
 from pipeline.errors import DataError
 from tests.support.data import planted_task_at
@@ -239,7 +239,7 @@ def loop_on_two_ranks(folder: Path) -> dict[str, Any]:
         downstream.tokenizer = OwnTokenizer()
         found["with"] = loop(downstream, ddp)["seen"]
     found["curve"] = downstream.curve
-    stages: Any = validation
+    stages: Any = sharing
     real = stages.score
 
     def fail(*_: Any, **__: Any) -> Any:

@@ -141,8 +141,9 @@ def frames() -> dict[str, Any]:
 
 
 def notebook() -> dict[str, Any]:
-    """The same under another name of the label."""
-    return {part: rows.rename(columns={"fitness": "stability"}) for part, rows in frames().items()}
+    """The same under other names."""
+    names = {"fitness": "stability", "sequence": "protein"}
+    return {part: rows.rename(columns=names) for part, rows in frames().items()}
 
 
 def probe() -> dict[str, Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from pipeline import (
     DownstreamModelCheckpoint,
     JournalLogger,
     setup_dwnstr_task_validation_callbacks,
+    sharing,
     validation,
 )
 from pipeline.errors import DataError
@@ -30,7 +34,12 @@ from tests.support.training import Busy, loader, plain, section, trainer
 
 LOSS = "dwnstr_task_val_loss"
 RANK = int(os.environ["RANK"])
-STAGES = {"load": "data_of", "embed": "embed", "train_head": "train_head", "score": "score"}
+STAGES: dict[str, tuple[Any, str]] = {
+    "load": (validation, "data_of"),
+    "embed": (validation, "embed"),
+    "train_head": (sharing, "fit_seeds"),
+    "score": (sharing, "score"),
+}
 
 
 class Uneven(IterableDataset[str]):
@@ -53,8 +62,10 @@ class Stray(pl.Callback):
             time.sleep(600)
         if self.what == "dead" and RANK == 1:
             os._exit(9)
+        if self.what == "killed" and RANK == 1:
+            setattr(sharing, "fit_probe", lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # noqa: B010
         if self.what == "stuck" and RANK == 0:
-            setattr(validation, "train_head", lambda *_: time.sleep(600))  # noqa: B010
+            setattr(sharing, "fit_seeds", lambda *_: time.sleep(600))  # noqa: B010
 
 
 def fit(folder: Path, name: str, callbacks: list[Any], val: Any = None, **options: Any) -> dict[str, Any]:
@@ -108,12 +119,15 @@ def everything(folder: Path) -> dict[str, Any]:
     # Else DDP itself waits for the other rank at every validation batch, to share its buffers.
     lonely = pl.strategies.DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
     found["uneven"] = fit(folder, "uneven", callback(), DataLoader(Uneven(), batch_size=4), strategy=lonely)
-    for stage, name in STAGES.items():
+    both = [task, replace(task, task_name="another")]  # so that each rank has heads to train, and scores
+    for stage in STAGES:
         for on_error in ("warn", "raise"):
-            case = f"{stage} {on_error}"
-            found[case] = sabotaged(
-                name, lambda case=case, on_error=on_error: fit(folder, case, callback(on_error=on_error))
-            )
+            for rank in (0, 1):
+                case = f"{stage} {on_error} {rank}"
+                callbacks = setup_dwnstr_task_validation_callbacks(
+                    section(folder, both, timeout=60.0, on_error=on_error)
+                )
+                found[case] = sabotaged(stage, rank, partial(fit, folder, case, callbacks))
     found["interrupted"] = {"error": interrupted()}
     task.dataset.train = "x999"
     found["setup"] = fit(folder, "setup", callback())
@@ -135,8 +149,9 @@ def interrupted() -> str:
     return "nothing"
 
 
-def sabotaged(name: str, work: Any) -> Any:
-    real = getattr(validation, name)
+def sabotaged(stage: str, rank: int, work: Any) -> Any:
+    where, name = STAGES[stage]
+    real = getattr(where, name)
 
     def fail(*_: Any, **__: Any) -> None:
         raise DataError("injected")
@@ -144,12 +159,12 @@ def sabotaged(name: str, work: Any) -> Any:
     def fail_in_earnest(examples: Any, *rest: Any) -> Any:  # not in the sanity check, which would find out
         return fail() if len(examples[0].train) > 1 else real(examples, *rest)
 
-    if RANK == 0:
-        setattr(validation, name, fail_in_earnest if name == "embed" else fail)
+    if rank == RANK:
+        setattr(where, name, fail_in_earnest if name == "embed" else fail)
     try:
         return work()
     finally:
-        setattr(validation, name, real)
+        setattr(where, name, real)
 
 
 def main(scenario: str, folder: Path) -> None:

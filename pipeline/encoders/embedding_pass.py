@@ -1,0 +1,164 @@
+"""The pass of an encoder over the sequences that are not stored yet, shared by the workers of a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pipeline.encoders.forward import Transfer, batches
+from pipeline.encoders.in_step import SameNumber
+from pipeline.encoders.protocol import Encoder
+from pipeline.engines.workers import Workers, from_first, here
+from pipeline.progress import progress
+from pipeline.store.embedding_table import EmbeddingTable
+from pipeline.store.writing import ShardWriter
+
+
+class Lacking(Protocol):
+    """A table of embeddings that are pooled alike, and the sequences that it lacks."""
+
+    pooling: str
+    missing: dict[bytes, str]
+    table: EmbeddingTable
+
+    def pooled(self, batch: Sequence[bytes], states: Sequence[Tensor]) -> Pooled | None:
+        """The missing rows of a batch from its hidden states, each (tokens, hidden_size); None without any."""
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Rows of a batch on their way to the CPU: keys of the sequences, how many rows each has, and the rows."""
+
+    keys: list[bytes]
+    counts: list[int]
+    rows: Transfer
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The result of a forward pass: for each level the rows that it lacks; unknown tokens by key; tokens of all."""
+
+    pooled: list[Pooled | None]
+    unknown: Mapping[bytes, int]
+    tokens: int
+    residues: int
+
+
+def embed_missing(
+    levels: Sequence[Lacking],
+    encoder: Encoder,
+    plan: Mapping[str, Any],
+    count: Callable[[Mapping[bytes, str], Collection[bytes]], dict[bytes, int]],
+    workers: Workers,
+    shared: bool,
+) -> int:
+    """One pass of the encoder over all that is missing, shared by the workers.
+
+    Args:
+        levels: the tables.
+        encoder: gives the hidden states.
+        plan: see `embed.made_with`.
+        count: the unknown tokens of sequences by key, some of which must have one token per character.
+        workers: each takes every n-th batch.
+        shared: whether they write to the same folders.
+
+    Returns:
+        The number of tokens.
+    """
+    levels = [level for level in levels if level.missing]
+    texts = {key: text for level in levels for key, text in level.missing.items()}
+    if not texts:
+        return 0
+    aligned = {key for level in levels if level.pooling == "none" for key in level.missing}
+    made = from_first(workers, lambda: {**plan, "packed": encoder.packs})
+    planned = list(batches(texts, plan["max_batch_tokens"], plan["emb_batch_size"], made["packed"]))
+    own = planned[workers.rank :: workers.count]
+    own_texts = {key: texts[key] for keys in own for key in keys}
+    unknown = here(workers, lambda: count(own_texts, aligned))
+    rounds = -(-len(planned) // workers.count)
+    same = SameNumber(encoder.in_step, lambda: encoder.hidden_states([texts[key] for key in planned[-1]]))
+    passes = _passes(own, rounds, same, lambda keys: _forward(keys, unknown, texts, levels, encoder))
+    if encoder.device.type != "cpu":  # a GPU computes the next batch while one is written
+        passes = (batch for batch, _ in pairwise(chain(passes, [None])) if batch)
+    if shared:
+        part, residues = workers.rank, sum(map(len, own_texts.values()))
+        return sum(workers.together(lambda: _write(passes, levels, made, residues, same.to(rounds), part)))
+    every = _exchanged(passes, rounds, workers)
+    return here(workers, lambda: _write(every, levels, made, sum(map(len, texts.values())), same.to(1)))
+
+
+def _passes(
+    own: Sequence[list[bytes]], rounds: int, same: SameNumber, forward: Callable[[list[bytes]], _Batch]
+) -> Iterator[_Batch]:
+    """The batches of this worker; the passes of all workers are as many, where they have to be."""
+    for number in range(rounds):
+        batch = None
+        with same:
+            batch = forward(own[number]) if number < len(own) and same.error is None else None
+        same.fill_up(number + 1)
+        if batch is not None:
+            yield batch
+
+
+def _exchanged(passes: Iterator[_Batch], rounds: int, workers: Workers) -> Iterator[_Batch]:
+    """The batches of all workers, a batch of each at a time: memory does not grow with their number."""
+    for _ in range(rounds):
+        yield from filter(None, workers.together(lambda: next(passes, None)))
+
+
+def _forward(
+    keys: list[bytes],
+    unknown: Mapping[bytes, int],
+    texts: Mapping[bytes, str],
+    levels: Sequence[Lacking],
+    encoder: Encoder,
+) -> _Batch:
+    first = any(level.pooling == "cls" for level in levels)
+    found = (encoder.states_from_first if first else encoder.hidden_states)([texts[key] for key in keys])
+    states = [rows[1:] for rows in found] if first else found
+    pooled = [level.pooled(keys, found if level.pooling == "cls" else states) for level in levels]
+    of_batch = {key: unknown[key] for key in keys}
+    return _Batch(pooled, of_batch, sum(map(len, states)), sum(len(texts[key]) for key in keys))
+
+
+def _write(
+    passes: Iterator[_Batch],
+    levels: Sequence[Lacking],
+    made: Mapping[str, Any],
+    residues: int,
+    same: SameNumber,
+    part: int = 0,
+) -> int:
+    """Writes batches as they come, into a part of each table unless that is 0; returns the number of tokens.
+
+    All tables end their shards together, so that a resumed run has the same batches.
+    """
+    tokens, on_gpu = 0, made["device"] != "cpu"
+    with ExitStack() as stack:
+        stack.callback(same.fill_up)
+        tables = [level.table.part(part) if part else level.table for level in levels]
+        writers = [stack.enter_context(table.writer(made, in_thread=on_gpu)) for table in tables]
+        advance = stack.enter_context(progress("embed", residues, "residues"))
+        for batch in passes:
+            with same:
+                _add(batch, writers)
+            tokens += batch.tokens
+            advance(batch.residues)
+        same.raise_late()
+    return tokens
+
+
+def _add(batch: _Batch, writers: Sequence[ShardWriter]) -> None:
+    for writer, pooled in zip(writers, batch.pooled, strict=True):
+        if pooled is not None:
+            counts = [batch.unknown[key] for key in pooled.keys]
+            writer.add(pooled.keys, counts, pooled.counts, pooled.rows.array())
+        writer.count(batch.tokens)
+    if any(writer.is_full for writer in writers):
+        for writer in writers:
+            writer.flush()

@@ -1,0 +1,64 @@
+"""The workers that share the work of a measurement: all run the same program, each does its part, and all agree.
+
+A stage asks for no more than this, so it knows nothing of processes, groups or networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Workers(Protocol):
+    """Workers that go through the same calls in the same order.
+
+    Attributes:
+        rank: of this one; the first is 0.
+        count: of all.
+    """
+
+    @property
+    def rank(self) -> int:
+        """See above."""
+
+    @property
+    def count(self) -> int:
+        """See above."""
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Has every worker do its own `work`, and waits for all. May be nested.
+
+        Returns:
+            What each worker's gave, in order of rank; the same on every worker. It must be possible to pickle it.
+
+        Raises:
+            Exception: on every worker, where `work` failed on one: there its own error, elsewhere one that names it.
+        """
+
+
+class Alone:
+    """One worker, which does everything."""
+
+    rank, count = 0, 1
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """See `Workers.together`."""
+        return [work()]
+
+
+ALONE = Alone()
+
+
+def here(workers: Workers, work: Callable[[], T]) -> T:
+    """As `Workers.together`, where the others do not need this worker's result. Returns it."""
+    found: list[T] = []
+    workers.together(lambda: found.append(work()))
+    return found[0]
+
+
+def from_first(workers: Workers, work: Callable[[], T]) -> T:
+    """Has the first worker do `work`. Returns its result on every worker, or raises on every one."""
+    found: T | None = workers.together(lambda: work() if workers.rank == 0 else None)[0]
+    return found  # type: ignore[return-value]  # the first has done it
