@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.tracking.runs import OpenRun
 
 logger = logging.getLogger("pipeline")
+WITHOUT_RUN = ("config", "doctor", "replay", "worker")  # commands that log to no run of their own
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Answer:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Returns the exit code, see `run_program`."""
-    return run_program(make_parser(), _run, arguments)
+    return run_program(make_parser(), _run, arguments, WITHOUT_RUN)
 
 
 def _run(options: argparse.Namespace) -> None:

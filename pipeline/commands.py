@@ -156,6 +156,7 @@ def measure_checkpoints(
     """
     run.rename(f"{len(ckpts)} checkpoints {config.title}")
     rows: list[compare.Row] = []
+    untrained: list[compare.Row] = []
     known: list[Examples] = []
     for number, (ckpt, name) in enumerate(zip(ckpts, names_of(ckpts), strict=True), 1):
         logger.info("checkpoint  %d of %d: %s", number, len(ckpts), ckpt)
@@ -169,24 +170,31 @@ def measure_checkpoints(
             logger.debug("%s", ckpt, exc_info=True)
             continue
         rows.append(measured.row)
-        if measured.untrained is not None and measured.untrained not in rows:
-            rows.append(measured.untrained)
+        if measured.untrained is not None and measured.untrained not in untrained:
+            untrained.append(measured.untrained)
         known = known or [one.examples for one in measured.scores]
-    some = any(row.metrics for row in rows)
-    return rows, _compare(rows, config, run, mirrors) if some else None
+    board = _compare(rows, untrained, config, run, mirrors) if any(row.metrics for row in rows) else None
+    return rows + untrained, board
 
 
 def _compare(
-    rows: Sequence[compare.Row], config: Config, run: JournalRun, mirrors: Sequence[Tracker]
+    rows: Sequence[compare.Row],
+    untrained: Sequence[compare.Row],
+    config: Config,
+    run: JournalRun,
+    mirrors: Sequence[Tracker],
 ) -> compare.Leaderboard:
-    """The leaderboard, and the curve against the step, or against the order given where checkpoints do not say one."""
+    """The leaderboard, and the curve against the step, or against the order given where checkpoints do not say one.
+
+    `untrained` models, with random weights, are in the former alone.
+    """
     several = Several([run, *mirrors])
     steps = [row.step for row in rows if row.metrics]
     have_steps = None not in steps and len(set(steps)) == len(steps)
     points = [(row.step or 0 if have_steps else place, row.metrics) for place, row in enumerate(rows) if row.metrics]
     for step, metrics in points:
         several.metrics(metrics, step)
-    board = compare.leaderboard(rows, _shown(rows, config))
+    board = compare.leaderboard([*rows, *untrained], _shown(rows, config))
     compare.publish(board, several, run, config.logging.figures)
     if config.logging.figures and have_steps:
         publish_curves(sorted(points, key=lambda point: point[0]), several)

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.errors import ConfigError, PipelineError
@@ -25,10 +25,12 @@ def run_program(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], None],
     arguments: Sequence[str] | None = None,
+    without_run: Collection[str] = (),
 ) -> int:
     """Parses the arguments (by default those of the process) and calls `run` with them.
 
-    `parser` gets one more option, `--traceback`: it prints where in the program an error comes from.
+    An error is written to the run that `mlflow run` made, unless the command is one of `without_run`. `parser` gets one
+    more option, `--traceback`: it prints where in the program an error comes from.
 
     Returns:
         The exit code: 0, or 2 for a user's mistake.
@@ -51,7 +53,8 @@ def run_program(
         if options.traceback:
             *stack, _message = traceback.TracebackException.from_exception(error).format()
             print("".join(stack), end="", file=sys.stderr)
-        if os.environ.get("MLFLOW_RUN_ID") and not isinstance(error, PartlyError):
+        has_run = getattr(options, "command", None) not in without_run and not isinstance(error, PartlyError)
+        if os.environ.get("MLFLOW_RUN_ID") and has_run:
             from pipeline.tracking.client import fail_run
 
             fail_run(str(error))  # the program may not have opened the run yet

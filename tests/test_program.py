@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from pipeline.__main__ import main
@@ -34,6 +35,20 @@ def test_a_measurement_says_at_the_start_what_is_measured(
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     assert main(["main", "--config=configs/pretrain.yaml", "--tracking-uri=http://127.0.0.1:9", *ckpt]) == 2
     assert f"measuring   {start} as in configs/pretrain.yaml" in caplog.messages
+
+
+@pytest.mark.parametrize("command", ["doctor", "config", "worker"])
+def test_a_command_without_a_run_leaves_that_of_a_training_alone(
+    command: str, tracking: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    client = mlflow.MlflowClient(tracking)
+    run = client.create_run("0", tags={"mlflow.note.content": "a training"})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    arguments = {"doctor": ["--quick", "--overrides=nonsense=1"], "config": ["nowhere.yaml"], "worker": [str(tmp_path)]}
+    assert main([command, *arguments[command]]) == 2
+    after = client.get_run(run.info.run_id)
+    assert (after.data.tags["mlflow.note.content"], after.info.status) == ("a training", "RUNNING")
 
 
 @pytest.mark.parametrize("arguments", [["--traceback", "config"], ["config", "--traceback"]], ids="first last".split())

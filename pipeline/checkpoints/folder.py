@@ -27,7 +27,7 @@ def _holds(path: Path) -> bool:
 def _read(source: str, given: EncoderOptions, factory: Any) -> Stored:
     files = [path for kind in ("safetensors", "bin") for path in Path(source).glob(f"*.{kind}")]
     own = own_class(source, given.trust_remote_code, count_tensors(files))
-    dtypes = _check_files(Path(source)) if factory is None else {}
+    dtypes = _check_files(Path(source))
     factory = factory or own
     skeleton, options = _class_to_load(source, factory, sum(path.stat().st_size for path in files))
     options |= {"torch_dtype": torch.float32}  # as transformers 4 calls it; 5 takes it, too

@@ -8,12 +8,16 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 
+COUNTS = ("encoder_layers", "num_hidden_layers", "num_layers", "n_layers")  # as configurations call it
+
 
 def find_layer(layer: int | None, config: Any) -> int | None:
     """A layer's number from 0 on; None for the last. Raises ConfigError where there is no such layer."""
     if layer is None:
         return None
     last = _count(config)
+    if last is None:
+        raise ConfigError(f"layer: expected one of {', '.join(COUNTS)} in the model's configuration; set layer=null")
     if not -last - 1 <= layer <= last:
         raise ConfigError(f"layer: expected {-last - 1} to {last} for a model of {last} layers, found {layer}")
     found = layer % (last + 1)
@@ -43,10 +47,6 @@ def _stack(model: nn.Module, config: Any) -> nn.ModuleList | None:
     return next(stacks, None)
 
 
-def _count(config: Any) -> int:
-    """How many layers the encoder has."""
-    names = ("encoder_layers", "num_hidden_layers", "num_layers", "n_layers")
-    count = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
-    if count is None:
-        raise ConfigError(f"layer: expected one of {', '.join(names)} in the model's configuration; set layer=null")
-    return int(count)
+def _count(config: Any) -> int | None:
+    """How many layers the encoder has, where its configuration says that."""
+    return next((int(count) for name in COUNTS if (count := getattr(config, name, None)) is not None), None)

@@ -211,7 +211,7 @@ def attention(
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, row: _Row, causal: bool, scaling: float | None) -> Tensor:
     """Attention of all sequences by one kernel, in the dtype of autocast; shapes (tokens, heads, head size)."""
-    from torch.nn.attention.varlen import varlen_attn  # from torch 2.10 on
+    from torch.nn.attention.varlen import varlen_attn  # with these arguments from torch 2.11 on
 
     assert row.starts is not None  # as it is on a GPU
     dtype, longest = torch.get_autocast_dtype(query.device.type), max(row.lengths)
