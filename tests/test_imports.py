@@ -16,7 +16,7 @@ ORDER = """
 errors progress engines statistics config data load store encoders tracking checkpoints embed heads train_head score
 baseline_scores sharing report random_init validation commands training interface program parser cost doctor __main__
 """.split()
-DEEPEST = 15  # floors of module-level imports
+DEEPEST = 16  # floors of module-level imports
 ADAPTERS = {
     "mlflow": {f"tracking.{name}" for name in ("client", "mlflow", "runs", "earlier_runs", "training_run")},
     "peft": {"checkpoints.peft"},

@@ -210,14 +210,16 @@ def test_sharded_models_are_refused_in_words(task: Task, tmp_path: Path) -> None
         Downstream(section(tmp_path, task), OwnTokenizer())(model, 0)
 
 
-def test_fsdp2_is_refused_in_words(task: Task, tmp_path: Path) -> None:
+def test_a_module_of_fsdp2_is_measured_as_it_is(task: Task, tmp_path: Path, tracking: str) -> None:
+    """On one rank the parts are the whole; on two, see test_fsdp.py."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
     try:
-        model = fully_shard(make_model())
-        with pytest.raises(ConfigError, match=r"is sharded: FSDP2 \(fully_shard\); .* needs all weights"):
-            Downstream(section(tmp_path, task), OwnTokenizer())(model, 0)
+        whole, parts = make_model(), fully_shard(make_model())
+        found = [Downstream(section(tmp_path, task), OwnTokenizer())(model, 1) for model in (whole, parts)]
     finally:
         dist.destroy_process_group()
+    assert found[0]
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
 
 
 def test_an_engine_of_deepspeed_is_taken_off() -> None:

@@ -93,5 +93,3 @@ def test_curves_go_on_after_a_resume() -> None:
     log(first, 0.75, 50)
     resumed = Progress.from_state(state)
     assert log(resumed, 0.5, 50) == {"test_y_spearman": ((0, 0.25), (50, 0.5))}
-    del state["curves"]
-    assert log(Progress.from_state(state), 0.5, 50) == {"test_y_spearman": ((50, 0.5),)}

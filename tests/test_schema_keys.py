@@ -50,7 +50,7 @@ ELSEWHERE = {
     "weights": "test_bare.py: test_an_average_is_taken_by_name_alone",
     "trust_remote_code": "test_remote_code.py",
     "baseline": "test_random_init.py: test_table_report_and_run_say_it",
-    "mode": "test_sharded.py: test_the_metrics_of_two_ranks_are_those_of_one_process; test_background.py",
+    "mode": "test_sharded.py: test_the_metrics_of_two_ranks_are_those_of_one_process",
     "background": "test_background.py",
     "worker_device": "test_background.py: test_keys_that_are_wrong",
     "worker_threads": "test_background.py: test_the_threads_of_the_worker",

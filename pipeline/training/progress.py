@@ -142,7 +142,7 @@ class Progress:
         tables = [(task, step, _packed(table)) for (task, step), table in self._tables.items()]
         best = {key: (one.step, one.value) for key, one in self._best.items()}
         curves = {key: list(curve) for key, curve in self._curves.items()}
-        return {"start": self.start, "best": best, "tables": tables, "curves": curves}
+        return {"start": self.start, "best": best, "tables": tables, "curves": curves, "lines": self._lines}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
@@ -150,8 +150,8 @@ class Progress:
         made = cls()
         made.start = state["start"]
         made._best = {key: Best(*values) for key, values in state["best"].items()}
-        curves = state.get("curves", {})  # earlier versions kept none
-        made._curves = {key: [(step, value) for step, value in curve] for key, curve in curves.items()}
+        made._curves = {key: [(step, value) for step, value in curve] for key, curve in state["curves"].items()}
+        made._lines = state["lines"]
         made._tables = {(task, step): _unpacked(packed) for task, step, packed in state["tables"]}
         return made
 
