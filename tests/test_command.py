@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -148,6 +149,23 @@ def test_whoever_reads_may_stop_reading(tmp_path: Path) -> None:
     run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
     assert run.stdout.splitlines()[1:] == ["0"]
     assert run.stderr == ""
+
+
+def test_whoever_reads_may_stop_before_an_error() -> None:
+    """The exit code is that of the work."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "pipeline", "config", "nowhere.yaml", "--json"]
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    os.close(write)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: config: expected a YAML file")
+    assert "Traceback" not in run.stderr
+
+
+def test_what_is_no_number_in_json_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = in_process(["config", "--json", "--overrides=dataset.gradient_clip_val=.inf"], capsys)
+    assert (code, found["config"]["dataset"][0]["gradient_clip_val"]) == (0, None)
 
 
 def test_doctor_finds_nothing_wrong(
