@@ -83,6 +83,8 @@ def measure(
         raise ConfigError("overrides: DataFrames take none; give keywords")
     checked = _config_of_frames(frames, settings, notes) if frames else _config(config, overrides, settings)
     notes += checked.notes
+    for note in notes:
+        logger.info("config      %s", note)
     store = Store.from_config(checked)
     store.clear()
     with _opened(ckpt, EncoderOptions.from_config(checked), tokenizer) as found:

@@ -155,14 +155,22 @@ def test_tracked_where_that_is_asked_for(esm: Path, tmp_path: Path, tracking: st
         (["HHC", "CC"], ("token", "classification")),
         (["HHC", "C"], ("sequence", "classification")),
         ([[0.5, None, 1.0], [0.5, 1.0]], ("token", "regression")),
+        (["0.5", "2"], ("sequence", "regression")),
+        (["0", "1"], ("sequence", "classification")),
+        (["0.1", "-2"], ("sequence", "regression")),
+        (["010", "11"], ("token", "classification")),
+        (["0.5", "none"], ("sequence", "classification")),
+        (pd.Categorical(["0.5", "0.7"]), ("sequence", "classification")),
     ],
 )
 def test_the_kind_of_task_is_in_the_labels(labels: list[Any], kind: tuple[str, str]) -> None:
     assert kind_of(pd.DataFrame({"s": ["MKV", "MK"], "y": labels}), "s", "y")[:2] == kind
 
 
-def test_many_whole_numbers_are_numbers() -> None:
-    assert kind_of(pd.DataFrame({"s": ["A"] * 21, "y": range(21)}), "s", "y")[:2] == ("sequence", "regression")
+@pytest.mark.parametrize("kind", [int, str])
+def test_many_whole_numbers_are_numbers(kind: type) -> None:
+    labels = [kind(number) for number in range(21)]
+    assert kind_of(pd.DataFrame({"s": ["A"] * 21, "y": labels}), "s", "y")[:2] == ("sequence", "regression")
 
 
 @pytest.mark.parametrize(
@@ -257,6 +265,7 @@ def test_sequences_are_embedded_in_the_order_given(esm: Path, tmp_path: Path) ->
         ),
         (["MKV", "???"], {}, "row 1: column 'sequences': expected a sequence with characters the encoder knows"),
         (["MKV"], {"pooling": "max"}, "pooling: expected one of mean, cls, last, found 'max'"),
+        (["MKV"], {"precision": "fp31"}, "precision: expected one of auto, fp32, bf16, fp16, found 'fp31'; did you"),
         (["MKV"], {"devise": "cpu"}, "embed_sequences: unknown option 'devise'; did you mean 'device'?"),
     ],
 )
