@@ -7,9 +7,10 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -54,16 +55,37 @@ def _run(options: argparse.Namespace) -> None:
     command = COMMANDS[options.command]
     if not options.json:
         answer = command(options)
-        print("\n".join(answer.lines))
+        text = "\n".join(answer.lines)
     else:
         with contextlib.redirect_stdout(sys.stderr):  # libraries print there
             try:
                 answer = command(options)
             except PipelineError as error:
                 answer = Answer((), {"error": str(error)}, error)
-        print(json.dumps(answer.content, allow_nan=False))
+        text = json.dumps(_finite(answer.content), allow_nan=False)
+    with _reader_may_stop():
+        print(text)
     if answer.error:
         raise answer.error
+
+
+@contextlib.contextmanager
+def _reader_may_stop() -> Iterator[None]:
+    """Whoever reads may have read enough, such as `head`: the rest is not printed, and nothing else changes."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _finite(content: Any) -> Any:
+    """The content with null for the numbers that JSON does not have."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _config(options: argparse.Namespace) -> Answer:
@@ -210,12 +232,9 @@ def run() -> int:
     # The imported libraries' 700,000 objects are never freed: walking through them again and again, and at the end,
     # would cost the garbage collector two seconds.
     gc.set_threshold(20_000)
-    try:
-        code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has read enough, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+    code = main()
+    with _reader_may_stop():
+        pass  # what libraries have printed
     gc.freeze()
     return code
 

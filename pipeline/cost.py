@@ -13,7 +13,7 @@ from pipeline.embed import made_with
 from pipeline.encoders.forward import batches
 from pipeline.encoders.protocol import Encoder
 from pipeline.load import Examples
-from pipeline.store.embedding_table import EmbeddingTable, Store, sequence_key
+from pipeline.store.embedding_table import Store, sequence_key
 
 SECONDS = 5.0  # to time batches for
 COUNTED = 4096  # sequences whose tokens are counted; of more, a sample over all lengths stands for the others
@@ -63,7 +63,7 @@ def estimate(examples: Sequence[Examples], encoder: Encoder, store: Store, secon
         pooling = encoder.pooling if level == "sequence" else "none"
         table = store.table(encoder.digest, pooling, encoder.hidden_size, encoder.reusable)
         texts = _texts([one for one in examples if one.task.level == level])
-        known = _stored(table)
+        known = table.keys()
         new = {key: text for key, text in texts.items() if key not in known}
         disk += table.row_bytes * (len(new) if level == "sequence" else sum(map(len, new.values())))
         every |= texts
@@ -80,14 +80,6 @@ def estimate(examples: Sequence[Examples], encoder: Encoder, store: Store, secon
 
 def _texts(examples: Sequence[Examples]) -> dict[bytes, str]:
     return {sequence_key(text): text for one in examples for part in one.parts.values() for text in part.sequences}
-
-
-def _stored(table: EmbeddingTable) -> set[bytes]:
-    """The keys of the sequences in a table, which is not made where there is none."""
-    if not table.folder.is_dir():
-        return set()
-    with table.lock():
-        return set(table.index())
 
 
 def _times(planned: Sequence[Sequence[str]], encoder: Encoder, limit: float) -> dict[int, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -50,12 +50,15 @@ class Findings:
         self.lines.append(f"{what:<14}{text}")
 
     def attempt(self, what: str, look: Callable[[], None]) -> None:
-        """Calls `look`; what it raises is a problem."""
+        """Calls `look`; what it raises is a problem: also a folder that is closed, or a GPU that is full."""
         try:
             look()
-        except PipelineError as error:
-            self.problems.append(str(error))
-            self.say(what, f"PROBLEM: {error}")
+        except (PipelineError, OSError, RuntimeError) as error:
+            own = isinstance(error, PipelineError)
+            lines = str(error).strip().splitlines() or ["no message"]
+            problem = str(error) if own else f"{what}: {type(error).__name__}: {lines[0]}"
+            self.problems.append(problem)
+            self.say(what, f"PROBLEM: {problem}")
 
 
 def examine(ckpt: str, config: str, overrides: str = "", tracking_uri: str = "", quick: bool = False) -> Findings:
@@ -97,14 +100,15 @@ def _packages(found: Findings) -> None:
     found.say("installed", f"{NAME} {version(NAME)}, python {platform.python_version()}, {shown}")
     names = {part for one in wanted if one.marker for part in str(one.marker).split('"') if part.isidentifier()}
     found.content["extras"] = {}
-    for extra in sorted(names - {"extra", "test"}):
+    for extra in sorted(names - {"docs", "extra", "test"}):
         members = [one for one in wanted if one not in always and one.marker and one.marker.evaluate({"extra": extra})]
         there = {one.name: _version(one.name) for one in members}
         found.content["extras"][extra] = there
-        missing = "" if all(there.values()) else f"; pip install '{NAME}[{extra}]'"
+        unfit = [f"{one.name}{one.specifier}" for one in members if not _fits(one, there)]
+        remedy = f"; expected {', '.join(unfit)}: pip install -U '{NAME}[{extra}]'" if unfit else ""
         words = ", ".join(f"{name} {number}" if number else f"no {name}" for name, number in there.items())
-        found.say(f"extra {extra}", f"{words}{missing}")
-    wrong = [one for one in always if not one.specifier.contains(versions[one.name] or "0", prereleases=True)]
+        found.say(f"extra {extra}", f"{words}{remedy}")
+    wrong = [one for one in always if not _fits(one, versions)]
     if wrong:
         what = ", ".join(f"{one.name} {versions[one.name] or 'missing'}" for one in wrong)
         raise ConfigError(f"expected {', '.join(map(str, wrong))}; found {what}; pip install -U {NAME}")
@@ -115,6 +119,11 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _fits(wanted: Requirement, versions: Mapping[str, str | None]) -> bool:
+    there = versions[wanted.name]
+    return there is not None and wanted.specifier.contains(there, prereleases=True)
 
 
 def _configuration(found: Findings, file: str, overrides: str) -> Config:
@@ -164,9 +173,12 @@ def _cost(found: Findings, ckpt: str, config: Config) -> None:
     found.content["cost"] = {"checkpoint": first, **asdict(cost)}
     for line in _words(cost):
         found.say("cost", line)
-    free = found.content.get("store", {}).get("free_bytes", cost.disk_bytes)
-    if cost.disk_bytes > free:
-        need = f"{_size(cost.disk_bytes)} for the embeddings"
+    if config.baseline:
+        found.say("cost", f"baseline   {config.baseline}: embedded too, the first time; that is not counted above")
+    needed = cost.disk_bytes * (2 if config.baseline else 1)
+    free = found.content.get("store", {}).get("free_bytes", needed)
+    if needed > free:
+        need = f"{_size(needed)} for the embeddings"
         raise ConfigError(f"store: expected {need}, found {_size(free)} free; set store to another disk")
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,8 @@ from pipeline.config.yaml_file import RENAMED, config_from, read_config, to_mapp
 from pipeline.data.kinds import kind_of
 from pipeline.data.parts import Part
 from pipeline.embed import embed
+from pipeline.encoders.custom import CustomEncoder
+from pipeline.encoders.devices import find_device
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
@@ -68,7 +70,7 @@ def measure(
             DataFrames. By default the sample's configuration.
         tokenizer: the Hugging Face tokenizer of a module; by default that in it.
         track: whether the result goes to MLflow and the trackers of the configuration; a text is the server's address.
-        overrides: dot-list such as `device=cpu dataset.num_epochs=3`, for a file or its content.
+        overrides: dot-list such as `device=cpu dataset.num_epochs=3`, for a file or its content alone.
         settings: keys of the configuration: of the section, such as `device`, or of every task, such as `num_epochs`.
             With DataFrames, `target_column` may be left out where there is one beside `sequence_column`; `level`
             (`sequence` or `token`) and `task_type` are inferred from the labels where they are not given.
@@ -77,8 +79,12 @@ def measure(
         PipelineError: see `read_config`, `open_encoder` and `validate`.
     """
     frames, notes = _frames(config), list[str]()
+    if frames and overrides:
+        raise ConfigError("overrides: DataFrames take none; give keywords")
     checked = _config_of_frames(frames, settings, notes) if frames else _config(config, overrides, settings)
     notes += checked.notes
+    for note in notes:
+        logger.info("config      %s", note)
     store = Store.from_config(checked)
     store.clear()
     with _opened(ckpt, EncoderOptions.from_config(checked), tokenizer) as found:
@@ -138,6 +144,8 @@ def embed_sequences(
                 too_long = f"expected at most {limit} characters, which is all the encoder takes, found {len(text)}"
                 raise DataError(f"sequences[{place}]: {too_long}; cut it, or leave it out")
         (embedded,) = embed([_unlabelled(texts)], encoder, Store(Path(store or Config().store)))
+        for note in (*embedded.notes, *encoder.notes):
+            logger.warning("embed_sequences: %s", note)
         return np.asarray(embedded.rows("train").gather(np.arange(len(texts))).numpy())
 
 
@@ -158,6 +166,9 @@ def _opened(
     """The encoder of whatever is measured; a module is put back as it was."""
     if isinstance(ckpt, nn.Module):
         module = unwrapped(ckpt)
+        if options.compile:
+            logger.info("compile is left out: a module is run as it is, without compiling it")
+            options = replace(options, compile=False)
         first = next(module.parameters(), None)
         with without_autocast_wrapper(module), untouched(module):
             context, mode = arithmetic(torch.device("cpu") if first is None else first.device)
@@ -168,12 +179,25 @@ def _opened(
                 live.release()
         return
     if ckpt is not None and not isinstance(ckpt, (str, PathLike)):
-        yield _Opened(ckpt, type(ckpt).__name__, ckpt.step, type(ckpt).__name__)
+        encoder, kind = _as_encoder(ckpt, options), type(ckpt).__name__
+        yield _Opened(encoder, kind, encoder.step, kind)
         return
     name = shipped(CKPT) if ckpt is None else str(ckpt)
     encoder = open_encoder(name, options)
     step = step_of(name, encoder)
     yield _Opened(encoder, name, step, with_step(name_of(name), step))
+
+
+def _as_encoder(ckpt: Any, options: EncoderOptions) -> Encoder:
+    """An `Encoder`, or an object with what it takes to be one. Raises ConfigError for anything else."""
+    if Encoder in type(ckpt).__mro__:
+        return cast(Encoder, ckpt)
+    if isinstance(ckpt, Mapping) or hasattr(ckpt, "columns"):
+        raise ConfigError("ckpt: expected a checkpoint, module or encoder, found data; write measure(ckpt, data)")
+    if not (hasattr(ckpt, "hidden_states") and hasattr(ckpt, "hidden_size")):
+        expected = "a path, a module, or an object with hidden_states and hidden_size"
+        raise ConfigError(f"ckpt: expected {expected}, found {ckpt!r:.60}; see pipeline.Encoder")
+    return CustomEncoder.from_object(ckpt, find_device(options.device)).with_pooling(options.pooling)
 
 
 @contextmanager
@@ -251,10 +275,13 @@ def _sorted(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     task -= {"dataset", "dataset_path", "head"}
     found: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     for name, value in settings.items():
-        key = "class" if name == "level" else name  # a word of Python
+        key = RENAMED.get(name, name)
+        key = "class" if key == "level" else key  # a word of Python
         if key not in section | task:
             raise ConfigError(f"measure: unknown setting '{name}'{nearest(name, section | task)}")
-        found[key in task][key] = value
+        values = found[key in task]
+        if values.setdefault(key, value) != value:
+            raise ConfigError(f"measure: '{name}' and '{key}' are one key with different values; keep one")
     return found
 
 

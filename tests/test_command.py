@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from pipeline import Store, open_encoder, read_config, validate
@@ -19,6 +21,7 @@ from pipeline.__main__ import main
 from pipeline.config.task import Task
 from pipeline.config.yaml_file import to_yaml
 from pipeline.cost import estimate
+from pipeline.doctor import Findings
 from pipeline.load import load
 from tests.support.data import TEXTS, make_task, proteins, token_task
 from tests.support.encoders import FakeEncoder
@@ -150,6 +153,23 @@ def test_whoever_reads_may_stop_reading(tmp_path: Path) -> None:
     assert run.stderr == ""
 
 
+def test_whoever_reads_may_stop_before_an_error() -> None:
+    """The exit code is that of the work."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "pipeline", "config", "nowhere.yaml", "--json"]
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    os.close(write)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: config: expected a YAML file")
+    assert "Traceback" not in run.stderr
+
+
+def test_what_is_no_number_in_json_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = in_process(["config", "--json", "--overrides=dataset.gradient_clip_val=.inf"], capsys)
+    assert (code, found["config"]["dataset"][0]["gradient_clip_val"]) == (0, None)
+
+
 def test_doctor_finds_nothing_wrong(
     job: list[str], tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +209,39 @@ def test_doctor_names_each_problem(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (code, len(found["problems"])) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (PermissionError(13, "Permission denied", "/closed"), "PermissionError: [Errno 13] Permission denied: '/clos"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore of it"), "OutOfMemoryError: CUDA out of memory."),
+        (RuntimeError(), "RuntimeError: no message"),
+    ],
+)
+def test_doctor_goes_on_after_errors_of_the_system(error: Exception, problem: str) -> None:
+    def look() -> None:
+        raise error
+
+    found = Findings()
+    found.attempt("store", look)
+    assert found.problems[0].startswith(f"store: {problem}")
+    assert found.lines == [f"store         PROBLEM: {found.problems[0]}"]
+    assert "\n" not in found.problems[0]
+
+
+def test_doctor_hints_at_an_extra_of_another_version(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says what random weights cost beside the checkpoint."""
+    (tmp_path / "site/peft-0.1.dist-info").mkdir(parents=True)
+    (tmp_path / "site/peft-0.1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    uri = f"--tracking-uri=sqlite:///{tmp_path}/new.db"
+    assert main(["doctor", *job, uri, "--overrides=baseline=random_init"]) == 0
+    out = capsys.readouterr().out
+    assert "peft 0.1; expected peft>=0.14: pip install -U 'downstream-validation[peft]'" in out
+    assert "baseline   random_init: embedded too, the first time; that is not counted above" in out
+
+
 @pytest.mark.parametrize("uri", ["sqlite:///{}/new.db", "file://{}/mlruns", "{}/mlruns"])
 def test_doctor_makes_no_database(tmp_path: Path, capsys: pytest.CaptureFixture[str], uri: str) -> None:
     options = [f"--tracking-uri={uri.format(tmp_path)}", f"--overrides=store={tmp_path / 'store'}"]
@@ -217,8 +270,15 @@ def test_the_cost_is_what_embedding_then_takes(tmp_path: Path, fake: FakeEncoder
     part = estimate(examples, fake, store)  # of the sequence-level task none is stored
     assert (part.stored, part.disk_bytes) == (0, 4 * fake.hidden_size * 7)
     validate(fake, tasks, store, until="embed")
-    done = estimate(examples, fake, store)
+    table = store.table(fake.digest, "mean", fake.hidden_size)
+    with table.lock():  # of another program that is embedding
+        done = estimate(examples, fake, store)
     assert (done.stored, done.tokens, done.seconds, done.disk_bytes, done.batches) == (7, 0, None, 0, 0)
+    (shard,) = table.folder.glob("shard-*")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    listed = (table.folder / "manifest.json").read_bytes()
+    assert estimate(examples, fake, store).disk_bytes == 4 * fake.hidden_size * 7
+    assert (table.folder / "manifest.json").read_bytes() == listed
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, assert_type
 
 import numpy as np
@@ -107,6 +108,8 @@ def test_file_content_and_keywords_are_one_configuration(esm: Path, tmp_path: Pa
     in_memory = measure(esm, parts, store=str(tmp_path / "other"), max_batch_tokens=512, **QUICK)
     assert in_memory.metrics == first.metrics
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(content))
+    renamed = measure(esm, content, labels_col="length", sequence_col="sequence", max_batch_tokens=512, num_epochs=2)
+    assert renamed.metrics == first.metrics
     assert measure(esm, tmp_path / "my.yaml", num_epochs=2, max_batch_tokens=512).metrics == first.metrics
     with pytest.raises(ConfigError, match="overrides: a Config takes none"):
         measure(esm, first.config, overrides="device=cpu")
@@ -152,14 +155,22 @@ def test_tracked_where_that_is_asked_for(esm: Path, tmp_path: Path, tracking: st
         (["HHC", "CC"], ("token", "classification")),
         (["HHC", "C"], ("sequence", "classification")),
         ([[0.5, None, 1.0], [0.5, 1.0]], ("token", "regression")),
+        (["0.5", "2"], ("sequence", "regression")),
+        (["0", "1"], ("sequence", "classification")),
+        (["0.1", "-2"], ("sequence", "regression")),
+        (["010", "11"], ("token", "classification")),
+        (["0.5", "none"], ("sequence", "classification")),
+        (pd.Categorical(["0.5", "0.7"]), ("sequence", "classification")),
     ],
 )
 def test_the_kind_of_task_is_in_the_labels(labels: list[Any], kind: tuple[str, str]) -> None:
     assert kind_of(pd.DataFrame({"s": ["MKV", "MK"], "y": labels}), "s", "y")[:2] == kind
 
 
-def test_many_whole_numbers_are_numbers() -> None:
-    assert kind_of(pd.DataFrame({"s": ["A"] * 21, "y": range(21)}), "s", "y")[:2] == ("sequence", "regression")
+@pytest.mark.parametrize("kind", [int, str])
+def test_many_whole_numbers_are_numbers(kind: type) -> None:
+    labels = [kind(number) for number in range(21)]
+    assert kind_of(pd.DataFrame({"s": ["A"] * 21, "y": labels}), "s", "y")[:2] == ("sequence", "regression")
 
 
 @pytest.mark.parametrize(
@@ -171,12 +182,60 @@ def test_many_whole_numbers_are_numbers() -> None:
         (frames(), {"sequence_column": "text", "target_column": "length"}, "expected a column 'text'"),
         (frames(), {"sequence_column": "text"}, "task 'downstream': target_column is missing"),
         (frames(), {"task_type": "clasification"}, "did you mean 'classification'?"),
+        (frames(), {"overrides": "device=cpu"}, "overrides: DataFrames take none; give keywords"),
+        (
+            frames(),
+            {"target_column": "a", "labels_col": "b"},
+            "measure: 'labels_col' and 'target_column' are one key with different values; keep one",
+        ),
     ],
 )
 def test_mistakes(config: Any, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(pipeline.PipelineError) as error:
         measure(FakeEncoder(), config, store=str(tmp_path), **settings)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "message"),
+    [
+        (frames(), "ckpt: expected a checkpoint, module or encoder, found data; write measure(ckpt, data)"),
+        (3, "ckpt: expected a path, a module, or an object with hidden_states and hidden_size, found 3; see"),
+    ],
+)
+def test_mistakes_in_what_is_measured(ckpt: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        embed_sequences(["MKV"], ckpt, store=tmp_path)
+    assert message in str(error.value)
+
+
+def test_an_object_with_the_least_is_an_encoder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a digest nothing of it is used again; with one, it is; and warnings are logged."""
+    least: Any = SimpleNamespace(hidden_size=24, hidden_states=FakeEncoder().hidden_states)
+    first = embed_sequences(["MKV", "GG"], least, store=tmp_path)
+    assert np.array_equal(first, embed_sequences(["MKV", "GG"], FakeEncoder(), store=tmp_path))
+    assert "SimpleNamespace has no digest, so embeddings are made anew each time" in caplog.text
+    least.digest = "least"
+    embed_sequences(["MKV"], least, store=tmp_path)
+    seen = least.hidden_states.__self__.seen
+    assert seen.count("MKV") == 2
+    caplog.clear()
+    embed_sequences(["MKV"], least, store=tmp_path)
+    assert seen.count("MKV") == 2
+    assert not caplog.text
+    embed_sequences(["MKV", "?M"], FakeEncoder(), store=tmp_path)
+    assert "embed_sequences: 1 tokens in 1 of 2 sequences are unknown to the tokenizer" in caplog.text
+
+
+def test_a_module_is_not_compiled(esm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """So its embeddings are those of a plain checkpoint, and are stored as such."""
+    caplog.set_level("INFO", "pipeline")
+    model, tokenizer = AutoModel.from_pretrained(esm), AutoTokenizer.from_pretrained(esm)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "store": tmp_path}
+    plain = embed_sequences(["MKV"], model, **options)
+    assert np.array_equal(plain, embed_sequences(["MKV"], model, compile=True, **options))
+    assert "compile is left out" in caplog.text
+    assert len(list((tmp_path / "embeddings").iterdir())) == 1
 
 
 def test_sequences_are_embedded_in_the_order_given(esm: Path, tmp_path: Path) -> None:
@@ -206,6 +265,7 @@ def test_sequences_are_embedded_in_the_order_given(esm: Path, tmp_path: Path) ->
         ),
         (["MKV", "???"], {}, "row 1: column 'sequences': expected a sequence with characters the encoder knows"),
         (["MKV"], {"pooling": "max"}, "pooling: expected one of mean, cls, last, found 'max'"),
+        (["MKV"], {"precision": "fp31"}, "precision: expected one of auto, fp32, bf16, fp16, found 'fp31'; did you"),
         (["MKV"], {"devise": "cpu"}, "embed_sequences: unknown option 'devise'; did you mean 'device'?"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,11 +16,12 @@ def kind_of(frame: pd.DataFrame, sequence_column: str, target_column: str) -> tu
     """The level of a task, its kind, and why, in words.
 
     Lists are numbers per token. Texts as long as their sequences, in every row, are classes per token, other texts
-    classes of sequences; so are truth values, and whole numbers with few different values. Other numbers are numbers.
+    classes of sequences; so are truth values, and whole numbers with few different values. Other numbers are numbers,
+    also where all are written as text.
     """
     from pandas.api.types import is_bool_dtype, is_integer_dtype, is_numeric_dtype
 
-    labels = frame[target_column]
+    labels = _as_numbers(frame[target_column], frame[sequence_column])
     if is_bool_dtype(labels.dtype):
         return "sequence", "classification", "truth values"
     if is_integer_dtype(labels.dtype) and (different := labels.nunique()) <= MOST_CLASSES:
@@ -29,7 +30,28 @@ def kind_of(frame: pd.DataFrame, sequence_column: str, target_column: str) -> tu
         return "sequence", "regression", "numbers"
     if len(labels) and all(isinstance(cell, (list, tuple, np.ndarray)) for cell in labels):
         return "token", "regression", "lists"
-    pairs = zip(frame[sequence_column].astype(str), labels.astype(str), strict=True)
-    if len(labels) and all(len(sequence) == len(label) for sequence, label in pairs):
+    if _one_each(labels, frame[sequence_column]):
         return "token", "classification", "texts with a character for each of the sequence"
     return "sequence", "classification", "texts"
+
+
+def _as_numbers(labels: pd.Series[Any], sequences: pd.Series[Any]) -> pd.Series[Any]:
+    """The numbers that all of the texts are; else the labels as they are, such as `0110` for a sequence of four.
+
+    Whoever made a column categorical has said what it is.
+    """
+    import pandas as pd
+
+    texts = [label for label in labels if isinstance(label, str)]
+    if not texts or len(texts) < len(labels) or isinstance(labels.dtype, pd.CategoricalDtype):
+        return labels
+    if _one_each(labels, sequences) and all(text.isalnum() for text in texts):
+        return labels
+    numbers = pd.to_numeric(labels.astype(object), errors="coerce")
+    return labels if numbers.isna().any() else numbers
+
+
+def _one_each(labels: pd.Series[Any], sequences: pd.Series[Any]) -> bool:
+    """Whether each label is as long as its sequence."""
+    pairs = zip(sequences.astype(str), labels.astype(str), strict=True)
+    return len(labels) > 0 and all(len(sequence) == len(label) for sequence, label in pairs)

@@ -19,7 +19,7 @@ from pipeline.encoders.protocol import Encoder, no_first
 from pipeline.errors import CheckpointError, ConfigError
 
 # The optional attributes and methods of a user's object; `CustomEncoder` asks for the others by name.
-OPTIONAL = ("max_seq_length", "precision", "packs", "notes", "made_with", "step", "count_unknown", "why_unknown")
+OPTIONAL = "max_seq_length precision packs notes made_with step per_character count_unknown why_unknown".split()
 Context = Callable[[], AbstractContextManager[Any]]
 
 
@@ -39,10 +39,12 @@ class CustomEncoder(Encoder):
         context: Context = nullcontext,
         probe: str | None = None,
         owner: Any = None,
+        note: str = "",
     ) -> None:
         """Wraps `inner`, whose `hidden_states` is called within `context`.
 
         `digest` is None where the code is not known; `owner` is the class that the user wrote, by default `inner`'s.
+        `note` says what follows from having no digest, by default that of code that is not known.
 
         Raises:
             CheckpointError: `inner` has no `hidden_states`, or no `hidden_size` and there is no `probe`.
@@ -59,7 +61,7 @@ class CustomEncoder(Encoder):
         self.reusable = digest is not None and bool(getattr(inner, "reusable", True))
         self.digest = digest or f"no digest {uuid4().hex}"
         if digest is None:
-            self.notes = (*self.notes, no_reuse(self._owner, "embeddings are made"))
+            self.notes = (*self.notes, note or no_reuse(self._owner, "embeddings are made"))
         self.device = torch.device(getattr(inner, "device", device))
         size = getattr(inner, "hidden_size", None)
         self.hidden_size = int(size) if size is not None else self._found_size(probe or "")
@@ -70,6 +72,12 @@ class CustomEncoder(Encoder):
         failed = f"ckpt: {class_name(encoder_class)} cannot open '{source}'"
         inner = _made(encoder_class, "from_checkpoint(path)", source, failed)
         return cls(inner, own_digest(encoder_class, [type(inner)], lambda: _bytes_digest(Path(source))), device)
+
+    @classmethod
+    def from_object(cls, inner: Any, device: torch.device) -> CustomEncoder:
+        """Wraps an object that is there already. Embeddings are used again where it has a `digest` of its own alone."""
+        why = f"{type(inner).__name__} has no digest, so embeddings are made anew each time; give the object one"
+        return cls(inner, None, device, note=f"{why}, a string to change with its weights and code")
 
     @classmethod
     def from_module(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.config.fields import check_choice
 from pipeline.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,7 +24,12 @@ def find_device(name: str) -> torch.device:
 
 
 def find_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 on a GPU that has it, else fp32 (on most CPUs bf16 is emulated, and slow)."""
+    """`auto` is bf16 on a GPU that has it, else fp32 (on most CPUs bf16 is emulated, and slow).
+
+    Raises:
+        ConfigError: the name is not known.
+    """
+    check_choice("precision", name, ("auto", *DTYPES))
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

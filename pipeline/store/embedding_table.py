@@ -150,6 +150,14 @@ class EmbeddingTable:
                 entries.setdefault(key, entry)
         return entries
 
+    def keys(self) -> set[bytes]:
+        """The keys of the stored sequences, damaged shards left out. Changes nothing, and does not need the lock."""
+        found = set[bytes]()
+        for shard in self.shards():
+            with suppress(pa.ArrowException, OSError, ValueError):  # as in `index`
+                found |= dict(shards.entries(self.path(shard), shard)).keys()
+        return found
+
     def drop(self, dropped: Iterable[Shard]) -> None:
         """Takes shards off the manifest's list; the next writer removes their files. Hold the lock."""
         files = {shard.file for shard in dropped}
