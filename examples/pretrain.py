@@ -30,10 +30,10 @@ from pipeline import (
     read_config,
     setup_dwnstr_task_validation_callbacks,  # (1)
 )
+from pipeline.command.program import check_tracking, links, run_program
 from pipeline.data import tables
 from pipeline.encoders.esm import VOCABULARY, make_tokenizer
 from pipeline.errors import ConfigError
-from pipeline.program import check_tracking, links, run_program
 from pipeline.report.tables import step_table
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.runs import open_run

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline.command.parser import make_parser
+from pipeline.command.program import PartlyError, check_tracking, links, run_program
 from pipeline.config.shipped import CKPT, shipped
 from pipeline.errors import ConfigError, PipelineError, TrackingError
-from pipeline.parser import make_parser
-from pipeline.program import PartlyError, check_tracking, links, run_program
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,8 +113,8 @@ def _measure(options: argparse.Namespace) -> Answer:
 
 
 def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
-    from pipeline import commands
     from pipeline.checkpoints.names import expand, name_of
+    from pipeline.command import measuring
     from pipeline.config.yaml_file import to_mapping
     from pipeline.report.overview import overview_frame
     from pipeline.report.publishing import describe
@@ -133,11 +133,11 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
     ):
         describe(opened.run, config)
         if len(ckpts) == 1:
-            measured = commands.measure_checkpoint(ckpts[0], config, store, opened.run, others, options.until)
+            measured = measuring.measure_checkpoint(ckpts[0], config, store, opened.run, others, options.until)
             rows, table = [measured.row], overview_frame(measured.scores, measured.changes)
             lines = [measured.overview.text()] if measured.scores else []
         else:
-            rows, board = commands.measure_checkpoints(ckpts, config, store, opened.run, others, options.until)
+            rows, board = measuring.measure_checkpoints(ckpts, config, store, opened.run, others, options.until)
             if board:
                 table, lines = board.frame, [board.table.text(), *board.remarks]
         failed = {row.label: row.error for row in rows if row.error}
@@ -149,7 +149,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
 
 
 def _compare(options: argparse.Namespace) -> Answer:
-    from pipeline import commands
+    from pipeline.command import measuring
     from pipeline.config.schema import Config
     from pipeline.report import comparison as compare
     from pipeline.tracking.earlier_runs import read_runs, with_predictions
@@ -157,10 +157,10 @@ def _compare(options: argparse.Namespace) -> Answer:
 
     check_tracking(options.tracking_uri)
     runs = read_runs(options.runs, options.tracking_uri)
-    rows = [row for run in runs for row in commands.rows_of_run(run)]
+    rows = [row for run in runs for row in measuring.rows_of_run(run)]
     names = compare.choose(rows, options.by)
     with open_run(f"{len(runs)} runs compared", Config(), options.tracking_uri) as opened:
-        board = commands.compare_runs(with_predictions(runs, names[0]), names, opened.run)
+        board = measuring.compare_runs(with_predictions(runs, names[0]), names, opened.run)
     lines = [board.table.text(), *board.remarks, *links(opened)]
     return Answer(lines, {"by": names[0], "leaderboard": _records(board.frame), "run": _address(opened)})
 
@@ -184,7 +184,7 @@ def _replay(options: argparse.Namespace) -> Answer:
 
 
 def _doctor(options: argparse.Namespace) -> Answer:
-    from pipeline.doctor import examine
+    from pipeline.command.doctor import examine
 
     found = examine(options.ckpt, options.config, options.overrides, options.tracking_uri, options.quick)
     error = ConfigError("; ".join(found.problems)) if found.problems else None

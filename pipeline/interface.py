@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeline.checkpoints.names import name_of, step_of, with_step
 from pipeline.checkpoints.opening import open_encoder
-from pipeline.commands import measure_encoder
+from pipeline.command.measuring import measure_encoder
 from pipeline.config.fields import check_choice
 from pipeline.config.schema import POOLINGS, Config
 from pipeline.config.shipped import CKPT, CONFIG, shipped

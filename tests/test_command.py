@@ -18,10 +18,10 @@ import yaml
 
 from pipeline import Store, open_encoder, read_config, validate
 from pipeline.__main__ import main
+from pipeline.command.cost import estimate
+from pipeline.command.doctor import Findings
 from pipeline.config.task import Task
 from pipeline.config.yaml_file import to_yaml
-from pipeline.cost import estimate
-from pipeline.doctor import Findings
 from pipeline.load import load
 from tests.support.data import TEXTS, make_task, proteins, token_task
 from tests.support.encoders import FakeEncoder

@@ -14,7 +14,7 @@ from tests.support.programs import ROOT, loaded_after
 # The rooms, folders and files at the top: each may import those before it.
 ORDER = """
 errors progress engines statistics config data load store encoders tracking checkpoints embed heads train_head score
-baseline_scores sharing report random_init validation commands training interface program parser cost doctor __main__
+baseline_scores sharing report random_init validation command training interface __main__
 """.split()
 DEEPEST = 16  # floors of module-level imports
 ADAPTERS = {

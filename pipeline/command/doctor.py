@@ -16,10 +16,10 @@ from packaging.requirements import Requirement
 
 from pipeline.checkpoints.names import expand
 from pipeline.checkpoints.opening import open_encoder
+from pipeline.command.cost import Cost, estimate
 from pipeline.config.schema import Config
 from pipeline.config.shipped import ROOT
 from pipeline.config.yaml_file import read_config
-from pipeline.cost import Cost, estimate
 from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.options import EncoderOptions
 from pipeline.errors import ConfigError, PipelineError

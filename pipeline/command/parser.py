@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.command.program import add_traceback
 from pipeline.config.shipped import CKPT, CONFIG, shipped
 from pipeline.errors import ConfigError
-from pipeline.program import add_traceback
 
 STAGES = ("load", "embed", "train_head", "score")
 DESCRIPTION = "Measures what the embeddings of sequence models are worth on your labelled data."
