@@ -82,7 +82,7 @@ def _photograph(browser: Browser, server: str, out: Path) -> None:
 
     page = Ui(browser, server, 1400, 1460).run(single)
     page.get_by_text("Show more").click()
-    page.get_by_role("link", name=METRICS[0]).wait_for()
+    page.get_by_role("link", name=METRICS[0], exact=True).wait_for()
     _save(page, out / "mlflow-run.png")
 
     page = Ui(browser, server, 1400, 2120).run(training, "model-metrics")
@@ -98,7 +98,7 @@ def _photograph(browser: Browser, server: str, out: Path) -> None:
 
     page = Ui(browser, server, 1400, 900).run(several)
     page.get_by_text("Show more").click()
-    page.get_by_role("link", name=METRICS[0]).wait_for()
+    page.get_by_role("link", name=METRICS[0], exact=True).wait_for()
     _save(page, out / "mlflow-leaderboard.png")
 
     with tempfile.TemporaryDirectory() as folder:
