@@ -21,7 +21,7 @@ from pipeline.encoders.in_step import is_sharded
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
-from pipeline.engines.workers import ALONE, Workers, from_first
+from pipeline.engines.workers import ALONE, Workers
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.load import Examples, load
 from pipeline.progress import no_progress
@@ -274,7 +274,7 @@ class Measurement:
 
     def _read(self) -> None:
         """Reads and checks all data, on one rank."""
-        self._examples = from_first(self.workers, lambda: [load(task, self._limit) for task in self.config.dataset])
+        self._examples = self.workers.from_first(lambda: [load(task, self._limit) for task in self.config.dataset])
 
     @cached_property
     def _mirrors(self) -> Sequence[Tracker]:

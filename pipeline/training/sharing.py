@@ -15,7 +15,7 @@ from pipeline import validation
 from pipeline.config.schema import Config
 from pipeline.encoders.digests import weights_digest
 from pipeline.encoders.protocol import Encoder
-from pipeline.engines.workers import ALONE, Workers, from_first
+from pipeline.engines.workers import ALONE, Workers
 from pipeline.errors import CheckpointError
 from pipeline.load import Examples
 from pipeline.store.embedding_table import Store
@@ -32,7 +32,7 @@ def measuring_store(config: Config, workers: Workers) -> Iterator[Store]:
     """
     root = Path(config.store).expanduser()
     with temporary_folder(root / "live") as own:
-        first = from_first(workers, lambda: own)  # a new folder: who sees it has the same file system
+        first = workers.from_first(lambda: own)  # a new folder: who sees it has the same file system
         shared = all(workers.together(first.is_dir))
         folder = root if config.keep_embeddings else first if shared else own
         yield replace(Store.from_config(config, folder), shared=shared)
@@ -49,7 +49,7 @@ def first_ranks_buffers(module: nn.Module, workers: Workers) -> Iterator[None]:
     if len({len(each) for each in digests}) > 1:
         raise CheckpointError(f"{type(module).__name__}: the ranks have other buffers; set mode to blocking")
     differing = [one for one, *each in zip(buffers, *digests, strict=True) if len({*each}) > 1]
-    theirs: list[Tensor] = from_first(workers, lambda: [one.detach().cpu() for one in differing])
+    theirs: list[Tensor] = workers.from_first(lambda: [one.detach().cpu() for one in differing])
     before = [one.detach().clone() for one in differing]
     _copy(differing, theirs)
     try:
