@@ -1,0 +1,119 @@
+"""One rank of two whose weights are in parts (FSDP2), where passes fail on one of them. Started by test_in_step.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.rnn import pad_sequence
+
+from pipeline.embed import embed
+from pipeline.encoders.in_step import InStep
+from pipeline.encoders.live import LiveModel
+from pipeline.errors import DataError
+from pipeline.load import load
+from pipeline.store.embedding_table import Store
+from pipeline.training.ranks import Ranks
+from tests.support.data import planted_task
+
+RANK = int(os.environ["RANK"])
+
+
+class Own(nn.Module):
+    """Gives hidden states by a layer that is a part of its own; the next call on rank 1 fails where it is told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner, self.other = nn.Embedding(128, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.fails = False
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.fails and RANK == 1:
+            self.fails = False
+            raise DataError("injected")
+        states: Tensor = self.inner(self.embedding(ids))
+        return states
+
+    def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
+        ids = [torch.tensor([ord(letter) for letter in text]) for text in sequences]
+        states = Own.forward(self, pad_sequence(ids, batch_first=True))
+        return [one[: len(text)] for one, text in zip(states, sequences, strict=True)]
+
+
+def made() -> Any:
+    torch.manual_seed(0)
+    model = Own()
+    fully_shard(model.inner)
+    fully_shard(model.other)
+    return fully_shard(model)
+
+
+def seen(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def apart(folder: Path, ranks: Ranks) -> list[Any]:
+    """A batch fails on one rank, of ranks without a file system in common; then none does."""
+    model = made()
+    encoder = LiveModel(model).encoder(model, probe="MK")
+    store = Store(folder / f"store-{RANK}", max_batch_tokens=200, shared=False)
+    examples = [load(planted_task(folder / f"planted-{RANK}"))]
+
+    def embedded() -> float:
+        return embed(examples, encoder, store, ranks)[0].metrics["embedded"]
+
+    model.fails = True
+    return [seen(embedded), seen(embedded)]
+
+
+def outermost() -> list[Any]:
+    """The called part is the outermost one, and fails on one rank; no forward pass may seem to go on then."""
+    model, ids = made(), torch.tensor([[1, 2, 3]])
+    in_step = InStep(model, model)
+    before = in_step(model, ids)
+    model.fails = True
+    failed = seen(lambda: in_step(model, ids).tolist())
+    idle = model._get_fsdp_state()._state_ctx.iter_forward_root is None
+    return [failed == before.tolist() or failed, idle, torch.equal(in_step(model, ids), before)]
+
+
+def a_part() -> list[Any]:
+    """The first pass of a part fails on one rank; the part that the code never calls is not gathered."""
+    model = made()
+    in_step, given = InStep(model, model.inner), torch.ones(1, 8)
+    model.fails = True
+
+    def code() -> Any:
+        if RANK == 1:
+            raise DataError("injected")
+        return model.inner(given).shape
+
+    failed = seen(lambda: list(in_step(code)))
+    return [failed, list(in_step(model.inner, given).shape)]
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    ranks = Ranks(30.0)
+    ranks.open()
+    with torch.no_grad():
+        found = {"outermost": outermost(), "a part": a_part(), "apart": apart(folder, ranks)}
+    (folder / f"rank-{RANK}.json").write_text(json.dumps(found))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

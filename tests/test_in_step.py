@@ -1,0 +1,37 @@
+"""Weights in parts on two ranks (FSDP2): a pass that fails on one of them leaves neither waiting."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.support.programs import run_two_ranks
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each rank saw."""
+    folder = tmp_path_factory.mktemp("in_step")
+    run_two_ranks("tests.support.in_step_ranks", [str(folder)], folder)
+    files = [folder / f"rank-{rank}.json" for rank in range(2)]
+    assert all(file.exists() for file in files), "".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def test_ranks_without_a_common_file_system_hear_of_a_batch_that_failed(ranks: Any) -> None:
+    (first, rows), (second, again) = (rank["apart"] for rank in ranks)
+    assert first == "RankError: rank 1: DataError: injected"
+    assert second == "DataError: injected"
+    assert rows == again > 100
+
+
+def test_a_failure_ends_the_pass_of_the_outermost_part(ranks: Any) -> None:
+    assert ranks[0]["outermost"] == [True, True, True]
+    assert ranks[1]["outermost"] == ["DataError: injected", True, True]
+
+
+def test_a_part_that_is_never_called_is_not_gathered(ranks: Any) -> None:
+    assert ranks[0]["a part"] == [[1, 8], [1, 8]]
+    assert ranks[1]["a part"] == ["DataError: injected", [1, 8]]
