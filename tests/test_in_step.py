@@ -1,4 +1,4 @@
-"""Weights in parts on two ranks (FSDP2): a pass that fails on one of them leaves neither waiting."""
+"""Two ranks that differ: a pass of weights in parts (FSDP2) fails on one, or they have other weights, or own disks."""
 
 from __future__ import annotations
 
@@ -35,3 +35,17 @@ def test_a_failure_ends_the_pass_of_the_outermost_part(ranks: Any) -> None:
 def test_a_part_that_is_never_called_is_not_gathered(ranks: Any) -> None:
     assert ranks[0]["a part"] == [[1, 8], [1, 8]]
     assert ranks[1]["a part"] == ["DataError: injected", [1, 8]]
+
+
+def test_other_weights_are_refused_where_the_code_is_not_known(ranks: Any) -> None:
+    """But not where each rank has a part of them."""
+    for rank in ranks:
+        drifted, in_parts, alike = rank["weights"]
+        assert drifted.startswith("CheckpointError: the ranks have different weights; set mode to blocking")
+        assert in_parts is None
+        assert alike is None
+
+
+def test_the_first_rank_alone_keeps_embeddings_where_each_has_a_disk_of_its_own(ranks: Any) -> None:
+    """Ranks of one node would wait for one another's lock."""
+    assert [rank["disks"] for rank in ranks] == [["store"], ["store", "live"]]

@@ -220,7 +220,7 @@ class Measurement:
         if encoder.max_seq_length != self._limit:
             self._limit = encoder.max_seq_length
             self._read()
-        check_same(encoder, self.workers)
+        check_same(encoder, module, self.workers)
         more = (source, step, self.workers)
         if self.workers.rank > 0:
             nowhere = NullTracker()

@@ -1,4 +1,4 @@
-"""One rank of two whose weights are in parts (FSDP2), where passes fail on one of them. Started by test_in_step.py."""
+"""One rank of two, whose weights, disk or passes are another matter than the other's. Started by test_in_step.py."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.embed import embed
+from pipeline.encoders.custom import CustomEncoder
 from pipeline.encoders.in_step import InStep
 from pipeline.encoders.live import LiveModel
 from pipeline.errors import DataError
 from pipeline.load import load
 from pipeline.store.embedding_table import Store
 from pipeline.training.ranks import Ranks
+from pipeline.training.sharing import check_same, measuring_store
 from tests.support.data import planted_task
+from tests.support.training import section
 
 RANK = int(os.environ["RANK"])
 
@@ -104,6 +107,24 @@ def a_part() -> list[Any]:
     return [failed, list(in_step(model.inner, given).shape)]
 
 
+def unknown_code(ranks: Ranks, module: Any) -> Any:
+    """What becomes of weights whose encoder has no digest."""
+    return seen(lambda: check_same(CustomEncoder(Own(), None, torch.device("cpu"), probe="MK"), module, ranks))
+
+
+def drifted() -> Own:
+    torch.manual_seed(RANK)
+    return Own()
+
+
+def own_disks(folder: Path, ranks: Ranks) -> list[str]:
+    """The folder of a measurement whose embeddings are kept, on each rank's own disk."""
+    config = section(Path(), planted_task(folder / f"disk-{RANK}"), keep_embeddings=True)
+    os.chdir(folder / f"disk-{RANK}")  # relative to which the store is
+    with measuring_store(config, ranks) as store:
+        return list(store.root.parts[:2])
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -111,6 +132,10 @@ def main(folder: Path) -> None:
     ranks.open()
     with torch.no_grad():
         found = {"outermost": outermost(), "a part": a_part(), "apart": apart(folder, ranks)}
+    torch.manual_seed(0)
+    alike = Own()
+    found["weights"] = [unknown_code(ranks, one) for one in (drifted(), made(), alike)]
+    found["disks"] = own_disks(folder, ranks)
     (folder / f"rank-{RANK}.json").write_text(json.dumps(found))
     os._exit(0)
 
