@@ -185,15 +185,17 @@ def check(tasks: Sequence[Task], with_files: bool = True) -> None:
         optimizers.check(task.optim)
 
 
-def dry_run(encoder: Encoder, examples: Sequence[Examples]) -> None:
+def dry_run(encoder: Encoder, examples: Sequence[Examples], workers: Workers = ALONE) -> None:
     """Embeds the shortest sequences of each task, and makes its head: what would fail later fails now.
+
+    All `workers` call it alike; what fails on one fails on all.
 
     Raises:
         PipelineError: see `embed` and `train_head`.
     """
     shortest = [replace(one, train=one.train.shortest(), test=one.test.shortest(), val=None) for one in examples]
     with temporary_folder() as folder:
-        embed(shortest, encoder, Store(folder))  # in one pass: ranks that share weights make equally many
+        embed(shortest, encoder, Store(folder, shared=False), workers)
     for one in examples:
         make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
 

@@ -11,10 +11,10 @@ from tests.support.programs import run_two_ranks
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def ranks(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Any:
     """What each rank saw."""
     folder = tmp_path_factory.mktemp("in_step")
-    run_two_ranks("tests.support.in_step_ranks", [str(folder)], folder)
+    run_two_ranks("tests.support.in_step_ranks", [str(folder), str(model_folder("esm"))], folder)
     files = [folder / f"rank-{rank}.json" for rank in range(2)]
     assert all(file.exists() for file in files), "".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
     return [json.loads(file.read_text()) for file in files]
@@ -49,3 +49,11 @@ def test_other_weights_are_refused_where_the_code_is_not_known(ranks: Any) -> No
 def test_the_first_rank_alone_keeps_embeddings_where_each_has_a_disk_of_its_own(ranks: Any) -> None:
     """Ranks of one node would wait for one another's lock."""
     assert [rank["disks"] for rank in ranks] == [["store"], ["store", "live"]]
+
+
+def test_a_failure_on_one_rank_before_anything_is_measured(ranks: Any) -> None:
+    first, second = (rank["tried out"] for rank in ranks)
+    assert second[:2] == ["DataError: injected", "ZeroDivisionError: integer division or modulo by zero"]
+    assert "CacheError: " in second[2]
+    assert first == [*(f"RankError: rank 1: {one}" for one in second[:3]), None]
+    assert second[3] is None

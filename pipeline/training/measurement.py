@@ -92,7 +92,7 @@ class Measurement:
         """Embeds a few sequences and makes the heads. Raises PipelineError where a measurement would."""
         with self._around(module):
             if self._live is not None:
-                dry_run(self._encoder(module), self._examples)
+                dry_run(self._encoder(module), self._examples, self.workers)
 
     def measure(self, module: nn.Module, step: int) -> dict[str, float]:
         """Measures the weights that the module has now, and logs the result at `step`.

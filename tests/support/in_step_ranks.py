@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,16 +16,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import pad_sequence
+from transformers import EsmForMaskedLM, EsmTokenizer
 
 from pipeline.embed import embed
 from pipeline.encoders.custom import CustomEncoder
 from pipeline.encoders.in_step import InStep
 from pipeline.encoders.live import LiveModel
+from pipeline.encoders.options import EncoderOptions
 from pipeline.errors import DataError
 from pipeline.load import load
 from pipeline.store.embedding_table import Store
 from pipeline.training.ranks import Ranks
 from pipeline.training.sharing import check_same, measuring_store
+from pipeline.validation import dry_run
 from tests.support.data import planted_task
 from tests.support.training import section
 
@@ -52,11 +56,12 @@ class Own(nn.Module):
         return [one[: len(text)] for one, text in zip(states, sequences, strict=True)]
 
 
-def made() -> Any:
+def made(*names: str) -> Any:
+    """The model in parts, some of them called by name."""
     torch.manual_seed(0)
     model = Own()
-    fully_shard(model.inner)
-    fully_shard(model.other)
+    for name in names:
+        fully_shard(getattr(model, name))
     return fully_shard(model)
 
 
@@ -69,7 +74,7 @@ def seen(work: Callable[[], Any]) -> Any:
 
 def apart(folder: Path, ranks: Ranks) -> list[Any]:
     """A batch fails on one rank, of ranks without a file system in common; then none does."""
-    model = made()
+    model = made("inner", "other")
     encoder = LiveModel(model).encoder(model, probe="MK")
     store = Store(folder / f"store-{RANK}", max_batch_tokens=200, shared=False)
     examples = [load(planted_task(folder / f"planted-{RANK}"))]
@@ -81,9 +86,28 @@ def apart(folder: Path, ranks: Ranks) -> list[Any]:
     return [seen(embedded), seen(embedded)]
 
 
+def tried_out(folder: Path, model_folder: str, ranks: Ranks) -> list[Any]:
+    """The first pass fails on one rank, as an encoder is made, of two kinds; then there is no folder to try it in."""
+    own, esm = made("inner"), EsmForMaskedLM.from_pretrained(model_folder)
+    fully_shard(esm.esm.encoder.layer[0])
+    fully_shard(esm)
+    of_own, of_esm = LiveModel(own), LiveModel(esm, tokenizer=EsmTokenizer.from_pretrained(model_folder))
+    own.fails, cls = True, EncoderOptions(pooling="cls")
+    found = [seen(lambda: ranks.together(lambda: bool(of_own.encoder(own, probe="MK"))))]
+    fails = esm.esm.embeddings.register_forward_pre_hook(lambda *_: 1 // (1 - RANK) and None)
+    found.append(seen(lambda: ranks.together(lambda: bool(of_esm.encoder(esm, cls)))))
+    fails.remove()
+    encoder, examples = of_esm.encoder(esm, cls), [load(planted_task(folder / f"tried-{RANK}"))]
+    before, tempfile.tempdir = tempfile.gettempdir(), str(folder / f"none-{RANK}")
+    (folder / "none-0").mkdir(exist_ok=True)
+    found.append(seen(lambda: ranks.together(lambda: dry_run(encoder, examples, ranks))))
+    tempfile.tempdir = before
+    return [*found, seen(lambda: dry_run(encoder, examples, ranks))]
+
+
 def outermost() -> list[Any]:
     """The called part is the outermost one, and fails on one rank; no forward pass may seem to go on then."""
-    model, ids = made(), torch.tensor([[1, 2, 3]])
+    model, ids = made("inner", "other"), torch.tensor([[1, 2, 3]])
     in_step = InStep(model, model)
     before = in_step(model, ids)
     model.fails = True
@@ -94,7 +118,7 @@ def outermost() -> list[Any]:
 
 def a_part() -> list[Any]:
     """The first pass of a part fails on one rank; the part that the code never calls is not gathered."""
-    model = made()
+    model = made("inner", "other")
     in_step, given = InStep(model, model.inner), torch.ones(1, 8)
     model.fails = True
 
@@ -125,7 +149,7 @@ def own_disks(folder: Path, ranks: Ranks) -> list[str]:
         return list(store.root.parts[:2])
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, model_folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     ranks = Ranks(30.0)
@@ -134,11 +158,12 @@ def main(folder: Path) -> None:
         found = {"outermost": outermost(), "a part": a_part(), "apart": apart(folder, ranks)}
     torch.manual_seed(0)
     alike = Own()
-    found["weights"] = [unknown_code(ranks, one) for one in (drifted(), made(), alike)]
+    found["weights"] = [unknown_code(ranks, one) for one in (drifted(), made("inner", "other"), alike)]
+    found["tried out"] = tried_out(folder, model_folder, ranks)
     found["disks"] = own_disks(folder, ranks)
     (folder / f"rank-{RANK}.json").write_text(json.dumps(found))
     os._exit(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
