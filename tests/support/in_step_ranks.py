@@ -26,9 +26,10 @@ from pipeline.encoders.options import EncoderOptions
 from pipeline.errors import DataError
 from pipeline.load import load
 from pipeline.store.embedding_table import Store
+from pipeline.tracking.recording import Recording
 from pipeline.training.ranks import Ranks
 from pipeline.training.sharing import check_same, measuring_store
-from pipeline.validation import dry_run
+from pipeline.validation import dry_run, validate
 from tests.support.data import planted_task
 from tests.support.training import section
 
@@ -77,13 +78,16 @@ def apart(folder: Path, ranks: Ranks) -> list[Any]:
     model = made("inner", "other")
     encoder = LiveModel(model).encoder(model, probe="MK")
     store = Store(folder / f"store-{RANK}", max_batch_tokens=200, shared=False)
-    examples = [load(planted_task(folder / f"planted-{RANK}"))]
+    examples = [load(planted_task(folder / f"planted-{RANK}", num_epochs=1))]
 
     def embedded() -> float:
         return embed(examples, encoder, store, ranks)[0].metrics["embedded"]
 
     model.fails = True
-    return [seen(embedded), seen(embedded)]
+    first, again = seen(embedded), seen(embedded)
+    recording = Recording(folder)
+    validate(encoder, examples[0].task, store, recording, examples=examples, workers=ranks)
+    return [first, again, [name for kind, name, *_ in recording.calls if kind == "stage"]]
 
 
 def tried_out(folder: Path, model_folder: str, ranks: Ranks) -> list[Any]:
