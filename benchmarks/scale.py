@@ -29,7 +29,6 @@ from work import make_esm, parser, proteins, sequences_of
 from pipeline import Store
 from pipeline.embed import BATCH_TOKENS, embed
 from pipeline.encoders.forward import batches
-from pipeline.engines.workers import from_first
 from pipeline.load import load
 from pipeline.store.embedding_table import sequence_key
 from pipeline.training.ranks import Ranks
@@ -52,7 +51,7 @@ def worker(rank: int, port: int, options: argparse.Namespace, pipe: Connection) 
     while (request := pipe.recv()) != "stop":
         encoder.__dict__.pop("digest", None)
         with tempfile.TemporaryDirectory() as folder:
-            place = from_first(ranks, partial(str, folder))  # both begin now
+            place = ranks.from_first(partial(str, folder))  # both begin now
             began = time.perf_counter()
             if request == "alone":
                 embed([half], encoder, Store(Path(folder)))

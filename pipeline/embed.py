@@ -23,7 +23,7 @@ from pipeline.encoders.embedding_pass import Pooled, embed_missing
 from pipeline.encoders.forward import POOLED, Transfer, misaligned
 from pipeline.encoders.protocol import Encoder
 from pipeline.encoders.unknown import count_unknown
-from pipeline.engines.workers import ALONE, Workers, from_first
+from pipeline.engines.workers import ALONE, Workers
 from pipeline.errors import CheckpointError
 from pipeline.load import Examples
 from pipeline.statistics.label_free import label_free, sample
@@ -103,7 +103,7 @@ def embed(examples: Sequence[Examples], encoder: Encoder, store: Store, workers:
         tokens = embed_missing(levels, encoder, plan, count, workers, store.shared)
         seconds = time.perf_counter() - began
         for level in levels:
-            from_first(workers, level.table.take_parts)
+            workers.from_first(level.table.take_parts)
             workers.together(level.read_embedded)
     total = len(_texts(examples))
     embedded = len({key for level in levels for key in level.missing})

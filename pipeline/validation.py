@@ -39,6 +39,7 @@ from pipeline.train_head import FittedHead, make_head, train_head
 logger = logging.getLogger(__name__)
 
 STAGES = ("load", "embed", "train_head", "score")
+SHARED = "heads and scores"  # of all tasks, where workers share them; what each gave is logged in its own stage
 
 
 class Result(Protocol):
@@ -97,9 +98,12 @@ def validate(
     if last < STAGES.index("train_head"):
         return []
     tests, device = last >= STAGES.index("score"), encoder.device
-    shared = share_out(embeddings, store, device, in_list, tests, workers) if workers.count > 1 else None
-    if shared and workers.rank > 0:  # the first logs
-        return shared.scores
+    shared = None
+    if workers.count > 1:
+        with _stage(tracker, SHARED):
+            shared = share_out(embeddings, store, device, in_list, tests, workers)
+        if workers.rank > 0:  # the first logs
+            return shared.scores
     scores = []
     for place, task_embeddings in enumerate(embeddings):
         suffix = f" {task_embeddings.examples.task.task_name}" if in_list else ""
@@ -185,15 +189,17 @@ def check(tasks: Sequence[Task], with_files: bool = True) -> None:
         optimizers.check(task.optim)
 
 
-def dry_run(encoder: Encoder, examples: Sequence[Examples]) -> None:
+def dry_run(encoder: Encoder, examples: Sequence[Examples], workers: Workers = ALONE) -> None:
     """Embeds the shortest sequences of each task, and makes its head: what would fail later fails now.
+
+    All `workers` call it alike; what fails on one fails on all.
 
     Raises:
         PipelineError: see `embed` and `train_head`.
     """
     shortest = [replace(one, train=one.train.shortest(), test=one.test.shortest(), val=None) for one in examples]
     with temporary_folder() as folder:
-        embed(shortest, encoder, Store(folder))  # in one pass: ranks that share weights make equally many
+        embed(shortest, encoder, Store(folder, shared=False), workers)
     for one in examples:
         make_head(one.task, encoder.hidden_size, one.targets, encoder.device)
 

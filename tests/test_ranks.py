@@ -127,6 +127,43 @@ def test_an_interrupt_on_rank_0_is_no_failure_to_be_passed_over(both: Any) -> No
     assert second == "LostRankError: downstream validation: rank 0 was stopped: KeyboardInterrupt"
 
 
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each rank heard of the other."""
+    folder = tmp_path_factory.mktemp("told")
+    run_two_ranks("tests.support.told_ranks", [str(folder)], folder)
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_all_have_what_the_first_rank_did(told: Any) -> None:
+    for rank in told:
+        assert rank["first"] == {"rank": 0, "content": "x" * 1_000}
+        assert rank["nothing"] is None
+
+
+def test_all_fail_where_the_first_rank_does(told: Any) -> None:
+    assert told[0]["failed"] == "ZeroDivisionError: integer division or modulo by zero"
+    assert told[1]["failed"] == f"RankError: rank 0: {told[0]['failed']}"
+    assert "pickle" in told[0]["unpicklable"]
+    assert told[1]["unpicklable"] == f"RankError: rank 0: {told[0]['unpicklable']}"
+
+
+def test_an_interrupt_is_told_once(told: Any) -> None:
+    """Else rank 0 tells it to nobody, and what the ranks exchange next is not what they mean."""
+    assert [rank["nested"] for rank in told] == [
+        "KeyboardInterrupt: ",
+        "LostRankError: downstream validation: rank 0 was stopped: KeyboardInterrupt",
+    ]
+    assert [rank["afterwards"] for rank in told] == [[0, 1], [0, 1]]
+
+
+def test_an_interrupt_within_an_exchange_ends_both(told: Any) -> None:
+    """Rank 0 cannot tell it any more; the other finds out as its process ends."""
+    first, second = (rank["in exchange"] for rank in told)
+    assert first == "KeyboardInterrupt: "
+    assert second.startswith("LostRankError: downstream validation: rank 1 waited up to 40 s for every rank: ")
+
+
 def test_a_data_error_stops_both_before_the_first_step(both: Any) -> None:
     first, second = (rank["setup"]["error"] for rank in both.ranks)
     assert first.startswith("DataError: ")

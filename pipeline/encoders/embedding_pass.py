@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.encoders.forward import Transfer, batches
 from pipeline.encoders.in_step import SameNumber
 from pipeline.encoders.protocol import Encoder
-from pipeline.engines.workers import Workers, from_first, here
+from pipeline.engines.workers import Workers, here
 from pipeline.progress import progress
 from pipeline.store.embedding_table import EmbeddingTable
 from pipeline.store.writing import ShardWriter
@@ -75,7 +75,7 @@ def embed_missing(
     if not texts:
         return 0
     aligned = {key for level in levels if level.pooling == "none" for key in level.missing}
-    made = from_first(workers, lambda: {**plan, "packed": encoder.packs})
+    made = workers.from_first(lambda: {**plan, "packed": encoder.packs})
     planned = list(batches(texts, plan["max_batch_tokens"], plan["emb_batch_size"], made["packed"]))
     own = planned[workers.rank :: workers.count]
     own_texts = {key: texts[key] for keys in own for key in keys}
@@ -83,32 +83,37 @@ def embed_missing(
     rounds = -(-len(planned) // workers.count)
     same = SameNumber(encoder.in_step, lambda: encoder.hidden_states([texts[key] for key in planned[-1]]))
     passes = _passes(own, rounds, same, lambda keys: _forward(keys, unknown, texts, levels, encoder))
-    if encoder.device.type != "cpu":  # a GPU computes the next batch while one is written
-        passes = (batch for batch, _ in pairwise(chain(passes, [None])) if batch)
+    ahead = int(encoder.device.type != "cpu")  # a GPU computes the next batch while one is written
+    if ahead:
+        passes = (batch for batch, _ in pairwise(chain(passes, [None])))
     if shared:
         part, residues = workers.rank, sum(map(len, own_texts.values()))
         return sum(workers.together(lambda: _write(passes, levels, made, residues, same.to(rounds), part)))
     every = _exchanged(passes, rounds, workers)
-    return here(workers, lambda: _write(every, levels, made, sum(map(len, texts.values())), same.to(1)))
+    return here(
+        workers, lambda: _write(every, levels, made, sum(map(len, texts.values())), same.to(min(rounds, 1 + ahead)))
+    )
 
 
 def _passes(
     own: Sequence[list[bytes]], rounds: int, same: SameNumber, forward: Callable[[list[bytes]], _Batch]
-) -> Iterator[_Batch]:
-    """The batches of this worker; the passes of all workers are as many, where they have to be."""
+) -> Iterator[_Batch | None]:
+    """The batch of this worker in each round, None without any; the passes of all are as many, where they have to be.
+
+    A round that failed is one too: the workers may meet after each.
+    """
     for number in range(rounds):
         batch = None
         with same:
             batch = forward(own[number]) if number < len(own) and same.error is None else None
         same.fill_up(number + 1)
-        if batch is not None:
-            yield batch
+        yield batch
 
 
-def _exchanged(passes: Iterator[_Batch], rounds: int, workers: Workers) -> Iterator[_Batch]:
+def _exchanged(passes: Iterator[_Batch | None], rounds: int, workers: Workers) -> Iterator[_Batch | None]:
     """The batches of all workers, a batch of each at a time: memory does not grow with their number."""
     for _ in range(rounds):
-        yield from filter(None, workers.together(lambda: next(passes, None)))
+        yield from workers.together(lambda: next(passes))
 
 
 def _forward(
@@ -127,7 +132,7 @@ def _forward(
 
 
 def _write(
-    passes: Iterator[_Batch],
+    passes: Iterator[_Batch | None],
     levels: Sequence[Lacking],
     made: Mapping[str, Any],
     residues: int,
@@ -144,7 +149,7 @@ def _write(
         tables = [level.table.part(part) if part else level.table for level in levels]
         writers = [stack.enter_context(table.writer(made, in_thread=on_gpu)) for table in tables]
         advance = stack.enter_context(progress("embed", residues, "residues"))
-        for batch in passes:
+        for batch in filter(None, passes):
             with same:
                 _add(batch, writers)
             tokens += batch.tokens

@@ -18,7 +18,7 @@ from pipeline.encoders.code_digest import no_reuse
 from pipeline.encoders.description import fresh, quiet
 from pipeline.encoders.devices import DTYPES, find_device, find_precision, send
 from pipeline.encoders.digests import code_of, model_digest
-from pipeline.encoders.in_step import InStep
+from pipeline.encoders.in_step import InStep, SameNumber
 from pipeline.encoders.layers import compile_layers, find_layer, shorten
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.packing import Packing
@@ -82,11 +82,16 @@ class HuggingFaceEncoder(Encoder):
         self.compiled = options.compile and not as_is
         self.model = model.eval()
         self._copies = _float_copies(model) if as_is and in_step is None else {}
-        self.hidden_size: int = self._found_size() if as_is else getattr(config, "hidden_size", None) or config.d_model
         self.max_seq_length = limit_of(config, self.tokens)
         self.pooling = options.pooling
-        if self.pooling == "cls":
-            self._check_first()
+        same = SameNumber(in_step, self._found_size)
+        with same:
+            size = None if as_is else getattr(config, "hidden_size", None) or config.d_model
+            self.hidden_size: int = size or self._found_size()
+            if self.pooling == "cls":
+                self._check_first()
+        same.fill_up(3 if self.pooling == "cls" else 1)
+        same.raise_late()
 
     @cached_property
     def digest(self) -> str:  # type: ignore[override]  # mypy: read-only, though a cached property can be set

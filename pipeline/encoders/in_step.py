@@ -43,10 +43,13 @@ class InStep:
         self.calls = 0
         self._parts = _sharded(module)
         if called is not None:
-            self._around = [part for part in self._parts if part is not called and _contains(part, called)]
+            around = [part for part in self._parts if _contains(part, called)]
+            self._around = around or [part for part in self._parts if part is called]
+            within = [part for part in self._parts if part is called or _contains(called, part)]
         else:
             self._around = [one for one in self._parts if not any(_contains(other, one) for other in self._parts)]
-        self._order = [part for part in self._parts if part not in self._around]  # as they stand, until it is seen
+            within = [part for part in self._parts if part not in self._around]
+        self._order = within  # as they stand, until it is seen
         self._seen = False
         self.reached: list[Any] = []
 

@@ -144,18 +144,26 @@ class LiveModel:
 
     def _custom_in_step(self, module: nn.Module, probe: str) -> CustomEncoder:
         """An encoder of the user's own code on weights that are in parts on several ranks."""
-        in_step = InStep(module)
-        inner = _Method(module) if self._own_method else made_from_module(self._class, module)
+        in_step, reached = InStep(module), []
+        inner: Any = None
         owner = own_class(module) if self._own_method else self._class
-        encoder = CustomEncoder(_InStep(inner, in_step), "in parts", _device_of(module), self.context, probe, owner)
+
+        @torch.no_grad()
+        def fill() -> None:
+            with self.context():
+                in_step(lambda: inner.hidden_states([probe]))
+
+        same = SameNumber(in_step, fill)
+        with same:
+            inner = _Method(module) if self._own_method else made_from_module(self._class, module)
+            encoder = CustomEncoder(_InStep(inner, in_step), "in parts", _device_of(module), self.context, probe, owner)
+            for number in (1, 2):
+                encoder.hidden_states([probe] * number)
+                reached.append(in_step.reached)
+        same.fill_up(3)  # the first to find out the hidden size
+        same.raise_late()
         encoder.digest, encoder.reusable, encoder.in_step = f"in parts {uuid4().hex}", False, in_step
         encoder.precision = self.own_precision or encoder.precision
-        reached, same = [], SameNumber(in_step)
-        for number in (1, 2):
-            with same:
-                encoder.hidden_states([probe] * number)
-            reached.append(in_step.reached)
-        same.raise_late()
         if len(reached[0]) != len(reached[1]):  # ranks with unlike batches would wait for one another in vain
             found = f"{len(reached[0])} calls of sharded layers for one sequence, and {len(reached[1])} for two"
             raise CheckpointError(f"{class_name(owner)}: {found}; give all sequences to the layers in one padded batch")

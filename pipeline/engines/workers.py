@@ -37,6 +37,9 @@ class Workers(Protocol):
             Exception: on every worker, where `work` failed on one: there its own error, elsewhere one that names it.
         """
 
+    def from_first(self, work: Callable[[], T]) -> T:
+        """Has the first worker do `work`. Returns its result on every worker, or raises on every one."""
+
 
 class Alone:
     """One worker, which does everything."""
@@ -47,6 +50,10 @@ class Alone:
         """See `Workers.together`."""
         return [work()]
 
+    def from_first(self, work: Callable[[], T]) -> T:
+        """See `Workers.from_first`."""
+        return work()
+
 
 ALONE = Alone()
 
@@ -56,9 +63,3 @@ def here(workers: Workers, work: Callable[[], T]) -> T:
     found: list[T] = []
     workers.together(lambda: found.append(work()))
     return found[0]
-
-
-def from_first(workers: Workers, work: Callable[[], T]) -> T:
-    """Has the first worker do `work`. Returns its result on every worker, or raises on every one."""
-    found: T | None = workers.together(lambda: work() if workers.rank == 0 else None)[0]
-    return found  # type: ignore[return-value]  # the first has done it

@@ -21,7 +21,7 @@ from pipeline.encoders.in_step import is_sharded
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
-from pipeline.engines.workers import ALONE, Workers, from_first
+from pipeline.engines.workers import ALONE, Workers
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.load import Examples, load
 from pipeline.progress import no_progress
@@ -92,7 +92,7 @@ class Measurement:
         """Embeds a few sequences and makes the heads. Raises PipelineError where a measurement would."""
         with self._around(module):
             if self._live is not None:
-                dry_run(self._encoder(module), self._examples)
+                dry_run(self._encoder(module), self._examples, self.workers)
 
     def measure(self, module: nn.Module, step: int) -> dict[str, float]:
         """Measures the weights that the module has now, and logs the result at `step`.
@@ -220,7 +220,7 @@ class Measurement:
         if encoder.max_seq_length != self._limit:
             self._limit = encoder.max_seq_length
             self._read()
-        check_same(encoder, self.workers)
+        check_same(encoder, module, self.workers)
         more = (source, step, self.workers)
         if self.workers.rank > 0:
             nowhere = NullTracker()
@@ -274,7 +274,7 @@ class Measurement:
 
     def _read(self) -> None:
         """Reads and checks all data, on one rank."""
-        self._examples = from_first(self.workers, lambda: [load(task, self._limit) for task in self.config.dataset])
+        self._examples = self.workers.from_first(lambda: [load(task, self._limit) for task in self.config.dataset])
 
     @cached_property
     def _mirrors(self) -> Sequence[Tracker]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
-from pipeline.engines.workers import from_first
 from pipeline.errors import PipelineError
 
 T = TypeVar("T")
 
 AGREED = "all_ranks_know"  # an attribute of errors
+FAREWELL = timedelta(seconds=10)  # how long a rank that is stopped waits for the others, to tell them
 
 
 class RankError(PipelineError):
@@ -30,8 +32,9 @@ class Ranks:
 
     They wait without using CPU or GPU. Without a process group, or with one rank, work is done at once.
 
-    Whatever the ranks tell each other is a message of one kind, a result or an error. So a rank that fails between two
-    calls of `together` is heard at the next one, whichever that is on the other ranks, and none waits for it in vain.
+    Whatever the ranks tell each other begins with a message of one kind, a result or an error. So a rank that fails
+    between two calls of `together` is heard at the next one, whichever that is on the other ranks, and none waits for
+    it in vain.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -71,7 +74,7 @@ class Ranks:
             LostRankError: a rank did not arrive, or is gone; the message names it.
         """
         self.arrive()
-        return from_first(self, work)
+        return self.from_first(work)
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """See `Workers.together`.
@@ -90,8 +93,8 @@ class Ranks:
                 raise
             own, message = error, _failure(RankError(f"rank {self.rank}: {type(error).__name__}: {error}"))
         except BaseException as error:
-            stopped = f"downstream validation: rank {self.rank} was stopped: {type(error).__name__}"
-            self._exchange(_failure(LostRankError(stopped)))
+            if not _is_agreed(error):
+                self._take_leave(error)
             raise
         messages = [pickle.loads(one) for one in self._exchange(message)]  # noqa: S301  # from a rank of this training
         failed = [rank for rank, (_, failure) in enumerate(messages) if failure is not None]
@@ -101,18 +104,50 @@ class Ranks:
             raise first
         return [result for result, _ in messages]
 
-    def arrive(self) -> None:
-        """Waits for all ranks. Raises LostRankError where one does not come."""
+    def from_first(self, work: Callable[[], T]) -> T:
+        """See `Workers.from_first`; raises as `together`. Only the result is sent, by rank 0."""
+        if self.group is None:
+            return work()
+        found: list[T] = []
+        message = b""
+
+        def do() -> int:
+            nonlocal message
+            if self.rank == 0:
+                found.append(work())
+                message = pickle.dumps(found[0])
+            return len(message)
+
+        size = self.together(do)[0]
+        sent = torch.frombuffer(bytearray(message or size), dtype=torch.uint8)  # empty where it is to come
+        try:
+            dist.broadcast(sent, 0, self.group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return found[0] if found else pickle.loads(sent.numpy().data)  # noqa: S301  # from a rank of this training
+
+    def arrive(self, within: timedelta | None = None) -> None:
+        """Waits for all ranks, by default as long as `timeout`. Raises LostRankError where one does not come."""
         if self.group is None:
             return
         try:
-            dist.monitored_barrier(self.group, self.timeout, wait_all_ranks=True)
+            dist.monitored_barrier(self.group, within or self.timeout, wait_all_ranks=True)
         except RuntimeError as error:
             raise self._lost(error) from error
 
-    def _exchange(self, message: bytes) -> list[bytes]:
+    def _take_leave(self, error: BaseException) -> None:
+        """Tells the others, once, that this rank is stopped; one that does not listen finds out as this process ends.
+
+        They may be at work, or in the very exchange that was interrupted: so this rank does not wait for long.
+        """
+        setattr(error, AGREED, True)
+        stopped = f"downstream validation: rank {self.rank} was stopped: {type(error).__name__}"
+        with suppress(LostRankError):
+            self._exchange(_failure(LostRankError(stopped)), min(FAREWELL, self.timeout))
+
+    def _exchange(self, message: bytes, within: timedelta | None = None) -> list[bytes]:
         """The messages of all ranks; each waits until all have one."""
-        self.arrive()  # which names a rank that does not come
+        self.arrive(within)  # which names a rank that does not come
         found: list[Any] = [None] * self.count
         try:
             dist.all_gather_object(found, message, self.group)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from pipeline import validation
 from pipeline.config.schema import Config
 from pipeline.encoders.digests import weights_digest
+from pipeline.encoders.in_step import is_sharded
 from pipeline.encoders.protocol import Encoder
-from pipeline.engines.workers import ALONE, Workers, from_first
+from pipeline.engines.workers import ALONE, Workers
 from pipeline.errors import CheckpointError
 from pipeline.load import Examples
 from pipeline.store.embedding_table import Store
@@ -28,13 +29,15 @@ from pipeline.training.progress import Progress
 def measuring_store(config: Config, workers: Workers) -> Iterator[Store]:
     """The store of a measurement: the configured one, or a temporary folder in it, which all ranks share if they can.
 
-    Where they have no file system in common each has a folder of its own.
+    Where they have no file system in common the first has the configured one, and each other a temporary folder: those
+    of one node would wait for one another's lock.
     """
     root = Path(config.store).expanduser()
     with temporary_folder(root / "live") as own:
-        first = from_first(workers, lambda: own)  # a new folder: who sees it has the same file system
+        first = workers.from_first(lambda: own)  # a new folder: who sees it has the same file system
         shared = all(workers.together(first.is_dir))
-        folder = root if config.keep_embeddings else first if shared else own
+        takes_root = config.keep_embeddings and (shared or workers.rank == 0)
+        folder = root if takes_root else first if shared else own
         yield replace(Store.from_config(config, folder), shared=shared)
 
 
@@ -49,7 +52,7 @@ def first_ranks_buffers(module: nn.Module, workers: Workers) -> Iterator[None]:
     if len({len(each) for each in digests}) > 1:
         raise CheckpointError(f"{type(module).__name__}: the ranks have other buffers; set mode to blocking")
     differing = [one for one, *each in zip(buffers, *digests, strict=True) if len({*each}) > 1]
-    theirs: list[Tensor] = from_first(workers, lambda: [one.detach().cpu() for one in differing])
+    theirs: list[Tensor] = workers.from_first(lambda: [one.detach().cpu() for one in differing])
     before = [one.detach().clone() for one in differing]
     _copy(differing, theirs)
     try:
@@ -64,9 +67,22 @@ def _copy(buffers: list[Tensor], values: list[Tensor]) -> None:
         buffer.copy_(value)
 
 
-def check_same(encoder: Encoder, workers: Workers) -> None:
-    """Raises CheckpointError where the ranks have different weights, as between the steps of local SGD."""
-    digests = workers.together(lambda: encoder.digest if encoder.reusable else "")
+def check_same(encoder: Encoder, module: nn.Module, workers: Workers) -> None:
+    """Raises CheckpointError where the ranks have different weights, as between the steps of local SGD.
+
+    The digest of an encoder that is not reusable says nothing of them: then those of the whole module are compared,
+    except where each rank has a part of them.
+    """
+    if workers.count == 1:
+        return
+
+    def digest() -> str:
+        if encoder.reusable:
+            return encoder.digest
+        named = [] if is_sharded(module) else module.named_parameters()
+        return weights_digest((name, one) for name, one in named if not isinstance(one, UninitializedParameter))
+
+    digests = workers.together(digest)
     if len({*digests}) > 1:
         raise CheckpointError("the ranks have different weights; set mode to blocking, which measures those of rank 0")
 

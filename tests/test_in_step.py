@@ -1,0 +1,67 @@
+"""Two ranks that differ: a pass of weights in parts (FSDP2) fails on one, or they have other weights, or own disks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.support.programs import run_two_ranks
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Any:
+    """What each rank saw."""
+    folder = tmp_path_factory.mktemp("in_step")
+    run_two_ranks("tests.support.in_step_ranks", [str(folder), str(model_folder("esm"))], folder)
+    files = [folder / f"rank-{rank}.json" for rank in range(2)]
+    assert all(file.exists() for file in files), "".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def test_ranks_without_a_common_file_system_hear_of_a_batch_that_failed(ranks: Any) -> None:
+    (first, rows, _), (second, again, _) = (rank["apart"] for rank in ranks)
+    assert first == "RankError: rank 1: DataError: injected"
+    assert second == "DataError: injected"
+    assert rows == again > 100
+
+
+def test_what_the_ranks_share_is_a_stage(ranks: Any) -> None:
+    stages = [rank["apart"][2] for rank in ranks]
+    assert stages == [
+        ["load", "embed", "heads and scores", "train_head", "score"],
+        ["load", "embed", "heads and scores"],
+    ]
+
+
+def test_a_failure_ends_the_pass_of_the_outermost_part(ranks: Any) -> None:
+    assert ranks[0]["outermost"] == [True, True, True]
+    assert ranks[1]["outermost"] == ["DataError: injected", True, True]
+
+
+def test_a_part_that_is_never_called_is_not_gathered(ranks: Any) -> None:
+    assert ranks[0]["a part"] == [[1, 8], [1, 8]]
+    assert ranks[1]["a part"] == ["DataError: injected", [1, 8]]
+
+
+def test_other_weights_are_refused_where_the_code_is_not_known(ranks: Any) -> None:
+    """But not where each rank has a part of them."""
+    for rank in ranks:
+        drifted, in_parts, alike = rank["weights"]
+        assert drifted.startswith("CheckpointError: the ranks have different weights; set mode to blocking")
+        assert in_parts is None
+        assert alike is None
+
+
+def test_the_first_rank_alone_keeps_embeddings_where_each_has_a_disk_of_its_own(ranks: Any) -> None:
+    """Ranks of one node would wait for one another's lock."""
+    assert [rank["disks"] for rank in ranks] == [["store"], ["store", "live"]]
+
+
+def test_a_failure_on_one_rank_before_anything_is_measured(ranks: Any) -> None:
+    first, second = (rank["tried out"] for rank in ranks)
+    assert second[:2] == ["DataError: injected", "ZeroDivisionError: integer division or modulo by zero"]
+    assert "CacheError: " in second[2]
+    assert first == [*(f"RankError: rank 1: {one}" for one in second[:3]), None]
+    assert second[3] is None
