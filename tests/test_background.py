@@ -15,7 +15,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from mlflow import MlflowClient
-from transformers import AutoTokenizer, EsmForMaskedLM, set_seed
 
 from pipeline import (
     Downstream,
@@ -36,13 +35,13 @@ from pipeline.training.best import Best
 from pipeline.training.snapshots import Snapshots, on_cpu
 from pipeline.training.worker import Worker
 from pipeline.validation import validate
+from tests.support.background import loop_of, pending, snapshots
 from tests.support.data import planted, planted_task, proteins, write_csv
 from tests.support.lab import newest_run
 from tests.support.own_model import OwnTokenizer
 from tests.support.programs import ROOT
 from tests.support.training import Busy, Recorder, loader, section, trainer
 
-NOBODY = "true {folder}"  # a command that has nobody measure
 ACCURACY = "test_label_accuracy"
 
 
@@ -90,24 +89,6 @@ def test_the_curve_is_that_of_blocking(
     assert f"{ACCURACY}_delta_start" in late.curve[-1][1]
     assert "in the background" in caplog.text
     assert not list((tmp_path / "late").rglob("*.ckpt"))
-
-
-def loop_of(folder: Path, task: Task, esm: Path, on_error: str = "warn", **background: Any) -> tuple[Downstream, Any]:
-    """A loop of one's own, and its model."""
-    own = Background(**{"worker_command": NOBODY, "drain_timeout": 0.0, **background})
-    config = section(folder, task, mode="background", background=own, on_start=True, on_error=on_error)
-    set_seed(1)
-    model: Any = EsmForMaskedLM.from_pretrained(esm)
-    return Downstream(config, tokenizer=AutoTokenizer.from_pretrained(esm), folder=folder / "out"), model
-
-
-def pending(downstream: Downstream) -> list[int]:
-    found: list[int] = downstream.state_dict()["background"]["pending"]
-    return found
-
-
-def snapshots(folder: Path) -> set[str]:
-    return {path.parent.name for path in folder.glob("out/downstream/*/step=*/weights.ckpt")}
 
 
 @pytest.mark.parametrize(
@@ -339,6 +320,8 @@ def test_calls_of_a_tracker_are_made_later(tmp_path: Path) -> None:
     """The same calls, in the same order, with the same files."""
     (tmp_path / "one.png").write_text("a picture")
     data = Data("task", "test", "folder", "0f", 3, 1)
+    for name in ("told", "again"):
+        (tmp_path / name).mkdir()
     told, again = Recording(tmp_path / "told"), Recording(tmp_path / "again")
     with told.stage("score") as stage:
         stage.metrics({"a": 0.1 + 0.2}, 3, data)

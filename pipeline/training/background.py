@@ -218,7 +218,7 @@ class Background:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is in it is unpickled
             synced(folder / "config.yaml", lambda path: path.write_text(to_yaml(self.config), encoding="utf-8"))
-            write_json(folder / "worker.json", {"folder": str(Path.cwd()), "threads": torch.get_num_threads()})
+            write_json(folder / "worker.json", _settings())
         except OSError as error:
             raise unwritable(folder, error) from error
         self._is_prepared = True
@@ -308,6 +308,12 @@ class Background:
     @property
     def _host(self) -> Host:
         return self.work.host
+
+
+def _settings() -> dict[str, Any]:
+    """What scores depend on, to the last bit, and the configuration does not say."""
+    precision = torch.get_float32_matmul_precision()
+    return {"folder": str(Path.cwd()), "threads": torch.get_num_threads(), "matmul_precision": precision}
 
 
 def _read(result: Path) -> dict[str, Any]:

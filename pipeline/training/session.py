@@ -93,8 +93,10 @@ class Session:
 
         def prepared() -> tuple[dict[str, Any] | None, str]:
             work.prepare(module, may_wait)
-            late = self._may_be_late
-            return work.description, why_not_late(self.config, module, work.runs_module) if late else ""
+            why = why_not_late(self.config, module, work.runs_module) if self._may_be_late else ""
+            if self._may_be_late and not why and work.description is not None:
+                del work.description["made_with"]  # the worker measures otherwise, such as on another device
+            return work.description, why
 
         self.description, why = self._do(prepared)
         if why and self.ranks.is_first:
