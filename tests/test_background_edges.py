@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
+from pipeline import DownstreamValidation, setup_dwnstr_task_validation_callbacks
+from pipeline.config.background import Background
+from pipeline.config.schema import Config
 from pipeline.config.task import Task
 from pipeline.encoders.description import DESCRIPTION
+from pipeline.training.best import Best, Kept
 from pipeline.training.snapshots import Snapshots
 from pipeline.training.worker import Worker
-from tests.support.background import loop_of, place_of
+from tests.support.background import NOBODY, loop_of, pending, place_of
 from tests.support.data import planted_task
+from tests.support.training import Busy, loader, section, trainer
 
 
 @pytest.fixture
@@ -74,6 +80,8 @@ def test_a_snapshot_that_is_dropped_while_it_is_measured(task: Task, tmp_path: P
     place = place_of(tmp_path)
     worker, snapshot = Worker(place), Snapshots(place).of(0)
     snapshot.remove()
+    with pytest.raises(FileNotFoundError):
+        worker._measure(snapshot)
     worker._handle(snapshot)
     assert not snapshot.folder.exists()
     downstream.close()
@@ -86,3 +94,79 @@ def test_a_folder_that_an_earlier_worker_left_is_cleared(tmp_path: Path) -> None
     queue.clear(5)
     queue.write(3, {"state_dict": {}}, {})
     assert [one.step for one in queue.waiting()] == [2, 3]
+
+
+@pytest.mark.usefixtures("tracking")
+@pytest.mark.parametrize("name", ["x/../../../escaped", "0123abcd"])
+def test_a_state_that_names_another_folder(
+    task: Task, tmp_path: Path, model_folder: Any, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    downstream, model = loop_of(tmp_path, task, model_folder("esm"))
+    state = downstream.state_dict()
+    downstream.load_state_dict({**state, "background": {"training": name, "pending": []}})
+    downstream(model, 0)
+    downstream.close()
+    place = place_of(tmp_path)
+    assert not (tmp_path / "escaped").exists()
+    assert (place.name == f"background-{name}") == (name == "0123abcd")
+    assert ("one begins anew" in caplog.text) == (name != "0123abcd")
+
+
+@pytest.mark.usefixtures("tracking")
+def test_a_training_that_goes_back(task: Task, tmp_path: Path, model_folder: Any) -> None:
+    """Neither the best snapshots nor the changes are of what comes later."""
+    downstream, model = loop_of(tmp_path, task, model_folder("esm"))
+    downstream(model, 0)
+    state = downstream.state_dict()
+    downstream.close()
+    place = place_of(tmp_path)
+    (place / "progress.pt").write_text("of a later result")
+    (place / "best").mkdir()
+    best = Best(place / "best", downstream.config)
+    best._note([kept_at(4), kept_at(0)])
+    for step in (0, 4):
+        best.path(step).write_text("weights")
+    again, model = loop_of(tmp_path, task, model_folder("esm"), max_pending=2)
+    again.load_state_dict(state)
+    again(model, 1)
+    again.close()
+    assert pending(again) == [0, 1]
+    assert not (place / "progress.pt").exists()
+    assert best.kept == [kept_at(0)]
+    assert [path.name for path in place.glob("best/*.ckpt")] == ["step=0.ckpt"]
+
+
+def kept_at(step: int) -> Kept:
+    return Kept(step, 0.5 + step, None, None)
+
+
+def test_fewer_are_kept_than_before(task: Task, tmp_path: Path) -> None:
+    """As where `keep_best` was made less before a training was resumed."""
+    queue, said = Snapshots(tmp_path), []
+    for step, count in ((1, 3), (2, 3), (3, 3), (4, 1)):
+        config = Config(dataset=[task], background=Background(keep_best=count, keep_best_metric="test_label_mcc"))
+        made = queue.write(step, {"state_dict": {}}, {})
+        best = Best(tmp_path / "best", config)
+        said.append(best.offer(made, {"test_label_mcc": step / 10}))
+    assert [path.name for path in tmp_path.glob("best/*.ckpt")] == ["step=4.ckpt"]
+    assert said[-1].endswith("in the place of step=3 (0.3000), step=2 (0.2000), step=1 (0.1000)")
+
+
+@pytest.mark.usefixtures("tracking")
+def test_a_stage_that_only_validates_forgets_nothing(
+    task: Task, tmp_path: Path, model_folder: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    """What was not measured when a training ended waits for the next training."""
+    own = Background(worker_command=NOBODY, drain_timeout=0.0, max_pending=9)
+    (callback,) = setup_dwnstr_task_validation_callbacks(
+        section(tmp_path, task, mode="background", background=own, on_start=True)
+    )
+    assert isinstance(callback, DownstreamValidation)
+    pl.seed_everything(5, verbose=False)
+    module, one = Busy(model_folder("esm")), trainer(tmp_path, [callback], max_epochs=1)
+    one.fit(module, loader(), loader(shuffle=False))
+    before = callback.state_dict()["background"]
+    one.validate(module, loader(shuffle=False), verbose=False)
+    assert before["pending"] == [0, 4]
+    assert callback.state_dict()["background"] == before
+    assert not [said for said in recwarn if "mode is not background" in str(said.message)]

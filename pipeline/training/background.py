@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -170,12 +171,20 @@ class Background:
             progress: see `Progress.state`.
             last_step: the step of the last snapshot by then; later ones will be made again.
         """
-        self._place(state["training"])
+        pending, last = sorted(map(int, state["pending"])), -1 if last_step is None else last_step
+        if re.fullmatch("[0-9a-f]{8}", str(state["training"])):
+            self._place(str(state["training"]))
+        else:
+            found = f"found {str(state['training'])[:80]!r}"
+            self._host.warn(f"background: expected the name of a training, such as 0123abcd, {found}; one begins anew")
         self._prepare_folder()
-        self.snapshots.clear(-1 if last_step is None else last_step)
+        self.snapshots.clear(last)
+        attempt("keep_best", lambda: self._best.go_back(last))
+        earlier = self.snapshots.folder / "progress.pt"
+        earlier.unlink(missing_ok=True)
         if progress is not None:
-            synced(self.snapshots.folder / "progress.pt", lambda path: torch.save(progress, path))
-        for step in sorted(state["pending"]):
+            synced(earlier, lambda path: torch.save(progress, path))
+        for step in pending:
             self._requeue(self.snapshots.of(step))
         self.poll()
 
