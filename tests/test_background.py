@@ -32,6 +32,7 @@ from pipeline.tracking.protocol import Data
 from pipeline.tracking.recording import Recording, replay
 from pipeline.tracking.sender import flush
 from pipeline.training.best import Best
+from pipeline.training.loop import _look
 from pipeline.training.snapshots import Snapshots, on_cpu
 from pipeline.training.worker import Worker
 from pipeline.validation import validate
@@ -108,21 +109,24 @@ def test_where_the_worker_is_busy(
             next(model.parameters()).add_(0.01)
     with torch.no_grad():
         next(model.parameters()).sub_(0.01)
-    downstream._last = *downstream._last[:2], sum(one._version for one in model.parameters())  # as if not trained since
+    downstream._last = *downstream._last[:2], _look(model)  # as if not trained since
     downstream.close()
     assert pending(downstream) == steps
     assert snapshots(tmp_path) == {f"step={step}" for step in steps}
     assert downstream.curve == []
 
 
+@pytest.mark.parametrize("hidden", [False, True])
 def test_skipped_weights_that_have_changed_are_not_measured(
-    task: Task, tmp_path: Path, tracking: str, model_folder: Any, caplog: pytest.LogCaptureFixture
+    task: Task, tmp_path: Path, tracking: str, model_folder: Any, hidden: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Also where an optimizer changed them through `.data`."""
     downstream, model = loop_of(tmp_path, task, model_folder("esm"), when_busy="skip")
     for step in range(3):
         downstream(model, step)
     with torch.no_grad():
-        next(model.parameters()).add_(0.01)
+        weight = next(model.parameters())
+        (weight.data if hidden else weight).add_(0.01)
     downstream.close()
     assert pending(downstream) == [0, 1]
     assert "the last weights are not measured" in caplog.text
