@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pipeline.encoders.description import DESCRIPTION
 from pipeline.training.best import Best, Kept
 from pipeline.training.snapshots import Snapshots
 from pipeline.training.worker import Worker
+from pipeline.training.worker_process import OwnWorker
 from tests.support.background import NOBODY, loop_of, pending, place_of
 from tests.support.data import planted_task
 from tests.support.training import Busy, loader, section, trainer
@@ -170,3 +172,54 @@ def test_a_stage_that_only_validates_forgets_nothing(
     assert before["pending"] == [0, 4]
     assert callback.state_dict()["background"] == before
     assert not [said for said in recwarn if "mode is not background" in str(said.message)]
+
+
+@pytest.mark.usefixtures("tracking")
+def test_a_training_waits_no_longer_than_timeout(
+    task: Task, tmp_path: Path, model_folder: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    downstream, model = loop_of(tmp_path, task, model_folder("esm"), options={"timeout": 0.2}, when_busy="wait")
+    for step in range(3):
+        downstream(model, step)
+    assert pending(downstream) == [0, 1]
+    assert "step 2 is skipped, the worker is busy (when_busy: wait; still after 0.2 s, timeout)" in caplog.text
+    downstream.close()
+
+
+@pytest.mark.usefixtures("tracking")
+def test_changes_that_cannot_be_read(
+    task: Task, tmp_path: Path, model_folder: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A checkpoint of the training is written all the same."""
+    downstream, model = loop_of(tmp_path, task, model_folder("esm"))
+    downstream(model, 0)
+    (place_of(tmp_path) / "progress.pt").write_text("damaged")
+    state = downstream.state_dict()
+    downstream.close()
+    assert state["progress"] is None
+    assert state["background"]["pending"] == [0]
+    assert "reading of the changes failed, work goes on" in caplog.text
+
+
+def test_the_end_of_a_worker_is_no_fault_of_the_next_snapshot(tmp_path: Path) -> None:
+    """It is started again for that one; if it ends again, it is."""
+    queue, workers = (
+        Snapshots(tmp_path),
+        OwnWorker(tmp_path, 100.0, None),
+    )  # whose process ends: there is no worker.json
+    first, second = (queue.write(step, {"state_dict": {}}, {}) for step in (0, 4))
+    workers.call(first)
+    assert ended(workers) == 2
+    assert "worker ended with code 2: " in workers.trouble(first)
+    assert workers.trouble(second) == ""
+    assert ended(workers) == 2
+    assert "worker ended with code 2: " in workers.trouble(second)
+    workers.stop()
+    assert workers.trouble(second) == ""  # it was ended for another one
+    workers.stop()
+
+
+def ended(workers: OwnWorker) -> int:
+    assert workers._process is not None
+    return workers._process.wait(100)

@@ -121,20 +121,16 @@ class Background:
         found, self._arrivals = self._arrivals, []
         return found
 
-    def drain(self, seconds: float) -> None:
-        """Waits until everything is measured, at most so long; then says what is not."""
-        end = time.monotonic() + seconds
+    def drain(self, seconds: float, key: str) -> None:
+        """Waits until everything is measured, at most so long, as the `key` has it; then says what is not."""
         if self.pending:
             self._host.say(f"downstream validation: waiting up to {seconds:g} s for {self._named(self.pending)}")
-        self.poll()
-        while self.pending and time.monotonic() < end:
-            time.sleep(PAUSE)
-            self.poll()
+        self._wait(seconds, 0)
         if self.pending:
             files = ",".join(f"{self.snapshots.of(step).weights}" for step in self.pending)
             self._host.warn(
                 f"downstream validation: {self._named(self.pending)} not measured after {seconds:g} s "
-                f"(background.drain_timeout); resume the training, or measure: python -m pipeline main --ckpt {files}"
+                f"({key}); resume the training, or measure: python -m pipeline main --ckpt {files}"
             )
 
     def close(self) -> None:
@@ -242,21 +238,27 @@ class Background:
 
     def _has_room(self, step: int) -> bool:
         """Whether one more may wait; makes room as `when_busy` says."""
-        own = self.config.background
-        while len(self.pending) > own.max_pending:
-            if own.when_busy == "skip":
-                self.skipped = True
-                self._host.say(f"downstream validation: step {step} is skipped, the worker is busy (when_busy: skip)")
-                return False
-            if own.when_busy == "drop_oldest":
-                dropped = self.pending.pop(1)  # the first is being measured
-                self.snapshots.of(dropped).remove()
-                why = "the worker is busy (when_busy: drop_oldest)"
-                self._host.say(f"downstream validation: the snapshot of step {dropped} is dropped, {why}")
-            else:
-                time.sleep(PAUSE)
-                self.poll()
-        return True
+        own, longest = self.config.background, self.config.timeout
+        if own.when_busy == "wait":
+            self._wait(longest, own.max_pending)
+        while len(self.pending) > own.max_pending and own.when_busy == "drop_oldest":
+            dropped = self.pending.pop(1)  # the first is being measured
+            self.snapshots.of(dropped).remove()
+            why = "the worker is busy (when_busy: drop_oldest)"
+            self._host.say(f"downstream validation: the snapshot of step {dropped} is dropped, {why}")
+        self.skipped = len(self.pending) > own.max_pending
+        if self.skipped:
+            why = "skip" if own.when_busy == "skip" else f"wait; still after {longest:g} s, timeout"
+            self._host.say(f"downstream validation: step {step} is skipped, the worker is busy (when_busy: {why})")
+        return not self.skipped
+
+    def _wait(self, seconds: float, most: int) -> None:
+        """Waits until at most so many are not measured, at most so long."""
+        end = time.monotonic() + seconds
+        self.poll()
+        while len(self.pending) > most and time.monotonic() < end:
+            time.sleep(PAUSE)
+            self.poll()
 
     def _call(self, snapshot: Snapshot) -> None:
         try:
