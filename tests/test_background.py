@@ -15,7 +15,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from mlflow import MlflowClient
-from transformers import AutoTokenizer, EsmForMaskedLM, set_seed
 
 from pipeline import (
     Downstream,
@@ -33,16 +32,17 @@ from pipeline.tracking.protocol import Data
 from pipeline.tracking.recording import Recording, replay
 from pipeline.tracking.sender import flush
 from pipeline.training.best import Best
+from pipeline.training.loop import _look
 from pipeline.training.snapshots import Snapshots, on_cpu
 from pipeline.training.worker import Worker
 from pipeline.validation import validate
+from tests.support.background import loop_of, pending, snapshots
 from tests.support.data import planted, planted_task, proteins, write_csv
 from tests.support.lab import newest_run
 from tests.support.own_model import OwnTokenizer
 from tests.support.programs import ROOT
 from tests.support.training import Busy, Recorder, loader, section, trainer
 
-NOBODY = "true {folder}"  # a command that has nobody measure
 ACCURACY = "test_label_accuracy"
 
 
@@ -92,24 +92,6 @@ def test_the_curve_is_that_of_blocking(
     assert not list((tmp_path / "late").rglob("*.ckpt"))
 
 
-def loop_of(folder: Path, task: Task, esm: Path, on_error: str = "warn", **background: Any) -> tuple[Downstream, Any]:
-    """A loop of one's own, and its model."""
-    own = Background(**{"worker_command": NOBODY, "drain_timeout": 0.0, **background})
-    config = section(folder, task, mode="background", background=own, on_start=True, on_error=on_error)
-    set_seed(1)
-    model: Any = EsmForMaskedLM.from_pretrained(esm)
-    return Downstream(config, tokenizer=AutoTokenizer.from_pretrained(esm), folder=folder / "out"), model
-
-
-def pending(downstream: Downstream) -> list[int]:
-    found: list[int] = downstream.state_dict()["background"]["pending"]
-    return found
-
-
-def snapshots(folder: Path) -> set[str]:
-    return {path.parent.name for path in folder.glob("out/downstream/*/step=*/weights.ckpt")}
-
-
 @pytest.mark.parametrize(
     ("when_busy", "max_pending", "steps"),
     [("drop_oldest", 1, [0, 4]), ("drop_oldest", 2, [0, 3, 4]), ("skip", 1, [0, 1, 4]), ("skip", 2, [0, 1, 2, 4])],
@@ -127,21 +109,24 @@ def test_where_the_worker_is_busy(
             next(model.parameters()).add_(0.01)
     with torch.no_grad():
         next(model.parameters()).sub_(0.01)
-    downstream._last = *downstream._last[:2], sum(one._version for one in model.parameters())  # as if not trained since
+    downstream._last = *downstream._last[:2], _look(model)  # as if not trained since
     downstream.close()
     assert pending(downstream) == steps
     assert snapshots(tmp_path) == {f"step={step}" for step in steps}
     assert downstream.curve == []
 
 
+@pytest.mark.parametrize("hidden", [False, True])
 def test_skipped_weights_that_have_changed_are_not_measured(
-    task: Task, tmp_path: Path, tracking: str, model_folder: Any, caplog: pytest.LogCaptureFixture
+    task: Task, tmp_path: Path, tracking: str, model_folder: Any, hidden: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Also where an optimizer changed them through `.data`."""
     downstream, model = loop_of(tmp_path, task, model_folder("esm"), when_busy="skip")
     for step in range(3):
         downstream(model, step)
     with torch.no_grad():
-        next(model.parameters()).add_(0.01)
+        weight = next(model.parameters())
+        (weight.data if hidden else weight).add_(0.01)
     downstream.close()
     assert pending(downstream) == [0, 1]
     assert "the last weights are not measured" in caplog.text
@@ -339,6 +324,8 @@ def test_calls_of_a_tracker_are_made_later(tmp_path: Path) -> None:
     """The same calls, in the same order, with the same files."""
     (tmp_path / "one.png").write_text("a picture")
     data = Data("task", "test", "folder", "0f", 3, 1)
+    for name in ("told", "again"):
+        (tmp_path / name).mkdir()
     told, again = Recording(tmp_path / "told"), Recording(tmp_path / "again")
     with told.stage("score") as stage:
         stage.metrics({"a": 0.1 + 0.2}, 3, data)

@@ -70,4 +70,5 @@ def test_two_ranks(tmp_path: Path, empty_database: Path) -> None:
     for rank in (first, second):
         assert rank["background"] == rank["blocking"] == rank["without"]
         assert rank["background curve"] == rank["blocking curve"]
+        assert "when_busy: expected drop_oldest or skip, found wait with 2 ranks" in rank["refused"]
     assert [step for step, _ in second["background curve"]] == [0, 1, 2, 3, 4]

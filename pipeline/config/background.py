@@ -25,7 +25,8 @@ class Background:
     )
     max_pending: int = key("most snapshots that wait while one is measured", 1, least=1)
     when_busy: str = key(
-        "where that many wait already: `drop_oldest` of them, `skip` the new one, or have the training `wait`",
+        "where that many wait already: `drop_oldest` of them, `skip` the new one, or have a training of one process "
+        "`wait`, no longer than `timeout`",
         "drop_oldest",
         choices=WHEN_BUSY,
     )

@@ -41,7 +41,7 @@ class Recording(NullTracker):
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
         """See `Tracker.artifact`."""
         kept = f"{os.urandom(8).hex()}/{path.name}"
-        (self.folder / kept).parent.mkdir(parents=True)
+        (self.folder / kept).parent.mkdir()
         shutil.copyfile(path, self.folder / kept)
         self.calls.append(["artifact", kept, folder, step])
 

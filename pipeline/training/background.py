@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -120,20 +121,16 @@ class Background:
         found, self._arrivals = self._arrivals, []
         return found
 
-    def drain(self, seconds: float) -> None:
-        """Waits until everything is measured, at most so long; then says what is not."""
-        end = time.monotonic() + seconds
+    def drain(self, seconds: float, key: str) -> None:
+        """Waits until everything is measured, at most so long, as the `key` has it; then says what is not."""
         if self.pending:
             self._host.say(f"downstream validation: waiting up to {seconds:g} s for {self._named(self.pending)}")
-        self.poll()
-        while self.pending and time.monotonic() < end:
-            time.sleep(PAUSE)
-            self.poll()
+        self._wait(seconds, 0)
         if self.pending:
             files = ",".join(f"{self.snapshots.of(step).weights}" for step in self.pending)
             self._host.warn(
                 f"downstream validation: {self._named(self.pending)} not measured after {seconds:g} s "
-                f"(background.drain_timeout); resume the training, or measure: python -m pipeline main --ckpt {files}"
+                f"({key}); resume the training, or measure: python -m pipeline main --ckpt {files}"
             )
 
     def close(self) -> None:
@@ -170,12 +167,20 @@ class Background:
             progress: see `Progress.state`.
             last_step: the step of the last snapshot by then; later ones will be made again.
         """
-        self._place(state["training"])
+        pending, last = sorted(map(int, state["pending"])), -1 if last_step is None else last_step
+        if re.fullmatch("[0-9a-f]{8}", str(state["training"])):
+            self._place(str(state["training"]))
+        else:
+            found = f"found {str(state['training'])[:80]!r}"
+            self._host.warn(f"background: expected the name of a training, such as 0123abcd, {found}; one begins anew")
         self._prepare_folder()
-        self.snapshots.clear(-1 if last_step is None else last_step)
+        self.snapshots.clear(last)
+        attempt("keep_best", lambda: self._best.go_back(last))
+        earlier = self.snapshots.folder / "progress.pt"
+        earlier.unlink(missing_ok=True)
         if progress is not None:
-            synced(self.snapshots.folder / "progress.pt", lambda path: torch.save(progress, path))
-        for step in sorted(state["pending"]):
+            synced(earlier, lambda path: torch.save(progress, path))
+        for step in pending:
             self._requeue(self.snapshots.of(step))
         self.poll()
 
@@ -218,7 +223,7 @@ class Background:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is in it is unpickled
             synced(folder / "config.yaml", lambda path: path.write_text(to_yaml(self.config), encoding="utf-8"))
-            write_json(folder / "worker.json", {"folder": str(Path.cwd()), "threads": torch.get_num_threads()})
+            write_json(folder / "worker.json", _settings())
         except OSError as error:
             raise unwritable(folder, error) from error
         self._is_prepared = True
@@ -233,21 +238,27 @@ class Background:
 
     def _has_room(self, step: int) -> bool:
         """Whether one more may wait; makes room as `when_busy` says."""
-        own = self.config.background
-        while len(self.pending) > own.max_pending:
-            if own.when_busy == "skip":
-                self.skipped = True
-                self._host.say(f"downstream validation: step {step} is skipped, the worker is busy (when_busy: skip)")
-                return False
-            if own.when_busy == "drop_oldest":
-                dropped = self.pending.pop(1)  # the first is being measured
-                self.snapshots.of(dropped).remove()
-                why = "the worker is busy (when_busy: drop_oldest)"
-                self._host.say(f"downstream validation: the snapshot of step {dropped} is dropped, {why}")
-            else:
-                time.sleep(PAUSE)
-                self.poll()
-        return True
+        own, longest = self.config.background, self.config.timeout
+        if own.when_busy == "wait":
+            self._wait(longest, own.max_pending)
+        while len(self.pending) > own.max_pending and own.when_busy == "drop_oldest":
+            dropped = self.pending.pop(1)  # the first is being measured
+            self.snapshots.of(dropped).remove()
+            why = "the worker is busy (when_busy: drop_oldest)"
+            self._host.say(f"downstream validation: the snapshot of step {dropped} is dropped, {why}")
+        self.skipped = len(self.pending) > own.max_pending
+        if self.skipped:
+            why = "skip" if own.when_busy == "skip" else f"wait; still after {longest:g} s, timeout"
+            self._host.say(f"downstream validation: step {step} is skipped, the worker is busy (when_busy: {why})")
+        return not self.skipped
+
+    def _wait(self, seconds: float, most: int) -> None:
+        """Waits until at most so many are not measured, at most so long."""
+        end = time.monotonic() + seconds
+        self.poll()
+        while len(self.pending) > most and time.monotonic() < end:
+            time.sleep(PAUSE)
+            self.poll()
 
     def _call(self, snapshot: Snapshot) -> None:
         try:
@@ -308,6 +319,12 @@ class Background:
     @property
     def _host(self) -> Host:
         return self.work.host
+
+
+def _settings() -> dict[str, Any]:
+    """What scores depend on, to the last bit, and the configuration does not say."""
+    precision = torch.get_float32_matmul_precision()
+    return {"folder": str(Path.cwd()), "threads": torch.get_num_threads(), "matmul_precision": precision}
 
 
 def _read(result: Path) -> dict[str, Any]:

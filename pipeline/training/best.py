@@ -65,11 +65,20 @@ class Best:
         kept, out = ranked[: self.count], ranked[self.count :]
         if new in kept:
             self._take(snapshot)
-        write_json(self.folder / "kept.json", [asdict(one) for one in kept])
+        self._note(kept)
         for path in self.folder.glob("step=*.ckpt"):
             if path not in [self.path(one.step) for one in kept]:
                 path.unlink()
         return self._words(new, kept, out)
+
+    def go_back(self, last_step: int) -> None:
+        """Forgets snapshots behind `last_step`, which a resumed training makes anew. Raises OSError."""
+        kept = self.kept
+        gone = [one for one in kept if one.step > last_step]
+        if gone:
+            self._note([one for one in kept if one not in gone])
+        for one in gone:
+            self.path(one.step).unlink(missing_ok=True)
 
     def path(self, step: int) -> Path:
         """The checkpoint of a step."""
@@ -83,6 +92,9 @@ class Best:
         except OSError:
             return []
 
+    def _note(self, kept: list[Kept]) -> None:
+        write_json(self.folder / "kept.json", [asdict(one) for one in kept])
+
     def _take(self, snapshot: Snapshot) -> None:
         self.folder.mkdir(exist_ok=True)
         if snapshot.weights.exists():  # else it was moved before an interruption
@@ -91,9 +103,9 @@ class Best:
     def _words(self, new: Kept, kept: list[Kept], out: list[Kept]) -> str:
         if not out:
             return f"keep_best: {new.text} is kept, by {self.metric}: {self.path(new.step)}"
-        (last,) = out
-        other = kept[-1] if last == new else last
+        other = kept[-1] if new in out else out[0]
         tie = f"; their intervals do not tell it from step={other.step}" if new.overlaps(other) else ""
-        if last == new:
+        if new in out:
             return f"keep_best: {new.text} is not kept, by {self.metric}: {other.text} is better{tie}"
-        return f"keep_best: {new.text} is kept, by {self.metric}, in the place of {last.text}{tie}"
+        gone = ", ".join(one.text for one in out)  # several, where `keep_best` is less than before an interruption
+        return f"keep_best: {new.text} is kept, by {self.metric}, in the place of {gone}{tie}"

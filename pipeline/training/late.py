@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.config.class_paths import encoder_class
 from pipeline.config.schema import Config
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.tracking.protocol import attempt
 from pipeline.training.background import Arrival, Background
 from pipeline.training.progress import Progress
@@ -26,7 +26,10 @@ class Late:
     """The background of rank 0; on the other ranks nothing happens. No rank waits for another."""
 
     def __init__(self, config: Config, ranks: Ranks, work: Measurement) -> None:
-        """Nothing is written yet."""
+        """Nothing is written yet. Raises ConfigError, on every rank alike."""
+        if config.background.when_busy == "wait" and ranks.count > 1:
+            expected = f"background.when_busy: expected drop_oldest or skip, found wait with {ranks.count} ranks"
+            raise ConfigError(f"{expected}: the others would wait for the first in the next step; set drop_oldest")
         self.config, self.ranks, self.work = config, ranks, work
         self.background = Background(config, work) if ranks.is_first else None
 
@@ -61,12 +64,14 @@ class Late:
         if self.background is None:
             return []
         if self.background.skipped and module is None:
-            why = "the worker was busy (when_busy: skip); drop_oldest measures them"
+            why = f"the worker was busy (when_busy: {self.config.background.when_busy}); drop_oldest measures them"
             self.work.host.warn(f"downstream validation: the last weights are not measured, {why}")
         elif self.background.skipped and module is not None:
             self.hand_over(module, step, last=True)
-        longest = self.config.background.drain_timeout
-        self.background.drain(longest if self.ranks.group is None else min(longest, 0.9 * self.config.timeout))
+        longest, key = self.config.background.drain_timeout, "background.drain_timeout"
+        if self.ranks.group is not None and 0.9 * self.config.timeout < longest:
+            longest, key = 0.9 * self.config.timeout, "0.9 of timeout"
+        self.background.drain(longest, key)
         return self.background.arrivals()
 
     def raise_failures(self) -> None:
@@ -99,7 +104,7 @@ class Late:
 
     def progress_state(self) -> dict[str, Any] | None:
         """See `Background.progress_state`."""
-        return self.background.progress_state() if self.background else None
+        return attempt("reading of the changes", self.background.progress_state) if self.background else None
 
     def progress(self) -> Progress | None:
         """See `Background.progress`."""

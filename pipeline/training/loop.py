@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from pipeline.config.schema import Config
 from pipeline.config.yaml_file import read_config, to_mapping
@@ -79,7 +80,7 @@ class Downstream:
         self.config = config if isinstance(config, Config) else read_config(config)
         self.session = Session(self.config)
         self.tokenizer, self.name, self.folder = tokenizer, name, Path(folder)
-        self._last: tuple[Callable[[], nn.Module | None], int, int] = (lambda: None), 0, 0  # that was to be measured
+        self._last: tuple[Callable[[], nn.Module | None], int, Any] = (lambda: None), 0, None  # that was to be measured
 
     def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
         """Measures the weights that the model has now, and logs the result at `step`.
@@ -107,7 +108,7 @@ class Downstream:
                 if first:
                     self.session.try_out(module)
                 return {}
-            self._last = weakref.ref(module), step, _version(module)
+            self._last = weakref.ref(module), step, _look(module) if self.session.is_late else None
             try:
                 return self.session.measure(module, step)
             finally:
@@ -161,9 +162,9 @@ class Downstream:
         In the background (`mode`), waits for what is not measured yet if the status is `FINISHED`; every rank calls.
         """
         if status == "FINISHED":
-            found, step, version = self._last
-            module = found()
-            self.session.finish(module if module is not None and _version(module) == version else None, step)
+            found, step, look = self._last
+            module = found() if self.session.is_late else None
+            self.session.finish(module if module is not None and _look(module) == look else None, step)
         self.session.close(status)
 
     def __enter__(self) -> Downstream:
@@ -186,6 +187,8 @@ class Downstream:
         return True
 
 
-def _version(module: nn.Module) -> int:
-    """A number that changes when weights do."""
-    return sum(parameter._version for parameter in module.parameters())
+def _look(module: nn.Module) -> tuple[int, list[list[float]]]:
+    """What changes when weights do: how often they were changed in place, and, as `.data` hides that, some values."""
+    weights = [one for one in module.parameters() if not is_lazy(one)]
+    flat = [one.detach().reshape(-1) for one in weights]
+    return sum(one._version for one in weights), [one[:: max(1, len(one) // 8)].tolist() for one in flat]

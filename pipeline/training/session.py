@@ -58,6 +58,7 @@ class Session:
         self._progress: dict[str, Any] | None = None  # of rank 0, in the form in which a checkpoint has it
         self._began = self._spent = 0.0
         self._may_be_late = False
+        self._is_never_late = config.mode != "background"
         self._late: Late | None = None
         self._untold: list[Point] = []  # what came while the training was resumed
         self._left: Mapping[str, Any] | None = None  # its state, from before an interruption
@@ -93,13 +94,16 @@ class Session:
 
         def prepared() -> tuple[dict[str, Any] | None, str]:
             work.prepare(module, may_wait)
-            late = self._may_be_late
-            return work.description, why_not_late(self.config, module, work.runs_module) if late else ""
+            why = why_not_late(self.config, module, work.runs_module) if self._may_be_late else ""
+            if self._may_be_late and not why and work.description is not None:
+                del work.description["made_with"]  # the worker measures otherwise, such as on another device
+            return work.description, why
 
         self.description, why = self._do(prepared)
         if why and self.ranks.is_first:
             work.host.warn(f"mode: background cannot be, the training waits for its measurements: {why}")
         self._may_be_late = self._may_be_late and not why
+        self._is_never_late = self._is_never_late or bool(why)
         if not self._may_be_late:
             self._late = None
             self._continue()
@@ -275,7 +279,7 @@ class Session:
         if self._late is not None and self._left is not None:
             self._untold += self._take_in(self._late.resume(self._left, self._progress, self.last_step))
             self._left = None
-        elif self.work and self._left is not None and self._left["pending"] and not self._may_be_late:
+        elif self.work and self._left is not None and self._left["pending"] and self._is_never_late:
             steps = ", ".join(map(str, self._left["pending"]))
             self.work.host.warn(f"steps {steps} of before the interruption are not measured: mode is not background")
             self._left = None

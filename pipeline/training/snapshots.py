@@ -106,6 +106,9 @@ class Snapshots:
         for one in [*self.waiting(), *self.finished()]:
             if one.step > last_step:
                 one.remove()
+        for path in self.folder.glob("step=*"):
+            if not Snapshot(path, 0).manifest.exists():  # it would be in the way of another one
+                shutil.rmtree(path, ignore_errors=True)
         for pattern in ("draft-*", "gone-*", "done/gone-*"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)

@@ -47,8 +47,9 @@ class Worker:
         self.config = read_config(self.snapshots.folder / "config.yaml")
         own = self.config.background
         torch.set_num_threads(own.worker_threads or told["threads"])
-        options = EncoderOptions.from_config(self.config)
-        self._options = replace(options, device=own.worker_device, trust_pickle=True)  # the training wrote the files
+        torch.set_float32_matmul_precision(told["matmul_precision"])
+        # Unpickled as the configuration says: a snapshot may name classes of the training script, unknown here.
+        self._options = replace(EncoderOptions.from_config(self.config), device=own.worker_device, compile=False)
         self._examples: list[Examples] = []
         self._limit: int | None = None
         self._progress: tuple[int, Progress] | None = None  # the step of the last measurement, and the changes up to it
@@ -91,7 +92,8 @@ class Worker:
         """Measures a snapshot, and writes the result, whole or not at all."""
         began, step = time.perf_counter(), snapshot.step
         draft = snapshot.folder / f"draft-{os.urandom(4).hex()}"
-        (draft / "files").mkdir(parents=True)
+        for made in (draft, draft / "files"):
+            made.mkdir()  # without its parents: the training may have removed the snapshot
         encoder = open_encoder(str(snapshot.weights), self._options)
         if not self._examples or encoder.max_seq_length != self._limit:
             self._limit = encoder.max_seq_length

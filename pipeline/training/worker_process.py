@@ -38,12 +38,13 @@ class OwnWorker:
         self.folder, self.timeout, self.threads = folder, timeout, threads
         self._process: subprocess.Popen[bytes] | None = None
         self._current: tuple[int, float] | None = None  # the first snapshot's step, and since when it is the first
+        self._begun_for: int | None = None  # the step of the snapshot that the process was started for
 
-    def call(self, snapshot: Snapshot) -> None:  # noqa: ARG002
+    def call(self, snapshot: Snapshot) -> None:
         """See `Workers.call`."""
         if self._process is not None and self._process.poll() is None:
             return
-        self._current = None
+        self._current, self._begun_for = None, snapshot.step
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
         if self.threads:
             libraries = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -57,11 +58,8 @@ class OwnWorker:
 
     def trouble(self, snapshot: Snapshot) -> str:
         """See `Workers.trouble`."""
-        if self._process is None:
-            return _reason(snapshot) or "there is no worker"
-        code = self._process.poll()
-        if code is not None:
-            return _reason(snapshot) or f"the worker ended with code {code}: {self._last_words()}"
+        if self._process is None or self._process.poll() is not None:
+            return self._why_ended(snapshot)
         if self._current is None or self._current[0] != snapshot.step:
             self._current = snapshot.step, time.monotonic()
         if time.monotonic() - self._current[1] <= self.timeout:
@@ -75,6 +73,18 @@ class OwnWorker:
             self._process.kill()
             self._process.wait()
         self._process = self._current = None
+
+    def _why_ended(self, snapshot: Snapshot) -> str:
+        """See `trouble`. The end of a process that had not begun with the snapshot is no fault of it, but for once."""
+        if why := _reason(snapshot):
+            return why
+        if self._process is not None and (snapshot.claim.exists() or snapshot.step == self._begun_for):
+            return f"the worker ended with code {self._process.returncode}: {self._last_words()}"
+        try:
+            self.call(snapshot)
+        except OSError as error:
+            return f"the worker cannot be started: {error}"
+        return ""
 
     @property
     def _log(self) -> Path:

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from pipeline import Downstream, DownstreamTrainerCallback, sharing
 from pipeline.config.background import Background
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from tests.support.data import planted_task_at
 from tests.support.models import RESIDUES
 from tests.support.own_model import OwnForMaskedLM, OwnTokenizer, make_config
@@ -267,6 +267,12 @@ def late_on_two_ranks(folder: Path) -> dict[str, Any]:
         with Downstream(late_section(folder, mode), OwnTokenizer(), folder=folder / "out") as downstream:
             found[mode] = loop(downstream, ddp)["seen"]
         found[f"{mode} curve"] = downstream.curve
+    config = late_section(folder)
+    config.background.when_busy = "wait"
+    try:
+        Downstream(config, OwnTokenizer(), folder=folder / "out")(make_model(), 1)
+    except ConfigError as error:
+        found["refused"] = str(error)
     return found
 
 
