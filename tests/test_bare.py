@@ -307,3 +307,18 @@ def test_quantised_weights_are_refused(dtype: torch.dtype, name: str, tmp_path: 
         CheckpointError, match=f"query.weight': expected .* found {kind}: quantised weights have scales"
     ):
         opened(path, esm)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_a_file_out_of_a_folder_may_have_names_of_tensorflow(esm: Path, model: Any, tmp_path: Path, kind: str) -> None:
+    """transformers 5 writes `LayerNorm.gamma` where the module has `LayerNorm.weight`."""
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    ends = {name: next((one for one in old if name.endswith(one)), "") for name in model.state_dict()}
+    state = {name.removesuffix(ends[name]) + old.get(ends[name], ""): one for name, one in model.state_dict().items()}
+    assert any(name.endswith("gamma") for name in state)
+    path = tmp_path / f"model.{kind}"
+    if kind == "pt":
+        torch.save(state, path)
+    else:
+        save_file({name: one.clone() for name, one in state.items()}, path)
+    assert same(opened(path, esm), esm)

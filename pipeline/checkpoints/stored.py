@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ FACTORY = (
 )
 
 logger = logging.getLogger(__name__)
+
+# Names of BERT in TensorFlow, which transformers reads, and version 5 writes again
+OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def _of_transformers(weights: Weights, architecture: str | None) -> tuple[nn.Mod
     """The encoder, of a class of transformers, and its tokenizer."""
     from transformers import AutoConfig
 
+    weights = _with_new_names(weights)
     source, state, description = weights.source, weights.state, weights.description
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
     held = sum(value.nbytes for value in tensors)
@@ -125,6 +129,19 @@ def _of_transformers(weights: Weights, architecture: str | None) -> tuple[nn.Mod
     _load(encoder, weights, found, FACTORY)
     say_left_out([key for key in state if not key.startswith(found)], encoder)
     return encoder, tokenizer
+
+
+def _with_new_names(weights: Weights) -> Weights:
+    """The same, where weights have the names in `OLD_NAMES`, with those that the classes of transformers have."""
+    fill, stored = weights.fill_tensors, {}
+    for name in weights.state:
+        old = next((old for old in OLD_NAMES if name.endswith(old)), "")
+        stored[name.removesuffix(old) + OLD_NAMES.get(old, "")] = name
+    if len(stored) < len(weights.state) or all(new == name for new, name in stored.items()):
+        return weights
+    state = {new: weights.state[name] for new, name in stored.items()}
+    again = fill and (lambda tensors: fill({stored[new]: tensor for new, tensor in tensors.items()}))
+    return replace(weights, state=state, fill_tensors=again)
 
 
 def _takes_code(source: str, own: str) -> str:
