@@ -21,14 +21,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Any:
 
 
 def test_ranks_without_a_common_file_system_hear_of_a_batch_that_failed(ranks: Any) -> None:
-    (first, rows, _), (second, again, _) = (rank["apart"] for rank in ranks)
-    assert first == "RankError: rank 1: DataError: injected"
-    assert second == "DataError: injected"
-    assert rows == again > 100
+    """On a CPU, and where the next batch is made while one is written; then none fails."""
+    first, second = (rank["apart"][:3] for rank in ranks)
+    assert first[:2] == ["RankError: rank 1: DataError: injected"] * 2
+    assert second[:2] == ["DataError: injected"] * 2
+    assert first[2] == second[2] > 100
 
 
 def test_what_the_ranks_share_is_a_stage(ranks: Any) -> None:
-    stages = [rank["apart"][2] for rank in ranks]
+    stages = [rank["apart"][3] for rank in ranks]
     assert stages == [
         ["load", "embed", "heads and scores", "train_head", "score"],
         ["load", "embed", "heads and scores"],

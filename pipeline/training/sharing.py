@@ -29,8 +29,8 @@ from pipeline.training.progress import Progress
 def measuring_store(config: Config, workers: Workers) -> Iterator[Store]:
     """The store of a measurement: the configured one, or a temporary folder in it, which all ranks share if they can.
 
-    Where they have no file system in common the first has the configured one, and each other a temporary folder: those
-    of one node would wait for one another's lock.
+    Where they have no file system in common each has a folder of its own. The configured one is then the first's alone:
+    ranks of one node would wait for one another's lock.
     """
     root = Path(config.store).expanduser()
     with temporary_folder(root / "live") as own:

@@ -84,10 +84,14 @@ def apart(folder: Path, ranks: Ranks) -> list[Any]:
         return embed(examples, encoder, store, ranks)[0].metrics["embedded"]
 
     model.fails = True
-    first, again = seen(embedded), seen(embedded)
+    found = [seen(embedded)]
+    here, encoder.device = encoder.device, torch.device("meta")  # for all that is not a CPU, a batch is made ahead
+    model.fails = True
+    found += [seen(embedded), seen(embedded)]
+    encoder.device = here
     recording = Recording(folder)
     validate(encoder, examples[0].task, store, recording, examples=examples, workers=ranks)
-    return [first, again, [name for kind, name, *_ in recording.calls if kind == "stage"]]
+    return [*found, [name for kind, name, *_ in recording.calls if kind == "stage"]]
 
 
 def tried_out(folder: Path, model_folder: str, ranks: Ranks) -> list[Any]:
