@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -175,22 +174,17 @@ def test_a_stage_that_only_validates_forgets_nothing(
 
 
 @pytest.mark.usefixtures("tracking")
-def test_a_training_waits_no_longer_than_timeout(
-    task: Task, tmp_path: Path, model_folder: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
+def test_a_training_waits_no_longer_than_timeout(task: Task, tmp_path: Path, model_folder: Any) -> None:
+    """Else it would wait for ever: nobody measures."""
     downstream, model = loop_of(tmp_path, task, model_folder("esm"), options={"timeout": 0.2}, when_busy="wait")
     for step in range(3):
         downstream(model, step)
     assert pending(downstream) == [0, 1]
-    assert "step 2 is skipped, the worker is busy (when_busy: wait; still after 0.2 s, timeout)" in caplog.text
     downstream.close()
 
 
 @pytest.mark.usefixtures("tracking")
-def test_changes_that_cannot_be_read(
-    task: Task, tmp_path: Path, model_folder: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_changes_that_cannot_be_read(task: Task, tmp_path: Path, model_folder: Any) -> None:
     """A checkpoint of the training is written all the same."""
     downstream, model = loop_of(tmp_path, task, model_folder("esm"))
     downstream(model, 0)
@@ -199,7 +193,6 @@ def test_changes_that_cannot_be_read(
     downstream.close()
     assert state["progress"] is None
     assert state["background"]["pending"] == [0]
-    assert "reading of the changes failed, work goes on" in caplog.text
 
 
 def test_the_end_of_a_worker_is_no_fault_of_the_next_snapshot(tmp_path: Path) -> None:
