@@ -120,6 +120,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
     from pipeline.report.publishing import describe
     from pipeline.store.embedding_table import Store
     from pipeline.tracking.mirrors import mirrors
+    from pipeline.tracking.protocol import MEASUREMENT
     from pipeline.tracking.runs import open_run
 
     ckpts = expand(options.ckpt)
@@ -131,7 +132,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
         open_run(name, config, options.tracking_uri) as opened,
         mirrors(config.logging, name, to_mapping(config), store.root.expanduser()) as others,
     ):
-        describe(opened.run, config)
+        describe(opened.run, config, MEASUREMENT)
         if len(ckpts) == 1:
             measured = measuring.measure_checkpoint(ckpts[0], config, store, opened.run, others, options.until)
             rows, table = [measured.row], overview_frame(measured.scores, measured.changes)

@@ -205,11 +205,12 @@ def _tracked(label: str, config: Config, uri: str) -> Iterator[tuple[Any, Any]]:
     """The run of a measurement, and the trackers beside MLflow."""
     from pipeline.report.publishing import describe
     from pipeline.tracking.mirrors import mirrors
+    from pipeline.tracking.protocol import MEASUREMENT
     from pipeline.tracking.runs import open_run
 
     folder = Path(config.store).expanduser()
     with open_run(label, config, uri) as opened, mirrors(config.logging, label, to_mapping(config), folder) as others:
-        describe(opened.run, config)
+        describe(opened.run, config, MEASUREMENT)
         yield opened, others
 
 

@@ -17,14 +17,24 @@ from pipeline.errors import PipelineError
 from pipeline.load import Examples
 from pipeline.random_init import RandomInit
 from pipeline.report import comparison as compare
-from pipeline.report.overview import Changes, overview, summary
-from pipeline.report.publishing import facts_of, publish_curves
+from pipeline.report.overview import Changes, overview, run_name, summary, verdicts_of
+from pipeline.report.publishing import facts_of, publish_curves, tags_of, verdict_tags
 from pipeline.report.tables import Table
 from pipeline.score import Scores
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.embedding_table import Store
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.tracking.protocol import NullTracker, Several, Tracker
+from pipeline.tracking.protocol import (
+    CHECKPOINTS,
+    COMPARISON,
+    FOLDER,
+    KIND,
+    MEASUREMENT,
+    Headlines,
+    NullTracker,
+    Several,
+    Tracker,
+)
 
 if TYPE_CHECKING:
     from pipeline.tracking.earlier_runs import Earlier
@@ -113,9 +123,10 @@ def measure_encoder(
         until: see above.
         known: see above.
     """
-    tracker: Tracker = run or NullTracker()
+    tracker: Tracker = Headlines([run]) if run else NullTracker()
     if run is not None:
-        run.rename(f"{label} {config.title}")
+        run.rename(f"{label} on {config.title}")
+        run.tags(tags_of(encoder, step, {}))
         if until == "score":
             run.checkpoint(label, encoder.digest, source, step)
     examples = _same(known, encoder)
@@ -126,6 +137,8 @@ def measure_encoder(
     )
     facts = facts_of(source, step, encoder, scores) if scores else {}
     if scores and run is not None:
+        run.rename(run_name(label, scores))
+        run.tags(verdict_tags(verdicts_of(scores, changes)))
         run.describe(summary(facts, scores, changes))
     untrained = _row(changes.start, None, start.scores) if start and start.scores else None
     return CheckpointResult(_row(label, step, scores), scores, changes, facts, untrained)
@@ -154,7 +167,8 @@ def measure_checkpoints(
     Returns:
         A row for each; and the leaderboard, None where nothing was measured.
     """
-    run.rename(f"{len(ckpts)} checkpoints {config.title}")
+    run.rename(f"{len(ckpts)} checkpoints on {config.title}")
+    run.tags({KIND: CHECKPOINTS})
     rows: list[compare.Row] = []
     untrained: list[compare.Row] = []
     known: list[Examples] = []
@@ -162,6 +176,7 @@ def measure_checkpoints(
         logger.info("checkpoint  %d of %d: %s", number, len(ckpts), ckpt)
         try:
             with run.stage(name) as child:
+                child.tags({KIND: MEASUREMENT, f"{FOLDER}.tasks": ", ".join(task.task_name for task in config.dataset)})
                 measured = measure_checkpoint(ckpt, config, store, child, [], until, known, name)
         except Exception as error:  # whatever a checkpoint is guilty of, such as no memory for it
             kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
@@ -188,7 +203,7 @@ def _compare(
 
     `untrained` models, with random weights, are in the former alone.
     """
-    several = Several([run, *mirrors])
+    several = Several([Headlines([run]), *mirrors])
     steps = [row.step for row in rows if row.metrics]
     have_steps = None not in steps and len(set(steps)) == len(steps)
     points = [(row.step or 0 if have_steps else place, row.metrics) for place, row in enumerate(rows) if row.metrics]
@@ -209,6 +224,7 @@ def _shown(rows: Sequence[compare.Row], config: Config) -> list[str]:
 
 def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun) -> compare.Leaderboard:
     """Ranks measurements that were made before, and logs the leaderboard, and the curve of each training, in `run`."""
+    run.tags({KIND: COMPARISON})
     board = compare.leaderboard([row for one in runs for row in rows_of_run(one)], names)
     compare.publish(board, run, run)
     for one in runs:

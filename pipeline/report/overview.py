@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HEAD, PROBE = False, True
 IMPROVED, WORSE, TIED = "improved", "worse", "not told apart"
+NAMED = 4  # most scores in the name of a run
 Curve = Sequence[tuple[int, float]]
 
 
@@ -196,6 +197,31 @@ def summary(facts: Mapping[str, str], scores: Sequence[Scores], changes: Changes
     about = [f"- {name}: `{value}`" for name, value in facts.items()]
     first = first_lines(scores, changes)
     return "\n".join([first, "", *notes, *([""] if notes else []), score_table(scores).markdown(), "", *about])
+
+
+def run_name(label: str, scores: Sequence[Scores]) -> str:
+    """What a measurement is called: `step=600: fitness 0.599 ± 0.012, stability 0.480`, of four targets at most.
+
+    Lists show the first 20 characters or so: what differs between checkpoints stands first.
+    """
+    parts = []
+    for one in headlines(scores):
+        several = len(one.scores.examples.targets) > 1
+        name = f"{one.scores.task_name} {one.main.target}" if several else one.scores.task_name
+        noise = "" if one.main.seed_std is None else f" ± {one.main.seed_std:.3f}"
+        parts.append(f"{name} {one.main.value:.3f}{noise}")
+    more = [f"and {len(parts) - NAMED} more"] if len(parts) > NAMED else []
+    return f"{label}: {', '.join([*parts[:NAMED], *more])}" if parts else label
+
+
+def verdicts_of(scores: Sequence[Scores], changes: Changes = Changes()) -> dict[str, str]:
+    """By task what is said of it: `learns; improved (probe)`. Of several targets, each is named."""
+    found = {}
+    for one in scores:
+        said = {line.main.target: line.verdict for line in headlines([one], changes)}
+        texts = [f"{target}: {verdict}" for target, verdict in said.items()] if len(said) > 1 else [*said.values()]
+        found[one.task_name] = ", ".join(texts)
+    return {name: text for name, text in found.items() if text}
 
 
 def first_lines(scores: Sequence[Scores], changes: Changes = Changes()) -> str:

@@ -19,7 +19,7 @@ from pipeline.report.page import page
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.tracking.protocol import Tracker
+from pipeline.tracking.protocol import FOLDER, KIND, Tracker
 
 if TYPE_CHECKING:
     from pipeline.score import Scores
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 PACKAGES = ("downstream-validation", "torch", "transformers", "mlflow")
 
 
-def describe(run: JournalRun, config: Config, folder: str = "") -> None:
-    """Logs the configuration, as parameters and as a file in `folder`, and the versions."""
-    run.tags({f"version.{name}": number for name, number in versions().items()})
+def describe(run: JournalRun, config: Config, kind: str, folder: str = "") -> None:
+    """Logs the configuration, as parameters and as a file in `folder`, the versions, and what the run is of."""
+    names = ", ".join(task.task_name for task in config.dataset)
+    run.tags({KIND: kind, f"{FOLDER}.tasks": names} | {f"version.{name}": one for name, one in versions().items()})
     run.parameters(to_mapping(config))
     run.text(to_yaml(config), f"{folder}/config.yaml".lstrip("/"))
 
@@ -96,6 +97,19 @@ def facts_of(ckpt: str, step: int | None, encoder: Encoder, scores: Sequence[Sco
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
         "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def tags_of(encoder: Encoder, step: int | None, verdicts: Mapping[str, str]) -> dict[str, str]:
+    """The tags that runs of measurements are filtered by: the weights, their step, and what is said of each task."""
+    config = getattr(getattr(encoder, "model", None), "config", None)
+    kind = getattr(config, "model_type", None) or type(getattr(encoder, "inner", encoder)).__name__
+    tags = {f"{FOLDER}.encoder": str(kind), f"{FOLDER}.checkpoint": encoder.digest[:16]}
+    return tags | ({} if step is None else {f"{FOLDER}.step": str(step)}) | verdict_tags(verdicts)
+
+
+def verdict_tags(verdicts: Mapping[str, str]) -> dict[str, str]:
+    """A tag for each task with what is said of it; see `verdicts_of`."""
+    return {f"{FOLDER}.verdict.{metric_name(name)}": text for name, text in verdicts.items()}
 
 
 def _data_of(scores: Scores) -> str:

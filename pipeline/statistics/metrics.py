@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Literal, get_args
 
 LOSS = "dwnstr_task_val_loss"  # the test loss of a task, over all its targets
 OF_KIND = {
@@ -37,6 +37,8 @@ EVERY = (*(name for names in OF_KIND.values() for name in names), *PER_SEQUENCE.
 BASELINE = "_baseline"  # between a target, and the probe if it is of a probe, and a metric of a baseline's
 NORMAL = 1.959964  # the half width of a 95 % interval, in standard errors
 _KEY = re.compile(f"test_(.+?)({BASELINE})?({PROBE})?_({'|'.join(EVERY)})")
+_CHANGE = re.compile(f"(_p_improved|_delta_({'|'.join(get_args(Since))})(_ci_(low|high))?)$")
+_END = re.compile("_ci_(low|high)$")
 
 
 @dataclass(frozen=True)
@@ -232,3 +234,20 @@ def lower_is_better(key: str) -> bool:
     """Whether the better of two checkpoints has the lower value of a metric, by the name under which it is logged."""
     metric = Metric.parse(key)
     return metric is not None and metric.lower_is_better
+
+
+def is_shown_first(key: str) -> bool:
+    """Whether a number that is logged belongs to what a reader looks at first of a target.
+
+    That is the main metric with its interval, the probe's, and what both have changed by.
+
+    >>> [is_shown_first(f"fitness/test_fitness_{end}") for end in ("spearman", "spearman_ci_low", "rmse")]
+    [True, True, False]
+    >>> [is_shown_first(f"test_x_probe_accuracy{end}") for end in ("", "_ci_low", "_delta_start", "_p_improved")]
+    [True, False, True, True]
+    """
+    changed = _CHANGE.sub("", key)
+    metric = Metric.parse(_END.sub("", changed))
+    if metric is None or not metric.is_headline:
+        return False
+    return changed != key or key == metric.key or not metric.probe

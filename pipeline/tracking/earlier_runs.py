@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import Timeout
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.statistics.metrics import Metric
@@ -24,19 +26,19 @@ from pipeline.tracking.client import connect, fail_fast, shown
 from pipeline.tracking.delivery import is_bug, replay
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.journal_owner import HOST, deserted, is_original, journals_in, remove_journal
-from pipeline.tracking.mlflow import MlflowSink
-from pipeline.tracking.protocol import FOLDER, PREDICTIONS
+from pipeline.tracking.mlflow import MAX_RUNS, MlflowSink
+from pipeline.tracking.protocol import CHECKPOINTS, FOLDER, KIND, MEASUREMENT, PREDICTIONS
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """A run that MLflow has: of a measurement, of several, or of a training.
+    """A run that MLflow has: of a measurement, or of a training.
 
     Attributes:
         run_id: of the run.
-        name: the run's.
+        name: the run's; of a measurement the checkpoint's.
         points: downstream metrics at each step, the first step first.
         data: digests of the test sets.
         tables: at each step, the predictions by task, those that were kept and read (`with_predictions`); see
@@ -62,22 +64,40 @@ def read_runs(run_ids: Sequence[str], tracking_uri: str = "") -> list[Earlier]:
     fail_fast()
     try:
         client = connect()
-        return [_read(client, run_id) for run_id in dict.fromkeys(run_ids)]
+        found = [one for run_id in dict.fromkeys(run_ids) for one in _read(client, client.get_run(run_id))]
     except MlflowException as error:
         raise TrackingError(f"MLflow at '{shown(mlflow.get_tracking_uri())}': {error}; check the run's id") from error
+    return list({one.run_id: one for one in found}.values())
 
 
-def _read(client: MlflowClient, run_id: str) -> Earlier:
-    run = client.get_run(run_id)
+def _read(client: MlflowClient, run: Run) -> list[Earlier]:
+    """A run; of a run of several checkpoints those of the checkpoints, which have the predictions."""
+    several = run.data.tags.get(KIND) == CHECKPOINTS
+    read = [_read_one(client, one) for one in (_nested(client, run) if several else [run])]
+    found = [one for one in read if one.points]
+    if not found:
+        raise ConfigError(f"run '{run.info.run_id}' holds no measurement; give runs of measurements or of trainings")
+    return found
+
+
+def _read_one(client: MlflowClient, run: Run) -> Earlier:
+    """A measurement has what is looked at first in its own run, and every metric in those of its stages."""
+    measurement, name = run.data.tags.get(KIND) == MEASUREMENT, str(run.info.run_name)
     points: dict[int, dict[str, float]] = {}
-    for name in sorted(run.data.metrics):
-        for point in client.get_metric_history(run_id, name) if Metric.parse(name) else []:
-            points.setdefault(point.step, {})[name] = point.value
-    if not points:
-        raise ConfigError(f"run '{run_id}' holds no measurement; give runs of measurements or of trainings")
+    for one in [*(_nested(client, run) if measurement else []), run]:
+        for metric in sorted(filter(Metric.parse, one.data.metrics)):
+            for point in client.get_metric_history(one.info.run_id, metric):
+                points.setdefault(point.step, {})[metric] = point.value
     sets = [given.dataset for given in (run.inputs.dataset_inputs if run.inputs else [])]
     data = frozenset(dataset.digest for dataset in sets if dataset.name.endswith(" test"))
-    return Earlier(run_id, str(run.info.run_name), sorted(points.items(), key=lambda point: point[0]), data)
+    label = name.partition(": ")[0] if measurement else name  # the scores follow
+    return Earlier(run.info.run_id, label, sorted(points.items(), key=lambda point: point[0]), data)
+
+
+def _nested(client: MlflowClient, run: Run) -> list[Run]:
+    """The runs that are nested in a run, the first first."""
+    parent, order = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run.info.run_id}'", ["attributes.start_time ASC"]
+    return list(client.search_runs([run.info.experiment_id], parent, max_results=MAX_RUNS, order_by=order))
 
 
 def with_predictions(runs: Sequence[Earlier], name: str) -> list[Earlier]:

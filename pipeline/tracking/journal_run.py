@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.journal_owner import writer_tags
-from pipeline.tracking.protocol import Data
+from pipeline.tracking.protocol import KIND, STAGE, Data
 
 NOTE = "mlflow.note.content"
 
@@ -31,7 +31,8 @@ class JournalRun:
         self.journal = journal
         self.key = key
         self.context = context
-        self.model: str | None = None
+        self.model: str | None = None  # the digest of the weights that all metrics are linked to
+        self.measured: str | None = None  # of those that metrics on data are linked to
         self.time: int | None = None
         self.ended: str | None = None
         self._notes: list[str] = []
@@ -62,8 +63,13 @@ class JournalRun:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[JournalRun]:
-        """See `Tracker.stage`. Its run ends as FINISHED, FAILED or KILLED; its metrics are linked to no model."""
-        child = JournalRun.begin(self.journal, context=self.context, name=name, parent=self.key)
+        """See `Tracker.stage`. Its run ends as FINISHED, FAILED or KILLED.
+
+        What it measures on data is linked to this run's checkpoint, its other numbers to no model.
+        """
+        context = {**self.context, KIND: STAGE}
+        child = JournalRun.begin(self.journal, context=context, name=name, parent=self.key)
+        child.measured = self.model
         with child.ending():
             yield child
 
@@ -71,7 +77,8 @@ class JournalRun:
         """See `Tracker.metrics`. On a run with a checkpoint, the metrics are linked to it too."""
         numbers = {key: float(value) for key, value in values.items()}
         on = [dataset_name(data), data.digest[:16]] if data else None
-        self._write("metrics", values=numbers, step=step, time=self.time or now(), model=self.model, data=on)
+        model = self.model or (self.measured if data else None)
+        self._write("metrics", values=numbers, step=step, time=self.time or now(), model=model, data=on)
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
         """See `Tracker.artifact`."""

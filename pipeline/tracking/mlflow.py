@@ -38,7 +38,7 @@ from pipeline.tracking.delivery import RefusedError
 from pipeline.tracking.journal import Journal, Record
 from pipeline.tracking.journal_owner import KEY, WRITER, lives
 
-MAX_RUNS = 10_000  # that may be RUNNING
+MAX_RUNS = 10_000  # that may be RUNNING, or nested in a run
 # Error codes of answers that will be the same next time; any other may be a server in trouble.
 REFUSALS = {
     "INVALID_PARAMETER_VALUE",

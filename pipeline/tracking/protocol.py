@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from pipeline.statistics.metrics import is_shown_first
+
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 FOLDER = "downstream"  # of a measurement's files, in the run of a training
+KIND = f"{FOLDER}.kind"  # tag of every run: what it is of
+MEASUREMENT, CHECKPOINTS, COMPARISON, STAGE, TRAINING = "measurement", "checkpoints", "comparison", "stage", "training"
 PREDICTIONS = "predictions_"  # before the task's name, in the name of the file of its predictions
 
 
@@ -87,13 +91,28 @@ class NullTracker(Several):
     """Discards everything; base of trackers that override some of the methods."""
 
 
+class Headlines(Several):
+    """Passes on the numbers that a reader looks at first; its stages get every number."""
+
+    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
+        """See `Tracker.metrics`."""
+        if first := {name: value for name, value in values.items() if is_shown_first(name)}:
+            super().metrics(first, step, data)
+
+
 class AtStep(Several):
-    """Logs results at the training step of the weights; stages keep their own steps, such as epochs."""
+    """Logs results at the training step of the weights; stages keep their own steps, such as epochs, for all else."""
 
     def __init__(self, inner: Tracker, at: int) -> None:
         """Results go to `inner` at step `at`."""
         super().__init__([inner])
         self.at = at
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Tracker]:
+        """See `Tracker.stage`."""
+        with super().stage(name) as run:
+            yield _StageAtStep(run, self.at)
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:  # noqa: ARG002
         """See `Tracker.metrics`."""
@@ -102,6 +121,14 @@ class AtStep(Several):
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
         """See `Tracker.artifact`."""
         super().artifact(path, folder, self.at)
+
+
+class _StageAtStep(AtStep):
+    """A stage, whose results are what it has measured on data."""
+
+    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
+        """See `Tracker.metrics`."""
+        self.trackers[0].metrics(values, self.at if data else step, data)
 
 
 class Guarded(Several):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 import mlflow
 
 from pipeline.config.schema import Config
+from pipeline.statistics.metrics import is_shown_first
 from pipeline.tracking.client import shown
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.mirrors import is_kind
-from pipeline.tracking.protocol import FOLDER, AtStep, Data, NullTracker, Several, Tracker
+from pipeline.tracking.protocol import FOLDER, KIND, MEASUREMENT, AtStep, Data, Headlines, NullTracker, Several, Tracker
 from pipeline.tracking.runs import OpenRun, journal_path
 
 
@@ -98,11 +99,14 @@ class TrainingRun:
         linked.time = time
         linked.checkpoint(name, digest, source, step)
         here = _Here(linked, self._data, step)
-        if not child:
-            yield here
-            return
-        with linked.stage(f"{name} {tasks}".strip()) as own:
-            yield Several([here, AtStep(own, step)])
+        with here.ordered():
+            if not child:
+                yield here
+                return
+            with linked.stage(f"{name} on {tasks}" if tasks else name) as own:
+                own.measured = None  # the training's run links them
+                own.tags({KIND: MEASUREMENT})
+                yield Several([here, AtStep(Headlines([own]), step)])
 
     def failed(self, step: int, message: str) -> None:
         """Tags the run with the failure of a measurement."""
@@ -125,6 +129,27 @@ class _Here(AtStep):
         self.run = run
         self._data = data
         self._notes: list[str] = []
+        self._numbers: list[tuple[Mapping[str, float], Data | None]] = []
+
+    @contextmanager
+    def ordered(self) -> Iterator[None]:
+        """Within, numbers are kept; at the end they are logged, those first that a reader looks at first.
+
+        MLflow's page of a run lists metrics in the order in which they came, as long as a database keeps that.
+        """
+        try:
+            yield
+        finally:
+            for first in (True, False):
+                for values, data in self._numbers:
+                    chosen = {name: value for name, value in values.items() if is_shown_first(name) == first}
+                    if chosen:
+                        super().metrics(chosen, data=data)
+            self._numbers = []
+
+    def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:  # noqa: ARG002
+        """See `Tracker.metrics`."""
+        self._numbers.append((dict(values), data))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Tracker]:  # noqa: ARG002

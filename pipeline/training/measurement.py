@@ -25,9 +25,9 @@ from pipeline.engines.workers import ALONE, Workers
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.load import Examples, load
 from pipeline.progress import no_progress
-from pipeline.report.publishing import describe, publish_curves
+from pipeline.report.publishing import describe, publish_curves, verdict_tags
 from pipeline.store.embedding_table import Store
-from pipeline.tracking.protocol import FOLDER, NullTracker, Several, Tracker, attempt, guarded
+from pipeline.tracking.protocol import FOLDER, TRAINING, NullTracker, Several, Tracker, attempt, guarded
 from pipeline.train_head import make_head
 from pipeline.training.host import Host
 from pipeline.training.progress import Progress, resolution_of
@@ -227,7 +227,7 @@ class Measurement:
             return measured(encoder, self.config, self._examples, self.progress, nowhere, nowhere, *more)
         with self.trackers(step, encoder.digest, source) as (tracker, mirrors):
             metrics = measured(encoder, self.config, self._examples, self.progress, tracker, mirrors, *more)
-        self.tell_start(self.progress.start)
+        self.tell(self.progress.start, self.progress.verdicts)
         return metrics
 
     @contextmanager
@@ -254,10 +254,10 @@ class Measurement:
         """Opens the MLflow run, unless it is open."""
         _ = self._training_run
 
-    def tell_start(self, step: int | None) -> None:
-        """Tags the run with the step that changes are since."""
+    def tell(self, start: int | None, verdicts: Mapping[str, str]) -> None:
+        """Tags the run with the step that changes are since, and with what is said of each task."""
         if self._run is not None:
-            self._run.run.tags({f"{FOLDER}.start": f"step {step}"})
+            self._run.run.tags({f"{FOLDER}.start": f"step {start}", **verdict_tags(verdicts)})
 
     def tell_failure(self, step: int, message: str) -> None:
         """Tags the run with the failure of a measurement."""
@@ -297,5 +297,5 @@ class Measurement:
         run = TrainingRun(self.host.loggers, self.host.name, self.config, self.earlier_run)
         if run.own:
             self.host.say(f"downstream validation logs to MLflow: {run.place}")
-        describe(run.run, self.config, FOLDER)
+        describe(run.run, self.config, TRAINING, FOLDER)
         return run

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.errors import DataError
-from pipeline.report.overview import Changes, first_lines, overview
+from pipeline.report.overview import Changes, first_lines, overview, verdicts_of
 from pipeline.report.resolution_table import resolution_text
 from pipeline.report.tables import Table, step_table
 from pipeline.statistics.intervals import changes
@@ -43,12 +43,14 @@ class Progress:
     Attributes:
         start: the step of the first measurement; None before it.
         overview: the latest scores, and their change since the start; None before a measurement.
+        verdicts: what is said of each task at the latest.
     """
 
     def __init__(self) -> None:
         """Before the first measurement."""
         self.start: int | None = None
         self.overview: Table | None = None
+        self.verdicts: dict[str, str] = {}
         self._lines = ""  # the same in the first lines of a description
         self._curves: dict[str, list[tuple[int, float]]] = {}  # of each main metric
         self._best: dict[str, Best] = {}
@@ -60,7 +62,7 @@ class Progress:
         since = Changes(
             found, "start", f"step {self.start}", {key: tuple(curve) for key, curve in self._curves.items()}
         )
-        self._lines = first_lines(scores, since)
+        self._lines, self.verdicts = first_lines(scores, since), verdicts_of(scores, since)
         self.overview = overview(scores, since, f"Scores on the test set at step {step}")
         for note in notes:
             logger.warning("%s", note)

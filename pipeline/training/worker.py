@@ -111,6 +111,7 @@ class Worker:
             "mirrors": mirrors.calls,
             "warnings": said,
             "start": progress.start,
+            "verdicts": progress.verdicts,
             "overview": _plain(progress),
             "seconds": time.perf_counter() - began,
             "time": int(time.time() * 1000),
