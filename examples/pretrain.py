@@ -93,6 +93,7 @@ class MaskedLanguageModel(pl.LightningModule):
                 token_dropout=True,
             )
         )
+        self.model.esm.contact_head.requires_grad_(False)  # it has no part in the loss, and DDP waits for gradients
 
     def training_step(self, batch: Mapping[str, Tensor], _index: int) -> Tensor:
         """The loss at the masked residues."""
@@ -147,6 +148,7 @@ def pretrain(
     downstream: list[Any] = setup_dwnstr_task_validation_callbacks(config)  # (2)
     interval = max(1, settings.steps // settings.validations)
     trainer = pl.Trainer(
+        devices=os.environ.get("LOCAL_WORLD_SIZE", "auto"),  # of torchrun: on CPUs Lightning would take one alone
         max_steps=settings.steps,
         val_check_interval=interval,
         log_every_n_steps=min(50, interval),
@@ -162,8 +164,9 @@ def pretrain(
         enable_model_summary=False,
     )
     trainer.fit(module, train, val)
-    module.model.save_pretrained(out)
-    module.tokenizer.save_pretrained(out)
+    if trainer.is_global_zero:
+        module.model.save_pretrained(out)
+        module.tokenizer.save_pretrained(out)
     return downstream
 
 
@@ -200,7 +203,7 @@ def make_loggers(out: Path, run: JournalRun) -> list[Any]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains and measures in an MLflow run, and prints the curve and where everything is."""
+    """Trains and measures in an MLflow run, and prints the curve and where everything is, on the first rank."""
     check_tracking(options.tracking_uri)
     for name in ("steps", "validations"):
         if getattr(options, name) < 1:
@@ -209,6 +212,11 @@ def run(options: argparse.Namespace) -> None:
     config = read_config(options.config, options.overrides)
     sequences = read_sequences(Path(options.data), options.files)
     settings = Settings(steps=options.steps, validations=options.validations, seed=options.seed)
+    if (
+        getattr(pl.utilities.rank_zero_only, "rank", 0) > 0
+    ):  # of several ranks the first has the MLflow run, the loggers and `out`
+        pretrain(sequences, Path(options.out or "pretrained"), settings, config)
+        return
     with open_run("pretrain", config, options.tracking_uri) as opened:
         out = Path(options.out or f"pretrained/{os.environ.get('MLFLOW_RUN_ID', opened.run.key)[:8]}")
         loggers = make_loggers(out, opened.run)

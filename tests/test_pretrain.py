@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from examples.pretrain import main
 from pipeline import Store, open_encoder, read_config, validate
-from tests.support.programs import ROOT
+from tests.support.programs import ROOT, run_two_ranks
 from tests.support.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
 
 ACCURACY = "secondary_structure/test_3state_accuracy"
@@ -152,3 +152,20 @@ assert "pytorch_lightning" not in sys.modules
 def test_the_package_lightning_will_do(tracking: str) -> None:
     """The callback is of the package that the script imported."""
     python("-c", LIGHTNING, tracking=tracking)
+
+
+@pytest.mark.slow
+def test_two_ranks_have_one_run(tmp_path: Path, tracking: str) -> None:
+    arguments = ["--steps=4", "--validations=1", f"--out={tmp_path}/out", f"--tracking-uri={tracking}"]
+    arguments += [
+        f"--overrides=dataset.num_epochs=1 dataset.num_seeds=1 dataset.baselines=false store={tmp_path}/store"
+    ]
+    codes = run_two_ranks("examples.pretrain", arguments, tmp_path)
+    first, second = ((tmp_path / f"rank-{rank}.log").read_text() for rank in range(2))
+    assert codes == [0, 0], f"{first[-2000:]}\n{second[-2000:]}"
+    (run,) = MlflowClient(tracking).search_runs(["0"])
+    assert run.info.status == "FINISHED"
+    assert [point.step for point in MlflowClient(tracking).get_metric_history(run.info.run_id, ACCURACY)] == [0, 4]
+    assert "This run:" in first
+    assert "This run:" not in second
+    assert (tmp_path / "out" / "config.json").exists()
