@@ -25,15 +25,16 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.support.browser import Ui, chromium, show_model_metrics  # noqa: E402
+from tests.support.browser import Ui, chromium, show_charts, show_model_metrics  # noqa: E402
 from tests.support.servers import running  # noqa: E402
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
     from playwright.sync_api import Browser, Page
 
 COLOURS = 128
 METRICS = ("secondary_structure/test_3state_accuracy", "fitness/test_fitness_spearman")
+CHARTS = "(accuracy|spearman)$"  # what a user types to see the main metrics alone
+PARENT = "mlflow.parentRunId"
 NO_BUTTON = "[data-assistant-ui] { visibility: hidden; }"  # MLflow's Assistant, which floats over the page
 
 
@@ -77,17 +78,15 @@ def _mlflow_run(uri: str, *arguments: str) -> None:
 
 def _photograph(browser: Browser, server: str, out: Path) -> None:
     client = MlflowClient(server)
-    runs = [run for run in client.search_runs(["0"]) if "mlflow.parentRunId" not in run.data.tags]
-    single, training, several = (_named(runs, name) for name in ("checkpoint 4 tasks", "pretrain", "checkpoints "))
+    single, training, several = (_newest(client, kind) for kind in ("measurement", "training", "checkpoints"))
 
     page = Ui(browser, server, 1400, 1460).run(single)
     page.get_by_text("Show more").click()
     page.get_by_role("link", name=METRICS[0], exact=True).wait_for()
     _save(page, out / "mlflow-run.png")
 
-    page = Ui(browser, server, 1400, 2120).run(training, "model-metrics")
-    charts = len([name for name in client.get_run(training).data.metrics if "/" in name])
-    page.wait_for_function(f"document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length >= {charts}")
+    page = Ui(browser, server, 1400, 1280).run(training, "model-metrics")
+    show_charts(page, CHARTS)
     _save(page, out / "mlflow-curve.png")
 
     page = Ui(browser, server, 1400, 1000).models()  # of which the list of columns takes all
@@ -100,6 +99,11 @@ def _photograph(browser: Browser, server: str, out: Path) -> None:
     page.get_by_text("Show more").click()
     page.get_by_role("link", name=METRICS[0], exact=True).wait_for()
     _save(page, out / "mlflow-leaderboard.png")
+
+    measured = client.search_runs(["0"], f"tags.`{PARENT}` = '{several}'", order_by=["attributes.start_time ASC"])
+    page = Ui(browser, server, 1400, 1640).compare([measured[0].info.run_id, measured[-1].info.run_id])
+    page.get_by_role("link", name=METRICS[0], exact=True).wait_for()
+    _save(page, out / "mlflow-compare.png")
 
     with tempfile.TemporaryDirectory() as folder:
         page = _report(browser, client, single, "report.html", folder, (1200, 800))
@@ -124,9 +128,10 @@ def _report(
     return page
 
 
-def _named(runs: list[Run], name: str) -> str:
-    """The id of the first run whose name has this in it."""
-    return next(str(run.info.run_id) for run in runs if name in str(run.info.run_name))
+def _newest(client: MlflowClient, kind: str) -> str:
+    """The id of the newest run of a kind that is nested in no other."""
+    runs = client.search_runs(["0"], f"tags.`downstream.kind` = '{kind}'")
+    return next(str(run.info.run_id) for run in runs if PARENT not in run.data.tags)
 
 
 def _save(page: Page, path: Path) -> None:

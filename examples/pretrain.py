@@ -212,9 +212,7 @@ def run(options: argparse.Namespace) -> None:
     config = read_config(options.config, options.overrides)
     sequences = read_sequences(Path(options.data), options.files)
     settings = Settings(steps=options.steps, validations=options.validations, seed=options.seed)
-    if (
-        getattr(pl.utilities.rank_zero_only, "rank", 0) > 0
-    ):  # of several ranks the first has the MLflow run, the loggers and `out`
+    if getattr(pl.utilities.rank_zero_only, "rank", 0) > 0:  # the first has the MLflow run, the loggers and `out`
         pretrain(sequences, Path(options.out or "pretrained"), settings, config)
         return
     with open_run("pretrain", config, options.tracking_uri) as opened:

@@ -47,8 +47,10 @@ def test_a_pattern_gives_a_leaderboard_and_a_curve(lab: Lab, capsys: pytest.Capt
     (parent,) = lab.parents()
     children = lab.nested(parent)
     steps = [0, 50, 100, 1000, 1050]
-    assert list(children) == [f"step={step} value" for step in steps]
-    assert parent.info.run_name == "5 checkpoints value"
+    scores = [run.data.metrics[SPEARMAN] for run in children.values()]
+    named = [f"step={step}: value {score:.3f}" for step, score in zip(steps, scores, strict=True)]
+    assert list(children) == named
+    assert parent.info.run_name == "5 checkpoints on value"
     for child in children.values():
         assert set(lab.nested(child)) == set(STAGES)
     values = {step: child.data.metrics for step, child in zip(steps, children.values(), strict=True)}
@@ -122,10 +124,10 @@ def test_one_that_cannot_be_measured_does_not_stop_the_others(lab: Lab, capsys: 
     assert "failed" in next(line for line in said.out.splitlines() if "step=70" in line)
     (parent,) = lab.parents()
     assert parent.info.status == "FAILED"
-    assert {name: run.info.status for name, run in lab.nested(parent).items()} == {
-        "step=50 value": "FINISHED",
+    assert {name.partition(":")[0]: run.info.status for name, run in lab.nested(parent).items()} == {
+        "step=50": "FINISHED",
         "step=70": "FAILED",
-        "step=100 value": "FINISHED",
+        "step=100": "FINISHED",
     }
     assert "- step=70: ckpt: " in parent.data.tags["mlflow.note.content"]
     assert [point.step for point in lab.client.get_metric_history(parent.info.run_id, SPEARMAN)] == [50, 100]

@@ -74,9 +74,10 @@ def test_compare_gives_the_intervals_of_the_run_itself(lab: Lab, tmp_path: Path)
     assert all(row[SPEARMAN + FIRST] < 0 for row in own[1:])
     assert found(board(compared(lab, children, SPEARMAN)), SPEARMAN) == found(own, SPEARMAN)
     assert found(board(compared(lab, alone, SPEARMAN)), SPEARMAN) == found(own, SPEARMAN)
+    assert found(board(compared(lab, [together], SPEARMAN)), SPEARMAN) == found(own, SPEARMAN)
     for name, metric, probe in ((SPEARMAN, "spearman", False), (MSE, "mse", False), (PROBE_MSE, "mse", True)):
         rows = board(compared(lab, children, name))
-        runs = [next(run for run in children if run.info.run_name == f"step={row['step']} value") for row in rows]
+        runs = [next(run for run in children if run.info.run_name.startswith(f"step={row['step']}: ")) for row in rows]
         first, *others = (stored(run, tmp_path / f"{name} {place}", probe) for place, run in enumerate(runs))
         for row, other in zip(found(rows, name)[1:], others, strict=True):
             change = changes(other, first).values[metric]

@@ -50,8 +50,10 @@ def test_one_task(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert lab.statuses(parent) == dict.fromkeys(["main", *STAGES], "FINISHED")
     assert "test_value_mse" in scores[0].metrics
-    assert dict(parent.data.metrics) == scores[0].metrics
+    first = ["test_value_spearman", "test_value_probe_spearman"]  # of 20 sequences there is no interval
+    assert dict(parent.data.metrics) == {name: scores[0].metrics[name] for name in first}
     assert scores[0].metrics.items() <= lab.nested(parent)["score"].data.metrics.items()
+    assert parent.info.run_name == f"{lab.ckpt.name}: value {scores[0].metrics[first[0]]:.3f}"
     (line,) = (line for line in printed.splitlines() if "test_value_spearman" in line)
     for name in ("test_value_spearman", "test_value_probe_spearman"):
         assert f"{scores[0].metrics[name]:.4f}" in line
@@ -93,7 +95,11 @@ def test_artifacts_data_and_model(lab: Lab) -> None:
             "value test": {"mlflow.data.context": "test", "rows": "20", "left_out": "1"},
         }
     (model,) = mlflow.search_logged_models(["0"], "metrics.test_value_mse > 0", output_format="list")
-    assert {metric.key: metric.value for metric in model.metrics or []} == parent.data.metrics
+    every = lab.nested(parent)["score"].data.metrics
+    assert {metric.key: metric.value for metric in model.metrics or []} == {
+        name: value for name, value in every.items() if name not in ("seconds", "peak_memory_mb")
+    }
+    assert parent.data.metrics.items() <= every.items()
     assert model.source_run_id == parent.info.run_id
     assert model.tags["ckpt.source"] == str(lab.ckpt)
     assert "| test_value_mse |" in parent.data.tags["mlflow.note.content"]
@@ -108,9 +114,9 @@ def test_a_list_of_two_tasks(lab: Lab) -> None:
     (parent,) = lab.parents()
     stages = ["load", "embed", "train_head value", "score value", "train_head state", "score state"]
     assert lab.statuses(parent) == dict.fromkeys(["main", *stages], "FINISHED")
-    names = {"value/test_value_mse", "state/test_state_accuracy", "value/dwnstr_task_val_loss"}
-    assert names <= parent.data.metrics.keys()
-    assert {name.split("/")[0] for name in parent.data.metrics} == {"value", "state"}
+    names = {"value/test_value_spearman", "state/test_state_accuracy"}
+    probes = {"value/test_value_probe_spearman", "state/test_state_probe_accuracy"}
+    assert parent.data.metrics.keys() == names | probes
     assert {file.path for file in lab.client.list_artifacts(parent.info.run_id)} == {
         "config.yaml",
         "predictions_value.parquet",
@@ -118,6 +124,20 @@ def test_a_list_of_two_tasks(lab: Lab) -> None:
         "classes_state.csv",
     }
     assert parent.data.params["cfg.dataset.1.task_name"] == "state"
+
+
+def test_runs_are_found_by_their_tags(lab: Lab) -> None:
+    assert main(lab.command(VALUE, STATE)) == 0
+    (parent,) = lab.parents()
+    (model,) = mlflow.search_logged_models(["0"], output_format="list")
+    tags = {name.removeprefix("downstream."): text for name, text in parent.data.tags.items() if "downstream." in name}
+    expected = {"kind": "measurement", "tasks": "value, state", "encoder": "esm"}
+    assert expected.items() <= tags.items()
+    assert model.tags["ckpt.digest"].startswith(tags["checkpoint"])
+    wanted = "tags.`downstream.kind` = 'measurement' and tags.`downstream.verdict.value` LIKE '%guess%'"
+    assert [run.info.run_id for run in lab.client.search_runs(["0"], wanted)] == [parent.info.run_id]
+    stages = lab.client.search_runs(["0"], "tags.`downstream.kind` = 'stage'")
+    assert {run.info.run_name for run in stages} == lab.nested(parent).keys()
 
 
 def test_names_that_look_alike_keep_their_predictions(lab: Lab) -> None:
@@ -152,7 +172,7 @@ def test_a_checkpoint_of_any_name(name: str, lab: Lab) -> None:
     lab.ckpt = path
     assert main(lab.command(VALUE)) == 0
     (logged,) = mlflow.search_logged_models(["0"], "metrics.test_value_mse > 0", output_format="list")
-    assert lab.parents()[0].info.run_name == f"{name.removesuffix('.ckpt')} value"
+    assert lab.parents()[0].info.run_name.startswith(f"{name.removesuffix('.ckpt')}: value ")
     assert logged.tags["ckpt.source"] == str(path)
 
 
@@ -224,7 +244,7 @@ def ends(
     ends, processes = Ends(), {name: begin(lab, name) for name in ("killed", "terminated", "interrupted")}
 
     def statuses() -> dict[str, dict[str, str]]:
-        runs = {run.info.run_name.removesuffix(" value"): run for run in lab.parents()}
+        runs = {run.info.run_name.removesuffix(" on value"): run for run in lab.parents()}
         return {name: lab.statuses(run) for name, run in runs.items() if name in processes}
 
     def training(name: str) -> bool:
@@ -299,7 +319,7 @@ def test_a_leading_dash_is_data(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> No
     Path("-e model").symlink_to(lab.ckpt)
     entry, _, config = lab.command(VALUE, entry="load")
     assert main([entry, "--ckpt=-e model", config]) == 0
-    assert lab.parents()[0].info.run_name == "-e model value"
+    assert lab.parents()[0].info.run_name == "-e model on value"
 
 
 def test_mlflow_run_passes_everything_as_data(lab: Lab) -> None:
@@ -316,12 +336,12 @@ def test_mlflow_run_passes_everything_as_data(lab: Lab) -> None:
     (parent,) = lab.parents()
     assert lab.statuses(parent) == dict.fromkeys(["main", *STAGES], "FINISHED")
     assert parent.data.tags["mlflow.project.entryPoint"] == "score"
-    assert parent.info.run_name == f"{lab.ckpt.name} {name}"
+    assert parent.info.run_name.startswith(f"{lab.ckpt.name}: value ")
     params = parent.data.params
     assert params["cfg.dataset.dataset_path"] == str(lab.folder)
     assert params["cfg.dataset.task_name"] == name
     assert {key for key in params if not key.startswith("cfg.")} == set(values)
-    assert "test_value_mse" in parent.data.metrics
+    assert "test_value_spearman" in parent.data.metrics
 
 
 AT_ONCE = """

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
-from tests.support.browser import Ui, show_columns, show_model_metrics
+from tests.support.browser import CARD, Ui, show_columns, show_model_metrics
 from tests.support.programs import ROOT
 from tests.support.servers import running
 
@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 ACCURACY = "secondary_structure/test_3state_accuracy"
 SPEARMAN = "fitness/test_fitness_spearman"
 PARENT = "mlflow.parentRunId"
-NAMES = {
-    "single": "checkpoint 4 tasks",
-    "training": "pretrain",
-    "several": "2 checkpoints secondary_structure, fitness",
-}
+KINDS = {"measurement": "single", "training": "training", "checkpoints": "several"}
 
 
 @dataclass
@@ -47,16 +43,21 @@ class Lab:
 
     @cached_property
     def runs(self) -> dict[str, Run]:
-        """The three runs that are nested in no other, as in `NAMES`."""
-        names = {name: key for key, name in NAMES.items()}
+        """The three runs that are nested in no other, as in `KINDS`."""
         every = self.client.search_runs(["0"])
-        return {names[run.info.run_name]: run for run in every if PARENT not in run.data.tags}
+        return {KINDS[run.data.tags["downstream.kind"]]: run for run in every if PARENT not in run.data.tags}
 
     @cached_property
     def children(self) -> list[Run]:
         """The measurements of the several checkpoints, in the order of their steps."""
         several = self.client.search_runs(["0"], f"tags.`{PARENT}` = '{self.id('several')}'")
         return sorted(several, key=lambda run: str(run.info.run_name))
+
+    @cached_property
+    def every(self) -> dict[str, float]:
+        """Every metric of the single measurement: its stages have them."""
+        stages = self.client.search_runs(["0"], f"tags.`{PARENT}` = '{self.id('single')}'")
+        return {name: value for run in stages for name, value in run.data.metrics.items() if "/" in name}
 
     def id(self, key: str) -> str:
         return str(self.runs[key].info.run_id)
@@ -132,8 +133,8 @@ def test_the_table_of_runs(ui: Ui, lab: Lab) -> None:
     page = ui.runs()
     show_columns(page, [ACCURACY, SPEARMAN])
     runs = sorted(lab.runs.values(), key=lambda run: -run.info.start_time)
-    for name in NAMES.values():
-        page.get_by_role("link", name=name, exact=True).wait_for()
+    for run in runs:
+        page.get_by_role("link", name=run.info.run_name, exact=True).wait_for()
     for metric in (ACCURACY, SPEARMAN):
         values = [shown(run.data.metrics[metric]) if metric in run.data.metrics else "-" for run in runs]
         assert in_rows(page, metric) == values
@@ -186,7 +187,7 @@ def test_the_charts_of_a_run_are_grouped_by_task(key: str, steps: list[int], ui:
         metric = next(name for name in (ACCURACY, SPEARMAN) if name in names)
         for name in (metric, metric.replace(f"_{metric.split('_')[-1]}", f"_probe_{metric.split('_')[-1]}")):
             page.get_by_placeholder("Search metric charts").fill(f"^{name}$")
-            card = page.locator("[data-testid='experiment-view-compare-runs-card']", has_text=name.split("/")[1])
+            card = page.locator(CARD, has_text=name.split("/")[1])
             plot = card.filter(has_text=f"({name})").locator(".js-plotly-plot .trace, .js-plotly-plot .scatterlayer")
             plot.first.wait_for()
             points = plot.first.evaluate(
@@ -232,7 +233,7 @@ def test_the_leaderboard_is_a_table(ui: Ui, lab: Lab) -> None:
     assert heads[:3] == ["rank", "checkpoint", "step"]
     for place, (run, texts) in enumerate(zip(ranked, rows, strict=True), 1):
         row = dict(zip(heads, texts, strict=True))
-        step = str(run.info.run_name).split()[0].removeprefix("step=")
+        step = str(run.info.run_name).partition(":")[0].removeprefix("step=")
         assert (row["rank"], row["checkpoint"], row["step"]) == (str(place), f"step={step}", step)
         assert {name: shown(value) for name, value in run.data.metrics.items()}.items() <= row.items()
 
@@ -247,7 +248,7 @@ def test_the_description_of_a_measurement_begins_with_a_line_per_target(ui: Ui, 
     page = ui.run(lab.id("single"))
     page.get_by_text("Show more").click()
     rows = markdown_table(page)
-    metrics = lab.runs["single"].data.metrics
+    metrics = lab.every
     assert {name for name, *_ in rows} == every_metric(metrics)
     headlines = [name for name in every_metric(metrics) if re.search("_(accuracy|spearman)$", name)]
     headlines = [name for name in headlines if "balanced" not in name and "per_sequence" not in name]
@@ -271,7 +272,7 @@ def every_metric(names: Iterable[str]) -> set[str]:
 def test_the_description_of_several_is_the_leaderboard(ui: Ui, lab: Lab) -> None:
     table = markdown_table(ui.run(lab.id("several")))
     ranked = sorted(lab.children, key=lambda run: -run.data.metrics[ACCURACY])
-    names = [(str(run.info.run_name).split()[0], run.data.metrics) for run in ranked]
+    names = [(str(run.info.run_name).partition(":")[0], run.data.metrics) for run in ranked]
     assert [row[:3] for row in table] == [
         [str(place), name, f"{metrics[ACCURACY]:.4f}"] for place, (name, metrics) in enumerate(names, 1)
     ]
@@ -285,7 +286,7 @@ def test_the_report_among_the_artifacts(ui: Ui, lab: Lab) -> None:
         fold.click()
     shown = report.locator("[aria-label^=Metrics] tbody tr, [aria-label^=Embeddings] tbody tr")
     rows = [row.locator("th, td").all_inner_texts()[:2] for row in shown.all()]
-    metrics: Mapping[str, float] = lab.runs["single"].data.metrics
+    metrics: Mapping[str, float] = lab.every
     assert {name for name, _ in rows} == every_metric(metrics) | {name for name in metrics if "/embedding_" in name}
     for name, text in rows:
         assert text.split()[0] == f"{metrics[name]:.4f}"

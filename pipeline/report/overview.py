@@ -202,12 +202,13 @@ def summary(facts: Mapping[str, str], scores: Sequence[Scores], changes: Changes
 def run_name(label: str, scores: Sequence[Scores]) -> str:
     """What a measurement is called: `step=600: fitness 0.599 ± 0.012, stability 0.480`, of four targets at most.
 
-    Lists show the first 20 characters or so: what differs between checkpoints stands first.
+    A single task is called by its target. Lists show the first 20 characters or so: what differs between checkpoints stands first.
     """
     parts = []
     for one in headlines(scores):
         several = len(one.scores.examples.targets) > 1
-        name = f"{one.scores.task_name} {one.main.target}" if several else one.scores.task_name
+        task, target = one.main.task, one.main.target
+        name = f"{task} {target}".strip() if several else task or target
         noise = "" if one.main.seed_std is None else f" ± {one.main.seed_std:.3f}"
         parts.append(f"{name} {one.main.value:.3f}{noise}")
     more = [f"and {len(parts) - NAMED} more"] if len(parts) > NAMED else []

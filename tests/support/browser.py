@@ -22,6 +22,7 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+CARD = "[data-testid='experiment-view-compare-runs-card']"  # of a chart
 # The Assistant opens by itself at the first visit, over a quarter of the page; its button stays where scores may be.
 QUIET = """
 localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
@@ -101,6 +102,23 @@ def show_columns(page: Page, metrics: Sequence[str]) -> None:
         page.get_by_placeholder("Search columns").fill(name)
         page.locator(".du-bois-light-tree-title", has_text=re.compile(f"^{re.escape(name)}$")).click()
     page.get_by_role("heading", name="Runs").click()
+
+
+def show_charts(page: Page, pattern: str) -> None:
+    """Shows the charts of the metrics that match a regular expression, and waits until those in sight are drawn.
+
+    MLflow draws those alone, and the others when they are scrolled to.
+    """
+    page.get_by_placeholder("Search metric charts").fill(pattern)
+    page.wait_for_function(
+        """([card, pattern]) => {
+            const cards = [...document.querySelectorAll(card)];
+            const seen = cards.filter(one => one.getBoundingClientRect().top < innerHeight);
+            const wanted = cards.every(one => new RegExp(pattern).test(one.innerText.split("\\n")[0]));
+            return cards.length && wanted && seen.every(one => one.querySelector(".js-plotly-plot .trace"));
+        }""",
+        arg=[CARD, pattern],
+    )
 
 
 def show_model_metrics(page: Page, metrics: Sequence[str]) -> None:
