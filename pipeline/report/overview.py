@@ -202,7 +202,7 @@ def summary(facts: Mapping[str, str], scores: Sequence[Scores], changes: Changes
 def run_name(label: str, scores: Sequence[Scores]) -> str:
     """What a measurement is called: `step=600: fitness 0.599 ± 0.012, stability 0.480`, of four targets at most.
 
-    A single task is called by its target. Lists show the first 20 characters or so: what differs between checkpoints stands first.
+    A single task is called by its target. Lists show the first 20 characters or so: what differs stands first.
     """
     parts = []
     for one in headlines(scores):
