@@ -128,7 +128,7 @@ def measure_encoder(
         run.rename(f"{label} on {config.title}")
         run.tags(tags_of(encoder, step, {}))
         if until == "score":
-            run.checkpoint(label, encoder.digest, source, step)
+            run.checkpoint(label, encoder.digest, source, step, in_stages=True)
     examples = _same(known, encoder)
     start = RandomInit(encoder, config, store, Several([tracker, *mirrors]), step or 0) if config.baseline else None
     further: dict[str, Any] = {"compare": start.compare} if start else {}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HEAD, PROBE = False, True
 IMPROVED, WORSE, TIED = "improved", "worse", "not told apart"
-NAMED = 4  # most scores in the name of a run
+NAMED = 2  # most scores in the name of a run
 Curve = Sequence[tuple[int, float]]
 
 
@@ -200,7 +200,7 @@ def summary(facts: Mapping[str, str], scores: Sequence[Scores], changes: Changes
 
 
 def run_name(label: str, scores: Sequence[Scores]) -> str:
-    """What a measurement is called: `step=600: fitness 0.599 ± 0.012, stability 0.480`, of four targets at most.
+    """What a measurement is called: `step=600: fitness 0.599 ± 0.012, stability 0.480`, of two targets at most.
 
     A single task is called by its target. Lists show the first 20 characters or so: what differs stands first.
     """

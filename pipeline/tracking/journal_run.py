@@ -31,8 +31,9 @@ class JournalRun:
         self.journal = journal
         self.key = key
         self.context = context
-        self.model: str | None = None  # the digest of the weights that all metrics are linked to
-        self.measured: str | None = None  # of those that metrics on data are linked to
+        self.model: str | None = None  # the digest of the weights that metrics are linked to
+        self.in_stages = False  # then those on data are linked by the runs of the stages, and here the others alone
+        self.measured: str | None = None  # of a stage: the digest of the weights that its metrics on data are linked to
         self.time: int | None = None
         self.ended: str | None = None
         self._notes: list[str] = []
@@ -65,11 +66,12 @@ class JournalRun:
     def stage(self, name: str) -> Iterator[JournalRun]:
         """See `Tracker.stage`. Its run ends as FINISHED, FAILED or KILLED.
 
-        What it measures on data is linked to this run's checkpoint, its other numbers to no model.
+        What it measures on data is linked to this run's checkpoint, if that is measured in stages; else it is linked to
+        no model.
         """
         context = {**self.context, KIND: STAGE}
         child = JournalRun.begin(self.journal, context=context, name=name, parent=self.key)
-        child.measured = self.model
+        child.measured = self.model if self.in_stages else None
         with child.ending():
             yield child
 
@@ -77,7 +79,7 @@ class JournalRun:
         """See `Tracker.metrics`. On a run with a checkpoint, the metrics are linked to it too."""
         numbers = {key: float(value) for key, value in values.items()}
         on = [dataset_name(data), data.digest[:16]] if data else None
-        model = self.model or (self.measured if data else None)
+        model = self.measured if data and (self.measured or self.in_stages) else self.model
         self._write("metrics", values=numbers, step=step, time=self.time or now(), model=model, data=on)
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
@@ -115,9 +117,12 @@ class JournalRun:
         """The description on the run's page."""
         self.tags({NOTE: markdown})
 
-    def checkpoint(self, name: str, digest: str, source: str, step: int | None = None) -> None:
-        """Links the run's metrics from here on to the LoggedModel of the weights; it is made if it does not exist."""
-        self.model = digest
+    def checkpoint(self, name: str, digest: str, source: str, step: int | None = None, in_stages: bool = False) -> None:
+        """Links metrics from here on to the LoggedModel of the weights; it is made if it does not exist.
+
+        With `in_stages` those that are measured on data are linked by the runs of the stages, which have all of them.
+        """
+        self.model, self.in_stages = digest, in_stages
         self._write("model", name=name, digest=digest, source=source, step=step)
 
     def end(self, status: str) -> None:

@@ -104,7 +104,6 @@ class TrainingRun:
                 yield here
                 return
             with linked.stage(f"{name} on {tasks}" if tasks else name) as own:
-                own.measured = None  # the training's run links them
                 own.tags({KIND: MEASUREMENT})
                 yield Several([here, AtStep(Headlines([own]), step)])
 
