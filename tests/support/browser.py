@@ -122,11 +122,22 @@ def show_charts(page: Page, pattern: str) -> None:
 
 
 def show_model_metrics(page: Page, metrics: Sequence[str]) -> None:
-    """Has the table of models show these metrics alone, in columns as wide as their names."""
+    """Has the table of models show these metrics alone, in columns as wide as their names.
+
+    Of many metrics, MLflow shows none by itself, and keeps their part of the list folded.
+    """
+    page.locator("[role=gridcell]").first.wait_for()
     page.get_by_role("button", name="Columns", exact=True).click()
     tree = page.locator(".du-bois-light-tree")
+    nodes = tree.locator(".du-bois-light-tree-treenode")
+    tree.get_by_text("Parameters", exact=True).wait_for()
     for hidden in ("Status", "Logged from", "Registered models", "Dataset", "Metrics", "Parameters"):
-        tree.get_by_text(hidden, exact=True).click()
+        node = nodes.filter(has=page.get_by_text(hidden, exact=True))
+        if node.locator(".du-bois-light-tree-checkbox-checked, .du-bois-light-tree-checkbox-indeterminate").count():
+            tree.get_by_text(hidden, exact=True).click()
+    folded = nodes.filter(has=page.get_by_text("Metrics", exact=True)).locator(".du-bois-light-tree-switcher_close")
+    if folded.count():
+        folded.click()
     for name in metrics:
         tree.locator(".du-bois-light-tree-treenode", has_text=f"Dataset: {name.split('/')[0]} test").locator(
             ".du-bois-light-tree-switcher"
