@@ -29,6 +29,7 @@ from pipeline.config.yaml_file import to_yaml
 from pipeline.encoders.description import DESCRIPTION
 from pipeline.errors import CheckpointError, ConfigError, DataError, PipelineError
 from pipeline.score import Scores
+from pipeline.statistics.metrics import is_shown_first
 from tests.support.data import planted_task
 from tests.support.lab import newest_run
 from tests.support.training import INERT, Busy, FromModule, WithMethod, loader, one_state, section, trainer
@@ -447,12 +448,34 @@ def test_child_runs(task: Task, module: Busy, tmp_path: Path, tracking: str) -> 
     trainer(tmp_path, [callback]).fit(module, loader(), loader(shuffle=False))
     run, client = run_of(callback), MlflowClient()
     children = client.search_runs(["0"], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
-    assert sorted(one.info.run_name for one in children) == [f"step={step} {task.task_name}" for step in (4, 8)]
+    assert sorted(one.info.run_name for one in children) == [f"step={step} on {task.task_name}" for step in (4, 8)]
     for one in children:
-        assert one.data.metrics == dict(callback.curve)[int(one.info.run_name.split()[0].removeprefix("step="))]
+        every = dict(callback.curve)[int(one.info.run_name.split()[0].removeprefix("step="))]
+        assert one.data.metrics == {name: value for name, value in every.items() if is_shown_first(name)}
         stages = client.search_runs(["0"], f"tags.mlflow.parentRunId = '{one.info.run_id}'")
+        (scored,) = [stage.data.metrics for stage in stages if stage.info.run_name == "score"]
+        assert {name: value for name, value in every.items() if "_delta_" not in name}.items() <= (
+            scored.items() | one.data.metrics.items()
+        )
         assert {stage.info.run_name for stage in stages} == {"load", "embed", "train_head", "score"}
         assert {stage.info.status for stage in stages} == {"FINISHED"}
+
+
+def test_a_trainings_run_has_every_metric_and_lists_the_main_ones_first(
+    task: Task, module: Busy, tmp_path: Path, tracking: str
+) -> None:
+    callback = callback_of(tmp_path, [task])
+    trainer(tmp_path, [callback]).fit(module, loader(), loader(shuffle=False))
+    run = run_of(callback)
+    assert dict(callback.curve)[8].items() <= run.data.metrics.items()
+    listed = [name for name in run.data.metrics if name in callback.curve[0][1]]
+    first = [name for name in listed if is_shown_first(name)]
+    assert 0 < len(first) < len(listed)
+    assert listed[: len(first)] == first
+    tags = {name: text for name, text in run.data.tags.items() if name.startswith("downstream.")}
+    assert tags["downstream.kind"] == "training"
+    assert tags["downstream.tasks"] == task.task_name
+    assert tags[f"downstream.verdict.{task.task_name}"]
 
 
 def test_the_run_of_the_trainers_own_logger_is_used(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
