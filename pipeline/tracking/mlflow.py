@@ -37,6 +37,7 @@ from pipeline.tracking.client import connect, fail_fast, patient, sweep
 from pipeline.tracking.delivery import RefusedError
 from pipeline.tracking.journal import Journal, Record
 from pipeline.tracking.journal_owner import KEY, WRITER, lives
+from pipeline.tracking.mlflow_served import log_served
 
 MAX_RUNS = 10_000  # that may be RUNNING
 # Error codes of answers that will be the same next time; any other may be a server in trouble.
@@ -202,6 +203,12 @@ class MlflowSink:
             raise RefusedError(f"the file '{path}' is gone")
         with patient():
             self.client.log_artifact(run_id, str(path), record["folder"] or None)
+
+    def _served(self, run_id: str, record: Record) -> None:
+        folder = self.journal.files / record["file"]
+        if not folder.is_dir():
+            raise RefusedError(f"the model '{folder}' is gone")
+        log_served(self.client, run_id, self.experiments[record["run"]], folder, record)
 
     def _data(self, run_id: str, record: Record) -> None:
         data = record["data"]

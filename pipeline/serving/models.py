@@ -1,0 +1,130 @@
+"""The models of a measurement that MLflow serves: for each task the encoder and the head of the first seed."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.embed import BATCH_TOKENS
+from pipeline.encoders.protocol import Encoder
+from pipeline.score import Scores
+from pipeline.serving.encoder_files import why_not, write_encoder
+from pipeline.serving.predictor import CONTENT, ENCODER, Predictor
+from pipeline.statistics.metrics import metric_name
+from pipeline.store.embedding_table import Store
+from pipeline.store.temporary import link_folder, temporary_folder
+from pipeline.tracking.protocol import Served, Tracker
+
+if TYPE_CHECKING:
+    from pipeline.data.parts import Target
+
+SCRIPT = Path(__file__).with_name("pyfunc_script.py")
+# What `Predictor` imports, by the names under which pip knows it; beside MLflow, which adds itself.
+REQUIRED = "numpy omegaconf packaging pandas pyarrow safetensors sentencepiece torch transformers xxhash".split()
+EXAMPLES = 2  # sequences in the example of a request
+
+logger = logging.getLogger(__name__)
+
+
+def log_models(
+    encoder: Encoder, scores: Sequence[Scores], store: Store, tracker: Tracker, registered: str | None = None
+) -> None:
+    """Gives the tracker a model for each task that can be served without code of the user's; says why another cannot.
+
+    Args:
+        encoder: what was measured.
+        scores: of each task, with the head.
+        store: of the measurement; the models are written into its folder first.
+        tracker: gets them.
+        registered: the name that they are registered under.
+    """
+    why = why_not(encoder)
+    reasons = {one.task_name: why or _own_head(one) for one in scores}
+    for name, reason in reasons.items():
+        if reason:
+            text = f"{name}: log_model: no model is logged: {reason}"
+            logger.warning("%s", text)
+            tracker.note(text)
+    if all(reasons.values()):
+        return
+    with temporary_folder(store.root.expanduser() / "served") as folder:
+        how = write_encoder(encoder, folder / ENCODER)
+        for one in scores:
+            if not reasons[one.task_name]:
+                place = folder / metric_name(one.task_name)
+                write_model(place, encoder, how, folder / ENCODER, one, store)
+                tracker.served(place, _described(one, registered))
+
+
+def write_model(
+    path: Path, encoder: Encoder, how: dict[str, object], files: Path, scores: Scores, store: Store
+) -> None:
+    """Writes the model of a task as MLflow has it.
+
+    Args:
+        path: a new folder.
+        encoder: what was measured.
+        how: what `write_encoder` gave.
+        files: where it wrote.
+        scores: of the task, with the head.
+        store: of the measurement.
+    """
+    from pipeline.tracking.pyfunc import save_served
+
+    examples, task = scores.examples, scores.examples.task
+    tokens = {kind: store.max_batch_tokens or most for kind, most in BATCH_TOKENS.items()}
+    assert scores.head is not None
+    about = (task.level, task.sequence_column, examples.limit, tokens, task.emb_batch_size, store.dtype)
+    answers = {name: kinds for one in examples.targets for name, kinds in _answers(one, task.level).items()}
+    sequences = sorted(examples.test.sequences, key=len)[:EXAMPLES]
+    with temporary_folder(path.parent) as folder:
+        content = folder / CONTENT
+        link_folder(files, content / ENCODER)
+        Predictor(encoder, scores.head, examples.targets, *about).write(content, how)
+        columns, example = {task.sequence_column: "string"}, {task.sequence_column: sequences}
+        save_served(path, content, SCRIPT, columns, answers, example, requirements())
+
+
+def requirements() -> list[str]:
+    """What pip installs where a model is served, in the versions that are installed here."""
+    found = []
+    for name in REQUIRED:
+        try:
+            found.append(f"{name}=={version(name).partition('+')[0]}")  # of `2.9.0+cpu` the registry has 2.9.0 alone
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _own_head(scores: Scores) -> str:
+    own = scores.examples.task.head
+    return f"the head {own} is code of your own, which is not copied" if own else ""
+
+
+def _described(scores: Scores, registered: str | None) -> Served:
+    """What a tracker is told of the model of a task."""
+    headline = next((one for one in scores.results if one.is_headline and not one.probe), None)
+    return Served(
+        re.sub(r"[^\w-]", "_", scores.task_name),
+        sorted(scores.metrics),
+        headline.key if headline else "",
+        headline.value if headline else None,
+        bool(headline and headline.lower_is_better),
+        scores.examples.test.digest[:16],
+        registered,
+    )
+
+
+def _answers(target: Target, level: str) -> dict[str, list[str]]:
+    """The types of a target's columns, innermost first."""
+    each = ["list"] if level == "token" else []
+    if target.classes is None:
+        return {f"{target.name}_prediction": ["double", *each]}
+    return {
+        f"{target.name}_prediction": ["string", *each],
+        f"{target.name}_probabilities": ["double", *each, "map"],
+    }
