@@ -165,7 +165,9 @@ def measure_and_publish(
         return scores, Changes()
     beside.metrics(metrics_of(scores))
     if config.logging.log_model:
-        attempt("log_model", lambda: log_models(encoder, scores, store, here, config.logging.register_model))
+        registered = config.logging.register_model
+        notes = attempt("log_model", lambda: log_models(encoder, scores, store, here, registered))
+        _warn(notes or (), "log_model", here)
     changes = compare(scores)
     if config.logging.figures:
         facts, both = facts_of(source, step, encoder, scores), Several([here, beside])

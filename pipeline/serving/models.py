@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
+import shutil
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from pipeline.data.parts import Target
 
 SCRIPT = Path(__file__).with_name("pyfunc_script.py")
+PACKAGE = Path(__file__).parents[1]
+CODE = "__init__.py errors.py config data encoders heads serving store".split()  # of the package: what answers needs
 # What `Predictor` imports, by the names under which pip knows it; beside MLflow, which adds itself.
-REQUIRED = "numpy omegaconf packaging pandas pyarrow safetensors sentencepiece torch transformers xxhash".split()
+REQUIRED = "filelock numpy pandas protobuf safetensors sentencepiece tokenizers torch transformers".split()
 EXAMPLES = 2  # sequences in the example of a request
-
-logger = logging.getLogger(__name__)
 
 
 def log_models(
     encoder: Encoder, scores: Sequence[Scores], store: Store, tracker: Tracker, registered: str | None = None
-) -> None:
-    """Gives the tracker a model for each task that can be served without code of the user's; says why another cannot.
+) -> list[str]:
+    """Gives the tracker a model for each task that can be served without code of the user's.
 
     Args:
         encoder: what was measured.
@@ -41,28 +41,24 @@ def log_models(
         store: of the measurement; the models are written into its folder first.
         tracker: gets them.
         registered: the name that they are registered under.
+
+    Returns:
+        Why others are not given.
     """
-    why = why_not(encoder)
-    reasons = {one.task_name: why or _own_head(one) for one in scores}
-    for name, reason in reasons.items():
-        if reason:
-            text = f"{name}: log_model: no model is logged: {reason}"
-            logger.warning("%s", text)
-            tracker.note(text)
-    if all(reasons.values()):
-        return
+    if why := why_not(encoder):
+        return [f"no model is logged: {why}"]
+    reasons = {one.task_name: _own_head(one) for one in scores}
     with temporary_folder(store.root.expanduser() / "served") as folder:
         how = write_encoder(encoder, folder / ENCODER)
         for one in scores:
             if not reasons[one.task_name]:
                 place = folder / metric_name(one.task_name)
-                write_model(place, encoder, how, folder / ENCODER, one, store)
+                _write(place, encoder, how, folder / ENCODER, one, store)
                 tracker.served(place, _described(one, registered))
+    return [f"no model of {name} is logged: {reason}" for name, reason in reasons.items() if reason]
 
 
-def write_model(
-    path: Path, encoder: Encoder, how: dict[str, object], files: Path, scores: Scores, store: Store
-) -> None:
+def _write(path: Path, encoder: Encoder, how: dict[str, object], files: Path, scores: Scores, store: Store) -> None:
     """Writes the model of a task as MLflow has it.
 
     Args:
@@ -82,11 +78,19 @@ def write_model(
     answers = {name: kinds for one in examples.targets for name, kinds in _answers(one, task.level).items()}
     sequences = sorted(examples.test.sequences, key=len)[:EXAMPLES]
     with temporary_folder(path.parent) as folder:
-        content = folder / CONTENT
+        content, code = folder / CONTENT, folder / PACKAGE.name
+        shutil.copytree(PACKAGE, code, ignore=_not_needed)
         link_folder(files, content / ENCODER)
         Predictor(encoder, scores.head, examples.targets, *about).write(content, how)
         columns, example = {task.sequence_column: "string"}, {task.sequence_column: sequences}
-        save_served(path, content, SCRIPT, columns, answers, example, requirements())
+        save_served(path, content, SCRIPT, code, columns, answers, example, requirements())
+
+
+def _not_needed(folder: str, names: list[str]) -> list[str]:
+    """Which of the files in a folder of the package are not copied."""
+    if Path(folder) == PACKAGE:
+        return [name for name in names if name not in CODE]
+    return [name for name in names if name == "__pycache__"]
 
 
 def requirements() -> list[str]:
@@ -111,7 +115,7 @@ def _described(scores: Scores, registered: str | None) -> Served:
     return Served(
         re.sub(r"[^\w-]", "_", scores.task_name),
         sorted(scores.metrics),
-        headline.key if headline else "",
+        headline.short if headline else "",
         headline.value if headline else None,
         bool(headline and headline.lower_is_better),
         scores.examples.test.digest[:16],

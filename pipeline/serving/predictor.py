@@ -130,7 +130,9 @@ class Predictor:
         """The sequences; see `predict` for what is raised."""
         for row, text in enumerate(sequences):
             if not isinstance(text, str) or not text:
-                raise self._refused(row, "a text that is not empty", f"{text!r:.60}", "leave the row out")
+                missing = text is None or text != text  # in a column of a DataFrame, None may become NaN
+                found = "nothing" if missing else f"{text!r:.60}"
+                raise self._refused(row, "a text that is not empty", found, "leave the row out")
             if self.limit is not None and len(text) > self.limit:
                 expected = f"at most {self.limit} characters, as in the measurement"
                 raise self._refused(row, expected, str(len(text)), "cut it, or leave it out")

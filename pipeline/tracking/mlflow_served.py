@@ -41,10 +41,17 @@ def log_served(client: MlflowClient, run_id: str, experiment: str, folder: Path,
         with patient():
             client.log_model_artifacts(model.model_id, str(folder))
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, record["step"])])
+    link_model(client, run_id, model.model_id, record["step"])
     _link_metrics(client, run_id, model.model_id, record)
     if record["served"]["registered"]:
         _register(client, run_id, model.model_id, record)
+
+
+def link_model(client: MlflowClient, run_id: str, model_id: str, step: int) -> None:
+    """Makes a LoggedModel an output of a run, unless it is."""
+    outputs = client.get_run(run_id).outputs
+    if not any(output.model_id == model_id for output in (outputs.model_outputs if outputs else [])):
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
 
 
 def _new(client: MlflowClient, experiment: str, run_id: str, record: Mapping[str, Any]) -> LoggedModel:

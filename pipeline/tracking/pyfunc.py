@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +14,12 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array, Map
 
-from pipeline.store.temporary import link_folder, temporary_folder
+from pipeline.store.temporary import link_folder
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # MLflow 3.17 warns of its own classes
     import mlflow.pyfunc
 
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "shipped", "templates")
 OF_PROJECT = ("uv.lock", "pyproject.toml", ".python-version")  # MLflow copies those of the folder it is called in
 
 
@@ -29,6 +27,7 @@ def save_served(
     path: Path,
     content: Path,
     script: Path,
+    code: Path,
     columns: Mapping[str, str],
     answers: Mapping[str, Sequence[str]],
     example: Mapping[str, list[Any]],
@@ -39,29 +38,27 @@ def save_served(
     Args:
         path: a new folder for it.
         content: a folder of the files that it is made of; the script finds it beside itself, under its own name.
-        script: the Python file that answers. The package that it is in goes with it.
+        script: the Python file that answers.
+        code: the folder of the package that it imports.
         columns: the type of each column of a request, by name.
         answers: the type of each column of an answer by name, innermost first: `["double", "list", "map"]`.
         example: of a request.
         requirements: what pip installs where it is served, beside MLflow.
     """
-    package, log = script.parents[1], logging.getLogger("mlflow.pyfunc")
+    log = logging.getLogger("mlflow.pyfunc")
     level = log.level
-    with temporary_folder() as temporary:
-        code = temporary / package.name
-        shutil.copytree(package, code, ignore=LEFT_OUT)
-        log.setLevel(logging.WARNING)
-        try:
-            mlflow.pyfunc.save_model(
-                str(path),
-                python_model=str(script),
-                code_paths=[str(code)],
-                signature=ModelSignature(_schema({name: [kind] for name, kind in columns.items()}), _schema(answers)),
-                input_example=pd.DataFrame(example),
-                pip_requirements=list(requirements),
-            )
-        finally:
-            log.setLevel(level)
+    log.setLevel(logging.WARNING)
+    try:
+        mlflow.pyfunc.save_model(
+            str(path),
+            python_model=str(script),
+            code_paths=[str(code)],
+            signature=ModelSignature(_schema({name: [kind] for name, kind in columns.items()}), _schema(answers)),
+            input_example=pd.DataFrame(example),
+            pip_requirements=list(requirements),
+        )
+    finally:
+        log.setLevel(level)
     for name in OF_PROJECT:
         (path / name).unlink(missing_ok=True)
     described = Model.load(str(path))
