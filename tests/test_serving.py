@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
+import torch
+from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel
 from mlflow.models import Model
@@ -27,17 +29,20 @@ from pipeline.config.trackers import Logging
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import ConfigError, DataError
 from pipeline.heads.architectures import MLP
+from pipeline.load import load
 from pipeline.serving.models import log_models
 from pipeline.serving.predictor import Predictor
 from pipeline.store.temporary import link_folder
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow import MlflowSink
 from pipeline.tracking.protocol import NullTracker, Served
-from pipeline.tracking.recording import Recording, replay
+from pipeline.tracking.sender import flush
+from pipeline.training.worker import Worker
 from tests.support import nemo
+from tests.support.background import loop_of, place_of
 from tests.support.data import make_task, planted_task, proteins
 from tests.support.encoders import FakeEncoder
-from tests.support.lab import STATE, VALUE, Lab, furnished, own_signals, write_checkpoint
+from tests.support.lab import STATE, VALUE, Lab, furnished, newest_run, own_signals, write_checkpoint
 from tests.support.servers import ModelServer
 
 CLOSE = 1e-5
@@ -185,7 +190,7 @@ OTHERS = (
 
 
 def test_a_model_brings_its_code_and_names_what_else_it_needs(served: Measured, tmp_path: Path) -> None:
-    """Other requirements of this project are not there when a prediction is made; nothing in it is pickled."""
+    """Other requirements of this project are not there when a prediction is made. Nothing in it is pickled."""
     uri = f"runs:/{served.run_id}/model-value"
     place = download_artifacts(uri, tracking_uri=served.lab.uri, dst_path=str(tmp_path))
     files = [path for path in Path(place).rglob("*") if path.is_file()]
@@ -368,16 +373,35 @@ def test_a_model_that_is_sent_twice_is_there_once(lab: Lab) -> None:
     assert len(lab.client.search_model_versions("name = 'mine'")) == 1
 
 
-def test_a_recorded_model_is_replayed(model_folder: Callable[..., Path], tmp_path: Path) -> None:
-    """As a worker in the background records it, for the training to log."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "file").write_text("content")
-    (tmp_path / "files").mkdir()
-    recording, served = Recording(tmp_path / "files"), Served("t", ["m"], "m", 0.5, False, "d", "name")
-    recording.served(tmp_path / "model", served, 3)
-    kept = Kept(tmp_path)
-    replay(yaml.safe_load(yaml.safe_dump(recording.calls)), kept, tmp_path / "files")
-    assert (kept.models, (tmp_path / "t" / "file").read_text()) == ({"t": served}, "content")
+@pytest.mark.parametrize("mode", ["sharded", "background"])
+def test_a_training_has_a_model_for_each_measurement(
+    mode: str, model_folder: Callable[..., Path], tmp_path: Path, tracking: str
+) -> None:
+    """Of the weights of the moment; a worker in the background hands its models over. `runs:/` names the last."""
+    task = planted_task(tmp_path / "data", num_epochs=1, task_name="planted")
+    options = {"mode": mode, "logging": Logging(figures=False, log_model=True, register_model="mine")}
+    downstream, model = loop_of(tmp_path, task, model_folder("esm"), options=options)
+    for step in (0, 1):
+        states = random.getstate(), torch.get_rng_state()
+        downstream(model, step)
+        assert (random.getstate(), torch.get_rng_state().tolist()) == (states[0], states[1].tolist())
+        if mode == "background":
+            with chdir(tmp_path):
+                Worker(place_of(tmp_path)).run()
+        with torch.no_grad():
+            model.esm.encoder.layer[0].attention.self.value.weight.mul_(3)
+    downstream.close()
+    flush()
+    client, run = MlflowClient(), newest_run()
+    models = [one for one in client.search_logged_models(["0"]) if one.name == "model-planted"]
+    assert sorted(one.params["global_step"] for one in models) == ["0", "1"]
+    assert len(client.search_model_versions("name = 'mine'")) == 2
+    place = download_artifacts(f"runs:/{run.info.run_id}/model-planted", dst_path=str(tmp_path))
+    table = pq.read_table(
+        download_artifacts(run_id=run.info.run_id, artifact_path="downstream/step=1/predictions_planted.parquet")
+    )
+    texts = load(task).test.sequences
+    check_same(answers_of(Predictor.read(Path(place) / "served", device="cpu"), texts), table, ["label"])
 
 
 @pytest.mark.parametrize(
