@@ -22,8 +22,10 @@ class ServedTask(PythonModel):
     """Answers with the predictions of a task, see `Predictor.predict`."""
 
     def load_context(self, context: Any) -> None:  # noqa: ARG002
-        """Opens the files beside this one."""
-        self.predictor = Predictor.read(Path(__file__).with_name(CONTENT))
+        """Opens the files beside this one; MLflow 3.1 calls it once before they are there, as the model is written."""
+        folder = Path(__file__).with_name(CONTENT)
+        if folder.is_dir():
+            self.predictor = Predictor.read(folder)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:  # noqa: ARG002
         """A row for each sequence. Raises MlflowException, which is 400 over HTTP, for one that is not valid."""
