@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -64,6 +65,8 @@ def write_encoder(encoder: Encoder, folder: Path) -> dict[str, Any]:
         content = {"model": asdict(encoder.model.options), "most_tokens": encoder.most_tokens}
         (folder / MEGATRON).write_text(json.dumps({**content, "tokens": encoder.tokens.content}), encoding="utf-8")
     save_file(_apart(encoder.model), folder / WEIGHTS, metadata={"format": "pt"})
+    own = next(path for path in folder.iterdir() if path.suffix == ".json")
+    shutil.copymode(own, folder / WEIGHTS)  # the library makes a file that the user alone can read
     names = ("layer", "pooling", "precision")
     return {**{name: getattr(encoder, name) for name in names}, "device": encoder.device.type}
 

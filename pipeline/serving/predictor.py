@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,12 +57,13 @@ class Predictor:
         `how` is what that returns.
         """
         state = {name: value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
-        save_file(state, folder / HEAD)
         content = {name: getattr(self, name) for name in PLAIN}
         targets = [[target.name, target.classes, target.outputs] for target in self.targets]
         head = {"hidden_size": self.encoder.hidden_size, "label_scale": self.head.label_scale}
         text = json.dumps({**content, "targets": targets, **head, "encoder": how}, indent=2)
         (folder / TASK).write_text(text, encoding="utf-8")
+        save_file(state, folder / HEAD)
+        shutil.copymode(folder / TASK, folder / HEAD)  # the library makes a file that the user alone can read
 
     @classmethod
     def read(cls, folder: Path, device: str = "auto") -> Predictor:
