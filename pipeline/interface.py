@@ -91,7 +91,7 @@ def measure(
         known = [load(task, found.encoder.max_seq_length, frames) for task in checked.dataset] if frames else ()
         args = (found.encoder, found.source, found.step, found.label)
         if track is False:
-            silent = replace(checked, logging=replace(checked.logging, figures=False))
+            silent = replace(checked, logging=replace(checked.logging, figures=False, log_model=False))
             result, run_id = measure_encoder(*args, silent, store, known=known), None
         else:
             uri = track if isinstance(track, str) else ""

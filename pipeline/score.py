@@ -52,6 +52,7 @@ class Scores:
         verdicts: what is wrong with the head; in full among the notes.
         baselines: by name of a headline metric, what a baseline reaches in it, also where the checkpoint's is not
             defined; see `baseline_scores`.
+        head: that of the first seed, which is served; None where it is not at hand.
     """
 
     examples: Examples
@@ -65,6 +66,7 @@ class Scores:
     companions: dict[str, float] = field(default_factory=dict)
     verdicts: tuple[Verdict, ...] = ()
     baselines: dict[str, float] = field(default_factory=dict)
+    head: Head | None = None
 
     @property
     def task_name(self) -> str:
@@ -279,8 +281,7 @@ def _table(part: Part, targets: tuple[Target, ...], answers: dict[str, list[Floa
         first = np.repeat(np.cumsum(part.counts) - part.counts, part.counts)
         columns["position"] = pa.array((np.arange(len(rows)) - first).astype(np.int32))
     for index, (target, value, mask) in enumerate(zip(targets, part.values, part.masks, strict=True)):
-        names = [*(target.classes or ()), *(f"class {i}" for i in range(len(target.classes or ()), target.outputs))]
-        numbers = target.classes is None
+        names, numbers = target.labels, target.classes is None
         columns[f"{target.name}_target"] = pa.array(value, mask=~mask) if numbers else _labels(value, names, ~mask)
         columns[f"{target.name}_mask"] = pa.array(mask)
         for who, found in answers.items():

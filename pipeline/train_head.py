@@ -25,7 +25,7 @@ from pipeline.data.parts import Target
 from pipeline.embed import Embeddings
 from pipeline.encoders.code_digest import code_digest, no_reuse
 from pipeline.errors import CacheError
-from pipeline.heads.architectures import MLP, ConvNet, Head
+from pipeline.heads.architectures import Head, standard_head
 from pipeline.heads.fit import Losses, SeedHead, fit, steps_of
 from pipeline.heads.probe import Probe, fit_probe
 from pipeline.load import Examples
@@ -187,11 +187,8 @@ def _fresh(task: Task, seed: int, hidden_size: int, targets: tuple[Target, ...],
 def make_head(task: Task, hidden_size: int, targets: tuple[Target, ...], device: torch.device) -> Head:
     """The head for a task on a device, with fresh weights from its seed."""
     outputs = [target.outputs for target in targets]
-    head: Head
-    if task.head:
-        head = import_class(task.head, "class", LEVELS)(hidden_size, outputs)
-    else:
-        head = ConvNet(hidden_size, outputs) if task.level == "token" else MLP(hidden_size, outputs[0])
+    own = import_class(task.head, "class", LEVELS) if task.head else None
+    head: Head = own(hidden_size, outputs) if own else standard_head(task.level, hidden_size, outputs)
     head = head.to(device)
     head.reset(task.random_seed)
     return head

@@ -29,6 +29,7 @@ from pipeline.load import Examples, load
 from pipeline.report.overview import Changes
 from pipeline.report.publishing import facts_of, publish
 from pipeline.score import Scores, companions, score
+from pipeline.serving.models import log_models
 from pipeline.sharing import share_out
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.embedding_table import Store
@@ -117,6 +118,7 @@ def validate(
                 scores.append(shared.scores[place])
             else:
                 scores.append(beside_baseline(score(task_embeddings, head, in_list), store, device, in_list))
+            scores[-1] = replace(scores[-1], head=head.head)
             _log_scores(scores[-1], run, tracker)
     return scores
 
@@ -162,6 +164,10 @@ def measure_and_publish(
     if not scores:
         return scores, Changes()
     beside.metrics(metrics_of(scores))
+    if config.logging.log_model:
+        registered = config.logging.register_model
+        notes = attempt("log_model", lambda: log_models(encoder, scores, store, here, registered))
+        _warn(notes or (), "log_model", here)
     changes = compare(scores)
     if config.logging.figures:
         facts, both = facts_of(source, step, encoder, scores), Several([here, beside])

@@ -14,11 +14,12 @@ from tests.support.programs import ROOT, loaded_after
 # The rooms, folders and files at the top: each may import those before it.
 ORDER = """
 errors progress engines statistics config data load store encoders tracking checkpoints embed heads train_head score
-baseline_scores sharing report random_init validation command training interface __main__
+baseline_scores sharing serving report random_init validation command training interface __main__
 """.split()
 DEEPEST = 16  # floors of module-level imports
+MLFLOW = "client mlflow mlflow_served pyfunc runs earlier_runs training_run".split()
 ADAPTERS = {
-    "mlflow": {f"tracking.{name}" for name in ("client", "mlflow", "runs", "earlier_runs", "training_run")},
+    "mlflow": {f"tracking.{name}" for name in MLFLOW} | {"serving.pyfunc_script"},
     "peft": {"checkpoints.peft"},
     "wandb": {"tracking.wandb"},
     "torch.utils.tensorboard": {"tracking.tensorboard"},

@@ -74,6 +74,8 @@ ELSEWHERE = {
     "tags": "test_mirrors.py: test_mirrors_of_a_measurement",
     "tensorboard": "test_mirrors.py: test_mirrors_of_a_measurement",
     "figures": "test_figures.py",
+    "log_model": "test_serving.py",
+    "register_model": "test_serving.py: test_an_alias_follows_the_best_of_several_checkpoints",
     "journal": "test_journal.py",
     "architecture": "test_encoders.py: test_a_lightning_checkpoint_that_describes_itself",
     "pooling": "test_decoders.py: test_pooling_of_an_encoder",

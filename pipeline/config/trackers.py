@@ -22,6 +22,13 @@ class Logging:
     tags: list[str] = key("tags of the W&B run", list)
     tensorboard: str | None = key("folder for TensorBoard's files, from the command line; null: none")
     figures: bool = key("make pictures, and `report.html`", True)
+    log_model: bool = key(
+        "store the encoder and the head of each task as a model that `mlflow models serve` answers with", False
+    )
+    register_model: str | None = key(
+        "with `log_model`, the name under which each such model becomes a version in MLflow's model registry; the "
+        "alias `best-<task>` names the best one"
+    )
     journal: str | None = key(
         "folder where what MLflow is sent is written first, and stays; null: `<store>/journal`, until all has arrived"
     )
@@ -36,6 +43,12 @@ class Logging:
             folder = getattr(self, name)
             named = folder is None or (folder.strip() and folder not in BOOLEANS)
             require(bool(named), f"logging.{name}: expected a folder, or null, found '{folder}'")
+        registered = self.register_model
+        fits = registered is None or (bool(registered.strip(" .")) and not {*"/:"} & {*registered})
+        fits = fits and registered not in BOOLEANS
+        require(fits, f"logging.register_model: expected a name without / and :, or null, found '{registered}'")
+        logged = registered is None or self.log_model
+        require(logged, "logging.register_model: expected log_model: true beside it; without that there is no model")
         project = "expected 1 to 128 characters without / \\ # ? % :"
         fits = 0 < len(self.project) <= 128 and not re.search(r"[/\\#?%:]", self.project)
         require(fits, f"logging.project: {project}, found '{self.project[:200]}'")

@@ -29,6 +29,12 @@ class Target:
     outputs: int
     weights: tuple[float, ...] | None = None
 
+    @property
+    def labels(self) -> list[str]:
+        """A name for each output: the labels, then `class N` where more classes were declared; none for regression."""
+        classes = self.classes or ()
+        return [*classes, *(f"class {index}" for index in range(len(classes), self.outputs if classes else 0))]
+
 
 @dataclass(frozen=True)
 class Part:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.errors import CheckpointError
 
@@ -23,6 +23,7 @@ class MegatronTokens(Protocol):
         after: ids of the special tokens behind it.
         padding: the id to pad with.
         digest: changes when an id may change.
+        content: what `read_tokens` makes it from, as JSON has it.
     """
 
     size: int
@@ -30,6 +31,7 @@ class MegatronTokens(Protocol):
     after: Sequence[int]
     padding: int
     digest: str
+    content: Mapping[str, Any]
 
     def ids(self, sequence: str) -> list[int]:
         """The ids of a sequence, as the reference has them, special tokens left out."""
@@ -68,6 +70,7 @@ class ProteinTokens(MegatronTokens):
         self.before = [self._model.bos_id()] if around else []
         self.after = [self._model.eos_id()] if around else []
         self.padding = max(self._model.pad_id(), 0)
+        self.content = {"sentencepiece": content.hex(), "around": around}
         self.digest = f"sentencepiece {hashlib.sha256(content).hexdigest()} {self.before} {self.after}"
         self._of_character = cache(self._character)
 
@@ -125,6 +128,7 @@ class SmilesTokens(MegatronTokens):
             remedy = "write (?: for ("
             raise CheckpointError(f"expected a regular expression without groups, found {found[:60]!r}; {remedy}")
         self._split = whole.findall
+        self.content = {"expression": expression, "vocabulary": vocabulary}
         self._ids: dict[str, int] = {}
         for line in re.split(r"\r\n?|\n", vocabulary):
             if line.strip():
@@ -147,3 +151,10 @@ class SmilesTokens(MegatronTokens):
         """See `MegatronTokens`: tokens."""
         ids = self.ids(sequence)
         return ids.count(self._ids[UNKNOWN]), len(ids)
+
+
+def read_tokens(content: Mapping[str, Any]) -> MegatronTokens:
+    """The tokenizer with this `content`."""
+    if "sentencepiece" in content:
+        return ProteinTokens(bytes.fromhex(content["sentencepiece"]), content["around"])
+    return SmilesTokens(content["expression"], content["vocabulary"])

@@ -239,6 +239,11 @@ class _Convolution(torch.autograd.Function):
         return for_rows, for_taps.view(into, KERNEL, out).flip(1).permute(2, 0, 1), None
 
 
+def standard_head(level: str, hidden_size: int, outputs: Sequence[int]) -> Head:
+    """The head of this project for a level, its weights not drawn yet; `outputs` are those of each target."""
+    return ConvNet(hidden_size, outputs) if level == "token" else MLP(hidden_size, outputs[0])
+
+
 def _convolution(into: int, out: int) -> nn.Module:
     module: nn.Module = skip_init(nn.Conv2d, into, out, kernel_size=(KERNEL, 1), padding=(KERNEL // 2, 0))
     return module

@@ -57,6 +57,22 @@ def remove_abandoned(parent: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def link_folder(source: Path, target: Path) -> None:
+    """Copies a folder; its files are hard links, where the file system has them, so that nothing is written twice.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def link(old: str, new: str) -> None:
+        try:
+            os.link(old, new)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(old, new)
+
+    shutil.copytree(source, target, copy_function=link)
+
+
 def host_mark() -> str:
     """The end of the names of this host's files, in folders that several hosts may share."""
     return "@" + re.sub(r"[^\w.-]", "_", socket.gethostname())

@@ -20,6 +20,7 @@ from typing import Any
 
 from filelock import Timeout
 
+from pipeline.store.temporary import link_folder
 from pipeline.tracking.journal_owner import writer_lock, writer_tags
 
 Record = dict[str, Any]
@@ -124,12 +125,14 @@ class Journal:
         self.listener()
 
     def keep(self, source: Path | str, name: str) -> str | None:
-        """Copies a file, or writes a text. Returns the name of the copy within `files`; None if that failed."""
+        """Copies a file or a folder, or writes a text. Returns the copy's name within `files`; None if that failed."""
         kept = f"{os.urandom(8).hex()}/{name}"
         with self._warns():
             path = self.files / kept
             path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(source, Path):
+            if isinstance(source, Path) and source.is_dir():
+                link_folder(source, path)
+            elif isinstance(source, Path):
                 shutil.copyfile(source, path)
             else:
                 path.write_text(source, encoding="utf-8")
@@ -155,7 +158,7 @@ class Journal:
     def drop(self, records: Sequence[Record]) -> None:
         """Removes the copies of files that have arrived."""
         for record in records:
-            if record["op"] == "artifact":
+            if record["op"] in ("artifact", "served"):
                 shutil.rmtree((self.files / record["file"]).parent, ignore_errors=True)
 
     @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.journal_owner import writer_tags
-from pipeline.tracking.protocol import KIND, STAGE, Data
+from pipeline.tracking.protocol import KIND, STAGE, Data, Served
 
 NOTE = "mlflow.note.content"
 
@@ -85,6 +85,12 @@ class JournalRun:
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
         """See `Tracker.artifact`."""
         self._file(path, path.name, folder)
+
+    def served(self, folder: Path, model: Served, step: int = 0) -> None:
+        """See `Tracker.served`. A run without a checkpoint, such as one nested in another, has none."""
+        kept = self.journal.keep(folder, model.task) if self.model else None
+        if kept is not None:
+            self._write("served", file=kept, key=uuid.uuid4().hex, model=self.model, step=step, served=asdict(model))
 
     def text(self, content: str, name: str) -> None:
         """A text artifact; `name` may have folders in it."""

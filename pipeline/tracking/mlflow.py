@@ -19,7 +19,6 @@ from mlflow.entities import (
     DatasetInput,
     InputTag,
     LoggedModel,
-    LoggedModelOutput,
     LoggedModelStatus,
     Metric,
     Param,
@@ -37,6 +36,7 @@ from pipeline.tracking.client import connect, fail_fast, patient, sweep
 from pipeline.tracking.delivery import RefusedError
 from pipeline.tracking.journal import Journal, Record
 from pipeline.tracking.journal_owner import KEY, WRITER, lives
+from pipeline.tracking.mlflow_served import link_model, log_served
 
 MAX_RUNS = 10_000  # that may be RUNNING, or nested in a run
 # Error codes of answers that will be the same next time; any other may be a server in trouble.
@@ -203,6 +203,12 @@ class MlflowSink:
         with patient():
             self.client.log_artifact(run_id, str(path), record["folder"] or None)
 
+    def _served(self, run_id: str, record: Record) -> None:
+        folder = self.journal.files / record["file"]
+        if not folder.is_dir():
+            raise RefusedError(f"the model '{folder}' is gone")
+        log_served(self.client, run_id, self.experiments[record["run"]], folder, record)
+
     def _data(self, run_id: str, record: Record) -> None:
         data = record["data"]
         source = json.dumps({"uri": data["source"]})
@@ -220,9 +226,7 @@ class MlflowSink:
         if model.status != LoggedModelStatus.READY:
             self._finish(model)
         self._models[experiment, record["digest"]] = model.model_id
-        linked = self.client.get_run(run_id).outputs
-        if not any(output.model_id == model.model_id for output in (linked.model_outputs if linked else [])):
-            self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, record["step"] or 0)])
+        link_model(self.client, run_id, model.model_id, record["step"] or 0)
 
     def _model_id(self, record: Record) -> str | None:
         """The id of the LoggedModel whose weights were measured; None where the record names no weights."""

@@ -32,6 +32,29 @@ class Data:
     left_out: int
 
 
+@dataclass(frozen=True)
+class Served:
+    """A model that answers for a task, and how good it is.
+
+    Attributes:
+        task: the task's name, of letters, digits, `_` and `-`.
+        metrics: names of the metrics that are the model's too.
+        headline: the name of the metric by which models of the task are ranked; empty for none.
+        value: of that metric.
+        lower_is_better: of that metric.
+        data: a digest of what it was measured on.
+        registered: the name that it is registered under; None for none.
+    """
+
+    task: str
+    metrics: Sequence[str]
+    headline: str
+    value: float | None
+    lower_is_better: bool
+    data: str
+    registered: str | None = None
+
+
 class Tracker(Protocol):
     """Where results are logged."""
 
@@ -43,6 +66,9 @@ class Tracker(Protocol):
 
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
         """Stores a file in a folder of the run's files; a picture may be shown at a step."""
+
+    def served(self, folder: Path, model: Served, step: int = 0) -> None:
+        """Stores a folder that holds a model which can be served. Its metrics at that step have been logged."""
 
     def note(self, text: str) -> None:
         """Logs a line for the readers of the run: a warning, or why a metric is left out."""
@@ -73,6 +99,10 @@ class Several:
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:
         """See `Tracker.artifact`."""
         self._each(path.name, lambda tracker: tracker.artifact(path, folder, step))
+
+    def served(self, folder: Path, model: Served, step: int = 0) -> None:
+        """See `Tracker.served`."""
+        self._each(f"the model of {model.task}", lambda tracker: tracker.served(folder, model, step))
 
     def note(self, text: str) -> None:
         """See `Tracker.note`."""
@@ -121,6 +151,10 @@ class AtStep(Several):
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
         """See `Tracker.artifact`."""
         super().artifact(path, folder, self.at)
+
+    def served(self, folder: Path, model: Served, step: int = 0) -> None:  # noqa: ARG002
+        """See `Tracker.served`."""
+        super().served(folder, model, self.at)
 
 
 class _StageAtStep(AtStep):

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking.protocol import Data, NullTracker, Tracker
+from pipeline.store.temporary import link_folder
+from pipeline.tracking.protocol import Data, NullTracker, Served, Tracker
 
 
 class Recording(NullTracker):
@@ -45,6 +46,12 @@ class Recording(NullTracker):
         shutil.copyfile(path, self.folder / kept)
         self.calls.append(["artifact", kept, folder, step])
 
+    def served(self, folder: Path, model: Served, step: int = 0) -> None:
+        """See `Tracker.served`."""
+        kept = os.urandom(8).hex()
+        link_folder(folder, self.folder / kept)
+        self.calls.append(["served", kept, asdict(model), step])
+
     def note(self, text: str) -> None:
         """See `Tracker.note`."""
         self.calls.append(["note", text])
@@ -66,6 +73,9 @@ def replay(calls: Sequence[Any], tracker: Tracker, folder: Path) -> None:
         elif call == "artifact":
             kept, place, step = values
             tracker.artifact(folder / kept, place, step)
+        elif call == "served":
+            kept, model, step = values
+            tracker.served(folder / kept, Served(**model), step)
         elif call == "note":
             tracker.note(values[0])
         else:

@@ -20,8 +20,8 @@ def loop_of(
 ) -> tuple[Downstream, Any]:
     """The loop, and its model; `options` are further keys of the section."""
     own = Background(**{"worker_command": NOBODY, "drain_timeout": 0.0, **background})
-    given = {"on_start": True, "on_error": on_error, **(options or {})}
-    config = section(folder, task, mode="background", background=own, **given)
+    given = {"mode": "background", "on_start": True, "on_error": on_error, **(options or {})}
+    config = section(folder, task, background=own, **given)
     set_seed(1)
     model: Any = EsmForMaskedLM.from_pretrained(esm)
     return Downstream(config, tokenizer=AutoTokenizer.from_pretrained(esm), folder=folder / "out"), model
