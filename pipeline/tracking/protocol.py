@@ -47,6 +47,19 @@ class Tracker(Protocol):
         """Logs a part of the data that was used."""
 
 
+class Run(Tracker, Protocol):
+    """A run of MLflow's that belongs to one checkpoint."""
+
+    def rename(self, name: str) -> None:
+        """Gives the run another name."""
+
+    def describe(self, markdown: str) -> None:
+        """The description on the run's page."""
+
+    def checkpoint(self, name: str, digest: str, source: str, step: int | None = None) -> None:
+        """Links the run's metrics from here on to the model of these weights."""
+
+
 class Several:
     """Passes everything on to several trackers."""
 

@@ -13,8 +13,12 @@ from typing import Any
 from pipeline.tracking.protocol import Data, NullTracker, Tracker
 
 
+class FailedStageError(Exception):
+    """The error that a recorded stage ended with, where it is replayed."""
+
+
 class Recording(NullTracker):
-    """A tracker that keeps what it is told.
+    """A tracker that keeps what it is told; what is a `Run`'s too.
 
     Attributes:
         calls: as JSON has them, for `replay`.
@@ -31,7 +35,11 @@ class Recording(NullTracker):
         """See `Tracker.stage`."""
         within = Recording(self.folder)
         self.calls.append(["stage", name, within.calls])
-        yield within
+        try:
+            yield within
+        except Exception as error:
+            within.calls.append(["failed", str(error)])
+            raise
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
         """See `Tracker.metrics`."""
@@ -53,9 +61,25 @@ class Recording(NullTracker):
         """See `Tracker.data`."""
         self.calls.append(["data", asdict(data)])
 
+    def rename(self, name: str) -> None:
+        """See `Run.rename`."""
+        self.calls.append(["rename", name])
 
-def replay(calls: Sequence[Any], tracker: Tracker, folder: Path) -> None:
-    """Makes the calls of a `Recording`, whose files are in `folder`."""
+    def describe(self, markdown: str) -> None:
+        """See `Run.describe`."""
+        self.calls.append(["describe", markdown])
+
+    def checkpoint(self, name: str, digest: str, source: str, step: int | None = None) -> None:
+        """See `Run.checkpoint`."""
+        self.calls.append(["checkpoint", name, digest, source, step])
+
+
+def replay(calls: Sequence[Any], tracker: Any, folder: Path) -> None:
+    """Makes the calls of a `Recording`, whose files are in `folder`, on a `Tracker`, or a `Run` if some are a run's.
+
+    Raises:
+        FailedStageError: a stage ended with an error; then its run does.
+    """
     for call, *values in calls:
         if call == "stage":
             with tracker.stage(values[0]) as within:
@@ -66,7 +90,9 @@ def replay(calls: Sequence[Any], tracker: Tracker, folder: Path) -> None:
         elif call == "artifact":
             kept, place, step = values
             tracker.artifact(folder / kept, place, step)
-        elif call == "note":
-            tracker.note(values[0])
-        else:
+        elif call == "data":
             tracker.data(Data(**values[0]))
+        elif call == "failed":
+            raise FailedStageError(values[0])
+        else:
+            getattr(tracker, call)(*values)
