@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ J = TypeVar("J")
 logger = logging.getLogger(__name__)
 
 TRIES = 3  # of work whose process has ended, after the first
-RESTARTS = 20  # of one encoder's process, in a job that may take days
 GROUP_BYTES = 2**14  # of items that go to a process together: each group costs Ray some milliseconds
 LOST = "see Ray's own log; where memory was short, set ray.workers or max_batch_tokens lower"
 
@@ -71,7 +71,7 @@ def connected(needs: Needs) -> Iterator[RayEngine]:
 def _ray() -> Any:
     """The library, which then tells nobody that it is used."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray.data
     except ImportError as error:
@@ -157,19 +157,19 @@ class RayEngine(Alone):
         """
         self.release()
         dumps = self._ray.cloudpickle.dumps
-        groups = [{"group": group} for group in _grouped(map(dumps, items))]
+        groups = [{"number": number, "group": group} for number, group in enumerate(_grouped(map(dumps, items)))]
+        tries = self._ray.remote(num_cpus=0)(_Tries).remote()
         data = self._ray.data.from_items(groups, override_num_blocks=len(groups))
         size = min(self.workers, len(groups))
         found = data.map_batches(
             _Pooled,
-            fn_constructor_args=(dumps((make, work, self._settings)),),
+            fn_constructor_args=(dumps((make, work, self._settings)), tries),
             compute=self._ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
             batch_size=None,
             batch_format="pyarrow",
-            ray_remote_args_fn=_remote_args,
             **self._takes,
         )
-        _quiet_and_in_order(found.context)
+        _set_up(found.context)
         with self._losses():
             for batch in found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
                 for one in batch["found"]:
@@ -264,19 +264,42 @@ class _Hosted:
 class _Pooled:
     """The object of `RayEngine.stream`, in each process of the pool."""
 
-    def __init__(self, arguments: bytes) -> None:
+    def __init__(self, arguments: bytes, tries: Any) -> None:
         make, self._work, self._settings = pickle.loads(arguments)  # noqa: S301  # from the program that started it
+        self._tries = tries
         self._made = self._settings.run(make)
 
     def __call__(self, groups: Any) -> Any:
         import pyarrow as pa
 
-        found = [pickle.dumps([self._of(item) for item in group.as_py()], protocol=5) for group in groups["group"]]
+        pairs = zip(groups["number"].to_pylist(), groups["group"].to_pylist(), strict=True)
+        found = [pickle.dumps(self._of_group(number, group), protocol=5) for number, group in pairs]
         return pa.table({"found": pa.array(found, pa.large_binary())})
+
+    def _of_group(self, number: int, group: Sequence[bytes]) -> list[Answer]:
+        """The answers to a group; an error where process after process has ended with it."""
+        import ray
+
+        if ray.get(self._tries.of.remote(number)) > 1 + TRIES:
+            ended = f"engine: {1 + TRIES} worker processes have ended, one after another, with the same sequences"
+            return [Answer(error=EngineError(f"{ended}; {LOST}"))]
+        return [self._of(item) for item in group]
 
     def _of(self, item: bytes) -> Answer:
         found: Answer = self._made.then(self._settings, lambda made: self._work(made, pickle.loads(item)))  # noqa: S301
         return found
+
+
+class _Tries:
+    """Counts how often each group was begun: Ray Data itself would begin it without an end."""
+
+    def __init__(self) -> None:
+        self._begun = Counter[int]()
+
+    def of(self, number: int) -> int:
+        """Counts, and gives, those of a group."""
+        self._begun[number] += 1
+        return self._begun[number]
 
 
 def _done(arguments: bytes, job: Any) -> Answer:
@@ -297,14 +320,10 @@ def _grouped(items: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield group
 
 
-def _remote_args() -> dict[str, Any]:
-    """Of the pool: by default a group that ends its process, such as for lack of memory, is tried without an end."""
-    return {"max_restarts": RESTARTS, "max_task_retries": TRIES}
-
-
-def _quiet_and_in_order(context: Any) -> None:
-    """Sets how Ray Data runs a data set: it gives results in the order of the items, and prints nothing."""
+def _set_up(context: Any) -> None:
+    """Sets how Ray Data runs a data set: results are in the order of the items; nothing is printed."""
     context.execution_options.preserve_order = True
+    context.max_consecutive_actor_init_deaths = TRIES
     context.enable_progress_bars = context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
