@@ -77,14 +77,14 @@ class Own:
     def __init__(self, lab: Lab) -> None:
         self.lab, self.seen = lab, lab.folder / "seen"
         self.seen.mkdir()
-        (lab.folder / "own.txt").write_text(str(self.seen))
+        (lab.folder / "own.ckpt").write_text(str(self.seen))
         rows = [{"sequence": text, "value": str(len(text))} for text in (*proteins(12, seed=3), FATAL)]
         write_csv(lab.folder / "test" / "x000.csv", rows)
 
     def command(self, encoder: str, store: str, **how: Any) -> list[str]:
         self.lab.task["infer_target"] = OWN + encoder
         entry, _, config = self.lab.command(VALUE, store=str(self.lab.folder / store), **how)
-        return [entry, f"--ckpt={self.lab.folder / 'own.txt'}", config]
+        return [entry, f"--ckpt={self.lab.folder / 'own.ckpt'}", config]
 
     def processes(self) -> set[str]:
         """Those that have embedded something."""
@@ -100,7 +100,7 @@ def test_a_worker_that_is_killed_is_made_good(cluster: None, own: Own, capsys: p
     """It is killed as it embeds; another takes its place, and nothing is lost or twice there."""
     on_ray = answer(own.command("KilledOnce", "ray", **ON_RAY), capsys)
     assert (own.seen / "killed").exists()
-    assert len(own.processes()) == 3
+    assert len(own.processes()) >= 2
     assert on_ray["checkpoints"] == answer(own.command("KilledOnce", "alone", **ALONE), capsys)["checkpoints"]
     assert bytes_of(own.lab.folder / "ray") == bytes_of(own.lab.folder / "alone")
 
@@ -112,7 +112,7 @@ def test_an_error_of_a_worker_is_said_as_here(cluster: None, own: Own, capsys: p
     """In one line, without a word of Ray's; what was embedded before it stays."""
     said = [answer(own.command("Wrong", name, **how), capsys, 2) for name, how in (("ray", ONE), ("alone", ALONE))]
     assert said[0] == said[1]
-    assert "hidden_states: expected 1 tensors of shape (tokens, 24), found shapes [(28, 23)]" in said[0]["error"]
+    assert "infer_target: hidden_states: expected 2 tensors of shape (tokens, 24), found" in said[0]["error"]
 
 
 def test_checkpoints_are_measured_at_once(cluster: None, lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +128,7 @@ def test_checkpoints_are_measured_at_once(cluster: None, lab: Lab, capsys: pytes
         runs.append(everything(lab, lab.parents()[0]))
     assert found[0] == found[1]
     assert runs[0] == runs[1]
-    assert [sorted(one) for one in found[0][0]] == 2 * [["label", "metrics", "step"]] + [["error", "label"]]
+    assert [sorted(one) for one in found[0][0]] == 2 * [["label", "metrics", "step"]] + [["error", "label", "metrics"]]
 
 
 def everything(lab: Lab, run: Any, above: str = "") -> dict[str, Any]:
