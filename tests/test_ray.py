@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("ray", reason="needs the extra ray")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import ray
 
+from pipeline import measure
 from pipeline.__main__ import main
+from pipeline.engines.ray_engine import Needs, connected
+from pipeline.errors import ConfigError
 from tests.support.data import proteins, write_csv
 from tests.support.lab import STATE, VALUE, Lab, furnished, own_signals, write_checkpoint
+from tests.support.programs import ROOT
 from tests.support.ray_encoders import FATAL
 
 ON_RAY: dict[str, Any] = {"engine": "ray", "ray": {"threads": 1, "workers": 2}, "max_batch_tokens": 64}
@@ -129,6 +136,61 @@ def test_checkpoints_are_measured_at_once(cluster: None, lab: Lab, capsys: pytes
     assert found[0] == found[1]
     assert runs[0] == runs[1]
     assert [sorted(one) for one in found[0][0]] == 2 * [["label", "metrics", "step"]] + [["error", "label", "metrics"]]
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        (
+            {"ray": {"gpus": 1}},
+            "ray: expected a machine with 1 processors and 1 GPUs for a worker, found one with 2 and 0",
+        ),
+        ({"ray": {"threads": 3}}, "ray: expected a machine with 3 processors and 0 GPUs for a worker"),
+        ({"ray": {"workers": 0}}, "ray.workers is 0, expected at least 1"),
+        ({"ray": {"gpus": 1.5}}, "ray.gpus is 1.5, expected a part of one, such as 0.5, or a whole number"),
+        ({"device": "cuda:1"}, "device: engine ray gives each worker a GPU of its own; expected auto, cuda or cpu"),
+        ({"engine": "rya"}, "engine: expected one of local, ray, found 'rya'; did you mean 'ray'?"),
+    ],
+)
+def test_what_a_worker_takes(
+    cluster: None, lab: Lab, capsys: pytest.CaptureFixture[str], section: dict[str, Any], said: str
+) -> None:
+    """What is not there, or cannot be, is said before a run is begun."""
+    command = lab.command(VALUE, **{"engine": "ray", "device": "auto", "ray": {"threads": 1}, **section})
+    assert said in answer(command, capsys, 2)["error"]
+    assert lab.runs() == []
+
+
+def test_workers_are_as_many_as_there_is_room_for(cluster: None) -> None:
+    for needs, workers, gpus in ((Needs(1), 2, 0), (Needs(2), 1, 0), (Needs(1, most=1), 1, 0), (Needs(1, 0.0), 2, 0)):
+        with connected(needs) as engine:
+            assert (engine.workers, engine.gpus) == (workers, gpus)
+    assert ray.is_initialized()  # it was there before
+
+
+def test_without_the_extra_the_error_names_it(lab: Lab) -> None:
+    """As on a machine where it is not installed."""
+    command = lab.command(VALUE, engine="ray")
+    code = f"import sys\nsys.modules['ray'] = None\nfrom pipeline.__main__ import main\nsys.exit(main({command!r}))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].endswith("pip install 'downstream-validation[ray]'")
+    assert "Traceback" not in run.stderr
+
+
+def test_a_cluster_that_is_not_there_is_named(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, which has no connection yet."""
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:1:2")
+    command = [sys.executable, "-m", "pipeline", *lab.command(VALUE, engine="ray")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "error: engine: Ray at 'somewhere:1:2' cannot be reached" in run.stderr.splitlines()[-1]
+
+
+def test_a_module_is_refused(cluster: None, lab: Lab) -> None:
+    config = lab.command(VALUE, **ON_RAY)[2].removeprefix("--config=")
+    with pytest.raises(ConfigError, match="expected a checkpoint that Ray's workers can open, found a Linear; save it"):
+        measure(torch.nn.Linear(2, 2), config)
 
 
 def everything(lab: Lab, run: Any, above: str = "") -> dict[str, Any]:

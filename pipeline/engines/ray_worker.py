@@ -37,6 +37,7 @@ class Pooled:
         self._made = self._settings.run(make)
 
     def __call__(self, groups: Any) -> Any:
+        """The pickled answers to each group of a table."""
         import pyarrow as pa
 
         pairs = zip(groups["number"].to_pylist(), groups["group"].to_pylist(), strict=True)
