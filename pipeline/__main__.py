@@ -114,7 +114,9 @@ def _measure(options: argparse.Namespace) -> Answer:
 
 def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
     from pipeline.checkpoints.names import expand, name_of
-    from pipeline.command import measuring
+    from pipeline.command.engine import engine_of
+    from pipeline.command.measuring import measure_checkpoint
+    from pipeline.command.several import measure_checkpoints
     from pipeline.config.yaml_file import to_mapping
     from pipeline.report.overview import overview_frame
     from pipeline.report.publishing import describe
@@ -129,16 +131,17 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
     store.clear()
     lines, table = list[str](), None
     with (
+        engine_of(config) as engine,
         open_run(name, config, options.tracking_uri) as opened,
         mirrors(config.logging, name, to_mapping(config), store.root.expanduser()) as others,
     ):
         describe(opened.run, config, MEASUREMENT)
         if len(ckpts) == 1:
-            measured = measuring.measure_checkpoint(ckpts[0], config, store, opened.run, others, options.until)
+            measured = measure_checkpoint(ckpts[0], config, store, opened.run, others, options.until, engine=engine)
             rows, table = [measured.row], overview_frame(measured.scores, measured.changes)
             lines = [measured.overview.text()] if measured.scores else []
         else:
-            rows, board = measuring.measure_checkpoints(ckpts, config, store, opened.run, others, options.until)
+            rows, board = measure_checkpoints(ckpts, config, store, opened.run, others, options.until, engine)
             if board:
                 table, lines = board.frame, [board.table.text(), *board.remarks]
         failed = {row.label: row.error for row in rows if row.error}

@@ -17,14 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from pipeline.encoders.embedding_pass import Pooled, embed_missing
-from pipeline.encoders.forward import POOLED, Transfer, misaligned
+from pipeline.encoders.embedding_pass import embed_missing
 from pipeline.encoders.protocol import Encoder
 from pipeline.encoders.unknown import count_unknown
 from pipeline.engines.workers import ALONE, Workers
-from pipeline.errors import CheckpointError
 from pipeline.load import Examples
 from pipeline.statistics.label_free import label_free, sample
 from pipeline.store.embedding_table import EmbeddingTable, Store, sequence_key
@@ -136,7 +133,6 @@ class _Level:
         self.memory_bytes, self.reusable = store.memory_bytes, encoder.reusable
         self.missing: dict[bytes, str] = {}
         self.rows: Rows | None = None
-        self._per_character = encoder.per_character
 
     def look_up(self) -> None:
         """Reads stored rows, and finds the missing sequences; damaged shards are dropped, and theirs are missing."""
@@ -163,20 +159,6 @@ class _Level:
     def _read(self, index: dict[bytes, Entry], memory_bytes: int) -> None:
         self.entries = {key: index[key] for key in self.texts if key in index}
         self.rows = Rows(self.table, self.entries.values(), memory_bytes)
-
-    def pooled(self, batch: Sequence[bytes], states: Sequence[Tensor]) -> Pooled | None:
-        """The missing rows of a batch from its hidden states, each (tokens, hidden_size); pooled on their device."""
-        found = {key: rows for key, rows in zip(batch, states, strict=True) if key in self.missing}
-        if not found:
-            return None
-        if self.pooling in POOLED:
-            found = {key: POOLED[self.pooling](rows) for key, rows in found.items()}
-        else:
-            found = {key: self._per_character(self.texts[key], rows) for key, rows in found.items()}
-            for key, rows in found.items():
-                if len(rows) != len(self.texts[key]):
-                    raise CheckpointError(misaligned(self.texts[key], len(rows)))
-        return Pooled(list(found), [len(rows) for rows in found.values()], Transfer(torch.cat(list(found.values()))))
 
 
 def made_with(

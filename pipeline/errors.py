@@ -5,7 +5,8 @@ PipelineError
 ├── DataError         a CSV file: names file, line and column
 ├── CheckpointError   `ckpt` does not exist, cannot be read, or does not fit the task
 ├── CacheError        the embedding store cannot be read or written
-└── TrackingError     a tracker cannot be reached or refuses a name
+├── TrackingError     a tracker cannot be reached or refuses a name
+└── EngineError       Ray cannot be reached, or has lost a worker too often
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class CacheError(PipelineError):
 
 class TrackingError(PipelineError):
     """A tracker cannot be used."""
+
+
+class EngineError(PipelineError):
+    """Work that was to run elsewhere did not."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pipeline.checkpoints.names import name_of, step_of, with_step
-from pipeline.checkpoints.opening import open_encoder
+from pipeline.command.engine import engine_of, open_on
 from pipeline.command.measuring import measure_encoder
 from pipeline.config.fields import check_choice
 from pipeline.config.schema import POOLINGS, Config
@@ -32,6 +32,8 @@ from pipeline.encoders.devices import find_device
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
+from pipeline.engines.ray_engine import RayEngine
+from pipeline.engines.workers import ALONE
 from pipeline.errors import ConfigError, DataError, nearest
 from pipeline.load import Examples, load
 from pipeline.report.measured import Measured
@@ -87,16 +89,18 @@ def measure(
         logger.info("config      %s", note)
     store = Store.from_config(checked)
     store.clear()
-    with _opened(ckpt, EncoderOptions.from_config(checked), tokenizer) as found:
+    with engine_of(checked) as engine, _opened(ckpt, EncoderOptions.from_config(checked), tokenizer, engine) as found:
         known = [load(task, found.encoder.max_seq_length, frames) for task in checked.dataset] if frames else ()
         args = (found.encoder, found.source, found.step, found.label)
         if track is False:
             silent = replace(checked, logging=replace(checked.logging, figures=False, log_model=False))
-            result, run_id = measure_encoder(*args, silent, store, known=known), None
+            result, run_id = measure_encoder(*args, silent, store, known=known, workers=engine or ALONE), None
         else:
             uri = track if isinstance(track, str) else ""
             with _tracked(found.label, checked, uri) as (opened, others):
-                result = measure_encoder(*args, checked, store, opened.run, others, known=known)
+                result = measure_encoder(
+                    *args, checked, store, opened.run, others, known=known, workers=engine or ALONE
+                )
             run_id = opened.ids[1] if opened.ids else None
     return Measured(found.label, result.scores, result.changes, result.facts, checked, tuple(notes), run_id)
 
@@ -161,9 +165,15 @@ class _Opened:
 
 @contextmanager
 def _opened(
-    ckpt: str | PathLike[str] | nn.Module | Encoder | None, options: EncoderOptions, tokenizer: Any
+    ckpt: str | PathLike[str] | nn.Module | Encoder | None,
+    options: EncoderOptions,
+    tokenizer: Any,
+    engine: RayEngine | None = None,
 ) -> Iterator[_Opened]:
     """The encoder of whatever is measured; a module is put back as it was."""
+    if engine is not None and not isinstance(ckpt, (str, PathLike, type(None))):
+        expected = f"engine: expected a checkpoint that Ray's workers can open, found a {type(ckpt).__name__}"
+        raise ConfigError(f"{expected}; save it, or set engine to local")
     if isinstance(ckpt, nn.Module):
         module = unwrapped(ckpt)
         if options.compile:
@@ -183,7 +193,7 @@ def _opened(
         yield _Opened(encoder, kind, encoder.step, kind)
         return
     name = shipped(CKPT) if ckpt is None else str(ckpt)
-    encoder = open_encoder(name, options)
+    encoder = open_on(engine, name, options)
     step = step_of(name, encoder)
     yield _Opened(encoder, name, step, with_step(name_of(name), step))
 

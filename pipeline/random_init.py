@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
 
 from pipeline.config.schema import Config
-from pipeline.embed import embed
+from pipeline.embed import Embeddings, embed
 from pipeline.encoders.protocol import Encoder
+from pipeline.engines.workers import ALONE, Workers
 from pipeline.errors import CheckpointError
 from pipeline.report.overview import Changes
 from pipeline.score import Scores, score
+from pipeline.sharing import for_heads
 from pipeline.statistics.intervals import changes
 from pipeline.statistics.predictions import from_table
 from pipeline.store.embedding_table import Store
@@ -31,7 +37,9 @@ class RandomInit:
         scores: of each task, once `compare` was called.
     """
 
-    def __init__(self, encoder: Encoder, config: Config, store: Store, tracker: Tracker, step: int) -> None:
+    def __init__(
+        self, encoder: Encoder, config: Config, store: Store, tracker: Tracker, step: int, workers: Workers = ALONE
+    ) -> None:
         """Draws the weights.
 
         Args:
@@ -40,13 +48,14 @@ class RandomInit:
             store: where embeddings and heads are kept.
             tracker: gets the changes, at `step`.
             step: of the checkpoint.
+            workers: may fit and score the heads.
 
         Raises:
             CheckpointError: the encoder is of a class that cannot be made anew.
         """
         self.seed, self.in_list = config.dataset[0].random_seed, config.is_list
         self.scores: list[Scores] = []
-        self._store, self._tracker = store, AtStep(tracker, step)
+        self._store, self._tracker, self._workers = store, AtStep(tracker, step), workers
         untrained = encoder.untrained(self.seed)
         if untrained is None:
             kind = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
@@ -70,11 +79,20 @@ class RandomInit:
         return Changes(found, "random_init", f"random weights (seed {self.seed})")
 
     def _measure(self, scores: Sequence[Scores]) -> list[Scores]:
-        found = []
-        for embeddings in embed([one.examples for one in scores], self._untrained, self._store):
-            fitted = train_head(embeddings, self._store, self._untrained.device)
-            one = score(embeddings, fitted, self.in_list)
+        examples = [one.examples for one in scores]
+        embedded = embed(examples, self._untrained, self._store)
+        workers, device = for_heads(embedded, self._untrained.device, self._workers)
+        measure = partial(_scored, embeddings=embedded, store=self._store, device=device, in_list=self.in_list)
+        without = workers.each(measure, range(len(embedded)), [float(len(one.train)) for one in examples])
+        found = [replace(one, examples=own) for one, own in zip(without, examples, strict=True)]
+        for one in found:
             numbers = ", ".join(f"{metric.key} {metric.value:.4f}" for metric in one.results if metric.is_headline)
             logger.info("random_init %s: %s", one.task_name, numbers)
-            found.append(one)
         return found
+
+
+def _scored(place: int, embeddings: Sequence[Embeddings], store: Store, device: torch.device, in_list: bool) -> Scores:
+    """The scores of a task without its examples, which whoever asks has."""
+    one = embeddings[place]
+    found = score(one, train_head(one, store, device), in_list)
+    return replace(found, examples=None)  # type: ignore[arg-type]

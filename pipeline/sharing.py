@@ -1,30 +1,35 @@
 """Stages 3 and 4 with several workers: heads, probes and baselines of all tasks are fitted at once, then scored.
 
 Each gives the bits that it has in one process. So the seeds of a task that are trained at once stay together; other
-heads of one task, and its probe, may be fitted by different workers.
+heads of one task, and its probe, may be fitted by different workers. What they fit and score is sent to them where they
+have not embedded it themselves.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from pipeline.baseline_scores import beside_baseline, try_baseline
 from pipeline.embed import Embeddings
-from pipeline.engines.workers import Workers, here
+from pipeline.engines.workers import ALONE, Workers, here
 from pipeline.heads.fit import trained_at_once
 from pipeline.heads.probe import fit_probe
 from pipeline.score import Scores, score
 from pipeline.store.embedding_table import Store
 from pipeline.train_head import FittedHead, PackedHead, fit_seeds, fitted_head
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker fits.
+    """What a worker fits.
 
     Attributes:
         task: the place of the task in the list.
@@ -60,32 +65,42 @@ def share_out(
     Raises:
         PipelineError: see `train_head`.
     """
+    workers, device = for_heads(embeddings, device, workers)
     jobs = [job for place, one in enumerate(embeddings) for job in _jobs(place, one, with_scores)]
-    mine = _shared_out(jobs, workers.count)[workers.rank]
-    found = workers.together(lambda: [(job, _fit(job, embeddings[job.task], store, device)) for job in mine])
-    done = [pair for of_worker in found for pair in of_worker]
+    fit = partial(_fit, embeddings=embeddings, store=store, device=device)
+    done = list(zip(jobs, workers.each(fit, jobs, [job.cost for job in jobs]), strict=True))
 
     def of(place: int, kind: str) -> list[Any]:
         return [result for job, result in done if (job.task, job.kind) == (place, kind)]
 
-    def head(place: int) -> FittedHead:
+    def head(place: int, device: torch.device) -> FittedHead:
         one, task = embeddings[place], embeddings[place].examples.task
         packed = {head.head.seed: head for heads in of(place, "heads") for head in heads}
         heads = [packed[seed].unpacked(one, device) for seed in task.seeds]
         return fitted_head(task, heads, *(of(place, "probe") or [None]))
 
     def scored(place: int) -> Any:
-        measured = score(embeddings[place], heads[place], in_list)
+        measured = score(embeddings[place], head(place, device), in_list)
         found = beside_baseline(measured, store, device, in_list, *of(place, "baseline"))
         return replace(found, examples=None)  # type: ignore[arg-type]  # every worker has them
 
-    heads = here(workers, lambda: [head(place) for place in range(len(embeddings))])
+    places = range(len(embeddings))
+    heads = here(workers, lambda: [head(place, torch.device("cpu")) for place in places])
     if not with_scores:
         return Shared(heads, [])
-    own = range(workers.rank, len(embeddings), workers.count)
-    each = workers.together(lambda: [scored(place) for place in own])
-    scores = [each[place % workers.count][place // workers.count] for place in range(len(embeddings))]
+    scores = workers.each(scored, places, [float(len(one.examples.test)) for one in embeddings])
     return Shared(heads, [replace(one, examples=these.examples) for one, these in zip(scores, embeddings, strict=True)])
+
+
+def for_heads(embeddings: Sequence[Embeddings], device: torch.device, workers: Workers) -> tuple[Workers, torch.device]:
+    """Who fits heads, and on which device: this process, where others would have to be sent more than it has in memory.
+
+    Ranks have the rows already, or read them from the same files.
+    """
+    if workers.count > 1 or not workers.shares or all(one.all_rows.in_memory for one in embeddings):
+        return workers, device
+    logger.info("heads and scores are made in this process: the embeddings are more than memory_budget")
+    return ALONE, device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
 
 
 def _jobs(place: int, embeddings: Embeddings, with_baseline: bool) -> list[Job]:
@@ -99,17 +114,10 @@ def _jobs(place: int, embeddings: Embeddings, with_baseline: bool) -> list[Job]:
     return jobs if task.probe == "none" else [*jobs, Job(place, "probe", (), rows / 2)]
 
 
-def _shared_out(jobs: Sequence[Job], count: int) -> list[list[Job]]:
-    """The jobs of each worker: the most costly first, each to the one with the least to do."""
-    shares: list[list[Job]] = [[] for _ in range(count)]
-    for job in sorted(jobs, key=lambda job: -job.cost):
-        min(shares, key=lambda share: sum(one.cost for one in share)).append(job)
-    return shares
-
-
-def _fit(job: Job, embeddings: Embeddings, store: Store, device: torch.device) -> Any:
+def _fit(job: Job, embeddings: Sequence[Embeddings], store: Store, device: torch.device) -> Any:
+    own = embeddings[job.task]
     if job.kind == "probe":
-        return fit_probe(embeddings)
+        return fit_probe(own)
     if job.kind == "baseline":
-        return try_baseline(embeddings.examples, store, device)
-    return [PackedHead.of(head) for head in fit_seeds(embeddings, job.seeds, store, device)]
+        return try_baseline(own.examples, store, device)
+    return [PackedHead.of(head) for head in fit_seeds(own, job.seeds, store, device)]

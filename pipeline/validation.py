@@ -100,7 +100,7 @@ def validate(
         return []
     tests, device = last >= STAGES.index("score"), encoder.device
     shared = None
-    if workers.count > 1:
+    if workers.shares:
         with _stage(tracker, SHARED):
             shared = share_out(embeddings, store, device, in_list, tests, workers)
         if workers.rank > 0:  # the first logs

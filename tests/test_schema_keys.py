@@ -19,6 +19,7 @@ from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.background import Background
 from pipeline.config.class_paths import import_class
 from pipeline.config.documentation import markdown
+from pipeline.config.engine import Ray
 from pipeline.config.schema import Config
 from pipeline.config.task import Files, MaxRows, Task
 from pipeline.config.trackers import Logging
@@ -40,7 +41,7 @@ from tests.support.data import make_task, planted, planted_task, proteins, write
 from tests.support.encoders import FakeEncoder
 from tests.support.programs import ROOT
 
-SCHEMAS = (Config, Background, Logging, Task, Files)
+SCHEMAS = (Config, Background, Ray, Logging, Task, Files)
 # Where a key that has no test below is tested.
 ELSEWHERE = {
     "enabled": "test_lightning.py: test_a_disabled_section_gives_no_callback",
@@ -67,6 +68,11 @@ ELSEWHERE = {
     "child_runs": "test_lightning.py: test_child_runs",
     "keep_embeddings": "test_lightning.py: test_embeddings_of_live_weights_go_unless_they_are_kept",
     "timeout": "test_ranks.py: test_a_rank_that_does_not_come_is_named",
+    "engine": "test_ray.py: test_tables_and_scores_are_those_of_one_process",
+    "ray": "test_ray.py: test_what_a_worker_takes",
+    "workers": "test_ray.py: test_what_a_worker_takes",
+    "threads": "test_ray.py: test_what_a_worker_takes",
+    "gpus": "test_ray.py: test_what_a_worker_takes",
     "logging": "test_mirrors.py: test_the_section_logging",
     "wandb": "test_mirrors.py: test_mirrors_of_a_measurement",
     "project": "test_mirrors.py: test_mirrors_of_a_measurement",

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline import validation
-from pipeline.checkpoints.names import name_of, names_of, step_of, with_step
-from pipeline.checkpoints.opening import open_encoder
+from pipeline.checkpoints.names import name_of, step_of, with_step
+from pipeline.command.engine import open_on
 from pipeline.config.schema import Config
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
-from pipeline.errors import PipelineError
+from pipeline.engines.ray_engine import RayEngine
+from pipeline.engines.workers import ALONE, Workers
 from pipeline.load import Examples
 from pipeline.random_init import RandomInit
 from pipeline.report import comparison as compare
@@ -24,17 +25,7 @@ from pipeline.score import Scores
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.embedding_table import Store
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.tracking.protocol import (
-    CHECKPOINTS,
-    COMPARISON,
-    FOLDER,
-    KIND,
-    MEASUREMENT,
-    Headlines,
-    NullTracker,
-    Several,
-    Tracker,
-)
+from pipeline.tracking.protocol import COMPARISON, KIND, Headlines, NullTracker, Run, Several, Tracker
 
 if TYPE_CHECKING:
     from pipeline.tracking.earlier_runs import Earlier
@@ -70,11 +61,12 @@ def measure_checkpoint(
     ckpt: str,
     config: Config,
     store: Store,
-    run: JournalRun,
+    run: Run,
     mirrors: Sequence[Tracker],
     until: str = "score",
     known: Sequence[Examples] = (),
     name: str | None = None,
+    engine: RayEngine | None = None,
 ) -> CheckpointResult:
     """Measures a stored checkpoint.
 
@@ -87,14 +79,16 @@ def measure_checkpoint(
         until: the last stage.
         known: the data of an earlier checkpoint; they are read again where the encoders' limits of length differ.
         name: of the checkpoint; by default the last part of the path.
+        engine: where it is opened, embedded and fitted; None for this process.
 
     Raises:
         PipelineError: see `open_encoder` and `validate`.
     """
-    encoder = open_encoder(ckpt, EncoderOptions.from_config(config))
+    encoder = open_on(engine, ckpt, EncoderOptions.from_config(config))
     step = step_of(ckpt, encoder)
     label = with_step(name or name_of(ckpt), step)
-    return measure_encoder(encoder, ckpt, step, label, config, store, run, mirrors, until, known)
+    workers = engine or ALONE
+    return measure_encoder(encoder, ckpt, step, label, config, store, run, mirrors, until, known, workers)
 
 
 def measure_encoder(
@@ -104,10 +98,11 @@ def measure_encoder(
     label: str,
     config: Config,
     store: Store,
-    run: JournalRun | None = None,
+    run: Run | None = None,
     mirrors: Sequence[Tracker] = (),
     until: str = "score",
     known: Sequence[Examples] = (),
+    workers: Workers = ALONE,
 ) -> CheckpointResult:
     """Measures an open encoder, see `measure_checkpoint`.
 
@@ -122,6 +117,7 @@ def measure_encoder(
         mirrors: see above.
         until: see above.
         known: see above.
+        workers: may fit and score heads.
     """
     tracker: Tracker = Headlines([run]) if run else NullTracker()
     if run is not None:
@@ -130,10 +126,23 @@ def measure_encoder(
         if until == "score":
             run.checkpoint(label, encoder.digest, source, step, in_stages=True)
     examples = _same(known, encoder)
-    start = RandomInit(encoder, config, store, Several([tracker, *mirrors]), step or 0) if config.baseline else None
+    start = None
+    if config.baseline:
+        start = RandomInit(encoder, config, store, Several([tracker, *mirrors]), step or 0, workers)
     further: dict[str, Any] = {"compare": start.compare} if start else {}
     scores, changes = validation.measure_and_publish(
-        encoder, config, store, tracker, Several(mirrors), source, step, label, until, examples, **further
+        encoder,
+        config,
+        store,
+        tracker,
+        Several(mirrors),
+        source,
+        step,
+        label,
+        until,
+        examples,
+        workers=workers,
+        **further,
     )
     facts = facts_of(source, step, encoder, scores) if scores else {}
     if scores and run is not None:
@@ -149,77 +158,6 @@ def _row(label: str, step: int | None, scores: Sequence[Scores]) -> compare.Row:
     data = frozenset(one.examples.test.digest for one in scores)
     tables = {metric_name(one.task_name): one.table for one in scores[:1]}  # rows are ranked by the first task
     return compare.Row(label, step, validation.metrics_of(scores), "", data, tables)
-
-
-def measure_checkpoints(
-    ckpts: Sequence[str],
-    config: Config,
-    store: Store,
-    run: JournalRun,
-    mirrors: Sequence[Tracker],
-    until: str = "score",
-) -> tuple[list[compare.Row], compare.Leaderboard | None]:
-    """Measures each of several checkpoints in a nested run, and compares them in `run`.
-
-    A checkpoint that cannot be measured is passed over with a warning. Data are read once; the same weights under two
-    names are embedded and fitted once.
-
-    Returns:
-        A row for each; and the leaderboard, None where nothing was measured.
-    """
-    run.rename(f"{len(ckpts)} checkpoints on {config.title}")
-    run.tags({KIND: CHECKPOINTS})
-    rows: list[compare.Row] = []
-    untrained: list[compare.Row] = []
-    known: list[Examples] = []
-    for number, (ckpt, name) in enumerate(zip(ckpts, names_of(ckpts), strict=True), 1):
-        logger.info("checkpoint  %d of %d: %s", number, len(ckpts), ckpt)
-        try:
-            with run.stage(name) as child:
-                child.tags({KIND: MEASUREMENT, f"{FOLDER}.tasks": ", ".join(task.task_name for task in config.dataset)})
-                measured = measure_checkpoint(ckpt, config, store, child, [], until, known, name)
-        except Exception as error:  # whatever a checkpoint is guilty of, such as no memory for it
-            kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
-            rows.append(compare.Row(name, None, {}, f"{kind}{' '.join(str(error).split())}"))
-            logger.warning("%s: %s", ckpt, rows[-1].error)
-            logger.debug("%s", ckpt, exc_info=True)
-            continue
-        rows.append(measured.row)
-        if measured.untrained is not None and measured.untrained not in untrained:
-            untrained.append(measured.untrained)
-        known = known or [one.examples for one in measured.scores]
-    board = _compare(rows, untrained, config, run, mirrors) if any(row.metrics for row in rows) else None
-    return rows + untrained, board
-
-
-def _compare(
-    rows: Sequence[compare.Row],
-    untrained: Sequence[compare.Row],
-    config: Config,
-    run: JournalRun,
-    mirrors: Sequence[Tracker],
-) -> compare.Leaderboard:
-    """The leaderboard, and the curve against the step, or against the order given where checkpoints do not say one.
-
-    `untrained` models, with random weights, are in the former alone.
-    """
-    several = Several([Headlines([run]), *mirrors])
-    steps = [row.step for row in rows if row.metrics]
-    have_steps = None not in steps and len(set(steps)) == len(steps)
-    points = [(row.step or 0 if have_steps else place, row.metrics) for place, row in enumerate(rows) if row.metrics]
-    for step, metrics in points:
-        several.metrics(metrics, step)
-    board = compare.leaderboard([*rows, *untrained], _shown(rows, config))
-    compare.publish(board, several, run, config.logging.figures)
-    if config.logging.figures and have_steps:
-        publish_curves(sorted(points, key=lambda point: point[0]), several)
-    return board
-
-
-def _shown(rows: Sequence[compare.Row], config: Config) -> list[str]:
-    """The metrics that a leaderboard shows: the main ones, those first that a row has at all."""
-    names = config.headlines
-    return [name for name in names if any(name in row.metrics for row in rows)] or compare.choose(rows) or names
 
 
 def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun) -> compare.Leaderboard:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config.background import Background
+from pipeline.config.engine import Ray
 from pipeline.config.line_numbers import SECTION
 from pipeline.config.schema import Config
 from pipeline.config.task import Files, MaxRows, Task
@@ -32,6 +33,7 @@ def _lines() -> Iterator[str]:
     yield from ("This page is what `python -m pipeline config --schema` prints.", "")
     yield from _table("The section", Config)
     yield from _table("In the background: `background`", Background)
+    yield from _table("On Ray: `ray`", Ray)
     yield from _table("Logging: `logging`", Logging)
     yield from _table("A task: `dataset`, or an entry of the list", Task)
     yield from _table("Files: `dataset.dataset`", Files)

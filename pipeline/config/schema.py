@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from pipeline.config.background import Background
 from pipeline.config.class_paths import ENCODERS, refuse_reference
+from pipeline.config.engine import ENGINES, Ray, check_device
 from pipeline.config.fields import DEVICES, check_choice, check_values, key, parse_bytes, require
 from pipeline.config.task import Task, check_names
 from pipeline.config.trackers import Logging
@@ -83,6 +84,13 @@ class Config:
     child_runs: bool = key("each measurement of the callback has an MLflow run of its own too, as a child", False)
     keep_embeddings: bool = key("the callback keeps embeddings of live weights in `store`", False)
     timeout: float = key("seconds that the ranks of a training wait for one another in the callback", 7200.0)
+    engine: str = key(
+        "on the command line and in `measure`: `local`, this process, or `ray`, which embeds with a pool of encoders "
+        "on this machine or a cluster, and measures several checkpoints and tasks at once",
+        "local",
+        choices=ENGINES,
+    )
+    ray: Ray = key("the worker processes of `engine: ray`", Ray)
     logging: Logging = key("where results go beside MLflow, and what is made of them", Logging)
     is_list: bool = field(default=False, metadata={"hidden": True})
     notes: list[str] = field(default_factory=list, metadata={"hidden": True}, compare=False)
@@ -140,6 +148,9 @@ class Config:
         require(0 < self.timeout < 10**7, f"timeout is {self.timeout}, expected more than 0 and less than 10 million")
         parse_bytes(self.memory_budget)
         self.logging.check()
+        self.ray.check()
+        if self.engine == "ray":
+            check_device(self.device)
         both = self.mode == "background" and self.save
         require(not both, "save: mode background writes snapshots itself; leave save out, and set background.keep_best")
         for task in self.dataset:

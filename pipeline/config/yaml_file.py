@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config.background import Background
 from pipeline.config.class_paths import import_class
+from pipeline.config.engine import Ray
 from pipeline.config.line_numbers import SECTION, Lines
 from pipeline.config.schema import Config
 from pipeline.config.shipped import anchor
@@ -35,6 +36,7 @@ ELEMENTS: dict[str, tuple[type, ...]] = {
     "mask_column": (str, type(None)),
     "tags": (str,),
 }
+NESTED: dict[str, type] = {"logging": Logging, "background": Background, "ray": Ray}
 CLASSES = {
     "SingleValuePredictionCallback": "sequence",
     "PerTokenPredictionCallback": "token",
@@ -90,12 +92,10 @@ def config_from(section: dict[Any, Any], lines: Lines | None = None) -> Config:
             f"{lines.at(('dataset',))}: {SECTION}.dataset: expected a task or a list of tasks, found {tasks!r}"
         )
     _check_keys(raw, Config, (), lines)
-    if isinstance(raw.get("logging"), dict):
-        _check_keys(raw["logging"], Logging, ("logging",), lines)
-        raw["logging"] = _typed(Logging, _with_lists(raw["logging"], "tags"), ("logging",), lines)
-    if isinstance(raw.get("background"), dict):
-        _check_keys(raw["background"], Background, ("background",), lines)
-        raw["background"] = _typed(Background, raw["background"], ("background",), lines)
+    for name, schema in NESTED.items():
+        if isinstance(raw.get(name), dict):
+            _check_keys(raw[name], schema, (name,), lines)
+            raw[name] = _typed(schema, _with_lists(raw[name], "tags"), (name,), lines)
     if isinstance(tasks, list):
         typed = [_task(entry, ("dataset", index), lines) for index, entry in enumerate(tasks)]
     else:
@@ -129,7 +129,7 @@ def to_mapping(config: Config) -> dict[str, Any]:
     for values in map(dataclasses.asdict, config.dataset):
         level, head = values.pop("level"), values.pop("head")
         tasks.append({"class": head or level, **values})
-    own |= {name: dataclasses.asdict(getattr(config, name)) for name in ("logging", "background")}
+    own |= {name: dataclasses.asdict(getattr(config, name)) for name in NESTED}
     return {**own, "dataset": tasks if config.is_list else tasks[0]}
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from pipeline.encoders.forward import Transfer, batches
+from pipeline.encoders.forward import POOLED, Transfer, batches, misaligned
 from pipeline.encoders.in_step import SameNumber
 from pipeline.encoders.protocol import Encoder
 from pipeline.engines.workers import Workers, here
+from pipeline.errors import CheckpointError
 from pipeline.progress import progress
 from pipeline.store.embedding_table import EmbeddingTable
 from pipeline.store.writing import ShardWriter
@@ -26,8 +28,13 @@ class Lacking(Protocol):
     missing: dict[bytes, str]
     table: EmbeddingTable
 
-    def pooled(self, batch: Sequence[bytes], states: Sequence[Tensor]) -> Pooled | None:
-        """The missing rows of a batch from its hidden states, each (tokens, hidden_size); None without any."""
+
+@dataclass(frozen=True)
+class Work:
+    """Sequences that go through the encoder together, by key, and for each table its pooling and the keys it lacks."""
+
+    texts: dict[bytes, str]
+    wanted: list[tuple[str, list[bytes]]]
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,12 @@ class Pooled:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The result of a forward pass: for each level the rows that it lacks; unknown tokens by key; tokens of all."""
+    """The result of a forward pass: for each level the rows that it lacks; tokens of all; unknown tokens by key."""
 
     pooled: list[Pooled | None]
-    unknown: Mapping[bytes, int]
     tokens: int
     residues: int
+    unknown: Mapping[bytes, int]
 
 
 def embed_missing(
@@ -82,7 +89,12 @@ def embed_missing(
     unknown = here(workers, lambda: count(own_texts, aligned))
     rounds = -(-len(planned) // workers.count)
     same = SameNumber(encoder.in_step, lambda: encoder.hidden_states([texts[key] for key in planned[-1]]))
-    passes = _passes(own, rounds, same, lambda keys: _forward(keys, unknown, texts, levels, encoder))
+    works = (_work(keys, texts, levels) for keys in own)
+    if encoder.elsewhere is not None:
+        passes: Iterator[_Batch | None] = encoder.elsewhere(_forward, works)
+    else:
+        passes = _passes(works, rounds, same, lambda work: _forward(encoder, work))
+    passes = (batch and replace(batch, unknown={key: unknown[key] for key in batch.unknown}) for batch in passes)
     ahead = int(encoder.device.type != "cpu")  # a GPU computes the next batch while one is written
     if ahead:
         passes = (batch for batch, _ in pairwise(chain(passes, [None])))
@@ -95,17 +107,22 @@ def embed_missing(
     )
 
 
+def _work(keys: list[bytes], texts: Mapping[bytes, str], levels: Sequence[Lacking]) -> Work:
+    wanted = [(level.pooling, [key for key in keys if key in level.missing]) for level in levels]
+    return Work({key: texts[key] for key in keys}, wanted)
+
+
 def _passes(
-    own: Sequence[list[bytes]], rounds: int, same: SameNumber, forward: Callable[[list[bytes]], _Batch]
+    works: Iterator[Work], rounds: int, same: SameNumber, forward: Callable[[Work], _Batch]
 ) -> Iterator[_Batch | None]:
     """The batch of this worker in each round, None without any; the passes of all are as many, where they have to be.
 
     A round that failed is one too: the workers may meet after each.
     """
     for number in range(rounds):
-        batch = None
+        work, batch = next(works, None), None
         with same:
-            batch = forward(own[number]) if number < len(own) and same.error is None else None
+            batch = forward(work) if work is not None and same.error is None else None
         same.fill_up(number + 1)
         yield batch
 
@@ -116,19 +133,33 @@ def _exchanged(passes: Iterator[_Batch | None], rounds: int, workers: Workers) -
         yield from workers.together(lambda: next(passes))
 
 
-def _forward(
-    keys: list[bytes],
-    unknown: Mapping[bytes, int],
-    texts: Mapping[bytes, str],
-    levels: Sequence[Lacking],
-    encoder: Encoder,
-) -> _Batch:
-    first = any(level.pooling == "cls" for level in levels)
-    found = (encoder.states_from_first if first else encoder.hidden_states)([texts[key] for key in keys])
+def _forward(encoder: Encoder, work: Work) -> _Batch:
+    """What is wanted of some sequences. How many of their tokens are unknown is yet to be said."""
+    first = any(pooling == "cls" for pooling, _ in work.wanted)
+    found = (encoder.states_from_first if first else encoder.hidden_states)([*work.texts.values()])
     states = [rows[1:] for rows in found] if first else found
-    pooled = [level.pooled(keys, found if level.pooling == "cls" else states) for level in levels]
-    of_batch = {key: unknown[key] for key in keys}
-    return _Batch(pooled, of_batch, sum(map(len, states)), sum(len(texts[key]) for key in keys))
+    by_pooling = {pooling: found if pooling == "cls" else states for pooling, _ in work.wanted}
+    pooled = [_pooled(work.texts, pooling, keys, by_pooling[pooling], encoder) for pooling, keys in work.wanted]
+    tokens, residues = sum(map(len, states)), sum(map(len, work.texts.values()))
+    return _Batch(pooled, tokens, residues, dict.fromkeys(work.texts, 0))
+
+
+def _pooled(
+    texts: Mapping[bytes, str], pooling: str, wanted: Collection[bytes], states: Sequence[Tensor], encoder: Encoder
+) -> Pooled | None:
+    """The rows that a table wants, from hidden states, each (tokens, hidden_size); pooled on their device."""
+    by_key = dict(zip(texts, states, strict=True))
+    found = {key: by_key[key] for key in wanted}
+    if not found:
+        return None
+    if pooling in POOLED:
+        found = {key: POOLED[pooling](rows) for key, rows in found.items()}
+    else:
+        found = {key: encoder.per_character(texts[key], rows) for key, rows in found.items()}
+        for key, rows in found.items():
+            if len(rows) != len(texts[key]):
+                raise CheckpointError(misaligned(texts[key], len(rows)))
+    return Pooled(list(found), [len(rows) for rows in found.values()], Transfer(torch.cat(list(found.values()))))
 
 
 def _write(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -11,6 +11,13 @@ from torch import Tensor
 
 from pipeline.encoders.in_step import InStep
 from pipeline.errors import CheckpointError
+
+
+class Elsewhere(Protocol):
+    """Where an encoder is that is not in this process."""
+
+    def __call__(self, work: Callable[[Any, Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """What `work(encoder, item)` gives there for each item, in order, as it comes."""
 
 
 class Encoder(Protocol):
@@ -30,6 +37,7 @@ class Encoder(Protocol):
         made_with: how the checkpoint was measured in training, if it holds that; see `embed.made_with`.
         step: of the training, if the checkpoint holds it.
         in_step: runs the passes of a model whose weights are in parts on several ranks; else None.
+        elsewhere: has work done where the encoder is, if that is in other processes; else None.
     """
 
     hidden_size: int
@@ -44,6 +52,7 @@ class Encoder(Protocol):
     made_with: Mapping[str, Any] = MappingProxyType({})
     step: int | None = None
     in_step: InStep | None = None
+    elsewhere: Elsewhere | None = None
 
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """The hidden states of the real tokens of each sequence, float32, each of shape (tokens, hidden_size)."""

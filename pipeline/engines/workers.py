@@ -5,10 +5,11 @@ A stage asks for no more than this, so it knows nothing of processes, groups or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+J = TypeVar("J")
 
 
 class Workers(Protocol):
@@ -17,6 +18,7 @@ class Workers(Protocol):
     Attributes:
         rank: of this one; the first is 0.
         count: of all.
+        shares: whether other processes take jobs of `each`.
     """
 
     @property
@@ -25,6 +27,10 @@ class Workers(Protocol):
 
     @property
     def count(self) -> int:
+        """See above."""
+
+    @property
+    def shares(self) -> bool:
         """See above."""
 
     def together(self, work: Callable[[], T]) -> list[T]:
@@ -40,11 +46,21 @@ class Workers(Protocol):
     def from_first(self, work: Callable[[], T]) -> T:
         """Has the first worker do `work`. Returns its result on every worker, or raises on every one."""
 
+    def each(self, work: Callable[[J], T], jobs: Sequence[J], costs: Sequence[float]) -> list[T]:
+        """Has one worker or another do `work` for each job, the most costly first.
+
+        Returns:
+            The results in the order of the jobs, on every worker.
+
+        Raises:
+            Exception: as `together`.
+        """
+
 
 class Alone:
     """One worker, which does everything."""
 
-    rank, count = 0, 1
+    rank, count, shares = 0, 1, False
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """See `Workers.together`."""
@@ -53,6 +69,10 @@ class Alone:
     def from_first(self, work: Callable[[], T]) -> T:
         """See `Workers.from_first`."""
         return work()
+
+    def each(self, work: Callable[[J], T], jobs: Sequence[J], costs: Sequence[float]) -> list[T]:  # noqa: ARG002
+        """See `Workers.each`."""
+        return [work(job) for job in jobs]
 
 
 ALONE = Alone()
@@ -63,3 +83,11 @@ def here(workers: Workers, work: Callable[[], T]) -> T:
     found: list[T] = []
     workers.together(lambda: found.append(work()))
     return found[0]
+
+
+def shared_out(costs: Sequence[float], count: int) -> list[list[int]]:
+    """The places of each worker's jobs: the most costly first, each to the one with the least to do."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        min(shares, key=lambda share: sum(costs[one] for one in share)).append(place)
+    return shares

@@ -77,6 +77,22 @@ class Tracker(Protocol):
         """Logs a part of the data that was used."""
 
 
+class Run(Tracker, Protocol):
+    """A run of MLflow's that belongs to one checkpoint."""
+
+    def rename(self, name: str) -> None:
+        """Gives the run another name."""
+
+    def describe(self, markdown: str) -> None:
+        """The description on the run's page."""
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Sets tags of the run."""
+
+    def checkpoint(self, name: str, digest: str, source: str, step: int | None = None, in_stages: bool = False) -> None:
+        """Links the run's metrics from here on to the model of these weights; `in_stages`: or its stages' metrics."""
+
+
 class Several:
     """Passes everything on to several trackers."""
 

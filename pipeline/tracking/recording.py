@@ -14,8 +14,12 @@ from pipeline.store.temporary import link_folder
 from pipeline.tracking.protocol import Data, NullTracker, Served, Tracker
 
 
+class FailedStageError(Exception):
+    """The error that a recorded stage ended with, where it is replayed."""
+
+
 class Recording(NullTracker):
-    """A tracker that keeps what it is told.
+    """A tracker that keeps what it is told; what is a `Run`'s too.
 
     Attributes:
         calls: as JSON has them, for `replay`.
@@ -32,7 +36,11 @@ class Recording(NullTracker):
         """See `Tracker.stage`."""
         within = Recording(self.folder)
         self.calls.append(["stage", name, within.calls])
-        yield within
+        try:
+            yield within
+        except Exception as error:
+            within.calls.append(["failed", str(error)])
+            raise
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
         """See `Tracker.metrics`."""
@@ -60,9 +68,29 @@ class Recording(NullTracker):
         """See `Tracker.data`."""
         self.calls.append(["data", asdict(data)])
 
+    def rename(self, name: str) -> None:
+        """See `Run.rename`."""
+        self.calls.append(["rename", name])
 
-def replay(calls: Sequence[Any], tracker: Tracker, folder: Path) -> None:
-    """Makes the calls of a `Recording`, whose files are in `folder`."""
+    def describe(self, markdown: str) -> None:
+        """See `Run.describe`."""
+        self.calls.append(["describe", markdown])
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """See `Run.tags`."""
+        self.calls.append(["tags", dict(values)])
+
+    def checkpoint(self, name: str, digest: str, source: str, step: int | None = None, in_stages: bool = False) -> None:
+        """See `Run.checkpoint`."""
+        self.calls.append(["checkpoint", name, digest, source, step, in_stages])
+
+
+def replay(calls: Sequence[Any], tracker: Any, folder: Path) -> None:
+    """Makes the calls of a `Recording`, whose files are in `folder`, on a `Tracker`, or a `Run` if some are a run's.
+
+    Raises:
+        FailedStageError: a stage ended with an error; then its run does.
+    """
     for call, *values in calls:
         if call == "stage":
             with tracker.stage(values[0]) as within:
@@ -76,7 +104,9 @@ def replay(calls: Sequence[Any], tracker: Tracker, folder: Path) -> None:
         elif call == "served":
             kept, model, step = values
             tracker.served(folder / kept, Served(**model), step)
-        elif call == "note":
-            tracker.note(values[0])
-        else:
+        elif call == "data":
             tracker.data(Data(**values[0]))
+        elif call == "failed":
+            raise FailedStageError(values[0])
+        else:
+            getattr(tracker, call)(*values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from pipeline.engines.workers import shared_out
 from pipeline.errors import PipelineError
 
 T = TypeVar("T")
+J = TypeVar("J")
 
 AGREED = "all_ranks_know"  # an attribute of errors
 FAREWELL = timedelta(seconds=10)  # how long a rank that is stopped waits for the others, to tell them
@@ -56,6 +58,11 @@ class Ranks:
     def count(self) -> int:
         """See `Workers.count`."""
         return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def shares(self) -> bool:
+        """See `Workers.shares`."""
+        return self.count > 1
 
     @property
     def is_first(self) -> bool:
@@ -125,6 +132,14 @@ class Ranks:
         except RuntimeError as error:
             raise self._lost(error) from error
         return found[0] if found else pickle.loads(sent.numpy().data)  # noqa: S301  # from a rank of this training
+
+    def each(self, work: Callable[[J], T], jobs: Sequence[J], costs: Sequence[float]) -> list[T]:
+        """See `Workers.each`; raises as `together`."""
+        mine = shared_out(costs, self.count)[self.rank]
+        found = dict(
+            pair for of_rank in self.together(lambda: [(one, work(jobs[one])) for one in mine]) for pair in of_rank
+        )
+        return [found[place] for place in range(len(jobs))]
 
     def arrive(self, within: timedelta | None = None) -> None:
         """Waits for all ranks, by default as long as `timeout`. Raises LostRankError where one does not come."""

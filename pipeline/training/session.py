@@ -78,6 +78,8 @@ class Session:
         """
         self._may_be_late = may_be_late and self.config.mode == "background"
         self.ranks.open()
+        if self.config.engine != "local" and self.ranks.is_first:
+            host.say(f"engine: {self.config.engine} is for the command line; in a training its ranks measure, see mode")
         self.start_clock()
         self._spent = 0.0
         self.work = Measurement(self.config, host, self._run, self.ranks if self._is_shared else ALONE)

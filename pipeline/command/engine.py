@@ -1,0 +1,48 @@
+"""Where the command line's work runs: in this process, or on Ray (`engine: ray`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from pipeline.checkpoints.opening import open_encoder
+from pipeline.config.schema import Config
+from pipeline.encoders.options import EncoderOptions
+from pipeline.encoders.protocol import Encoder
+from pipeline.encoders.remote import RemoteEncoder
+from pipeline.engines.ray_engine import Needs, RayEngine, connected
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def engine_of(config: Config) -> Iterator[RayEngine | None]:
+    """The engine that a configuration names; None for this process.
+
+    Raises:
+        ConfigError: Ray is not installed, or no machine has what a worker takes.
+        EngineError: the cluster cannot be reached.
+    """
+    if config.engine == "local":
+        yield None
+        return
+    own = config.ray
+    gpus = own.gpus if config.device in ("auto", "cuda") else 0.0
+    if gpus is None and config.device == "cuda":
+        gpus = 1.0
+    with connected(Needs(own.threads or torch.get_num_threads(), gpus, own.workers)) as engine:
+        logger.info("engine      ray: %s", engine)
+        yield engine
+
+
+def open_on(engine: RayEngine | None, ckpt: str, options: EncoderOptions) -> Encoder:
+    """The encoder in a stored checkpoint, which the engine's processes open; see `open_encoder`."""
+    if engine is None:
+        return open_encoder(ckpt, options)
+    device = "cpu" if options.device == "auto" and not engine.gpus else options.device
+    return RemoteEncoder(engine, partial(open_encoder, ckpt, replace(options, device=device)))
