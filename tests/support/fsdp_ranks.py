@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import EsmForMaskedLM, EsmTokenizer
+from transformers.modeling_outputs import MaskedLMOutput
 
 from pipeline import Downstream, DownstreamValidation
 from pipeline.encoders import embedding_pass
@@ -46,7 +47,7 @@ class Own(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Any = None) -> Any:
         states = self.inner(self.embedding(input_ids))
-        return type("Output", (), {"loss": self.out(states).square().mean()})
+        return MaskedLMOutput(loss=self.out(states).square().mean())
 
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         if self.fails and RANK == 1 and "M" in sequences[0]:
