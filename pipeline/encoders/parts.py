@@ -43,7 +43,8 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def whole(states: Any) -> Any:
     """Hidden states of which the rank may have a part, as a tensor of their own."""
-    return states.full_tensor() if isinstance(states, Tensor) and is_dtensor(states) else states
+    full: Callable[[], Any] = getattr(states, "full_tensor", lambda: states)
+    return full()
 
 
 def within_wrappers(module: Any) -> Any:

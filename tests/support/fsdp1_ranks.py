@@ -78,10 +78,8 @@ def main(folder: Path, model: str) -> None:
     found: dict[str, Any] = {}
     with torch.no_grad():
         whole, parts = load().eval(), esm().eval()
-        one, other = (
-            LiveModel(each, tokenizer=tokenizer).encoder(each).hidden_states(TEXTS) for each in (whole, parts)
-        )
-        found["difference"] = max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+        states = [LiveModel(one, tokenizer=tokenizer).encoder(one).hidden_states(TEXTS) for one in (whole, parts)]
+        found["difference"] = max(float((one - other).abs().max()) for one, other in zip(*states, strict=True))
     kinds: dict[str, dict[str, Any]] = {
         "full": {"use_orig_params": True},
         "flat": {},
@@ -95,7 +93,6 @@ def main(folder: Path, model: str) -> None:
             found[f"{name} curve"] = downstream.curve
     with Downstream(config, tokenizer) as downstream:
         found["whole"] = downstream(load(), 1)
-    print(found.keys(), flush=True)
     torch.manual_seed(0)
     state = Own().state_dict()
 

@@ -185,8 +185,10 @@ def main(folder: Path, model: str) -> None:
         found["full"] = loop(plain_shard(own()), downstream)
         found["full curve"] = downstream.curve
     setattr(embedding_pass, "_add", real)  # noqa: B010
-    two = fully_shard(own(), mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
-    refused = [("two", two, {}), ("blocking", plain_shard(own()), {"mode": "blocking"})]
+    with Downstream(config) as downstream:
+        two = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        found["two whole"] = downstream(fully_shard(own(), mesh=two), 1)
+    refused = [("blocking", plain_shard(own()), {"mode": "blocking"})]
     refused.append(("one by one", plain_shard(OneByOne()), {"on_error": "raise"}))
     for name, one, options in refused:
         try:
