@@ -65,7 +65,7 @@ def test_a_failure_on_one_rank_leaves_no_rank_waiting(case: str, ranks: Any) -> 
 
 def test_copies_of_the_weights_on_two_ranks(ranks: Any) -> None:
     """A mesh of two dimensions, of which one has parts and the other copies (HSDP)."""
-    assert both(ranks, "two whole") == pytest.approx(both(ranks, "own whole"), abs=1e-5)
+    assert both(ranks, "copies whole") == pytest.approx(both(ranks, "own whole"), abs=1e-5)
 
 
 def test_what_cannot_be_measured_is_refused_in_words(ranks: Any) -> None:

@@ -67,9 +67,7 @@ def test_a_failure_on_one_rank_leaves_no_rank_waiting(ranks: Any) -> None:
 
 
 def test_the_module_within_the_wrapper_is_refused_in_words(ranks: Any) -> None:
-    words = (
-        "FSDP around it has '_flat_param' in parts; hand over what FullyShardedDataParallel returned, not the module"
-    )
+    words = "FSDP around it has '_flat_param' in parts; hand over what FullyShardedDataParallel returned"
     assert both(ranks, "within").startswith(f"ConfigError: EsmForMaskedLM: {words}")
 
 

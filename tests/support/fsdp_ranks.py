@@ -186,8 +186,9 @@ def main(folder: Path, model: str) -> None:
         found["full curve"] = downstream.curve
     setattr(embedding_pass, "_add", real)  # noqa: B010
     with Downstream(config) as downstream:
-        two = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
-        found["two whole"] = downstream(fully_shard(own(), mesh=two), 1)
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        copies: Any = fully_shard(own(), mesh=mesh)
+        found["copies whole"] = downstream(copies, 1)
     refused = [("blocking", plain_shard(own()), {"mode": "blocking"})]
     refused.append(("one by one", plain_shard(OneByOne()), {"on_error": "raise"}))
     for name, one, options in refused:
