@@ -174,10 +174,8 @@ def test_a_trainer_that_shows_no_list_is_measured_and_told(
     callback.session.close("FINISHED")
 
 
-@pytest.mark.parametrize("what", ["fsdp", "zero3"])
-def test_sharded_trainings_are_refused_in_words(task: Task, tmp_path: Path, what: str) -> None:
-    zero = SimpleNamespace(is_zero3=lambda: True) if what == "zero3" else None
-    args = SimpleNamespace(fsdp=["full_shard"] if what == "fsdp" else "", hf_deepspeed_config=zero)
+def test_sharded_trainings_are_refused_in_words(task: Task, tmp_path: Path) -> None:
+    args = SimpleNamespace(hf_deepspeed_config=SimpleNamespace(is_zero3=lambda: True))
     with pytest.raises(ConfigError, match=r"sharded: .*needs all weights on a rank; use DDP for now"):
         made(tmp_path, task).on_init_end(args, None, None)
 

@@ -84,17 +84,24 @@ def embed_missing(
     aligned = {key for level in levels if level.pooling == "none" for key in level.missing}
     made = workers.from_first(lambda: {**plan, "packed": encoder.packs})
     planned = list(batches(texts, plan["max_batch_tokens"], plan["emb_batch_size"], made["packed"]))
-    own = planned[workers.rank :: workers.count]
+    share = _share(encoder, workers)
+    own = planned[share.number :: share.count]
     own_texts = {key: texts[key] for keys in own for key in keys}
     unknown = here(workers, lambda: count(own_texts, aligned))
-    rounds = -(-len(planned) // workers.count)
-    same = SameNumber(encoder.in_step, lambda: encoder.hidden_states([texts[key] for key in planned[-1]]))
+    rounds = -(-len(planned) // share.count)
     works = (_work(keys, texts, levels) for keys in own)
+
+    def fill(number: int) -> None:  # that of its own too, which other ranks may embed with this one
+        encoder.hidden_states([texts[key] for key in (own[number] if number < len(own) else planned[-1])])
+
+    same = SameNumber(encoder.in_step, fill)
     if encoder.elsewhere is not None:
         passes: Iterator[_Batch | None] = encoder.elsewhere(_forward, works)
     else:
         passes = _passes(works, rounds, same, lambda work: _forward(encoder, work))
     passes = (batch and replace(batch, unknown={key: unknown[key] for key in batch.unknown}) for batch in passes)
+    if not share.keeps:
+        passes = (None for _ in passes)
     ahead = int(encoder.device.type != "cpu")  # a GPU computes the next batch while one is written
     if ahead:
         passes = (batch for batch, _ in pairwise(chain(passes, [None])))
@@ -110,6 +117,25 @@ def embed_missing(
 def _work(keys: list[bytes], texts: Mapping[bytes, str], levels: Sequence[Lacking]) -> Work:
     wanted = [(level.pooling, [key for key in keys if key in level.missing]) for level in levels]
     return Work({key: texts[key] for key in keys}, wanted)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Which batches a worker embeds: every `count`-th from `number` on; and whether it is the one that keeps them."""
+
+    number: int
+    count: int
+    keeps: bool = True
+
+
+def _share(encoder: Encoder, workers: Workers) -> _Share:
+    """Of the workers that must embed the same batches, one keeps the result."""
+    if encoder.in_step is None:
+        return _Share(workers.rank, workers.count)
+    place = encoder.in_step.place
+    places = workers.together(lambda: place)
+    each = sorted({*places})
+    return _Share(each.index(place), len(each), places.index(place) == workers.rank)
 
 
 def _passes(

@@ -22,6 +22,7 @@ from pipeline.encoders.in_step import InStep, SameNumber
 from pipeline.encoders.layers import compile_layers, find_layer, shorten
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.packing import Packing
+from pipeline.encoders.parts import whole
 from pipeline.encoders.protocol import Encoder, no_first
 from pipeline.encoders.tokens import Tokens
 from pipeline.encoders.weights import weights_of
@@ -66,7 +67,8 @@ class HuggingFaceEncoder(Encoder):
         config: Any = model.config
         self.as_is, self.maker, self.in_step = as_is, maker, in_step
         self.layer = find_layer(options.layer, config)
-        self.device = next(model.parameters()).device if as_is else find_device(options.device)
+        own = in_step.device if in_step else next(model.parameters()).device if as_is else None
+        self.device = own or find_device(options.device)
         self.precision = find_precision(options.precision, self.device)
         self.tokens = Tokens(tokenizer)
         self._vocabulary: int | None = getattr(config, "vocab_size", None)
@@ -84,7 +86,7 @@ class HuggingFaceEncoder(Encoder):
         self._copies = _float_copies(model) if as_is and in_step is None else {}
         self.max_seq_length = limit_of(config, self.tokens)
         self.pooling = options.pooling
-        same = SameNumber(in_step, self._found_size)
+        same = SameNumber(in_step, lambda _: self._found_size())
         with same:
             size = None if as_is else getattr(config, "hidden_size", None) or config.d_model
             self.hidden_size: int = size or self._found_size()
@@ -178,7 +180,12 @@ class HuggingFaceEncoder(Encoder):
             raise CheckpointError(
                 f"{name}: expected hidden_states in its output, found {type(output).__name__}; {REMEDY}"
             )
-        chosen: Tensor = states[-1 if self.layer is None else self.layer]
+        chosen: Tensor = whole(states[-1 if self.layer is None else self.layer])
+        if chosen.shape[1] != (length := inputs["input_ids"].shape[1]):
+            found = (
+                f"expected hidden states of {length} tokens, found {chosen.shape[1]}, as sequence parallelism has them"
+            )
+            raise CheckpointError(f"{type(self.model).__name__}: {found}; {REMEDY}")
         return chosen
 
     @torch.no_grad()

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,44 @@ def uncompiled_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Weights by the names that they had before `torch.compile`, FSDP and so on; where two become one, as they are."""
     found = {uncompiled(name): value for name, value in state.items()}
     return found if len(found) == len(state) else dict(state)
+
+
+def fsdp1_has(parameter: Any) -> bool:
+    """Whether a weight is in parts by FSDP1."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
+def fsdp1_reshard(part: Any) -> None:
+    """Leaves a rank with its part of the weights of a module of FSDP1, also of the outermost one."""
+    from torch.distributed.fsdp._runtime_utils import _reshard
+
+    handle = part._handle  # None where it has no weights that are not in the parts within
+    if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
+        _reshard(part, handle, True)
+
+
+@contextmanager
+def fsdp1_order(parts: Sequence[Any]) -> Iterator[None]:
+    """Within, FSDP1 does not note in which order parts run: it gathers ahead in that order, on all ranks alike."""
+    orders = list({id(one): one for one in (part._exec_order_data for part in parts)}.values())
+    handles = [part._handle for part in parts if part._handle is not None]
+    lists = ("handles_pre_forward_order", "handles_post_forward_order")
+    places = ("_pre_forward_order_index", "_post_forward_index")
+    before = [(one, {name: list(getattr(one, name)) for name in lists}) for one in orders]
+    before += [(one, {name: getattr(one, name) for name in places}) for one in handles]
+    try:
+        yield
+    finally:
+        for one, values in before:
+            vars(one).update(values)
+
+
+def fsdp2_ranks(part: Any) -> list[int]:
+    """The ranks that a module of FSDP2 has parts or copies of its weights on; none where it has no weights."""
+    state = part._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # of releases before 2.13
+    ranks: list[int] = [] if groups[0] is None else groups[0].mesh_info.mesh.mesh.flatten().tolist()
+    return ranks
 
 
 @contextmanager

@@ -20,9 +20,10 @@ from pipeline.encoders.description import check_architecture, describe, encoder_
 from pipeline.encoders.devices import find_device
 from pipeline.encoders.digests import settings_digest
 from pipeline.encoders.huggingface import REMEDY, HuggingFaceEncoder, limit_of
-from pipeline.encoders.in_step import InStep, SameNumber, is_sharded, own_class
+from pipeline.encoders.in_step import InStep, SameNumber
 from pipeline.encoders.internals import hooks_of, is_compiled, uncompiled, uncompiled_state
 from pipeline.encoders.options import EncoderOptions
+from pipeline.encoders.parts import is_sharded, own_class, whole, within_wrappers
 from pipeline.encoders.tokens import Tokens
 from pipeline.encoders.weights import is_part, matching_prefix, unexpected
 from pipeline.errors import CheckpointError
@@ -79,21 +80,22 @@ class LiveModel:
         self.description: dict[str, Any] | None = None
         self.in_parts = is_sharded(module)
         self._class = encoder_class(infer_target)
-        self._own_method = self._class is None and callable(getattr(module, "hidden_states", None))
+        bare = within_wrappers(module)
+        self._own_method = self._class is None and callable(getattr(bare, "hidden_states", None))
         self.own_precision = (mode or PLAIN) if self._own_method else None
         self._skeleton: nn.Module | None = None
         if self._class is not None:
             if self.in_parts:
-                found: Any = made_from_module(self._class, module)
+                found: Any = made_from_module(self._class, bare)
             else:
                 found = CustomEncoder.from_module(self._class, module, _device_of(module), context, mode)
             self.max_seq_length = _own_limit(found)
         elif self._own_method:
-            self.description = {"prefix": "", "class": class_name(type(module))}
-            self.max_seq_length = _own_limit(module)
+            self.description = {"prefix": "", "class": class_name(own_class(module))}
+            self.max_seq_length = _own_limit(bare)
         else:
             prefix, model = _only_model(module)
-            check_architecture(infer_target, model.config.model_type, f"the model in {type(module).__name__}")
+            check_architecture(infer_target, model.config.model_type, f"the model in {own_class(module).__name__}")
             self._tokenizer = tokenizer or _only_tokenizer(list(module.modules()), others)
             self.description = describe(model, self._tokenizer, prefix)
             self._rebuild(module, model, prefix)
@@ -119,7 +121,7 @@ class LiveModel:
             ConfigError: there is no such layer, or the module's own code gives the hidden states.
         """
         if self._class is not None or self._own_method:
-            no_layer(options.layer, type(module).__name__)
+            no_layer(options.layer, own_class(module).__name__)
         where = _device_of(module) if options.device == "auto" else find_device(options.device)
         if self.in_parts and (self._class is not None or self._own_method):
             return self._custom_in_step(module, probe).with_pooling(options.pooling)
@@ -144,19 +146,19 @@ class LiveModel:
 
     def _custom_in_step(self, module: nn.Module, probe: str) -> CustomEncoder:
         """An encoder of the user's own code on weights that are in parts on several ranks."""
-        in_step, reached = InStep(module), []
+        in_step, bare, reached = InStep(module), within_wrappers(module), []
         inner: Any = None
         owner = own_class(module) if self._own_method else self._class
 
         @torch.no_grad()
-        def fill() -> None:
+        def fill(_: int) -> None:
             with self.context():
                 in_step(lambda: inner.hidden_states([probe]))
 
         same = SameNumber(in_step, fill)
         with same:
-            inner = _Method(module) if self._own_method else made_from_module(self._class, module)
-            encoder = CustomEncoder(_InStep(inner, in_step), "in parts", _device_of(module), self.context, probe, owner)
+            inner = _Method(bare) if self._own_method else made_from_module(self._class, bare)
+            encoder = CustomEncoder(_InStep(inner, in_step), "in parts", in_step.device, self.context, probe, owner)
             for number in (1, 2):
                 encoder.hidden_states([probe] * number)
                 reached.append(in_step.reached)
@@ -215,7 +217,11 @@ class _InStep:
         self._inner, self._in_step = inner, in_step
         for name in ("hidden_states", "states_from_first"):
             if callable(getattr(inner, name, None)):
-                setattr(self, name, partial(in_step, getattr(inner, name)))
+                setattr(self, name, partial(self._run, getattr(inner, name)))
+
+    def _run(self, method: Any, sequences: Sequence[str]) -> Any:
+        states = self._in_step(method, sequences)
+        return [whole(one) for one in states] if isinstance(states, list) else whole(states)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

@@ -6,7 +6,6 @@ import base64
 import copy
 import logging
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,7 +50,7 @@ class TrainerHost(LogHost):
 
 
 class DownstreamTrainerCallback(TrainerCallback):
-    """`Trainer(callbacks=[DownstreamTrainerCallback("my.yaml")])`, in one process or in DDP.
+    """`Trainer(callbacks=[DownstreamTrainerCallback("my.yaml")])`, in one process or several, see `mode`.
 
     Measures at each evaluation, and where there is none at each save. The metrics are added, as `eval_<name>`, to those
     of the evaluation, so that `metric_for_best_model`, `load_best_model_at_end` and `EarlyStoppingCallback` may go by
@@ -85,15 +84,12 @@ class DownstreamTrainerCallback(TrainerCallback):
         return f"DownstreamTrainerCallback{[task.task_name for task in self.config.dataset]}"
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
-        """Refuses, early, a training in which no rank has all weights. Raises ConfigError."""
+        """Refuses, early, a training in which no rank has all weights, nor can gather them. Raises ConfigError."""
         if not self.config.enabled:
             return
         deepspeed = getattr(args, "hf_deepspeed_config", None)
-        sharded = "FSDP" if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true" else ""
         if deepspeed is not None and deepspeed.is_zero3():
-            sharded = "DeepSpeed ZeRO-3"
-        if sharded:
-            raise ConfigError(f"TrainingArguments: the model is sharded: {sharded}; {REMEDY}")
+            raise ConfigError(f"TrainingArguments: the model is sharded: DeepSpeed ZeRO-3; {REMEDY}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Finds the encoder and reads all data, on rank 0; continues a training that is resumed.

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from pipeline.config.schema import Config
 from pipeline.config.yaml_file import read_config
 from pipeline.encoders.description import DESCRIPTION
+from pipeline.encoders.parts import is_part
 from pipeline.errors import ConfigError
 from pipeline.report.tables import Table
 from pipeline.training.lightning_host import LightningHost
@@ -17,7 +20,7 @@ from pipeline.training.lightning_package import DescribingIO, pl
 from pipeline.training.monitors import refuse_monitors, warn_of_monitors
 from pipeline.training.session import Session
 
-SHARDED = ("FSDP", "DeepSpeed")
+SEVERAL = {"DDPStrategy", "ModelParallelStrategy", "FSDPStrategy"}  # strategies that can be measured on several ranks
 
 
 def setup_dwnstr_task_validation_callbacks(cfg: str | Path | Mapping[Any, Any] | Config) -> list[pl.Callback]:
@@ -100,9 +103,9 @@ class DownstreamValidation(pl.Callback):
         self.session.open(LightningHost(trainer), may_be_late=stage == "fit")
         # A module may build its layers in one of these hooks, which come later; then it is inspected again.
         kind, base = type(pl_module), pl.LightningModule
-        self._late = any(
-            getattr(kind, hook, None) is not getattr(base, hook, None) for hook in ("setup", "configure_model")
-        )
+        hooks = ("setup", "configure_model")
+        self._late = any(getattr(kind, hook, None) is not getattr(base, hook, None) for hook in hooks)
+        self._late = self._late or "FSDPStrategy" in _kinds(trainer)  # which has weights in parts from then on
         self.session.prepare(pl_module, may_wait=self._late)
         self._look_at_monitors(callbacks)
         io = trainer.strategy.checkpoint_io
@@ -113,7 +116,7 @@ class DownstreamValidation(pl.Callback):
         """Finds the encoder in a module that was not complete at `setup`."""
         if self._late and self.session.work is not None:
             self._late = False
-            self.session.prepare(pl_module)
+            self.session.prepare(_in_training(trainer, pl_module))
             self._look_at_monitors(vars(trainer)["callbacks"])
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -135,7 +138,7 @@ class DownstreamValidation(pl.Callback):
         if self.session.work is None:
             return
         if trainer.sanity_checking or self._rehearsal:
-            self.session.try_out(pl_module)
+            self.session.try_out(_in_training(trainer, pl_module))
             return
         if trainer.state.fn == "fit" and not self.session.is_due():
             self.published = frozenset()
@@ -197,14 +200,24 @@ class DownstreamValidation(pl.Callback):
         """The metrics, the same on every rank; empty where the measurement failed and `on_error` is `warn`."""
         alone = trainer.state.fn != "fit" and self._loaded_step is not None
         step: int = self._loaded_step if alone else trainer.global_step  # type: ignore[assignment]
-        return self.session.measure(pl_module, step)
+        return self.session.measure(_in_training(trainer, pl_module), step)
+
+
+def _in_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> nn.Module:
+    """The module itself, or what FSDP1 has around it, which alone can gather its weights."""
+    model = trainer.strategy.model
+    return model if model is not None and is_part(model) else pl_module
+
+
+def _kinds(trainer: pl.Trainer) -> list[str]:
+    return [kind.__name__ for kind in type(trainer.strategy).__mro__]
 
 
 def _check_strategy(trainer: pl.Trainer) -> None:
-    """Raises ConfigError for a strategy under which no rank has all weights."""
-    kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
-    if any(kind.startswith(SHARDED) for kind in kinds):
-        remedy = "use ddp, or FSDP2 (ModelParallelStrategy)"
+    """Raises ConfigError for a strategy under which no rank has all weights, nor can gather them."""
+    kinds = _kinds(trainer)
+    if any(kind.startswith("DeepSpeed") for kind in kinds):
+        remedy = "use ddp, or FSDP (ModelParallelStrategy, FSDPStrategy)"
         raise ConfigError(f"strategy {kinds[0]}: downstream validation needs all weights on a rank; {remedy}")
-    if trainer.world_size > 1 and not {"DDPStrategy", "ModelParallelStrategy"} & {*kinds}:
-        raise ConfigError(f"strategy {kinds[0]}: downstream validation on several ranks needs ddp, or FSDP2")
+    if trainer.world_size > 1 and not SEVERAL & {*kinds}:
+        raise ConfigError(f"strategy {kinds[0]}: downstream validation on several ranks needs ddp, or FSDP")

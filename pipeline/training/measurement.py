@@ -17,9 +17,9 @@ from pipeline.config.class_paths import encoder_class
 from pipeline.config.schema import Config
 from pipeline.embed import check_sequences, made_with
 from pipeline.encoders.devices import find_device, find_precision
-from pipeline.encoders.in_step import is_sharded
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
+from pipeline.encoders.parts import at_rest, is_sharded
 from pipeline.encoders.protocol import Encoder
 from pipeline.engines.workers import ALONE, Workers
 from pipeline.errors import CheckpointError, ConfigError
@@ -148,7 +148,7 @@ class Measurement:
         """Leaves the module as it is, draws no bars beside the trainer's, and logs each warning once."""
         validation.logger.addFilter(self._first_time)
         try:
-            with no_progress(), untouched(module, self._live is None or self._live.runs_module):
+            with no_progress(), at_rest(module), untouched(module, self._live is None or self._live.runs_module):
                 yield
         finally:
             if self._live is not None:
@@ -160,7 +160,7 @@ class Measurement:
         """A module that runs itself, on the training's device: at its end the module may be back on the CPU."""
         there = self.host.device
         here = next((parameter.device for parameter in module.parameters()), there)
-        if here == there or self._live is None or not self._live.runs_module:
+        if here == there or self._live is None or not self._live.runs_module or self._live.in_parts:
             yield
             return
         module.to(there)

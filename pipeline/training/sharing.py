@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from pipeline import validation
 from pipeline.config.schema import Config
 from pipeline.encoders.digests import weights_digest
-from pipeline.encoders.in_step import is_sharded
+from pipeline.encoders.parts import is_dtensor, is_sharded
 from pipeline.encoders.protocol import Encoder
 from pipeline.engines.workers import ALONE, Workers
 from pipeline.errors import CheckpointError
@@ -47,7 +47,8 @@ def first_ranks_buffers(module: nn.Module, workers: Workers) -> Iterator[None]:
     if workers.count == 1:
         yield
         return
-    buffers = [one for one in module.buffers() if not isinstance(one, UninitializedBuffer)]
+    every = [one for one in module.buffers() if not isinstance(one, UninitializedBuffer)]
+    buffers = [one for one in every if not is_dtensor(one)]
     digests = workers.together(lambda: [weights_digest([("", one.detach().cpu())]) for one in buffers])
     if len({len(each) for each in digests}) > 1:
         raise CheckpointError(f"{type(module).__name__}: the ranks have other buffers; set mode to blocking")

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
+from pipeline.encoders.parts import is_dtensor
+
 OF_MODULES = frozenset(vars(nn.Module())) - {"_buffers", "_non_persistent_buffers_set"}  # parameters, hooks and so on
 CONTAINERS = (list, dict, set, deque, tuple, OrderedDict, defaultdict)
 
@@ -132,7 +134,7 @@ def _contents(values: Sequence[object]) -> tuple[list[tuple[Any, Any]], list[Ten
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor) and not isinstance(value, UninitializedBuffer):
-            tensors.append(value)
+            tensors += [value] if _has_memory(value) else []
         elif type(value) in CONTAINERS and id(value) not in seen:  # subclasses may forbid what is done here
             container: Any = value
             seen.add(id(container))
@@ -140,6 +142,11 @@ def _contents(values: Sequence[object]) -> tuple[list[tuple[Any, Any]], list[Ten
             if not isinstance(container, tuple):
                 containers.append((container, copy.copy(container)))
     return containers, tensors
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's values are there: FSDP1 frees the memory of weights that it gathered alone."""
+    return is_dtensor(tensor) or tensor.layout != torch.strided or tensor.untyped_storage().nbytes() > 0
 
 
 def _is_changed(container: Any, content: Any) -> bool:

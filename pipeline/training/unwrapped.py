@@ -12,22 +12,20 @@ import torch
 from torch import nn
 
 from pipeline.encoders.live import PLAIN
+from pipeline.encoders.parts import outside_of_wrapper, within_wrappers
 from pipeline.errors import ConfigError
 
 WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
 WRAPPERS |= {"DeepSpeedEngine": "module"}  # of ZeRO 0 to 2; it has all weights, as it computes with them
-SHARDED = {
-    "FullyShardedDataParallel": "FSDP (fully_shard, which replaces it, can be measured)",
-    "PipelineEngine": "a DeepSpeed engine of pipeline stages",
-}
+SHARDED = {"PipelineEngine": "a DeepSpeed engine of pipeline stages"}
 REMEDY = "downstream validation needs all weights on a rank; use DDP for now, or measure the checkpoints"
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself, which has all its weights, or is one of FSDP2 (`fully_shard`), which runs as it is.
+    """The module itself, which has all its weights, or is one of FSDP or tensor parallelism, which runs as it is.
 
     Raises:
-        ConfigError: no rank has all weights (FSDP, DeepSpeed ZeRO-3, tensor parallelism).
+        ConfigError: no rank has all weights in another way (DeepSpeed ZeRO-3, pipeline stages).
     """
     while True:
         refuse_sharded(module)
@@ -39,30 +37,19 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def refuse_sharded(module: nn.Module) -> None:
     """Raises ConfigError where a module's weights are in parts in a way that cannot be measured, see `unwrapped`."""
-    found = next(filter(None, map(_sharded_class, module.modules())), None)
-    inside = {id(one) for part in module.modules() if "FSDPModule" in _names(part) for one in part.parameters()}
-    named = module.named_parameters()
-    found = found or next(filter(None, (_sharded_parameter(name, one, id(one) in inside) for name, one in named)), None)
+    kind = type(module).__name__
+    found = next(filter(None, map(_sharded_class, module.modules())), "")
+    name = next((name for name, one in module.named_parameters() if hasattr(one, "ds_id")), "")
+    found = found or (name and f"DeepSpeed ZeRO-3, which has '{name}' in parts")
     if found:
-        raise ConfigError(f"{type(module).__name__}: the model is sharded: {found}; {REMEDY}")
+        raise ConfigError(f"{kind}: the model is sharded: {found}; {REMEDY}")
+    if name := outside_of_wrapper(module):
+        remedy = "hand over what FullyShardedDataParallel returned, not the module within"
+        raise ConfigError(f"{kind}: FSDP around it has '{name}' in parts; {remedy}")
 
 
 def _sharded_class(module: nn.Module) -> str:
     return next((what for name, what in SHARDED.items() if name in _names(module)), "")
-
-
-def _sharded_parameter(name: str, parameter: Any, by_fsdp: bool) -> str:
-    if hasattr(parameter, "ds_id"):
-        return f"DeepSpeed ZeRO-3, which has '{name}' in parts"
-    if "DTensor" not in _names(parameter) | _names(parameter.data):
-        return ""
-    if not by_fsdp:
-        return f"'{name}' is a DTensor, as tensor parallelism makes it"
-    mesh = parameter.device_mesh
-    if mesh.ndim > 1 or mesh.size() != torch.distributed.get_world_size():
-        kind = f"{mesh.ndim} dimensions {mesh.mesh_dim_names or ''}, {mesh.size()} ranks"
-        return f"'{name}' is on a device mesh of {kind}, where one of all ranks in one dimension can be measured"
-    return ""
 
 
 def _names(instance: object) -> set[str]:
@@ -72,7 +59,7 @@ def _names(instance: object) -> set[str]:
 @contextmanager
 def without_autocast_wrapper(module: nn.Module) -> Iterator[None]:
     """Takes off the `forward` that accelerate sets for mixed precision, so that the model is what its class says."""
-    own = vars(module)
+    own = vars(within_wrappers(module))
     wrapper = own.get("forward")
     if wrapper is None or "_original_forward" not in own:
         yield

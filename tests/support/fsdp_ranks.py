@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import EsmForMaskedLM, EsmTokenizer
+from transformers.modeling_outputs import MaskedLMOutput
 
 from pipeline import Downstream, DownstreamValidation
 from pipeline.encoders import embedding_pass
@@ -46,7 +47,7 @@ class Own(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Any = None) -> Any:
         states = self.inner(self.embedding(input_ids))
-        return type("Output", (), {"loss": self.out(states).square().mean()})
+        return MaskedLMOutput(loss=self.out(states).square().mean())
 
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         if self.fails and RANK == 1 and "M" in sequences[0]:
@@ -184,8 +185,11 @@ def main(folder: Path, model: str) -> None:
         found["full"] = loop(plain_shard(own()), downstream)
         found["full curve"] = downstream.curve
     setattr(embedding_pass, "_add", real)  # noqa: B010
-    two = fully_shard(own(), mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
-    refused = [("two", two, {}), ("blocking", plain_shard(own()), {"mode": "blocking"})]
+    with Downstream(config) as downstream:
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        copies: Any = fully_shard(own(), mesh=mesh)
+        found["copies whole"] = downstream(copies, 1)
+    refused = [("blocking", plain_shard(own()), {"mode": "blocking"})]
     refused.append(("one by one", plain_shard(OneByOne()), {"on_error": "raise"}))
     for name, one, options in refused:
         try:

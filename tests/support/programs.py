@@ -22,17 +22,24 @@ def loaded_after(code: str) -> set[str]:
 def run_two_ranks(
     module: str, arguments: Sequence[str], folder: Path, wait_for: Sequence[int] = (0, 1), **variables: object
 ) -> list[int | None]:
-    """Runs a module as two ranks on this machine, of one thread each; what they print goes to `rank-N.log` in `folder`.
+    """See `run_ranks`."""
+    return run_ranks(2, module, arguments, folder, wait_for, **variables)
 
-    Both end when those of `wait_for` do, at the latest after 400 s. Returns the exit code of each.
+
+def run_ranks(
+    count: int, module: str, arguments: Sequence[str], folder: Path, wait_for: Sequence[int], **variables: object
+) -> list[int | None]:
+    """Runs a module as ranks on this machine, of one thread each; what they print goes to `rank-N.log` in `folder`.
+
+    All end when those of `wait_for` do, at the latest after 400 s. Returns the exit code of each.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks = []
-    for rank in range(2):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        own |= {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+    for rank in range(count):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own |= {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": count, "OMP_NUM_THREADS": 1}
         own |= {"PYTHONHASHSEED": 0, **variables}
         environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
         with (folder / f"rank-{rank}.log").open("w") as log:
