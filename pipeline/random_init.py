@@ -18,11 +18,10 @@ from pipeline.embed import Embeddings, embed
 from pipeline.encoders.protocol import Encoder
 from pipeline.engines.workers import ALONE, Workers
 from pipeline.errors import CheckpointError
+from pipeline.report.differences import headline_changes
 from pipeline.report.overview import Changes
 from pipeline.score import Scores, score
 from pipeline.sharing import for_heads
-from pipeline.statistics.intervals import changes
-from pipeline.statistics.predictions import from_table
 from pipeline.store.embedding_table import Store
 from pipeline.tracking.protocol import AtStep, Tracker
 from pipeline.train_head import train_head
@@ -71,10 +70,8 @@ class RandomInit:
         self.scores = self._measure(scores)
         found: dict[str, float] = {}
         for one, other in zip(scores, self.scores, strict=True):
-            for metric in (metric for metric in one.results if metric.is_headline):
-                now, then = (from_table(table, metric.target, metric.probe) for table in (one.table, other.table))
-                if change := changes(now, then, only=metric.name).values.get(metric.name):
-                    found |= change.named(metric.key, "random_init")
+            for metric, change, _ in headline_changes(one, other):
+                found |= change.named(metric.key, "random_init") if change else {}
         self._tracker.metrics(found)
         return Changes(found, "random_init", f"random weights (seed {self.seed})")
 

@@ -1,4 +1,4 @@
-"""How far the rows of a leaderboard are from its first: measured together, or compared from what MLflow keeps."""
+"""How far checkpoints are from one another: measured together, in a notebook, or compared from what MLflow keeps."""
 
 from __future__ import annotations
 
@@ -9,18 +9,27 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from mlflow.artifacts import load_text
 from mlflow.entities import Run
+from torch import Tensor
 
+import pipeline
+from pipeline import Measured
 from pipeline.__main__ import main
+from pipeline.encoders.protocol import Encoder
+from pipeline.errors import DataError
 from pipeline.report.comparison import Row, leaderboard
 from pipeline.report.differences import FIRST, differences
 from pipeline.statistics.intervals import MIN_SEQUENCES, changes
 from pipeline.statistics.predictions import Predictions, from_table
 from pipeline.tracking.earlier_runs import read_runs, with_predictions
+from tests.support.data import proteins
+from tests.support.encoders import FakeEncoder
 from tests.support.lab import VALUE, Lab, furnished, own_signals, write_checkpoint
 
 SPEARMAN, MSE, PROBE_MSE = "test_value_spearman", "test_value_mse", "test_value_probe_mse"
@@ -178,3 +187,50 @@ def test_a_row_without_the_metric_stands_before_one_that_failed() -> None:
     assert [bar is not None for bar in board.bars] == [False, True, False, False]
     assert board.every_metric.columns == ("metric", "one", "two", "other", "broken")
     assert board.errors == ["broken: no weights"]
+
+
+def measured(encoder: Encoder, folder: Path, rows: tuple[int, int] = (60, 60), **settings: Any) -> Measured:
+    """On the share of leucine, which a mean of one-hot residues tells."""
+    texts = [proteins(number, seed) for seed, number in enumerate(rows)]
+    parts = [pd.DataFrame({"sequence": few, "share": [text.count("L") / len(text) for text in few]}) for few in texts]
+    quick = {"num_epochs": 2, "num_seeds": 1, "baselines": False, "store": str(folder), **settings}
+    return pipeline.measure(encoder, {"train": parts[0], "test": parts[1]}, **quick)
+
+
+class Blind(FakeEncoder):
+    """Sees lengths alone."""
+
+    def state(self, sequence: str) -> Tensor:
+        return torch.full((len(sequence), self.hidden_size), len(sequence) / 100.0)
+
+
+def test_two_results_of_a_notebook_are_compared(tmp_path: Path) -> None:
+    """Head and probe, with the paired intervals of their predictions; the other way round is the same with a minus."""
+    seeing, blind = (measured(one, tmp_path) for one in (FakeEncoder(), Blind(name="blind")))
+    frame = seeing.compare(blind)
+    assert list(frame["metric"]) == ["test_share_spearman", "test_share_probe_spearman"]
+    for row, probe in zip(frame.to_dict("records"), (False, True), strict=True):
+        now, then = (from_table(one.scores[0].table, "share", probe) for one in (seeing, blind))
+        change = changes(now, then).values["spearman"]
+        assert row["task"] == "share"
+        assert [row["score"], row["other"]] == [one.metrics[row["metric"]] for one in (seeing, blind)]
+        assert row["change"] == pytest.approx(change.value)
+        assert (row["ci_low"], row["ci_high"]) == (change.interval.low, change.interval.high)
+        assert row["p_improved"] == change.p_improved
+    probe = frame["verdict"].iloc[1]
+    assert (probe, blind.compare(seeing)["verdict"].iloc[1]) == ("improved", "worse")
+    assert np.allclose(blind.compare(seeing)["change"], -frame["change"])
+    assert list(seeing.compare(seeing)["verdict"]) == ["not told apart"] * 2
+
+
+def test_results_that_cannot_be_compared(tmp_path: Path) -> None:
+    one = measured(FakeEncoder(), tmp_path)
+    with pytest.raises(DataError, match="on the same test sequences and labels only, not on 60 and 70 that differ"):
+        one.compare(measured(FakeEncoder(), tmp_path, (60, 70)))
+    with pytest.raises(DataError, match="compare: expected the same tasks, found share and other; measure both with"):
+        one.compare(measured(FakeEncoder(), tmp_path, task_name="other"))
+    few = measured(FakeEncoder(), tmp_path, (60, 20))
+    frame = few.compare(measured(Blind(name="blind"), tmp_path, (60, 20)))
+    assert frame["verdict"].iloc[1] == "an interval takes at least 50 test sequences with labels, and there are 20"
+    assert frame["change"].notna().all()
+    assert frame[["ci_low", "ci_high", "p_improved"]].isna().all(axis=None)

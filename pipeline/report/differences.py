@@ -1,17 +1,22 @@
-"""How far the rows of a leaderboard are from its first, on the same test sequences, with paired intervals."""
+"""How far checkpoints are from one another, on the same test sequences, with paired intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DataError
+from pipeline.report.overview import Changes
 from pipeline.statistics.intervals import changes
 from pipeline.statistics.metrics import Change, Metric, metric_name
 from pipeline.statistics.predictions import Predictions, from_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
+
+    from pipeline.score import Scores
 
 FIRST = "_delta_first"  # behind a metric's name: its difference to the first row
 NOT_KEPT = "the predictions of some rows were not kept"
@@ -48,6 +53,43 @@ def differences(tables: Sequence[Mapping[str, pa.Table]], name: str) -> tuple[li
         if found[place] is None and metric.name in every.refused:
             reasons[every.refused[metric.name]] = None
     return found, list(reasons)
+
+
+def headline_changes(scores: Scores, other: Scores) -> Iterator[tuple[Metric, Change | None, str]]:
+    """What each headline metric of a task differs by from another checkpoint's, or why that is not known.
+
+    Raises:
+        DataError: the two were not measured on the same targets, sequences and labels.
+    """
+    for metric in (metric for metric in scores.results if metric.is_headline):
+        now, then = (from_table(one.table, metric.target, metric.probe) for one in (scores, other))
+        found = changes(now, then, only=metric.name)
+        yield metric, found.values.get(metric.name), found.refused.get(metric.name, "")
+
+
+def difference_frame(scores: Sequence[Scores], others: Sequence[Scores]) -> pd.DataFrame:
+    """How far each headline metric is from another checkpoint's; see `Measured.compare`."""
+    import pandas as pd
+
+    by_task = {one.task_name: one for one in others}
+    names = [", ".join(sorted(one.task_name for one in of_one)) for of_one in (scores, others)]
+    if names[0] != names[1]:
+        same = "measure both with the same configuration and data"
+        raise DataError(f"compare: expected the same tasks, found {names[0]} and {names[1]}; {same}")
+    rows = []
+    for one in scores:
+        other = by_task[one.task_name]
+        values = {metric.short: metric.value for metric in other.results}
+        for metric, change, reason in headline_changes(one, other):
+            value, before = metric.value, values.get(metric.short, math.nan)
+            row: dict[str, Any] = {"task": one.task_name, "metric": metric.short, "score": value, "other": before}
+            row |= {"change": value - before, "ci_low": math.nan, "ci_high": math.nan, "p_improved": math.nan}
+            if change:
+                row |= {"ci_low": change.interval.low, "ci_high": change.interval.high}
+                row |= {"p_improved": change.p_improved}
+                reason = Changes(change.named(metric.key, "start")).direction(metric)
+            rows.append(row | {"verdict": reason or "not defined for both"})
+    return pd.DataFrame(rows)
 
 
 def _predictions(tables: Mapping[str, pa.Table], metric: Metric) -> Predictions | None:

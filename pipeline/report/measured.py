@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.config.yaml_file import to_yaml
+from pipeline.report.differences import difference_frame
 from pipeline.report.overview import Changes, headlines, overview, overview_frame
 from pipeline.report.page import notebook_table
 from pipeline.report.publishing import write_report
@@ -71,6 +72,23 @@ class Measured:
         file = file / "report.html" if file.is_dir() else file
         write_report(file, self.scores, self.changes, self._title, self.facts, to_yaml(self.config))
         return file
+
+    def compare(self, other: Measured) -> pd.DataFrame:
+        """How far this is from another checkpoint on the same test sequences: a row per headline metric.
+
+        Args:
+            other: measured with the same configuration and data, such as the checkpoint before.
+
+        Returns:
+            Columns `task`, `metric` (the head's, then the probe's), `score`, `other`, `change` (the former less the
+            latter), `ci_low`, `ci_high` (of the change, the ends of its paired 95 % interval), `p_improved` (how sure
+            the data make it that this one is better) and `verdict`: `improved`, `worse`, or `not told apart` where
+            the interval holds 0; where there is none, the reason.
+
+        Raises:
+            DataError: the two were not measured on the same tasks, sequences and labels.
+        """
+        return difference_frame(self.scores, other.scores)
 
     def __str__(self) -> str:
         return overview(self.scores, self.changes, self._title).text()
