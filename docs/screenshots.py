@@ -82,6 +82,8 @@ def _photograph(browser: Browser, server: str, out: Path) -> None:
 
     page = Ui(browser, server, 1400, 1060).run(single)
     page.get_by_role("link", name=METRICS[0], exact=True).wait_for()
+    if branch := client.get_run(single).data.tags.get("mlflow.source.git.branch"):  # of whoever makes the pictures
+        page.get_by_text(branch, exact=True).evaluate_all("all => all.forEach(one => one.style.visibility = 'hidden')")
     _save(page, out / "mlflow-run.png")
 
     page = Ui(browser, server, 1400, 1140).run(training, "model-metrics")

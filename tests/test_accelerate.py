@@ -18,7 +18,7 @@ from pipeline.__main__ import main
 from pipeline.checkpoints.names import step_of
 from pipeline.config.yaml_file import to_yaml
 from tests.support.data import planted_task
-from tests.support.lab import newest_run, own_signals
+from tests.support.lab import every_metric, newest_run, own_signals
 from tests.support.programs import run_two_ranks
 from tests.support.sharded import in_training
 from tests.support.training import section
@@ -61,7 +61,7 @@ def test_the_command_line_gives_the_scores_of_the_training(written: Path, tmp_pa
     with own_signals():
         ckpt = written / "accelerate-fsdp2-sharded"
         assert main(["main", f"--ckpt={ckpt}", f"--config={tmp_path / 'task.yaml'}"]) == 0
-    metrics = newest_run().data.metrics
+    metrics = every_metric(newest_run())
     assert {name: metrics[name] for name in expected.metrics} == expected.metrics
 
 

@@ -20,7 +20,7 @@ from pipeline.checkpoints.opening import open_encoder
 from pipeline.encoders.description import DESCRIPTION, describe
 from pipeline.encoders.options import EncoderOptions
 from pipeline.errors import CheckpointError
-from tests.support.lab import VALUE, Lab, furnished, own_signals
+from tests.support.lab import VALUE, Lab, every_metric, furnished, own_signals
 from tests.support.programs import run_two_ranks
 from tests.support.sharded import in_training
 
@@ -108,10 +108,7 @@ def test_the_command_line_measures_it(tmp_path: Path, model_folder: Callable[...
         assert main(command) == 0
         assert main([command[0], f"--ckpt={path}", *command[2:]]) == 0
     second, first = lab.parents()
-    measured = [
-        {name: value for name, value in run.data.metrics.items() if name.startswith(("test_", "dwnstr"))}
-        for run in (first, second)
-    ]
+    measured = [every_metric(run) for run in (first, second)]
     assert measured[0] == measured[1]
     assert measured[0]
 

@@ -134,7 +134,8 @@ def test_runs_are_found_by_their_tags(lab: Lab) -> None:
     expected = {"kind": "measurement", "tasks": "value, state", "encoder": "esm"}
     assert expected.items() <= tags.items()
     assert model.tags["ckpt.digest"].startswith(tags["checkpoint"])
-    wanted = "tags.`downstream.kind` = 'measurement' and tags.`downstream.verdict.value` LIKE '%guess%'"
+    said = f"tags.`downstream.verdict.value` LIKE '%{tags['verdict.value'][2:]}%'"
+    wanted = f"tags.`downstream.kind` = 'measurement' and {said}"
     assert [run.info.run_id for run in lab.client.search_runs(["0"], wanted)] == [parent.info.run_id]
     stages = lab.client.search_runs(["0"], "tags.`downstream.kind` = 'stage'")
     assert {run.info.run_name for run in stages} == lab.nested(parent).keys()
@@ -198,7 +199,7 @@ class Ends:
     files: list[str] = field(default_factory=list)
 
 
-def wait_for(what: str, there: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(what: str, there: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
     """Polls until something is there; a process that ends early, or the deadline, is a failure."""
     deadline = time.monotonic() + seconds
     while not there():

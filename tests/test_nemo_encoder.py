@@ -18,7 +18,7 @@ from pipeline.encoders.megatron_encoder import MegatronEncoder
 from pipeline.errors import ConfigError
 from tests.support import nemo
 from tests.support.data import proteins, write_csv
-from tests.support.lab import ALONE, newest_run
+from tests.support.lab import ALONE, every_metric, newest_run
 from tests.support.nemo_states import PROTEINS, TOLERANCE, assert_states, distance
 
 
@@ -153,7 +153,7 @@ def test_the_whole_job_from_the_command_line(tmp_path: Path, tracking: str, caps
     command = ["main", f"--ckpt={tmp_path / 'esm-step=70.nemo'}", f"--config={tmp_path / 'x.yaml'}"]
     assert main(command) == 0
     run = newest_run()
-    assert {"value/test_value_mse", "state/test_state_accuracy"} <= set(run.data.metrics)
+    assert {"value/test_value_mse", "state/test_state_accuracy"} <= every_metric(run).keys()
     content = (tmp_path / "esm-step=70.nemo").read_bytes()
     (tmp_path / "esm-step=70.nemo").write_bytes(content[: len(content) // 2])
     capsys.readouterr()

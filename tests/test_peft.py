@@ -32,7 +32,7 @@ from pipeline.config.yaml_file import to_yaml
 from pipeline.errors import CheckpointError
 from tests.support.data import planted_task
 from tests.support.decoders import decoder_folder
-from tests.support.lab import newest_run
+from tests.support.lab import every_metric, newest_run
 from tests.support.training import section
 
 peft: Any = pytest.importorskip("peft", reason="needs the extra peft: pip install 'downstream-validation[peft]'")
@@ -144,7 +144,7 @@ def test_an_adapter_is_measured(model_folder: Callable[..., Path], tmp_path: Pat
     (tmp_path / "task.yaml").write_text(to_yaml(section(tmp_path / "cli", task, architecture=str(tmp_path / "moved"))))
     assert main(["main", f"--ckpt={folder}", f"--config={tmp_path / 'task.yaml'}"]) == 0
     run = newest_run()
-    assert {name: run.data.metrics[name] for name in found.metrics} == found.metrics
+    assert every_metric(run) == found.metrics
     assert run.info.run_name.startswith("checkpoint-12")
 
 

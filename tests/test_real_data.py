@@ -19,6 +19,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics as sk
 
 from pipeline.__main__ import main
+from tests.support.lab import every_metric
 
 TOKENS = {"class": "token", "max_seq_length": 600, "batch_size": 32}
 CASES: list[tuple[str, tuple[str, dict[str, Any]], dict[str, Any]]] = [
@@ -143,7 +144,7 @@ def test_the_main_job_on_real_data(
     path = client.download_artifacts(run.info.run_id, f"predictions_{name}.parquet", str(tmp_path))
     frame = pq.read_table(path).to_pandas()
     table = {column: frame[column].to_numpy() for column in frame.columns}
-    logged = dict(run.data.metrics)
+    logged = every_metric(run)
     assert logged.pop("dwnstr_task_val_loss") > 0
     targets = task["target_column"] if isinstance(task["target_column"], list) else [task["target_column"]]
     expected = {

@@ -166,7 +166,7 @@ def test_two_runs_side_by_side(ui: Ui, lab: Lab) -> None:
 
 def scroll_to(page: Page, row: Locator) -> None:
     """Down the table of metrics, which has the rows alone that are in sight."""
-    page.get_by_role("link", name="dwnstr_task_val_loss").first.wait_for()
+    page.get_by_role("link", name=SPEARMAN, exact=True).wait_for()
     table = page.get_by_role("grid").last  # of the values: the grid of the names follows it
     for _ in range(200):
         if row.count():

@@ -292,7 +292,7 @@ class Background:
         with self.work.trackers(result["step"], result["digest"], result["source"], result["time"]) as (run, mirrors):
             replay(result["run"], run, files)
             replay(result["mirrors"], mirrors, files)
-        self.work.tell(result["start"], result["verdicts"])
+        self.work.tell(result["start"], result.get("verdicts", {}))
 
     def _see_to(self, snapshot: Snapshot, why: str) -> None:
         """Has a snapshot measured once more, or gives it up."""

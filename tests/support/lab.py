@@ -101,6 +101,14 @@ def newest_run() -> Any:
     return next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
 
 
+def every_metric(run: Run) -> dict[str, float]:
+    """All metrics of a measurement: the runs of its stage `score` have them."""
+    nested = MlflowClient().search_runs([run.info.experiment_id], f"tags.`{PARENT}` = '{run.info.run_id}'")
+    scored = [one.data.metrics for one in nested if one.info.run_name.startswith("score")]
+    found = {name: value for metrics in scored for name, value in metrics.items()}
+    return {name: value for name, value in found.items() if name not in ("seconds", "peak_memory_mb")}
+
+
 def write_checkpoint(lab: Lab, step: int, noise: float) -> None:
     """Writes `run/step=N.ckpt`: the model of `lab.ckpt`, with noise of this deviation on its weights."""
     model = EsmForMaskedLM.from_pretrained(lab.ckpt)
