@@ -23,7 +23,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel
 from mlflow.models import Model
 
-from pipeline import EncoderOptions, Scores, Store, Task, open_encoder, validate
+from pipeline import EncoderOptions, Scores, Store, Task, open_encoder, read_config, validate
 from pipeline.__main__ import main
 from pipeline.config.trackers import Logging
 from pipeline.encoders.protocol import Encoder
@@ -43,7 +43,7 @@ from tests.support.background import loop_of, place_of
 from tests.support.data import make_task, planted_task, proteins
 from tests.support.encoders import FakeEncoder
 from tests.support.lab import STATE, VALUE, Lab, furnished, newest_run, own_signals, write_checkpoint
-from tests.support.servers import ModelServer
+from tests.support.servers import ModelServer, running
 
 CLOSE = 1e-5
 SMILES = ["CCO", "c1ccccc1", "CC(=O)O", "CBr", "CCN", "OCC", "CNC", "COC"]
@@ -402,6 +402,24 @@ def test_a_training_has_a_model_for_each_measurement(
     )
     texts = load(task).test.sequences
     check_same(answers_of(Predictor.read(Path(place) / "served", device="cpu"), texts), table, ["label"])
+
+
+@pytest.mark.slow
+def test_a_server_takes_a_model_and_gives_it_back(lab: Lab, tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        command = lab.command(VALUE, logging={"figures": False, "log_model": True, "register_model": "mine"})
+        assert main([*command, f"--tracking-uri={server.uri}"]) == 0
+        lab.uri = server.uri
+        place = download_artifacts("models:/mine@best-value", tracking_uri=server.uri, dst_path=str(tmp_path))
+        run_id = lab.parents()[0].info.run_id
+        table = pq.read_table(
+            download_artifacts(run_id=run_id, artifact_path="predictions_value.parquet", tracking_uri=server.uri)
+        )
+    predictor = Predictor.read(Path(place) / "served", device="cpu")
+    texts = load(read_config(lab.folder / "config.yaml").dataset[0]).test.sequences
+    check_same(answers_of(predictor, texts), table, ["value"])
+    assert not [*(lab.folder / "store" / "journal").glob("*.jsonl")]
+    assert not [*(lab.folder / "store" / "served").iterdir()]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ CODE = "__init__.py errors.py config data encoders heads serving store".split() 
 REQUIRED = "filelock numpy pandas protobuf safetensors sentencepiece tokenizers torch transformers".split()
 EXAMPLES = 2  # sequences in the example of a request
 
+logger = logging.getLogger(__name__)
+
 
 def log_models(
     encoder: Encoder, scores: Sequence[Scores], store: Store, tracker: Tracker, registered: str | None = None
@@ -55,6 +58,8 @@ def log_models(
                 place = folder / metric_name(one.task_name)
                 _write(place, encoder, how, folder / ENCODER, one, store)
                 tracker.served(place, _described(one, registered))
+                size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+                logger.info("log_model   %s: %.1f MB", one.task_name, size / 1e6)
     return [f"no model of {name} is logged: {reason}" for name, reason in reasons.items() if reason]
 
 
