@@ -141,11 +141,11 @@ def test_mlflow_models_serve_answers_with_the_predictions(task: str, served: Mea
     status, answer = server.answer({"dataframe_split": {"columns": ["sequence"], "data": [[one] for one in sequences]}})
     assert status == 200, answer
     check_same(answer["predictions"], served.predictions(task), [task])
-    status, alone = server.answer({"dataframe_records": [{"sequence": sequences[3]}]})
-    assert status == 200, alone
+    alone = [server.answer({"inputs": {"sequence": [one]}})[1]["predictions"][0] for one in sequences]
+    check_same(alone, served.predictions(task), [task])
     if task == "state":
-        assert set(alone["predictions"][0]["state_prediction"]) <= {"H", "C"}
-        assert len(alone["predictions"][0]["state_probabilities"]["H"]) == len(sequences[3])
+        assert set(alone[3]["state_prediction"]) <= {"H", "C"}
+        assert len(alone[3]["state_probabilities"]["H"]) == len(sequences[3])
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,8 @@ def test_a_training_has_a_model_for_each_measurement(
 ) -> None:
     """Of the weights of the moment; a worker in the background hands its models over. `runs:/` names the last."""
     task = planted_task(tmp_path / "data", num_epochs=1, task_name="planted")
-    options = {"mode": mode, "logging": Logging(figures=False, log_model=True, register_model="mine")}
+    logging = Logging(figures=False, log_model=True, register_model="mine")
+    options = {"mode": mode, "logging": logging, "child_runs": mode == "sharded"}  # they have no model of their own
     downstream, model = loop_of(tmp_path, task, model_folder("esm"), options=options)
     for step in (0, 1):
         states = random.getstate(), torch.get_rng_state()
