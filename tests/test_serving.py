@@ -420,7 +420,7 @@ def test_a_server_takes_a_model_and_gives_it_back(lab: Lab, tmp_path: Path) -> N
     texts = load(read_config(lab.folder / "config.yaml").dataset[0]).test.sequences
     check_same(answers_of(predictor, texts), table, ["value"])
     assert not [*(lab.folder / "store" / "journal").glob("*.jsonl")]
-    assert not [*(lab.folder / "store" / "served").iterdir()]
+    assert not [*(lab.folder / "store" / "live").iterdir()]
 
 
 @pytest.mark.parametrize(
@@ -434,3 +434,10 @@ def test_a_server_takes_a_model_and_gives_it_back(lab: Lab, tmp_path: Path) -> N
 def test_keys_that_are_wrong(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Logging(**settings).check()
+
+
+def test_models_of_two_tasks_do_not_have_one_name() -> None:
+    Logging().check(["a b", "a_b"])
+    Logging(log_model=True).check(["a b", "a-b"])
+    with pytest.raises(ConfigError, match="log_model: two tasks become 'a_b' in the names of their models; rename one"):
+        Logging(log_model=True).check(["a b", "a_b"])

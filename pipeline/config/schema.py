@@ -139,7 +139,7 @@ class Config:
         require(known, f"baseline: expected random_init or null, found '{self.baseline}'")
         require(0 < self.timeout < 10**7, f"timeout is {self.timeout}, expected more than 0 and less than 10 million")
         parse_bytes(self.memory_budget)
-        self.logging.check()
+        self.logging.check([task.task_name for task in self.dataset])
         both = self.mode == "background" and self.save
         require(not both, "save: mode background writes snapshots itself; leave save out, and set background.keep_best")
         for task in self.dataset:
