@@ -35,7 +35,7 @@ class Logging:
     )
 
     def check(self, tasks: Sequence[str] = ()) -> None:
-        """Raises ConfigError for a value that a tracker or a file system does not take; `tasks` are the tasks' names."""
+        """Raises ConfigError for a value that a tracker or a file system does not take; `tasks` are their names."""
         if self.wandb in BOOLEANS:
             why = f"'{self.wandb.lower()}', which YAML reads for on, off, yes and no; for off, write disabled"
             raise ConfigError(f"logging.wandb: expected one of {', '.join(WANDB_MODES)}, found {why}")
