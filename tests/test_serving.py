@@ -23,7 +23,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel
 from mlflow.models import Model
 
-from pipeline import EncoderOptions, Scores, Store, Task, open_encoder, validate
+from pipeline import EncoderOptions, Scores, Store, Task, open_encoder, read_config, validate
 from pipeline.__main__ import main
 from pipeline.config.trackers import Logging
 from pipeline.encoders.protocol import Encoder
@@ -43,7 +43,7 @@ from tests.support.background import loop_of, place_of
 from tests.support.data import make_task, planted_task, proteins
 from tests.support.encoders import FakeEncoder
 from tests.support.lab import STATE, VALUE, Lab, furnished, newest_run, own_signals, write_checkpoint
-from tests.support.servers import ModelServer
+from tests.support.servers import ModelServer, running
 
 CLOSE = 1e-5
 SMILES = ["CCO", "c1ccccc1", "CC(=O)O", "CBr", "CCN", "OCC", "CNC", "COC"]
@@ -141,11 +141,11 @@ def test_mlflow_models_serve_answers_with_the_predictions(task: str, served: Mea
     status, answer = server.answer({"dataframe_split": {"columns": ["sequence"], "data": [[one] for one in sequences]}})
     assert status == 200, answer
     check_same(answer["predictions"], served.predictions(task), [task])
-    status, alone = server.answer({"dataframe_records": [{"sequence": sequences[3]}]})
-    assert status == 200, alone
+    alone = [server.answer({"inputs": {"sequence": [one]}})[1]["predictions"][0] for one in sequences]
+    check_same(alone, served.predictions(task), [task])
     if task == "state":
-        assert set(alone["predictions"][0]["state_prediction"]) <= {"H", "C"}
-        assert len(alone["predictions"][0]["state_probabilities"]["H"]) == len(sequences[3])
+        assert set(alone[3]["state_prediction"]) <= {"H", "C"}
+        assert len(alone[3]["state_probabilities"]["H"]) == len(sequences[3])
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,8 @@ def test_a_training_has_a_model_for_each_measurement(
 ) -> None:
     """Of the weights of the moment; a worker in the background hands its models over. `runs:/` names the last."""
     task = planted_task(tmp_path / "data", num_epochs=1, task_name="planted")
-    options = {"mode": mode, "logging": Logging(figures=False, log_model=True, register_model="mine")}
+    logging = Logging(figures=False, log_model=True, register_model="mine")
+    options = {"mode": mode, "logging": logging, "child_runs": mode == "sharded"}  # they have no model of their own
     downstream, model = loop_of(tmp_path, task, model_folder("esm"), options=options)
     for step in (0, 1):
         states = random.getstate(), torch.get_rng_state()
@@ -404,6 +405,24 @@ def test_a_training_has_a_model_for_each_measurement(
     check_same(answers_of(Predictor.read(Path(place) / "served", device="cpu"), texts), table, ["label"])
 
 
+@pytest.mark.slow
+def test_a_server_takes_a_model_and_gives_it_back(lab: Lab, tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        command = lab.command(VALUE, logging={"figures": False, "log_model": True, "register_model": "mine"})
+        assert main([*command, f"--tracking-uri={server.uri}"]) == 0
+        lab.uri = server.uri
+        place = download_artifacts("models:/mine@best-value", tracking_uri=server.uri, dst_path=str(tmp_path))
+        run_id = lab.parents()[0].info.run_id
+        table = pq.read_table(
+            download_artifacts(run_id=run_id, artifact_path="predictions_value.parquet", tracking_uri=server.uri)
+        )
+    predictor = Predictor.read(Path(place) / "served", device="cpu")
+    texts = load(read_config(lab.folder / "config.yaml").dataset[0]).test.sequences
+    check_same(answers_of(predictor, texts), table, ["value"])
+    assert not [*(lab.folder / "store" / "journal").glob("*.jsonl")]
+    assert not [*(lab.folder / "store" / "live").iterdir()]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -415,3 +434,10 @@ def test_a_training_has_a_model_for_each_measurement(
 def test_keys_that_are_wrong(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Logging(**settings).check()
+
+
+def test_models_of_two_tasks_do_not_have_one_name() -> None:
+    Logging().check(["a b", "a_b"])
+    Logging(log_model=True).check(["a b", "a-b"])
+    with pytest.raises(ConfigError, match="log_model: two tasks become 'a_b' in the names of their models; rename one"):
+        Logging(log_model=True).check(["a b", "a_b"])

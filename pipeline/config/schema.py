@@ -147,7 +147,7 @@ class Config:
         require(known, f"baseline: expected random_init or null, found '{self.baseline}'")
         require(0 < self.timeout < 10**7, f"timeout is {self.timeout}, expected more than 0 and less than 10 million")
         parse_bytes(self.memory_budget)
-        self.logging.check()
+        self.logging.check([task.task_name for task in self.dataset])
         self.ray.check()
         if self.engine == "ray":
             check_device(self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.config.fields import check_choice, key, require
@@ -33,8 +34,8 @@ class Logging:
         "folder where what MLflow is sent is written first, and stays; null: `<store>/journal`, until all has arrived"
     )
 
-    def check(self) -> None:
-        """Raises ConfigError for a value that W&B or a file system does not take."""
+    def check(self, tasks: Sequence[str] = ()) -> None:
+        """Raises ConfigError for a value that a tracker or a file system does not take; `tasks` are their names."""
         if self.wandb in BOOLEANS:
             why = f"'{self.wandb.lower()}', which YAML reads for on, off, yes and no; for off, write disabled"
             raise ConfigError(f"logging.wandb: expected one of {', '.join(WANDB_MODES)}, found {why}")
@@ -49,8 +50,20 @@ class Logging:
         require(fits, f"logging.register_model: expected a name without / and :, or null, found '{registered}'")
         logged = registered is None or self.log_model
         require(logged, "logging.register_model: expected log_model: true beside it; without that there is no model")
+        names = [model_name(task) for task in tasks] if self.log_model else []
+        double = next((name for name in names if names.count(name) > 1), "")
+        require(not double, f"logging.log_model: two tasks become '{double}' in the names of their models; rename one")
         project = "expected 1 to 128 characters without / \\ # ? % :"
         fits = 0 < len(self.project) <= 128 and not re.search(r"[/\\#?%:]", self.project)
         require(fits, f"logging.project: {project}, found '{self.project[:200]}'")
         for tag in self.tags:
             require(0 < len(tag) <= 64, f"logging.tags: expected 1 to 64 characters in a tag, found '{tag[:100]}'")
+
+
+def model_name(task: str) -> str:
+    """The name of a task in those of its models and their aliases.
+
+    >>> model_name("log P (octanol/water)")
+    'log_P__octanol_water_'
+    """
+    return re.sub(r"[^\w-]", "_", task)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
+import logging
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.trackers import model_name
 from pipeline.embed import BATCH_TOKENS
 from pipeline.encoders.protocol import Encoder
 from pipeline.score import Scores
 from pipeline.serving.encoder_files import why_not, write_encoder
 from pipeline.serving.predictor import CONTENT, ENCODER, Predictor
-from pipeline.statistics.metrics import metric_name
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import link_folder, temporary_folder
 from pipeline.tracking.protocol import Served, Tracker
@@ -28,6 +28,8 @@ CODE = "__init__.py errors.py config data encoders heads serving store".split() 
 # What `Predictor` imports, by the names under which pip knows it; beside MLflow, which adds itself.
 REQUIRED = "filelock numpy pandas protobuf safetensors sentencepiece tokenizers torch transformers".split()
 EXAMPLES = 2  # sequences in the example of a request
+
+logger = logging.getLogger(__name__)
 
 
 def log_models(
@@ -48,13 +50,16 @@ def log_models(
     if why := why_not(encoder):
         return [f"no model is logged: {why}"]
     reasons = {one.task_name: _own_head(one) for one in scores}
-    with temporary_folder(store.root.expanduser() / "served") as folder:
-        how = write_encoder(encoder, folder / ENCODER)
+    with temporary_folder(store.root.expanduser() / "live") as folder:
+        files = folder / ENCODER
+        how = write_encoder(encoder, files)
         for one in scores:
             if not reasons[one.task_name]:
-                place = folder / metric_name(one.task_name)
-                _write(place, encoder, how, folder / ENCODER, one, store)
+                place = folder / "models" / model_name(one.task_name)
+                _write(place, encoder, how, files, one, store)
                 tracker.served(place, _described(one, registered))
+                size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+                logger.info("log_model   %s: %.1f MB", one.task_name, size / 1e6)
     return [f"no model of {name} is logged: {reason}" for name, reason in reasons.items() if reason]
 
 
@@ -113,7 +118,7 @@ def _described(scores: Scores, registered: str | None) -> Served:
     """What a tracker is told of the model of a task."""
     headline = next((one for one in scores.results if one.is_headline and not one.probe), None)
     return Served(
-        re.sub(r"[^\w-]", "_", scores.task_name),
+        model_name(scores.task_name),
         sorted(scores.metrics),
         headline.short if headline else "",
         headline.value if headline else None,
