@@ -20,6 +20,7 @@ DEEPEST = 16  # floors of module-level imports
 ADAPTERS = {
     "mlflow": {f"tracking.{name}" for name in ("client", "mlflow", "runs", "earlier_runs", "training_run")},
     "peft": {"checkpoints.peft"},
+    "ray": {"engines.ray_engine", "engines.ray_worker"},
     "wandb": {"tracking.wandb"},
     "torch.utils.tensorboard": {"tracking.tensorboard"},
     "pytorch_lightning": {"training.lightning_package"},
