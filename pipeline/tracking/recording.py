@@ -12,6 +12,8 @@ from typing import Any
 
 from pipeline.tracking.protocol import Data, NullTracker, Tracker
 
+PLAIN = ("note", "rename", "describe", "checkpoint")  # calls whose arguments are kept as they are
+
 
 class FailedStageError(Exception):
     """The error that a recorded stage ended with, where it is replayed."""
@@ -94,5 +96,5 @@ def replay(calls: Sequence[Any], tracker: Any, folder: Path) -> None:
             tracker.data(Data(**values[0]))
         elif call == "failed":
             raise FailedStageError(values[0])
-        else:
+        elif call in PLAIN:
             getattr(tracker, call)(*values)
