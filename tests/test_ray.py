@@ -200,7 +200,7 @@ def test_a_worker_that_is_killed_each_time_is_an_error(
 ) -> None:
     """Not an endless loop; and what came before it in the plan is stored."""
     said = answer(own.command("KilledAlways", "ray", **ONE), capsys, 2)["error"]
-    assert said.startswith("engine: 4 worker processes have ended, one after another, with the same sequences; see")
+    assert said.startswith("engine: 4 worker processes have ended, one after another, with the same sequences; ")
 
 
 @pytest.mark.slow
