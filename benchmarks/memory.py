@@ -41,15 +41,18 @@ LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 
 
 class FakeEncoder(Encoder):
-    """Random hidden states of width 256."""
+    """Random hidden states."""
 
-    hidden_size = WIDTH
     digest = "benchmark"
     device = torch.device("cpu")
 
+    def __init__(self, hidden_size: int = WIDTH) -> None:
+        """They have this width."""
+        self.hidden_size = hidden_size
+
     def hidden_states(self, sequences: Sequence[str]) -> list[Tensor]:
         """See `pipeline.Encoder`."""
-        return [torch.randn(len(sequence), WIDTH) for sequence in sequences]
+        return [torch.randn(len(sequence), self.hidden_size) for sequence in sequences]
 
 
 def write_task(folder: Path, rows: int) -> Task:

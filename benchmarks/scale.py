@@ -1,21 +1,32 @@
 """Embedding on two ranks of one thread each, beside two processes that have nothing to do with each other.
 
     python benchmarks/scale.py [--limit N] [--rounds 3] [--json FILE]
+    python benchmarks/scale.py --ray [--sequences 1000 10000 100000] [--json FILE]
 
 The ranks share one batch plan and one store, over gloo; together they do what one process does. Each of the independent
 processes runs the same stage on half of the sequences, into a store of its own, without a word to the other: more than
 that two processes cannot do on this machine. Both are timed in turn, in the same processes, by the slower of the two.
 Imports, models and data are there before the clock starts.
+
+With `--ray`, generated sequences of 80 to 120 residues are embedded, a row of width 16 per residue, in this process
+and with `engine: ray` on two workers, whose object store has 200 MB. The encoder is a fake one: what is seen are the
+costs of Ray. Each measurement has a process of its own; memory is that process's anonymous memory at its peak, above
+what it had when the data were loaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -23,12 +34,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from memory import FakeEncoder, Peak, task_in, write_task
+from rich.console import Console
+from rich.table import Table
 from timing import report, write
 from work import make_esm, parser, proteins, sequences_of
 
 from pipeline import Store
 from pipeline.embed import BATCH_TOKENS, embed
 from pipeline.encoders.forward import batches
+from pipeline.encoders.remote import RemoteEncoder
+from pipeline.engines.ray_engine import Needs, RayEngine, connected
 from pipeline.load import load
 from pipeline.store.embedding_table import sequence_key
 from pipeline.training.ranks import Ranks
@@ -61,6 +77,57 @@ def worker(rank: int, port: int, options: argparse.Namespace, pipe: Connection) 
             ranks.arrive()
 
 
+ENGINES = {"local": "this process", "ray": "Ray, two workers"}
+
+
+def on_engine(name: str, folder: Path) -> dict[str, float]:
+    """Embeds the task in a folder. Gives seconds, MB, and how many sequences there were."""
+    torch.set_num_threads(1)
+    examples, make = load(task_in(folder)), partial(FakeEncoder, 16)
+    peak, store = Peak(), Store(folder / name, memory_bytes=10**7)
+    time.sleep(0.1)
+    before = peak.most
+    with engine(name) as found:
+        encoder = make() if found is None else RemoteEncoder(found, make)
+        began = time.perf_counter()
+        (embeddings,) = embed([examples], encoder, store)
+        seconds = time.perf_counter() - began
+    return {"seconds": seconds, "mb": peak.most - before, "sequences": float(embeddings.metrics["embedded"])}
+
+
+@contextmanager
+def engine(name: str) -> Iterator[RayEngine | None]:
+    """Ray with two processors and a small object store; None for this process."""
+    if name == "local":
+        yield None
+        return
+    import ray
+
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    ray.init("local", num_cpus=2, object_store_memory=2 * 10**8, include_dashboard=False, log_to_driver=False)
+    with connected(Needs(1)) as found:
+        yield found
+    ray.shutdown()
+
+
+def compare_engines(options: argparse.Namespace) -> None:
+    """Prints the table of `--ray`."""
+    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ENGINES}
+    view = Table("", *(f"{count}: s" for count in options.sequences), *(f"{count}: MB" for count in options.sequences))
+    for count in options.sequences:
+        with tempfile.TemporaryDirectory() as name:
+            write_task(Path(name), count)
+            for one in ENGINES:
+                command = [sys.executable, __file__, "--ray", "--engine", one, "--folder", name]
+                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                found[one][count] = json.loads(output.splitlines()[-1])
+    for one, shown in ENGINES.items():
+        values = found[one].values()
+        view.add_row(shown, *(f"{each['seconds']:.1f}" for each in values), *(f"{each['mb']:.0f}" for each in values))
+    Console(width=110).print(view)
+    write(found, options.json)
+
+
 def slower(pipes: list[Connection], request: str) -> float:
     """Seconds of the slower of the two."""
     for pipe in pipes:
@@ -70,7 +137,18 @@ def slower(pipes: list[Connection], request: str) -> float:
 
 def main() -> None:
     """Prints the table."""
-    options = parser(__doc__).parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--ray", action="store_true")
+    arguments.add_argument("--sequences", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    arguments.add_argument("--engine", help=argparse.SUPPRESS)
+    arguments.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.engine:
+        print(json.dumps(on_engine(options.engine, options.folder)))
+        return
+    if options.ray:
+        compare_engines(options)
+        return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -177,7 +177,7 @@ def test_doctor_finds_nothing_wrong(
     assert (code, found["problems"]) == (0, [])
     assert found["versions"]["python"] == sys.version.split()[0]
     assert found["versions"]["torch"]
-    assert set(found["extras"]) == {"hydra", "peft", "train"}
+    assert set(found["extras"]) == {"hydra", "peft", "ray", "train"}
     assert found["device"]["device"] in ("cpu", "cuda")
     assert found["tracker"] == {"tracking_uri": tracking, "answers": True}
     assert found["cost"]["rows"] == {"leucine": {"train": 60, "test": 60}}

@@ -21,6 +21,7 @@ MLFLOW = "client mlflow mlflow_served pyfunc runs earlier_runs training_run".spl
 ADAPTERS = {
     "mlflow": {f"tracking.{name}" for name in MLFLOW} | {"serving.pyfunc_script"},
     "peft": {"checkpoints.peft"},
+    "ray": {"engines.ray_engine", "engines.ray_worker"},
     "wandb": {"tracking.wandb"},
     "torch.utils.tensorboard": {"tracking.tensorboard"},
     "pytorch_lightning": {"training.lightning_package"},

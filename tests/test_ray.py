@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, EsmForMaskedLM
 
 pytest.importorskip("ray", reason="needs the extra ray")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import ray
 
-from pipeline import measure
+from pipeline import Downstream, measure
 from pipeline.__main__ import main
 from pipeline.engines.ray_engine import Needs, connected
 from pipeline.errors import ConfigError
@@ -191,6 +192,59 @@ def test_a_module_is_refused(cluster: None, lab: Lab) -> None:
     config = lab.command(VALUE, **ON_RAY)[2].removeprefix("--config=")
     with pytest.raises(ConfigError, match="expected a checkpoint that Ray's workers can open, found a Linear; save it"):
         measure(torch.nn.Linear(2, 2), config)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_each_time_is_an_error(
+    cluster: None, own: Own, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not an endless loop; and what came before it in the plan is stored."""
+    said = answer(own.command("KilledAlways", "ray", **ONE), capsys, 2)["error"]
+    assert said.startswith("engine: 4 worker processes have ended, one after another, with the same sequences; ")
+
+
+@pytest.mark.slow
+def test_an_error_of_the_user_s_own_code_keeps_its_traceback(cluster: None, own: Own) -> None:
+    with pytest.raises(KeyError, match="of the user's own code") as caught:
+        main(own.command("Raises", "ray", **ONE))
+    assert "in come_to_it" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_whose_worker_is_killed_is_measured_again(
+    cluster: None, own: Own, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside another one, of which nothing is seen."""
+    (own.lab.folder / "other.ckpt").write_text(str(own.seen))
+    found = []
+    for name, how in (("ray", ON_RAY), ("alone", ALONE)):
+        entry, _, config = own.command("KilledOnce", name, **how)
+        found.append(answer([entry, f"--ckpt={own.lab.folder}/o*.ckpt", config], capsys)["checkpoints"])
+    assert (own.seen / "killed").exists()
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
+
+
+@pytest.mark.slow
+def test_random_weights_beside_a_checkpoint(cluster: None, lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    """In `measure`, too."""
+    found = []
+    for name, how in (("ray", ON_RAY), ("alone", ALONE)):
+        config = lab.command(VALUE, store=str(lab.folder / name), baseline="random_init", **how)[2]
+        measured = measure(str(lab.ckpt), config.removeprefix("--config="))
+        found.append((measured.metrics, bytes_of(lab.folder / name)))
+    assert found[0] == found[1]
+    assert "test_value_mse_delta_random_init" in found[0][0]
+
+
+def test_a_training_measures_by_itself(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    """And says so, once."""
+    config = lab.command(VALUE, engine="ray", on_start=True)[2].removeprefix("--config=")
+    model, tokens = EsmForMaskedLM.from_pretrained(lab.ckpt), AutoTokenizer.from_pretrained(lab.ckpt)
+    with caplog.at_level("INFO", "pipeline"), Downstream(config, tokenizer=tokens) as downstream:
+        assert downstream(model, 0)
+    assert "engine: ray is for the command line; in a training its ranks measure, see mode" in caplog.messages
+    assert not any("workers of" in message for message in caplog.messages)
 
 
 def everything(lab: Lab, run: Any, above: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -35,14 +35,23 @@ def engine_of(config: Config) -> Iterator[RayEngine | None]:
     gpus = own.gpus if config.device in ("auto", "cuda") else 0.0
     if gpus is None and config.device == "cuda":
         gpus = 1.0
-    with connected(Needs(own.threads or torch.get_num_threads(), gpus, own.workers)) as engine:
+    with ExitStack() as stack:
+        if own.threads:  # here too: what is said of how embeddings were made is said here
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(own.threads)
+        engine = stack.enter_context(connected(Needs(torch.get_num_threads(), gpus, own.workers)))
         logger.info("engine      ray: %s", engine)
         yield engine
+
+
+def device_on(engine: RayEngine, device: str) -> str:
+    """The device that a worker is told to use: one without a GPU of its own may see those of others."""
+    return "cpu" if device == "auto" and not engine.gpus else device
 
 
 def open_on(engine: RayEngine | None, ckpt: str, options: EncoderOptions) -> Encoder:
     """The encoder in a stored checkpoint, which the engine's processes open; see `open_encoder`."""
     if engine is None:
         return open_encoder(ckpt, options)
-    device = "cpu" if options.device == "auto" and not engine.gpus else options.device
-    return RemoteEncoder(engine, partial(open_encoder, ckpt, replace(options, device=device)))
+    there = replace(options, device=device_on(engine, options.device))
+    return RemoteEncoder(engine, partial(open_encoder, ckpt, there))

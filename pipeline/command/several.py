@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.checkpoints.names import names_of
+from pipeline.command.engine import device_on
 from pipeline.command.measuring import measure_checkpoint
 from pipeline.config.schema import Config
 from pipeline.engines.elsewhere import Answer, portable, say
@@ -91,7 +92,8 @@ def _at_once(engine: RayEngine, ckpts: Sequence[str], names: Sequence[str], conf
 
     They are all begun with the first.
     """
-    work = partial(_recorded, config=replace(config, engine="local"), until=until)
+    there = replace(config, engine="local", device=device_on(engine, config.device))
+    work = partial(_recorded, config=there, until=until)
     answers = engine.answers(work, list(zip(ckpts, names, strict=True)))
 
     def measure(_ckpt: str, _name: str, run: Run) -> Rows:

@@ -197,14 +197,18 @@ class RayEngine(Alone):
         waiting = sorted(range(len(jobs)), key=lambda place: -costs[place] if costs else place)
         running: dict[Any, int] = {}
         found: dict[int, Answer] = {}
+
+        def await_one() -> None:
+            while waiting and len(running) < self.workers:
+                job = waiting.pop(0)
+                running[ask.remote(shared, jobs[job])] = job
+            (ready,), _ = self.ray.wait(list(running), num_returns=1)
+            found[running.pop(ready)] = self._answer_of(ready)
+
         try:
             for place in range(len(jobs)):
                 while place not in found:
-                    while waiting and len(running) < self.workers:
-                        job = waiting.pop(0)
-                        running[ask.remote(shared, jobs[job])] = job
-                    (ready,), _ = self.ray.wait(list(running), num_returns=1)
-                    found[running.pop(ready)] = self._answer_of(ready)
+                    await_one()
                 yield found.pop(place)
         finally:
             for one in running:

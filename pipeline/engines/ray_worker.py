@@ -11,7 +11,10 @@ from pipeline.engines.elsewhere import Answer
 from pipeline.errors import EngineError
 
 TRIES = 3  # of work whose process has ended, after the first
-LOST = "see Ray's own log; where memory was short, set ray.workers or max_batch_tokens lower"
+LOST = (
+    "where memory was short, set ray.workers or max_batch_tokens lower; "
+    "with RAY_BACKEND_LOG_LEVEL=info in the environment Ray's own log says more"
+)
 
 
 class Hosted:

@@ -13,6 +13,8 @@ from typing import Any
 from pipeline.store.temporary import link_folder
 from pipeline.tracking.protocol import Data, NullTracker, Served, Tracker
 
+PLAIN = ("note", "rename", "describe", "checkpoint")  # calls whose arguments are kept as they are
+
 
 class FailedStageError(Exception):
     """The error that a recorded stage ended with, where it is replayed."""
@@ -108,5 +110,5 @@ def replay(calls: Sequence[Any], tracker: Any, folder: Path) -> None:
             tracker.data(Data(**values[0]))
         elif call == "failed":
             raise FailedStageError(values[0])
-        else:
+        elif call in PLAIN:
             getattr(tracker, call)(*values)
