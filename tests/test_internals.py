@@ -69,7 +69,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 def test_what_fsdp1_has_of_a_module(esm: Any) -> None:
-    wrapped = FullyShardedDataParallel(esm, device_id=torch.device("cpu"), use_orig_params=True)
+    wrapped: Any = FullyShardedDataParallel(esm, device_id=torch.device("cpu"), use_orig_params=True)
     assert all(map(fsdp1_has, wrapped.parameters()))
     assert not any(map(fsdp1_has, nn.Linear(2, 2).parameters()))
     ids, order = torch.tensor([[5, 6]]), wrapped._exec_order_data
