@@ -46,6 +46,24 @@ def test_a_part_that_is_never_called_is_not_gathered(ranks: Any) -> None:
     assert ranks[1]["a part"] == ["DataError: injected", [1, 8]]
 
 
+@pytest.mark.parametrize("kind", ["roots", "nested", "wrapped"])
+def test_a_layer_that_fails_within_its_pass_changes_no_later_one(kind: str, ranks: Any) -> None:
+    """Of FSDP2, where layers are outermost parts and where they are not, and of FSDP1."""
+    assert ranks[0]["layers"][kind] == [True, True, False]
+    assert ranks[1]["layers"][kind] == ["DataError: injected", True, False]
+
+
+def test_tensor_parallelism(ranks: Any) -> None:
+    """Both ranks make all passes, though one keeps the result; alone each makes its own."""
+    (first, passes), *divided = ranks[0]["tensors"]
+    assert [one for one, _ in ranks[1]["tensors"]] == [one for one, _ in ranks[0]["tensors"]]
+    for place, (metrics, made) in enumerate(divided, 1):
+        same = {name: value for name, value in first.items() if "seconds" not in name}
+        assert {name: metrics[name] for name in same} == pytest.approx(same, abs=1e-5)
+        assert made == ranks[1]["tensors"][place][1]
+        assert len(made) > len(passes)
+
+
 def test_other_weights_are_refused_where_the_code_is_not_known(ranks: Any) -> None:
     """But not where each rank has a part of them."""
     for rank in ranks:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from tokenizers import Tokenizer
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import EsmConfig, EsmModel, T5Config, T5EncoderModel
 
 from pipeline.checkpoints.unpickle import ALLOWED
 from pipeline.encoders.internals import (
     attention_of,
     attention_set,
+    fsdp1_has,
+    fsdp1_order,
+    fsdp1_reshard,
+    fsdp2_order,
+    fsdp2_ranks,
     hooks_of,
     is_compiled,
     panics_as_errors,
@@ -48,6 +57,39 @@ def test_forward_hooks_and_forward_pre_hooks(esm: Any) -> None:
     assert hooks_of(esm) == before + 2
     handle.remove()
     assert hooks_of(esm) == before + 1
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_what_fsdp1_has_of_a_module(esm: Any) -> None:
+    wrapped: Any = FullyShardedDataParallel(esm, device_id=torch.device("cpu"), use_orig_params=True)
+    assert all(map(fsdp1_has, wrapped.parameters()))
+    assert not any(map(fsdp1_has, nn.Linear(2, 2).parameters()))
+    ids, order = torch.tensor([[5, 6]]), wrapped._exec_order_data
+    with fsdp1_order([wrapped]), torch.no_grad():
+        wrapped(input_ids=ids)
+        assert order.handles_pre_forward_order
+    assert not order.handles_pre_forward_order
+    assert wrapped._handle._pre_forward_order_index is None
+    fsdp1_reshard(wrapped)  # on one rank there is nothing to be freed; on two, see test_fsdp1.py
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_fsdp2_has_of_a_module(esm: Any) -> None:
+    sharded: Any = fully_shard(esm)
+    (group,) = sharded._get_fsdp_state()._fsdp_param_groups
+    with fsdp2_order([sharded]), torch.no_grad():
+        sharded(input_ids=torch.tensor([[5, 6]]))
+        assert group.comm_ctx.post_forward_order == [group]
+    assert group.comm_ctx.post_forward_order == group._post_forward_indices == []
+    assert fsdp2_ranks(sharded) == [0]
 
 
 def test_orig_mod_of_a_compiled_module() -> None:

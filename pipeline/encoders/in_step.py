@@ -36,11 +36,11 @@ class InStep:
         if called is not None:
             around = [part for part in self._parts if _contains(part, called)]
             self._around = around or [part for part in self._parts if part is called]
-            inside = [part for part in self._parts if part is called or _contains(called, part)]
+            self._inside = [part for part in self._parts if part is called or _contains(called, part)]
         else:
             self._around = [one for one in self._parts if not any(_contains(other, one) for other in self._parts)]
-            inside = [part for part in self._parts if part not in self._around]
-        self._order = inside  # as they stand, until it is seen
+            self._inside = [part for part in self._parts if part not in self._around]
+        self._order = self._inside  # as they stand, until it is seen
         self._seen = False
         self.reached: list[Any] = []
         self._running: list[Any] = []
@@ -76,7 +76,8 @@ class InStep:
         return found[0]
 
     def _enter(self, part: Any, _inputs: Any) -> None:
-        self.reached.append(part)
+        if part in self._inside:
+            self.reached.append(part)
         self._running.append(part)
 
     def _leave(self, part: Any, _inputs: Any, _output: Any) -> None:

@@ -95,12 +95,33 @@ def fsdp1_order(parts: Sequence[Any]) -> Iterator[None]:
             vars(one).update(values)
 
 
+@contextmanager
+def fsdp2_order(parts: Sequence[Any]) -> Iterator[None]:
+    """As `fsdp1_order`, for modules of FSDP2."""
+    groups = [group for part in parts for group in _groups(part)]
+    before = {id(one): list(one) for group in groups for one in _orders(group)}
+    try:
+        yield
+    finally:
+        for one in (one for group in groups for one in _orders(group)):
+            one[:] = before.get(id(one), [])  # a list may be new, since the first forward pass
+
+
 def fsdp2_ranks(part: Any) -> list[int]:
     """The ranks that a module of FSDP2 has parts or copies of its weights on; none where it has no weights."""
-    state = part._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # of releases before 2.13
-    ranks: list[int] = [] if groups[0] is None else groups[0].mesh_info.mesh.mesh.flatten().tolist()
+    ranks: list[int] = [rank for group in _groups(part)[:1] for rank in group.mesh_info.mesh.mesh.flatten().tolist()]
     return ranks
+
+
+def _groups(part: Any) -> list[Any]:
+    """The groups of weights of a module of FSDP2; earlier releases of torch than 2.13 have one."""
+    state = part._get_fsdp_state()
+    return list(getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]))
+
+
+def _orders(group: Any) -> list[list[Any]]:
+    of_all = getattr(group.comm_ctx, "post_forward_order", None)  # from the first forward pass on
+    return [group._post_forward_indices, *([] if of_all is None else [of_all])]
 
 
 @contextmanager

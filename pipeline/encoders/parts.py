@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.encoders.internals import fsdp1_has, fsdp1_order, fsdp1_reshard, fsdp2_ranks
+from pipeline.encoders.internals import fsdp1_has, fsdp1_order, fsdp1_reshard, fsdp2_order, fsdp2_ranks
 
 T = TypeVar("T")
 
@@ -105,17 +105,16 @@ def reshard(part: Any) -> None:
 
 @contextmanager
 def at_rest(module: nn.Module) -> Iterator[None]:
-    """Within, FSDP1 is set up, as else in the first forward pass, and notes nothing that later passes would go by."""
-    wrappers: list[Any] = [part for part in module.modules() if _is(part, FSDP1)]
-    if not wrappers:
-        yield
-        return
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    """Within, FSDP1 is set up, as else in the first forward pass; and no FSDP goes by passes within in later ones."""
+    parts = parts_of(module)
+    wrappers = [part for part in parts if _is(part, FSDP1)]
+    if wrappers:
+        from torch.distributed.fsdp import FullyShardedDataParallel
 
-    FullyShardedDataParallel.fsdp_modules(module, root_only=True)  # which sets up the outermost
-    for part in wrappers:
-        fsdp1_reshard(part)
-    with fsdp1_order(wrappers):
+        FullyShardedDataParallel.fsdp_modules(module, root_only=True)  # which sets up the outermost
+        for part in wrappers:
+            fsdp1_reshard(part)
+    with fsdp1_order(wrappers), fsdp2_order([part for part in parts if _is(part, FSDP2)]):
         yield
 
 

@@ -49,9 +49,9 @@ class Downstream:
     """Measures a model in training: `downstream = Downstream("my.yaml", tokenizer=...)`, `downstream(model, step)`.
 
     Where there are several ranks, all of them call and share the work (see `mode`), and get the same metrics or the
-    same error. The model may be wrapped by DDP, `torch.compile` or accelerate, or be one of `fully_shard`. Model,
-    optimizer, random states and modes are afterwards what they were. Used as a context manager, or with `close`, it
-    ends the MLflow run that it opened; else that is done when the program ends.
+    same error. The model may be wrapped by DDP, `torch.compile` or accelerate, or be one of FSDP or of tensor
+    parallelism. Model, optimizer, random states and modes are afterwards what they were. Used as a context manager, or
+    with `close`, it ends the MLflow run that it opened; else that is done when the program ends.
 
     Attributes:
         config: of the measurements.

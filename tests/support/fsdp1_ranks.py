@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader
 from transformers import EsmForMaskedLM, EsmTokenizer
@@ -26,7 +26,8 @@ from pipeline import Downstream, DownstreamValidation
 from pipeline.encoders.live import LiveModel
 from tests.support import fsdp
 from tests.support.data import make_task, planted_task, proteins
-from tests.support.fsdp_ranks import TEXTS, Own, loop, weights
+from tests.support.fsdp_ranks import TEXTS, Measure, Own, loop, weights
+from tests.support.loops import digest
 from tests.support.sharded import IDS
 from tests.support.training import section, trainer
 
@@ -47,6 +48,20 @@ class Module(fsdp.Module):
 
     def validation_step(self, batch: torch.Tensor, _index: int) -> None:
         self.log("val_loss", self.model(input_ids=batch, labels=batch).loss, sync_dist=True)
+
+
+def accumulating(model: Any, measure: Measure = lambda *_: None) -> list[str]:
+    """A step of two passes, whose gradients add up; it measures after the first, and before the second goes back."""
+    torch.manual_seed(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with model.no_sync():
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    measure(model, 1)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    measure(model, 2)
+    loss.backward()
+    optimizer.step()
+    return [digest([one.detach() for one in model.parameters()])]
 
 
 def with_lightning(folder: Path, model: str, callbacks: list[Any]) -> dict[str, Any]:
@@ -86,11 +101,19 @@ def main(folder: Path, model: str) -> None:
         "grad op": {"sharding_strategy": ShardingStrategy.SHARD_GRAD_OP, "use_orig_params": True},
     }
     kinds["grad op"]["forward_prefetch"] = True
+    half = torch.bfloat16
+    kinds["half"] = {"mixed_precision": MixedPrecision(param_dtype=half, reduce_dtype=half, buffer_dtype=half)}
     for name, options in kinds.items():
         found[f"{name} without"] = loop(esm(**options))
         with Downstream(config, tokenizer) as downstream:
             found[f"{name} with"] = loop(esm(**options), downstream)
             found[f"{name} curve"] = downstream.curve
+    found["anywhere without"] = accumulating(esm(use_orig_params=True))
+    with Downstream(config, tokenizer) as downstream:
+        compiled: Any = torch.compile(esm(use_orig_params=True), backend="eager")
+        found["compiled with"] = loop(compiled, downstream)
+    with Downstream(config, tokenizer) as downstream:
+        found["anywhere with"] = accumulating(esm(use_orig_params=True), downstream)
     with Downstream(config, tokenizer) as downstream:
         found["whole"] = downstream(load(), 1)
     torch.manual_seed(0)

@@ -8,13 +8,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.utils.rnn import pad_sequence
 from transformers import EsmForMaskedLM, EsmTokenizer
 
@@ -23,6 +27,7 @@ from pipeline.encoders.custom import CustomEncoder
 from pipeline.encoders.in_step import InStep
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
+from pipeline.encoders.parts import at_rest
 from pipeline.errors import DataError
 from pipeline.load import load
 from pipeline.store.embedding_table import Store
@@ -139,6 +144,79 @@ def a_part() -> list[Any]:
     return [failed, list(in_step(model.inner, given).shape)]
 
 
+class Layer(nn.Linear):
+    """Fails within its forward pass, once, where it is told so."""
+
+    fails = False
+
+    def forward(self, given: Tensor) -> Tensor:
+        if self.fails and RANK == 1:
+            self.fails = False
+            raise DataError("injected")
+        return super().forward(given)
+
+
+def passed(in_step: InStep, model: Any, given: Tensor) -> Any:
+    return in_step(model, given).tolist()
+
+
+def a_layer(shard: Callable[[nn.Module], Any]) -> list[Any]:
+    """A layer fails within, on one rank; afterwards a training, and a pass, are what they are without."""
+    given, seen_here = torch.ones(2, 8), []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        layer = Layer(8, 8)
+        model = shard(nn.Sequential(layer, nn.Linear(8, 8)))
+        in_step = InStep(model)
+        layer.fails = fails
+        with torch.no_grad(), at_rest(model):
+            seen_here.append(seen(partial(passed, in_step, model, given)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        for _ in range(2):
+            model(given).square().mean().backward()
+            optimizer.step()
+        with torch.no_grad(), at_rest(model):
+            seen_here.append(passed(in_step, model, given))
+    whole, after, failed, again = seen_here
+    return [failed == whole or failed, after == again, whole == after]
+
+
+def roots(model: Any) -> Any:
+    """Each layer is an outermost part of its own."""
+    for layer in model:
+        fully_shard(layer)
+    return model
+
+
+def nested(model: Any) -> Any:
+    return fully_shard(roots(model))
+
+
+def wrapped(model: Any) -> Any:
+    """FSDP1."""
+    policy = ModuleWrapPolicy({Layer, nn.Linear})
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), auto_wrap_policy=policy)
+
+
+def tensors(folder: Path, ranks: Ranks) -> list[Any]:
+    """Tensor parallelism: both ranks embed all batches, and the first keeps them; hidden states may be in parts."""
+    mesh, found = init_device_mesh("cpu", (2,)), []
+    examples = [load(planted_task(folder / f"tensors-{RANK}", num_epochs=1))]
+    for local in (None, True, False):
+        torch.manual_seed(0)
+        model: Any = Own()
+        if local is not None:
+            plan = {"embedding": ColwiseParallel(), "inner": RowwiseParallel(use_local_output=local)}
+            parallelize_module(model, mesh, plan)
+        passes: list[int] = []
+        model.embedding.register_forward_pre_hook(lambda _, given, passes=passes: passes.append(len(given[0])))
+        encoder = LiveModel(model).encoder(model, probe="MK")
+        store = Store(folder / f"tensors-{RANK}-{local}", max_batch_tokens=200, shared=False)
+        metrics = validate(encoder, examples[0].task, store, examples=examples, workers=ranks)[0].metrics
+        found.append([metrics, passes])
+    return found
+
+
 def unknown_code(ranks: Ranks, module: Any) -> Any:
     """What becomes of weights whose encoder has no digest."""
     return seen(lambda: check_same(CustomEncoder(Own(), None, torch.device("cpu"), probe="MK"), module, ranks))
@@ -167,6 +245,9 @@ def main(folder: Path, model_folder: str) -> None:
     torch.manual_seed(0)
     alike = Own()
     found["weights"] = [unknown_code(ranks, one) for one in (drifted(), made("inner", "other"), alike)]
+    shards = {"roots": roots, "nested": nested, "wrapped": wrapped}
+    layers: Any = {name: a_layer(shard) for name, shard in shards.items()}
+    found["layers"], found["tensors"] = layers, tensors(folder, ranks)
     found["tried out"] = tried_out(folder, model_folder, ranks)
     found["disks"] = own_disks(folder, ranks)
     (folder / f"rank-{RANK}.json").write_text(json.dumps(found))
