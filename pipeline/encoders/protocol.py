@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -72,6 +72,19 @@ class Encoder(Protocol):
     def why_unknown(self, sequence: str) -> str:  # noqa: ARG002
         """What a user can do about a sequence of unknown tokens alone, to follow an error message; may be empty."""
         return ""
+
+
+class HasHiddenStates(Protocol):
+    """The least that an object must have to be measured as an encoder; see `CustomEncoder`."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a hidden state."""
+        ...
+
+    def hidden_states(self, sequences: list[str], /) -> Iterable[Tensor]:
+        """One float tensor of shape (tokens, hidden_size) per sequence, special tokens out."""
+        ...
 
 
 def no_first(reason: str) -> CheckpointError:
