@@ -40,7 +40,7 @@ class InStep:
 
     def __init__(self, module: nn.Module, called: nn.Module | None = None) -> None:
         """`called` is the part whose forward pass the code calls; None for a code that calls any."""
-        self.calls = 0
+        self.calls: int = 0
         self._parts = _sharded(module)
         if called is not None:
             around = [part for part in self._parts if _contains(part, called)]
