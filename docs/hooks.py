@@ -1,11 +1,12 @@
 """Hooks of MkDocs: pages may name files of the repository by links that work on the git forge and on the site alike.
 
-Each file outside `docs/` that a page links to gets a page of the site: Markdown as it is, anything else as a listing.
-The README is the site's first page.
+Each file outside `docs/` that a page links to gets a page of the site: Markdown as it is, a notebook as its cells and a
+link to download it, anything else as a listing. The README is the site's first page.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def on_files(files: Files, *, config: Any) -> Files:
         for target in _targets(path):
             if files.get_file_from_path(_uri(target)) is None:
                 _add(files, config, target)
-                left += [target] if target.endswith(".md") else []
+                left += [target] if target.endswith((".md", ".ipynb")) else []
     return files
 
 
@@ -51,9 +52,20 @@ def on_page_markdown(markdown: str, *, page: Any, **_others: Any) -> str:
 
 def _add(files: Files, config: Any, path: str) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
-    if not path.endswith(".md"):
+    if path.endswith(".ipynb"):
+        files.append(File.generated(config, path, content=text))
+        text = _cells(text, posixpath.basename(path))
+    elif not path.endswith(".md"):
         text = f"# {path}\n\n````{LANGUAGES.get(Path(path).suffix, 'text')}\n{text}\n````\n"
     files.append(File.generated(config, _uri(path), content=text))
+
+
+def _cells(text: str, name: str) -> str:
+    """A notebook as Markdown."""
+    cells = [("".join(cell["source"]), cell["cell_type"]) for cell in json.loads(text)["cells"]]
+    title, *others = [source if kind == "markdown" else f"```python\n{source}\n```" for source, kind in cells]
+    download = f'<a href="{name}" download>Download this notebook</a>'
+    return "\n\n".join([title, download, *others])
 
 
 def _targets(path: str) -> Iterator[str]:

@@ -18,20 +18,20 @@ from torch import nn
 
 from pipeline.checkpoints.names import name_of, step_of, with_step
 from pipeline.command.engine import engine_of, open_on
+from pipeline.command.keywords import config_of, config_of_frames, frames_of
 from pipeline.command.measuring import measure_encoder
 from pipeline.config.fields import check_choice
 from pipeline.config.schema import POOLINGS, Config
-from pipeline.config.shipped import CKPT, CONFIG, shipped
+from pipeline.config.shipped import CKPT, shipped
 from pipeline.config.task import Task
-from pipeline.config.yaml_file import RENAMED, config_from, read_config, to_mapping
-from pipeline.data.kinds import kind_of
+from pipeline.config.yaml_file import to_mapping
 from pipeline.data.parts import Part
 from pipeline.embed import embed
 from pipeline.encoders.custom import CustomEncoder
 from pipeline.encoders.devices import find_device
 from pipeline.encoders.live import LiveModel
 from pipeline.encoders.options import EncoderOptions
-from pipeline.encoders.protocol import Encoder
+from pipeline.encoders.protocol import Encoder, HasHiddenStates
 from pipeline.engines.ray_engine import RayEngine
 from pipeline.engines.workers import ALONE
 from pipeline.errors import ConfigError, DataError, nearest
@@ -45,11 +45,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 logger = logging.getLogger(__name__)
-PARTS = {"train", "test", "val"}
 
 
 def measure(
-    ckpt: str | PathLike[str] | nn.Module | Encoder | None = None,
+    ckpt: str | PathLike[str] | nn.Module | Encoder | HasHiddenStates | None = None,
     config: str | PathLike[str] | Config | Mapping[str, Any] | Mapping[str, pd.DataFrame] | None = None,
     *,
     tokenizer: Any = None,
@@ -66,8 +65,8 @@ def measure(
     configuration, so that a second call takes seconds.
 
     Args:
-        ckpt: as on the command line, see `open_encoder`; a module with a Hugging Face model in it; or an encoder. By
-            default the sample's checkpoint.
+        ckpt: as on the command line, see `open_encoder`; a module with a Hugging Face model in it; an encoder, or
+            any object with `hidden_size` and `hidden_states(sequences)`. By default the sample's checkpoint.
         config: a YAML file, its content, a `Config`; or the parts `train`, `test` and, for early stopping, `val` as
             DataFrames. By default the sample's configuration.
         tokenizer: the Hugging Face tokenizer of a module; by default that in it.
@@ -80,10 +79,10 @@ def measure(
     Raises:
         PipelineError: see `read_config`, `open_encoder` and `validate`.
     """
-    frames, notes = _frames(config), list[str]()
+    frames, notes = frames_of(config), list[str]()
     if frames and overrides:
         raise ConfigError("overrides: DataFrames take none; give keywords")
-    checked = _config_of_frames(frames, settings, notes) if frames else _config(config, overrides, settings)
+    checked = config_of_frames(frames, settings, notes) if frames else config_of(config, overrides, settings)
     notes += checked.notes
     for note in notes:
         logger.info("config      %s", note)
@@ -107,7 +106,7 @@ def measure(
 
 def embed_sequences(
     sequences: Iterable[str],
-    ckpt: str | PathLike[str] | nn.Module | Encoder | None = None,
+    ckpt: str | PathLike[str] | nn.Module | Encoder | HasHiddenStates | None = None,
     *,
     pooling: str = "mean",
     tokenizer: Any = None,
@@ -165,7 +164,7 @@ class _Opened:
 
 @contextmanager
 def _opened(
-    ckpt: str | PathLike[str] | nn.Module | Encoder | None,
+    ckpt: str | PathLike[str] | nn.Module | Encoder | HasHiddenStates | None,
     options: EncoderOptions,
     tokenizer: Any,
     engine: RayEngine | None = None,
@@ -222,78 +221,6 @@ def _tracked(label: str, config: Config, uri: str) -> Iterator[tuple[Any, Any]]:
     with open_run(label, config, uri) as opened, mirrors(config.logging, label, to_mapping(config), folder) as others:
         describe(opened.run, config, MEASUREMENT)
         yield opened, others
-
-
-def _frames(config: Any) -> dict[str, pd.DataFrame]:
-    """The DataFrames, where the configuration is such."""
-    if not isinstance(config, Mapping) or not config:
-        return {}
-    frames = {str(part): value for part, value in config.items() if hasattr(value, "columns")}
-    if frames and (len(frames) < len(config) or not {"train", "test"} <= set(frames) <= PARTS):
-        expected = "expected DataFrames of train, test and, for early stopping, val"
-        raise ConfigError(f"config: {expected}; found {', '.join(map(str, config))}")
-    return frames
-
-
-def _config(config: Any, overrides: str, settings: Mapping[str, Any]) -> Config:
-    """The configuration of a file, its content or a `Config`, with the settings in it."""
-    if isinstance(config, Config):
-        if overrides:
-            raise ConfigError("overrides: a Config takes none; give keywords, or change it")
-        found = config
-    else:
-        source = shipped(CONFIG) if config is None else config
-        found = read_config(source if isinstance(source, Mapping) else Path(source), overrides)
-    if settings:
-        section, of_tasks = _sorted(settings)
-        plain = {**to_mapping(found), **section}
-        tasks = plain["dataset"] if found.is_list else [plain["dataset"]]
-        changed = [{**task, **of_tasks} for task in tasks]
-        found, notes = config_from({**plain, "dataset": changed if found.is_list else changed[0]}), found.notes
-        found.notes[:0] = notes
-    found.check()
-    return found
-
-
-def _config_of_frames(frames: Mapping[str, pd.DataFrame], settings: Mapping[str, Any], notes: list[str]) -> Config:
-    """The configuration of a task on DataFrames; `notes` gets what was inferred."""
-    section, task = _sorted(settings)
-    frame, sequence = frames["train"].rename(columns=str), task.get("sequence_column", "sequence")
-    others = [column for column in frame.columns if column != sequence]
-    if "target_column" not in task and len(others) == 1:
-        task["target_column"] = others[0]
-    targets = task.get("target_column", [])
-    target = targets if isinstance(targets, str) else next(iter(targets), None)
-    if {"class", "task_type"} <= set(task) or not {sequence, target} <= set(frame.columns):
-        pass  # nothing to infer, or an error to come, which names the columns
-    else:
-        level, kind, why = kind_of(frame, sequence, str(target))
-        inferred = {"class": level, "task_type": kind}
-        notes += [
-            f"{key} is read as {value}: '{target}' holds {why}" for key, value in inferred.items() if key not in task
-        ]
-        task = {**inferred, **task}
-    task.setdefault("task_name", str(target or "downstream"))
-    config = config_from({**section, "dataset": task})
-    config.check(with_files=False)
-    return config
-
-
-def _sorted(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of the section, and of tasks. Raises ConfigError for one that is neither."""
-    section = {field.name for field in dataclasses.fields(Config) if not field.metadata.get("hidden")} - {"dataset"}
-    task = {field.metadata.get("key", field.name) for field in dataclasses.fields(Task)} | set(RENAMED)
-    task -= {"dataset", "dataset_path", "head"}
-    found: tuple[dict[str, Any], dict[str, Any]] = {}, {}
-    for name, value in settings.items():
-        key = RENAMED.get(name, name)
-        key = "class" if key == "level" else key  # a word of Python
-        if key not in section | task:
-            raise ConfigError(f"measure: unknown setting '{name}'{nearest(name, section | task)}")
-        values = found[key in task]
-        if values.setdefault(key, value) != value:
-            raise ConfigError(f"measure: '{name}' and '{key}' are one key with different values; keep one")
-    return found
 
 
 def _checked_texts(sequences: Iterable[str]) -> list[str]:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib.util import find_spec
 
 _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
@@ -24,27 +23,37 @@ def no_progress() -> Iterator[None]:
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar of `total` units on a terminal or in a notebook; gives the function that moves it on."""
-    if _hidden.get() or not (sys.stderr.isatty() or _in_notebook()):
+    if _hidden.get():
         yield lambda _units: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    elif _in_notebook():
+        from tqdm import tqdm
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda units: bar.advance(task, units)
+        with tqdm(total=total, desc=what, unit=f" {unit}", leave=False, mininterval=0.5) as text:
+            yield text.update
+    elif not sys.stderr.isatty():
+        yield lambda _units: None
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda units: bar.advance(task, units)
 
 
 def _in_notebook() -> bool:
-    """Whether a notebook shows bars: rich draws them with ipywidgets, and without them only warns."""
-    if "ipykernel" not in sys.modules or find_spec("ipywidgets") is None:
+    """Whether a notebook shows what is printed.
+
+    There a bar is text: those of rich take `ipywidgets`, and leave an empty output for each that has ended.
+    """
+    if "ipykernel" not in sys.modules:
         return False
     from rich.console import Console
 

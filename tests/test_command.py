@@ -283,7 +283,7 @@ def test_the_cost_is_what_embedding_then_takes(tmp_path: Path, fake: FakeEncoder
 
 @pytest.mark.slow
 def test_the_wheel_measures_the_sample_from_an_empty_folder(tmp_path: Path) -> None:
-    """Built from the sdist. Its dependencies are those of this environment: installing torch again takes minutes."""
+    """Built from the sdist, and installed into a virtual environment where nothing else is, with the exact versions."""
     source, dist, empty = tmp_path / "source", tmp_path / "dist", tmp_path / "empty"
     unwanted = shutil.ignore_patterns(".git", ".*_cache", "build", "*.egg-info", "__pycache__", "mlruns", "mlflow.db*")
     shutil.copytree(ROOT, source, ignore=unwanted)
@@ -299,23 +299,25 @@ def test_the_wheel_measures_the_sample_from_an_empty_folder(tmp_path: Path) -> N
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     (site,) = venv.glob("lib/python*/site-packages")
-    (site / "zz_others.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
-    install = [str(venv / "bin/pip"), "install", "-q", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(install, check=True, capture_output=True)
+    install = [str(venv / "bin/pip"), "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel)]
+    subprocess.run(install, cwd=tmp_path, check=True, capture_output=True)
 
     empty.mkdir()
     here = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     downstream = str(venv / "bin/downstream")
 
-    def call(*arguments: str) -> Any:
-        run = subprocess.run([downstream, *arguments], cwd=empty, env=here, capture_output=True, text=True, check=False)
+    def call(*command: str) -> str:
+        run = subprocess.run(command, cwd=empty, env=here, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
-        return json.loads(run.stdout)
+        return run.stdout
 
-    found = call("measure", "--json")
+    assert "usage: downstream" in call(downstream, "--help")
+    call(str(venv / "bin/python"), "-c", "from pipeline import Downstream, embed_sequences, measure")
+    found = json.loads(call(downstream, "measure", "--json"))
     assert {row["task"] for row in found["table"]} == {"fitness", "secondary_structure", "exposure", "location"}
     assert (empty / "mlflow.db").exists()
-    doctor = call("doctor", "--json")
+    doctor = json.loads(call(downstream, "doctor", "--json"))
+    assert (site / "pipeline/py.typed").is_file()
     assert doctor["config"] == str(site / "pipeline/shipped/configs/default.yaml")
     assert doctor["cost"]["stored"] == doctor["cost"]["sequences"] == 1920
 

@@ -39,6 +39,10 @@ class HuggingFaceEncoder(Encoder):
     masked and not returned.
     """
 
+    as_is: bool
+    maker: str | None
+    in_step: InStep | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -66,11 +70,11 @@ class HuggingFaceEncoder(Encoder):
         """
         config: Any = model.config
         self.as_is, self.maker, self.in_step = as_is, maker, in_step
-        self.layer = find_layer(options.layer, config)
         own = in_step.device if in_step else next(model.parameters()).device if as_is else None
-        self.device = own or find_device(options.device)
-        self.precision = find_precision(options.precision, self.device)
-        self.tokens = Tokens(tokenizer)
+        self.layer: int | None = find_layer(options.layer, config)
+        self.device: torch.device = own or find_device(options.device)
+        self.precision: str = find_precision(options.precision, self.device)
+        self.tokens: Tokens = Tokens(tokenizer)
         self._vocabulary: int | None = getattr(config, "vocab_size", None)
         self._check_ids(self.tokens.before + self.tokens.after)
         if not as_is:
@@ -81,11 +85,11 @@ class HuggingFaceEncoder(Encoder):
             model.to(self.device)
             if options.compile:
                 compile_layers(model, config)
-        self.compiled = options.compile and not as_is
-        self.model = model.eval()
+        self.compiled: bool = options.compile and not as_is
+        self.model: nn.Module = model.eval()
         self._copies = _float_copies(model) if as_is and in_step is None else {}
-        self.max_seq_length = limit_of(config, self.tokens)
-        self.pooling = options.pooling
+        self.max_seq_length: int | None = limit_of(config, self.tokens)
+        self.pooling: str = options.pooling
         same = SameNumber(in_step, lambda _: self._found_size())
         with same:
             size = None if as_is else getattr(config, "hidden_size", None) or config.d_model

@@ -30,7 +30,7 @@ class InStep:
 
     def __init__(self, module: nn.Module, called: nn.Module | None = None) -> None:
         """`called` is the part whose forward pass the code calls; None for a code that calls any."""
-        self.calls = 0
+        self.calls: int = 0
         self.device, self.place = compute_device(module), place_of(module)
         self._parts = parts_of(module)
         if called is not None:

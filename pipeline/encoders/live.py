@@ -51,6 +51,10 @@ class LiveModel:
             so that the user knows what code it takes; None where `infer_target` names a class.
     """
 
+    context: Context
+    mode: str
+    maker: str | None
+
     def __init__(
         self,
         module: nn.Module,
@@ -78,11 +82,11 @@ class LiveModel:
         """
         self.context, self.mode, self.maker = context, mode, maker
         self.description: dict[str, Any] | None = None
-        self.in_parts = is_sharded(module)
+        self.in_parts: bool = is_sharded(module)
         self._class = encoder_class(infer_target)
         bare = within_wrappers(module)
         self._own_method = self._class is None and callable(getattr(bare, "hidden_states", None))
-        self.own_precision = (mode or PLAIN) if self._own_method else None
+        self.own_precision: str | None = (mode or PLAIN) if self._own_method else None
         self._skeleton: nn.Module | None = None
         if self._class is not None:
             if self.in_parts:
@@ -100,7 +104,7 @@ class LiveModel:
             self.description = describe(model, self._tokenizer, prefix)
             self._rebuild(module, model, prefix)
             self.max_seq_length = limit_of(model.config, Tokens(self._tokenizer))
-        self.runs_module = self._skeleton is None
+        self.runs_module: bool = self._skeleton is None
 
     def encoder(
         self,

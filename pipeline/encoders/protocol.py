@@ -83,6 +83,19 @@ class Encoder(Protocol):
         return ""
 
 
+class HasHiddenStates(Protocol):
+    """The least that an object must have to be measured as an encoder; see `CustomEncoder`."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a hidden state."""
+        ...
+
+    def hidden_states(self, sequences: list[str], /) -> Iterable[Tensor]:
+        """One float tensor of shape (tokens, hidden_size) per sequence, special tokens out."""
+        ...
+
+
 def no_first(reason: str) -> CheckpointError:
     """The error where there is no state for the pooling `cls`."""
     what = "cls is the state of the special token before the sequence"

@@ -111,10 +111,10 @@ class EmbeddingTable:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         """Does not touch the disk; the table's key is a digest of `settings`."""
         self.folder = folder
-        self.settings = dict(settings)
-        self.dtype = np.dtype(settings["dtype"]).newbyteorder("<")
-        self.hidden_size = int(settings["hidden_size"])
-        self.row_bytes = self.hidden_size * self.dtype.itemsize
+        self.settings: dict[str, Any] = dict(settings)
+        self.dtype: np.dtype[Any] = np.dtype(settings["dtype"]).newbyteorder("<")
+        self.hidden_size: int = int(settings["hidden_size"])
+        self.row_bytes: int = self.hidden_size * self.dtype.itemsize
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -17,22 +15,18 @@ import torch
 from torch import nn
 
 from pipeline.config.schema import Config
-from pipeline.config.yaml_file import to_mapping, to_yaml
 from pipeline.encoders.description import DESCRIPTION
 from pipeline.report.tables import Table
 from pipeline.tracking.protocol import attempt
 from pipeline.tracking.recording import replay
 from pipeline.training.best import Best
 from pipeline.training.host import Host
+from pipeline.training.instructions import instruct, manifest_of, read_json, read_result
 from pipeline.training.progress import Progress
-from pipeline.training.snapshots import KEPT, Snapshot, Snapshots, synced, unwritable, write_json
+from pipeline.training.snapshots import KEPT, Snapshot, Snapshots, synced, write_json
 from pipeline.training.worker_process import Command, OwnWorker, Workers
 
 PAUSE = 0.05  # seconds between two looks for a result, where the training waits
-SCORED = """
-dataset precision layer pooling max_batch_tokens embedding_dtype architecture model_factory weights
-""".split()  # the keys that a score depends on
-
 
 if TYPE_CHECKING:
     from pipeline.training.measurement import Measurement
@@ -99,7 +93,7 @@ class Background:
         if self.work.description is not None:
             content[DESCRIPTION] = self.work.description
         self._prepare_folder()
-        self.snapshots.write(step, content, self._manifest(step))
+        self.snapshots.write(step, content, manifest_of(self.config, self.training, step))
         self.pending.append(step)
         self._call(snapshot)
         self._waited[step] = time.perf_counter() - began
@@ -154,7 +148,7 @@ class Background:
         if state is None:
             return None
         found = Progress.from_state(state)
-        table = _read(self.snapshots.done(self._taken[-1]).result)["overview"] if self._taken else None
+        table = read_result(self.snapshots.done(self._taken[-1]).result)["overview"] if self._taken else None
         if table is not None:
             found.overview = Table(table["columns"], table["rows"], frozenset(table["left"]), table["title"])
         return found
@@ -188,7 +182,7 @@ class Background:
         """Takes a snapshot of before the interruption in: logged, measured, or waiting."""
         step, done = snapshot.step, self.snapshots.done(snapshot.step)
         if done.manifest.exists():
-            result = _read(done.result)
+            result = read_result(done.result)
             self._taken.append(step)
             self._arrivals.append(Arrival(step, result["metrics"], result["seconds"], 0.0, is_new=False))
             return
@@ -196,9 +190,10 @@ class Background:
             self._host.warn(f"downstream validation: the snapshot of step {step} is gone, it is not measured")
             return
         self.pending.append(step)
-        if _read_json(snapshot.manifest) != self._manifest(step):
+        manifest = manifest_of(self.config, self.training, step)
+        if read_json(snapshot.manifest) != manifest:
             shutil.rmtree(snapshot.result, ignore_errors=True)  # measured as another configuration says
-            write_json(snapshot.manifest, self._manifest(step))
+            write_json(snapshot.manifest, manifest)
         for path in (snapshot.error, snapshot.claim):
             path.unlink(missing_ok=True)
         if not snapshot.result.exists():
@@ -219,22 +214,8 @@ class Background:
         """Writes what the worker needs to know, once."""
         if self._is_prepared:
             return
-        folder = self.snapshots.folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is in it is unpickled
-            synced(folder / "config.yaml", lambda path: path.write_text(to_yaml(self.config), encoding="utf-8"))
-            write_json(folder / "worker.json", _settings())
-        except OSError as error:
-            raise unwritable(folder, error) from error
+        instruct(self.snapshots.folder, self.config)
         self._is_prepared = True
-
-    def _manifest(self, step: int) -> dict[str, Any]:
-        """What a snapshot is of: two with the same are one."""
-        mapping = to_mapping(self.config)
-        scored = json.dumps({key: mapping[key] for key in SCORED}, sort_keys=True, default=str)
-        digest = hashlib.sha256(scored.encode()).hexdigest()[:32]
-        tasks = [task.task_name for task in self.config.dataset]
-        return {"step": step, "training": self.training, "tasks": tasks, "config": digest}
 
     def _has_room(self, step: int) -> bool:
         """Whether one more may wait; makes room as `when_busy` says."""
@@ -269,7 +250,7 @@ class Background:
     def _take_in(self, snapshot: Snapshot) -> None:
         """Logs a result, and keeps what is needed of the snapshot."""
         began, step = time.perf_counter(), snapshot.step
-        result = attempt("reading of a result", lambda: _read(snapshot.result))
+        result = attempt("reading of a result", lambda: read_result(snapshot.result))
         if result is None:
             shutil.rmtree(snapshot.result, ignore_errors=True)
             self._see_to(snapshot, "its result cannot be read")
@@ -319,18 +300,3 @@ class Background:
     @property
     def _host(self) -> Host:
         return self.work.host
-
-
-def _settings() -> dict[str, Any]:
-    """What scores depend on, to the last bit, and the configuration does not say."""
-    precision = torch.get_float32_matmul_precision()
-    return {"folder": str(Path.cwd()), "threads": torch.get_num_threads(), "matmul_precision": precision}
-
-
-def _read(result: Path) -> dict[str, Any]:
-    found: dict[str, Any] = _read_json(result / "result.json")
-    return found
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

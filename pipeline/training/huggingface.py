@@ -72,8 +72,8 @@ class DownstreamTrainerCallback(TrainerCallback):
         Raises:
             ConfigError: the configuration is not valid.
         """
-        self.config = config if isinstance(config, Config) else read_config(config)
-        self.session = Session(self.config)
+        self.config: Config = config if isinstance(config, Config) else read_config(config)
+        self.session: Session = Session(self.config)
         self.tokenizer = tokenizer
         self._handler: Any = None
         self._latest: tuple[int, dict[str, float]] | None = None  # step and metrics: evaluations may follow one another

@@ -53,7 +53,7 @@ class DownstreamValidation(pl.Callback):
 
     def __init__(self, config: Config) -> None:
         """Checks the configuration. Raises ConfigError."""
-        self.session = Session(config)
+        self.session: Session = Session(config)
         self.config = config
         self.published: frozenset[str] = frozenset()
         self.published_step = -1

@@ -77,8 +77,8 @@ class Downstream:
         Raises:
             ConfigError: the configuration is not valid.
         """
-        self.config = config if isinstance(config, Config) else read_config(config)
-        self.session = Session(self.config)
+        self.config: Config = config if isinstance(config, Config) else read_config(config)
+        self.session: Session = Session(self.config)
         self.tokenizer, self.name, self.folder = tokenizer, name, Path(folder)
         self._last: tuple[Callable[[], nn.Module | None], int, Any] = (lambda: None), 0, None  # that was to be measured
 

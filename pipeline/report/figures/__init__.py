@@ -107,7 +107,7 @@ def _target(scores: Scores, index: int, predicted: npt.NDArray[Any], stem: Path)
             scatter_figure(heading, true.astype(np.float64), predicted, stem.with_name(f"{stem.name}_predicted.png"))
         ]
     counts = confusion(true, predicted, target.outputs)
-    names = [*target.classes, *(f"class {i}" for i in range(len(target.classes), target.outputs))]
+    names = target.labels
     shown = [i for i in range(target.outputs) if i < len(target.classes) or counts[:, i].any()]
     names, counts = [names[i] for i in shown], counts[np.ix_(shown, shown)]
     return [

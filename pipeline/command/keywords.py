@@ -1,0 +1,92 @@
+"""The configuration that a call in Python means: a file, its content, DataFrames, and keywords for single keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.schema import Config
+from pipeline.config.shipped import CONFIG, shipped
+from pipeline.config.task import Task
+from pipeline.config.yaml_file import RENAMED, config_from, read_config, to_mapping
+from pipeline.data.kinds import kind_of
+from pipeline.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PARTS = {"train", "test", "val"}
+
+
+def frames_of(config: Any) -> dict[str, pd.DataFrame]:
+    """The DataFrames, where the configuration is such."""
+    if not isinstance(config, Mapping) or not config:
+        return {}
+    frames = {str(part): value for part, value in config.items() if hasattr(value, "columns")}
+    if frames and (len(frames) < len(config) or not {"train", "test"} <= set(frames) <= PARTS):
+        expected = "expected DataFrames of train, test and, for early stopping, val"
+        raise ConfigError(f"config: {expected}; found {', '.join(map(str, config))}")
+    return frames
+
+
+def config_of(config: Any, overrides: str, settings: Mapping[str, Any]) -> Config:
+    """The configuration of a file, its content or a `Config`, with the settings in it."""
+    if isinstance(config, Config):
+        if overrides:
+            raise ConfigError("overrides: a Config takes none; give keywords, or change it")
+        found = config
+    else:
+        source = shipped(CONFIG) if config is None else config
+        found = read_config(source if isinstance(source, Mapping) else Path(source), overrides)
+    if settings:
+        section, of_tasks = _sorted(settings)
+        plain = {**to_mapping(found), **section}
+        tasks = plain["dataset"] if found.is_list else [plain["dataset"]]
+        changed = [{**task, **of_tasks} for task in tasks]
+        found, notes = config_from({**plain, "dataset": changed if found.is_list else changed[0]}), found.notes
+        found.notes[:0] = notes
+    found.check()
+    return found
+
+
+def config_of_frames(frames: Mapping[str, pd.DataFrame], settings: Mapping[str, Any], notes: list[str]) -> Config:
+    """The configuration of a task on DataFrames; `notes` gets what was inferred."""
+    section, task = _sorted(settings)
+    frame, sequence = frames["train"].rename(columns=str), task.get("sequence_column", "sequence")
+    others = [column for column in frame.columns if column != sequence]
+    if "target_column" not in task and len(others) == 1:
+        task["target_column"] = others[0]
+    targets = task.get("target_column", [])
+    target = targets if isinstance(targets, str) else next(iter(targets), None)
+    if {"class", "task_type"} <= set(task) or not {sequence, target} <= set(frame.columns):
+        pass  # nothing to infer, or an error to come, which names the columns
+    else:
+        level, kind, why = kind_of(frame, sequence, str(target))
+        inferred = {"class": level, "task_type": kind}
+        notes += [
+            f"{key} is read as {value}: '{target}' holds {why}" for key, value in inferred.items() if key not in task
+        ]
+        task = {**inferred, **task}
+    task.setdefault("task_name", str(target or "downstream"))
+    config = config_from({**section, "dataset": task})
+    config.check(with_files=False)
+    return config
+
+
+def _sorted(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of the section, and of tasks. Raises ConfigError for one that is neither."""
+    section = {field.name for field in dataclasses.fields(Config) if not field.metadata.get("hidden")} - {"dataset"}
+    task = {field.metadata.get("key", field.name) for field in dataclasses.fields(Task)} | set(RENAMED)
+    task -= {"dataset", "dataset_path", "head"}
+    found: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    for name, value in settings.items():
+        key = RENAMED.get(name, name)
+        key = "class" if key == "level" else key  # a word of Python
+        if key not in section | task:
+            raise ConfigError(f"measure: unknown setting '{name}'{nearest(name, section | task)}")
+        values = found[key in task]
+        if values.setdefault(key, value) != value:
+            raise ConfigError(f"measure: '{name}' and '{key}' are one key with different values; keep one")
+    return found
