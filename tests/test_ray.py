@@ -234,7 +234,7 @@ def test_random_weights_beside_a_checkpoint(cluster: None, lab: Lab, capsys: pyt
         measured = measure(str(lab.ckpt), config.removeprefix("--config="))
         found.append((measured.metrics, bytes_of(lab.folder / name)))
     assert found[0] == found[1]
-    assert "test_value_mse_delta_random_init" in found[0][0]
+    assert len(found[0][1]) == 6  # of two tables a lock, a manifest and a shard
 
 
 def test_a_training_measures_by_itself(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
