@@ -173,7 +173,8 @@ def test_what_is_no_number_in_json_is_null(capsys: pytest.CaptureFixture[str]) -
 def test_doctor_finds_nothing_wrong(
     job: list[str], tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, found = in_process(["doctor", "--json", *job], capsys)
+    heads = "--overrides=dataset.num_epochs=3 dataset.num_seeds=2 dataset.batch_size=32"
+    code, found = in_process(["doctor", "--json", *job, heads], capsys)
     assert (code, found["problems"]) == (0, [])
     assert found["versions"]["python"] == sys.version.split()[0]
     assert found["versions"]["torch"]
@@ -182,6 +183,7 @@ def test_doctor_finds_nothing_wrong(
     assert found["tracker"] == {"tracking_uri": tracking, "answers": True}
     assert found["cost"]["rows"] == {"leucine": {"train": 60, "test": 60}}
     assert (found["cost"]["sequences"], found["cost"]["stored"]) == (60, 0)
+    assert found["cost"]["steps"] == {"leucine": 2 * 3 * 2}  # two batches in each epoch of each head
     assert not (tmp_path / "store").exists()
     assert main(["doctor", *job]) == 0
     assert "60 distinct, 0 already stored" in capsys.readouterr().out
@@ -200,11 +202,17 @@ def test_doctor_names_each_problem(tmp_path: Path, capsys: pytest.CaptureFixture
     assert code == 2
     folder, tracker, ckpt = found["problems"]
     assert folder.startswith("store: expected a folder that can be written")
-    assert tracker.startswith("MLflow at 'http://127.0.0.1:9' does not answer")
+    assert tracker.startswith("MLflow at 'http://127.0.0.1:9' does not answer: Connection refused; give")
     assert "./none.ckpt" in ckpt
     assert found["device"]
     assert found["tracker"]["answers"] is False
     uri = f"--tracking-uri=sqlite:///{tmp_path}/new.db"
+    task = f"--overrides=dataset.dataset_path={tmp_path} store={tmp_path}"
+    job = [f"--config={ROOT}/configs/sequence_regression.yaml", task, "--ckpt=./none.ckpt", uri]
+    assert main(["doctor", *job]) == 2
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["checkpoint"].startswith("PROBLEM: ckpt: './none.ckpt'")
+    assert lines["data"].startswith(f"PROBLEM: expected a CSV file at {tmp_path}/train/x0")
     code, found = in_process(["doctor", "--json", "--quick", "--config=nowhere.yaml", uri], capsys)
     assert (code, len(found["problems"])) == (2, 1)
 
@@ -260,6 +268,7 @@ def test_the_cost_is_what_embedding_then_takes(tmp_path: Path, fake: FakeEncoder
     assert not store.root.exists()
     residues = sum(map(len, TEXTS))
     assert (cost.sequences, cost.stored, cost.tokens) == (7, 0, residues + 3)
+    assert cost.steps == {"downstream": 0, "tokens": 0}
     assert cost.disk_bytes == 4 * fake.hidden_size * (7 + residues)
     assert cost.rows == {"downstream": {"train": 8, "test": 8}, "tokens": {"train": 6, "test": 6}}
     assert cost.seconds is not None

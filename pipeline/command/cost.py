@@ -12,6 +12,7 @@ import torch
 from pipeline.embed import made_with
 from pipeline.encoders.forward import batches
 from pipeline.encoders.protocol import Encoder
+from pipeline.heads.fit import steps_of
 from pipeline.load import Examples
 from pipeline.store.embedding_table import Store, sequence_key
 
@@ -21,7 +22,7 @@ COUNTED = 4096  # sequences whose tokens are counted; of more, a sample over all
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a measurement's embeddings.
+    """The cost of a measurement: of its embeddings, and the steps of its heads.
 
     Attributes:
         rows: by task, the sequences of each part.
@@ -32,6 +33,7 @@ class Cost:
         timed: the batches that were timed, of `batches`.
         batches: in which the others are embedded.
         disk_bytes: of the embeddings of the others.
+        steps: by task, the optimizer steps of its heads, of all seeds together; as if none were stored.
     """
 
     rows: Mapping[str, Mapping[str, int]]
@@ -42,6 +44,7 @@ class Cost:
     timed: int
     batches: int
     disk_bytes: int
+    steps: Mapping[str, int]
 
 
 def estimate(examples: Sequence[Examples], encoder: Encoder, store: Store, seconds: float = SECONDS) -> Cost:
@@ -75,7 +78,8 @@ def estimate(examples: Sequence[Examples], encoder: Encoder, store: Store, secon
     rows = {one.task.task_name: {name: len(part) for name, part in one.parts.items()} for one in examples}
     expected = _expected(times, sizes) if planned else None
     tokens, stored = _tokens([*missing.values()], encoder), len(every) - len(missing)
-    return Cost(rows, len(every), stored, tokens, expected, len(times), len(planned), disk)
+    steps = {one.task.task_name: len(one.task.seeds) * steps_of(one, one.task.num_epochs) for one in examples}
+    return Cost(rows, len(every), stored, tokens, expected, len(times), len(planned), disk, steps)
 
 
 def _texts(examples: Sequence[Examples]) -> dict[bytes, str]:

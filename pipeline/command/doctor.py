@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -22,8 +22,9 @@ from pipeline.config.shipped import ROOT
 from pipeline.config.yaml_file import read_config
 from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.options import EncoderOptions
+from pipeline.encoders.protocol import Encoder
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.load import load
+from pipeline.load import Examples, load
 from pipeline.store.embedding_table import Store
 from pipeline.validation import check
 
@@ -69,7 +70,7 @@ def examine(ckpt: str, config: str, overrides: str = "", tracking_uri: str = "",
         config: a YAML file.
         overrides: see `read_config`.
         tracking_uri: by default MLflow's current one.
-        quick: leaves out the cost, for which the checkpoint is opened and some batches are timed.
+        quick: leaves out checkpoint, data and cost, for which some batches are timed.
     """
     found, read = Findings(), list[Config]()
     found.attempt("packages", lambda: _packages(found))
@@ -80,7 +81,7 @@ def examine(ckpt: str, config: str, overrides: str = "", tracking_uri: str = "",
         found.attempt("store", lambda: _store(found, read[0]))
     found.attempt("tracker", lambda: _tracker(found, tracking_uri))
     if read and not quick:
-        found.attempt("cost", lambda: _cost(found, ckpt, read[0]))
+        _measurement(found, ckpt, read[0])
     found.content["problems"] = found.problems
     return found
 
@@ -163,14 +164,27 @@ def _tracker(found: Findings, uri: str) -> None:
     found.say("tracker", f"MLflow at {address} answers")
 
 
-def _cost(found: Findings, ckpt: str, config: Config) -> None:
+def _measurement(found: Findings, ckpt: str, config: Config) -> None:
+    """The checkpoint, the data, and what measuring the one on the other will cost."""
+    opened, examples = list[tuple[str, Encoder]](), list[Examples]()
+    found.attempt("checkpoint", lambda: opened.append(_checkpoint(found, ckpt, config)))
+    limit = opened[0][1].max_seq_length if opened else None
+    found.attempt("data", lambda: examples.extend([load(task, limit) for task in config.dataset]))
+    if opened and examples:
+        found.attempt("cost", lambda: _cost(found, *opened[0], examples, config))
+
+
+def _checkpoint(found: Findings, ckpt: str, config: Config) -> tuple[str, Encoder]:
     first, *others = expand(ckpt)
     encoder = open_encoder(first, EncoderOptions.from_config(config))
     more = f", the first of {1 + len(others)}" if others else ""
     found.say("checkpoint", f"{first}{more}: {encoder.hidden_size} wide, {encoder.device} {encoder.precision}")
-    examples = [load(task, encoder.max_seq_length) for task in config.dataset]
+    return first, encoder
+
+
+def _cost(found: Findings, ckpt: str, encoder: Encoder, examples: Sequence[Examples], config: Config) -> None:
     cost = estimate(examples, encoder, Store.from_config(config))
-    found.content["cost"] = {"checkpoint": first, **asdict(cost)}
+    found.content["cost"] = {"checkpoint": ckpt, **asdict(cost)}
     for line in _words(cost):
         found.say("cost", line)
     if config.baseline:
@@ -185,11 +199,14 @@ def _cost(found: Findings, ckpt: str, config: Config) -> None:
 def _words(cost: Cost) -> list[str]:
     parts = (f"{name}: {', '.join(f'{n} {part}' for part, n in parts.items())}" for name, parts in cost.rows.items())
     lines = [f"rows       {'; '.join(parts)}", f"sequences  {cost.sequences} distinct, {cost.stored} already stored"]
+    steps = "; ".join(f"{name}: {number}" for name, number in cost.steps.items())
+    lines.append(f"heads      {steps} optimizer steps, and as many again for a baseline that is not stored yet")
     if cost.seconds is None:
-        return [*lines, "time       nothing to embed; heads and scores take their time"]
-    how = f"from {cost.timed} of {cost.batches} batches; heads and scores come on top"
-    lines.append(f"tokens     about {cost.tokens} to embed")
-    return [*lines, f"time       about {cost.seconds:.1f} s to embed ({how})", f"disk       {_size(cost.disk_bytes)}"]
+        return [*lines, "time       nothing to embed; heads that are not stored, and scores, take their time"]
+    how = f"from {cost.timed} of {cost.batches} batches"
+    time = f"about {cost.seconds:.1f} s to embed ({how})"
+    on_top = "heads, probes and baselines come on top, and take longer than that where the model is small"
+    return [*lines, f"time       {time}; {on_top}", f"disk       {_size(cost.disk_bytes)}"]
 
 
 def _size(number: float) -> str:

@@ -152,7 +152,9 @@ def answer(uri: str = "") -> tuple[str, str]:
             MlflowClient(uri).search_experiments(max_results=1)
             answers.append("")
         except Exception as error:  # of the many libraries below MLflow
-            answers.append(" ".join(str(error).split())[:200] or type(error).__name__)
+            text = " ".join(str(error).split())
+            reason = re.search(r"\[Errno -?\d+\] ([^'\")]+)", text)  # at the end of what requests says
+            answers.append(reason[1] if reason else text[:200] or type(error).__name__)
 
     thread = threading.Thread(target=ask, name="asking MLflow", daemon=True)
     thread.start()
