@@ -144,7 +144,7 @@ def test_remarks_are_about_the_first_of_the_table_in_whatever_order_the_rows_are
         "There is no difference to the first row: the predictions of some rows were not kept",
         "Rows with = cannot be told apart from the first: the interval of the difference holds 0.",
         "The first is the best of 3: its lead is not corrected for that choice.",
-        "The rows are of different steps.",
+        "The rows are of different steps: how long each was trained is part of the difference.",
     ]
     assert leaderboard([row("old", None), row("older", None)], ["test_y_mse"]).remarks == []
 
