@@ -105,7 +105,7 @@ def _reasons(predictions: Predictions) -> dict[str, str]:
     of_class = predictions.by_sequence(predictions.true[:, None] == np.arange(len(predictions.classes)))
     sequences = (of_class > 0).sum(0)
     rare = [f"{name} in {n}" for name, n in zip(predictions.classes, sequences, strict=True) if n < MIN_OF_CLASS]
-    reason = f"an interval takes at least {MIN_OF_CLASS} test sequences of each class, and {', '.join(rare)}"
+    reason = f"an interval takes at least {MIN_OF_CLASS} test sequences of each class, and {a_few(rare)}"
     return found | (dict.fromkeys(BY_CLASS, reason) if rare else {})
 
 
