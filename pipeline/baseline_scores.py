@@ -188,5 +188,5 @@ def _improved(metric: Metric, change: Change) -> bool:
 
 
 def _words(metric: Metric, value: float, change: Change) -> tuple[str, str]:
-    ends = f"{change.interval.low:.3f} to {change.interval.high:.3f}"
+    ends = f"{change.interval.low:z.3f} to {change.interval.high:z.3f}"
     return metric.key, f"({metric.value:.3f} against {value:.3f}, interval of the difference {ends})"

@@ -50,10 +50,10 @@ class EngineError(PipelineError):
 FEW = 5  # of many names are shown
 
 
-def few(names: Sequence[str]) -> str:
+def few_of(names: Sequence[str]) -> str:
     """The first names, and how many more there are.
 
-    >>> few(list("abcdefg"))
+    >>> few_of(list("abcdefg"))
     'a, b, c, d, e and 2 more'
     """
     more = f" and {len(names) - FEW} more" if len(names) > FEW else ""

@@ -107,7 +107,7 @@ class Headline:
         keys = [replace(self.main, probe=which).key for which in (HEAD, PROBE) if which in self.pair or not which]
         found = [self.scores.baselines.get(key) for key in keys]
         known = any(value is not None for value in found)
-        return " / ".join("-" if value is None else f"{value:.3f}" for value in found) if known else ""
+        return " / ".join("-" if value is None else f"{value:z.3f}" for value in found) if known else ""
 
     @property
     def judgements(self) -> list[tuple[str, str]]:

@@ -194,7 +194,7 @@ def pairs_of(results: Iterable[Metric]) -> dict[str, dict[bool, Metric]]:
 
 def interval_text(metric: Metric | None) -> str:
     """The ends of a metric's interval: `0.250, 0.625`; empty where there is none."""
-    return f"{metric.interval.low:.3f}, {metric.interval.high:.3f}" if metric and metric.interval else ""
+    return f"{metric.interval.low:z.3f}, {metric.interval.high:z.3f}" if metric and metric.interval else ""
 
 
 def score_text(metric: Metric) -> str:
@@ -209,4 +209,4 @@ def score_title(name: str, found: Sequence[Metric | None]) -> str:
 
 def number(value: float | None) -> str:
     """Four digits behind the point; empty where there is no value."""
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:z.4f}"
