@@ -267,7 +267,7 @@ def test_a_first_row_that_is_no_better_than_its_baseline_is_no_winner() -> None:
     assert [row[-1] for row in board.table.rows] == [*said, ""]
     assert list(board.frame["verdict"]) == [*said, ""]
     none = "None of these is better than its baseline in a/test_x_r2: that one is the first says little."
-    assert board.remarks == [none]
+    assert board.remarks[-1] == none
     rows[1] = Row("good", 1, {"a/test_x_r2": 0.75}, verdicts={"a": "learns"})
     assert none not in leaderboard(rows, ["a/test_x_r2"]).remarks
     assert rows[0].verdict("test_x_r2") == said[0]

@@ -119,7 +119,7 @@ def test_rows_that_cannot_be_told_apart_are_marked() -> None:
     near = best.set_column(2, "y_prediction", pa.array(best["y_prediction"].to_numpy() + jitter))
     rows = [row("worse", worse), row("near", near), row("best", best)]
     shown = leaderboard(rows, ["test_y_mse"]).table
-    assert shown.columns == ("#", "checkpoint", "test_y_mse", "against #1 (95 %)")
+    assert list(shown.columns) == ["#", "checkpoint", "test_y_mse", "against #1 (95 %)"]
     first, second, third = shown.rows
     assert {first[1], second[1]} == {"best", "near"}
     assert first[3] == ""
