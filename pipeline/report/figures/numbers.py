@@ -116,10 +116,8 @@ def training_figure(task: str, metrics: Mapping[str, Lines], path: Path) -> Path
     every = {whose for lines in metrics.values() for whose in lines}
     beside = "; dashed: the probe" if (False, True) in every else ""
     beside += "; dotted: the baseline" if any(baseline for baseline, _ in every) else ""
-    points_of = [points for lines in metrics.values() for points in lines.values()]
-    beside += (
-        "; bands: 95 % intervals" if np.isfinite([low for points in points_of for _, _, low, _ in points]).any() else ""
-    )
+    lows = [low for lines in metrics.values() for points in lines.values() for _, _, low, _ in points]
+    beside += "; bands: 95 % intervals" if np.isfinite(lows).any() else ""
     subtitle = f"metrics by training step; {len(steps)} measurements{beside}"
     figure = new_figure(max(3.1 * columns, 5), 1.9 * rows + 0.7, task or "Downstream validation", subtitle)
     for place, (name, lines) in enumerate(metrics.items(), 1):
