@@ -163,7 +163,8 @@ def _compare(options: argparse.Namespace) -> Answer:
     runs = read_runs(options.runs, options.tracking_uri)
     rows = [row for run in runs for row in measuring.rows_of_run(run)]
     names = compare.choose(rows, options.by)
-    with open_run(f"{len(set(options.runs))} runs compared", Config(), options.tracking_uri) as opened:
+    measurements = "1 measurement" if len(rows) == 1 else f"{len(rows)} measurements compared"
+    with open_run(measurements, Config(), options.tracking_uri) as opened:
         board = measuring.compare_runs(with_predictions(runs, names[0]), names, opened.run)
     lines = [board.table.text(), *board.remarks, *links(opened)]
     return Answer(lines, {"by": names[0], "leaderboard": _records(board.frame), "run": _address(opened)})

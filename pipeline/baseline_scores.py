@@ -24,7 +24,7 @@ import torch
 from pipeline.embed import embed
 from pipeline.encoders.baselines import BASELINES, VERSION
 from pipeline.errors import CacheError, PipelineError
-from pipeline.heads.verdict import Verdict
+from pipeline.heads.verdict import NO_BETTER, Verdict
 from pipeline.load import Examples
 from pipeline.score import Scores, score
 from pipeline.statistics.intervals import changes
@@ -173,7 +173,7 @@ def _no_better(scores: Scores, baseline: BaselineScores) -> list[Verdict]:
         if compared and not any(_improved(metric, change) for metric, change in compared):
             first, *others = [_words(metric, scores.baselines[metric.key], change) for metric, change in compared]
             said = ", ".join([f"{first[0]} is {short} {first[1]}", *(f"nor is {key} {why}" for key, why in others)])
-            found.append(Verdict(target.name, "not better than its baseline", said))
+            found.append(Verdict(target.name, NO_BETTER, said))
     return found
 
 
@@ -188,5 +188,5 @@ def _improved(metric: Metric, change: Change) -> bool:
 
 
 def _words(metric: Metric, value: float, change: Change) -> tuple[str, str]:
-    ends = f"{change.interval.low:.3f} to {change.interval.high:.3f}"
+    ends = f"{change.interval.low:z.3f} to {change.interval.high:z.3f}"
     return metric.key, f"({metric.value:.3f} against {value:.3f}, interval of the difference {ends})"

@@ -179,8 +179,8 @@ def made_with(
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """A line on how a checkpoint was measured in training, if that was otherwise; else no line."""
-    found = [f"{key} {there[key]} there and {here[key]} here" for key in there if there[key] != here.get(key)]
-    note = f"in training it was measured with {', '.join(found)}: scores may differ from the callback's"
+    found = [f"{key} {there[key]}, here {here[key]}" for key in there if there[key] != here.get(key)]
+    note = f"in training it was measured with {'; '.join(found)}: scores may differ slightly from those of the training"
     return [note] if found else []
 
 

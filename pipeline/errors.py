@@ -12,7 +12,7 @@ PipelineError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class PipelineError(Exception):
@@ -45,6 +45,19 @@ class TrackingError(PipelineError):
 
 class EngineError(PipelineError):
     """Work that was to run elsewhere did not."""
+
+
+FEW = 5  # of many names are shown
+
+
+def few_of(names: Sequence[str]) -> str:
+    """The first names, and how many more there are.
+
+    >>> few_of(list("abcdefg"))
+    'a, b, c, d, e and 2 more'
+    """
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return ", ".join(names[:FEW]) + more
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

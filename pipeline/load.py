@@ -21,7 +21,7 @@ from pipeline.data.labels import READERS, Labels
 from pipeline.data.parts import UNKNOWN, Part, Target
 from pipeline.data.report import data_report
 from pipeline.data.tables import Table, of_frame, read
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, few_of
 from pipeline.statistics.metrics import metric_name
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.
             notes.append(f"{name}: max_rows takes {len(part)} of {fitting} sequences")
         if part.left_out:
             notes.append(f"{name}: {part.left_out} of {len(raw[name].counts)} sequences left out, over {limit}")
-    report = data_report(targets, parts)
+    report = data_report(targets, parts, raw["test"].table.where)
     notes += report.notes
     train, test, val = parts["train"], parts["test"], parts.get("val")
     return Examples(task, targets, train, test, val, tuple(notes), limit, max_seq_length, report.metrics)
@@ -150,7 +150,7 @@ def _target(task: Task, index: int, raw: dict[str, _RawPart], notes: list[str]) 
         return Target(name, None, 1)
     seen = [str(text) for text in np.unique(labels["train"].texts[labels["train"].mask])]
     if declared is not None and len(seen) > declared:
-        found = f"found {len(seen)}: {', '.join(seen[:30])}"
+        found = f"found {len(seen)}: {few_of(seen)}"
         raise DataError(f"{raw['train'].table.files[0]}: column '{name}': expected at most {declared} classes, {found}")
     if declared is not None and len(seen) < declared:
         notes.append(f"{name}: {declared} classes declared, {len(seen)} in the train part")
@@ -160,9 +160,9 @@ def _target(task: Task, index: int, raw: dict[str, _RawPart], notes: list[str]) 
         if declared is not None and len(classes) + len(new) > declared:
             unit = int(np.flatnonzero(label.mask & (label.texts == new[0]))[0])
             row = int(np.searchsorted(np.cumsum(raw[part].counts), unit, side="right"))
-            raise raw[part].table.error(row, name, f"one of the {declared} classes {', '.join(classes[:30])}", new[0])
+            raise raw[part].table.error(row, name, f"one of the {declared} classes {few_of(classes)}", new[0])
         if new:
-            notes.append(f"{name}: {part} has labels that train has not and that cannot be learnt: {', '.join(new)}")
+            notes.append(f"{name}: {part} has labels that train has not and that cannot be learnt: {few_of(new)}")
         classes += new
     return Target(name, tuple(classes), max(declared or 0, len(classes)))
 
@@ -181,7 +181,7 @@ def _weighted(task: Task, target: Target, index: int, train: Part) -> Target:
     own = weights[index] if len(task.target_column) > 1 and isinstance(weights, list) else weights
     numbers = isinstance(own, list) and all(isinstance(w, (int, float)) and w >= 0 for w in own)
     if not numbers or len(own) not in (classes, target.outputs):
-        expected = f"'balanced', or a weight for each of {', '.join(target.classes)}"
+        expected = f"'balanced', or a weight for each of {few_of(target.classes)}"
         raise ConfigError(f"task '{task.task_name}': class_weights: expected {expected}, found {own!r}")
     return replace(target, weights=tuple([float(w) for w in own] + [0.0] * (target.outputs - len(own))))
 

@@ -147,7 +147,7 @@ def test_runs_made_before_are_compared(lab: Lab, capsys: pytest.CaptureFixture[s
     assert main(["compare", *runs, f"--tracking-uri={lab.uri}", "--by=test_value_mse"]) == 0
     printed = capsys.readouterr().out
     made = lab.parents()[0]
-    assert made.info.run_name == "3 runs compared"
+    assert made.info.run_name == "7 measurements compared"
     table = json.loads(load_text(f"{made.info.artifact_uri}/leaderboard.json"))
     column = table["columns"].index("test_value_mse")
     found = [row[column] for row in table["data"]]
@@ -260,6 +260,22 @@ def test_a_leaderboard_as_a_table() -> None:
     assert "<title>Title &lt;1&gt;</title>" in html
     assert '<th scope="row">&lt;b&gt;[bold]</th><td class="number">failed</td><td class="number"></td>' in html
     assert "<li>&lt;b&gt;[bold]: broken</li>" in html
+
+
+def test_a_first_row_that_is_no_better_than_its_baseline_is_no_winner() -> None:
+    said = ("still learning; not better than its baseline", "not better than its baseline")
+    rows = [Row(label, 1, {"a/test_x_r2": 0.5}, verdicts={"a": text}) for label, text in zip("no", said, strict=True)]
+    rows.append(Row("broken", None, {}, "no weights"))
+    board = leaderboard(rows, ["a/test_x_r2"])
+    assert board.table.columns[-1] == "verdict"
+    assert [row[-1] for row in board.table.rows] == [*said, ""]
+    assert list(board.frame["verdict"]) == [*said, ""]
+    none = "None of these is better than its baseline in a/test_x_r2: that one is the first says little."
+    assert board.remarks[-1] == none
+    rows[1] = Row("good", 1, {"a/test_x_r2": 0.75}, verdicts={"a": "learns"})
+    assert none not in leaderboard(rows, ["a/test_x_r2"]).remarks
+    assert rows[0].verdict("test_x_r2") == said[0]
+    assert Row("old", 1, {"test_x_r2": 0.5}).verdict("test_x_r2") == ""
 
 
 def test_rows_of_other_test_sets_are_told_apart() -> None:

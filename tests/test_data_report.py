@@ -51,14 +51,22 @@ def test_a_clean_set_gives_no_warning(tmp_path: Path) -> None:
     assert loaded(tmp_path / "tokens", *tokens, task_type="classification", level="token").notes == ()
 
 
+def test_of_many_labels_that_train_has_not_a_few_are_named(tmp_path: Path) -> None:
+    train = [(text, "a" if row % 2 else "b") for row, text in enumerate(sequences(20, 1))]
+    test = [(text, f"n{row:02}") for row, text in enumerate(sequences(20, 2))]
+    notes = loaded(tmp_path, train, test, task_type="classification").notes
+    assert "cannot be learnt: n00, n01, n02, n03, n04 and 15 more" in " ".join(notes)
+    assert max(map(len, notes)) < 200
+
+
 def test_planted_duplicates_are_said_with_their_rows(tmp_path: Path) -> None:
     train, test = sequences(200, 1), sequences(100, 2)
     test[3], test[7], test[9] = train[5], changed(train[20], 4), changed(train[30], 60)
     examples = loaded(tmp_path, numbered(train, 1), numbered(test, 2))
     same, near = examples.notes
-    assert same == "1 of 100 test sequences are in train too, such as that of x000.csv:3"
+    assert same == f"1 of 100 test sequences are in train too, such as that of {tmp_path / 'test' / 'x000.csv'}:5"
     assert near.startswith("1 of 100 test sequences are nearly the same as one in train")
-    assert "such as that of x000.csv:7:" in near
+    assert "test/x000.csv:9: scores say little" in near
     assert examples.metrics["downstream/test_in_train"] == examples.metrics["downstream/test_near_train"] == 0.01
 
 

@@ -248,7 +248,7 @@ def test_a_training_is_measured_with_the_last_token(
     assert callback.curve[-1] == (4, found["last"])  # type: ignore[attr-defined]
     assert found["mean"] != found["last"]
     if not version("mlflow").startswith("3.1."):  # which turns loggers off
-        assert "in training it was measured with pooling last there and mean here" in caplog.text
+        assert "in training it was measured with pooling last, here mean" in caplog.text
 
 
 def test_names_of_the_limit(tmp_path: Path) -> None:

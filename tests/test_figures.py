@@ -338,7 +338,7 @@ def test_the_probe_s_line_is_drawn_with_the_head_s(tmp_path: Path, monkeypatch: 
     head, beside = both.get_lines()
     assert (head.get_ydata().tolist(), beside.get_ydata().tolist()) == ([2.0, 1.0], [1.0, 0.0])
     assert (head.get_linestyle(), beside.get_linestyle()) == ("-", "--")
-    assert both.get_title(loc="left") == "test_y_mse: 1, 0"
+    assert both.get_title(loc="left") == "test_y_mse\nhead 1, probe 0"
     assert len(alone.get_lines()) == 1
     assert [text.get_text() for text in drawn[0].artists] == [
         "metrics by training step; 2 measurements; dashed: the probe"
@@ -367,3 +367,23 @@ def test_file_names_are_safe_and_all_different(tmp_path: Path) -> None:
 def test_texts_are_one_line_and_short(text: str, most: int) -> None:
     assert not set(shorten(text, most)) & set("\n\r\t\v\f")
     assert len(shorten(text, most)) <= min(len(text), most)
+
+
+def test_curves_have_bands_and_the_main_metric_is_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(numbers, "save", lambda figure, _path: drawn.append(figure))
+    key = "test_location_spearman"
+    points = [
+        (step, {"test_location_average_precision": 0.75, key: 0.5, f"{key}_ci_low": 0.25, f"{key}_ci_high": 0.625})
+        for step in (0, 1)
+    ]
+    curves(points, tmp_path)
+    first, other = drawn[0].axes
+    assert first.get_title(loc="left") == f"{key}\nhead 0.5"
+    heights = first.collections[0].get_paths()[0].vertices[:, 1]
+    assert {0.25, 0.625} <= set(heights.tolist())
+    assert drawn[0].artists[0].get_text().endswith("bands: 95 % intervals")
+    drawn[0].draw_without_rendering()
+    assert other.title.get_window_extent().width == 0  # the title is the left one
+    left = [axes._left_title.get_window_extent() for axes in drawn[0].axes]
+    assert all(box.x0 >= 0 and box.x1 <= drawn[0].bbox.x1 for box in left)

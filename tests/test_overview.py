@@ -29,7 +29,15 @@ def change(low: float, high: float, key: str = "t/test_x_spearman") -> dict[str,
 def test_a_line_per_target_with_the_probe_beside_the_head() -> None:
     baselines = {"t/test_x_spearman": 0.25, "t/test_x_probe_spearman": 0.375}
     table = overview([scores(Verdict("y", "no better than a guess", "in full"), baselines=baselines)])
-    assert list(table.columns) == ["metric", "score", "95 %", "probe", "95 %", "baseline", "verdict"]
+    assert list(table.columns) == [
+        "metric",
+        "score ± seeds",
+        "95 %",
+        "probe",
+        "95 %",
+        "baseline: head/probe",
+        "verdict",
+    ]
     assert table.rows == [
         [
             "t/test_x_spearman",
@@ -37,7 +45,7 @@ def test_a_line_per_target_with_the_probe_beside_the_head() -> None:
             "0.250, 0.625",
             "0.7500",
             "0.500, 0.875",
-            "0.250, 0.375",
+            "0.250 / 0.375",
             "learns",
         ],
         ["t/test_y_spearman", "0.1250", "", "", "", "", "no better than a guess"],
@@ -64,7 +72,7 @@ def test_whose_change_is_beyond_chance() -> None:
         first = overview([scores()], Changes(changes, "start", "step 0")).rows[0]
         assert first[-1] == verdict
     table = overview([scores()], Changes(change(-0.5, -0.25, head), "start", "step 0"))
-    assert list(table.columns)[:4] == ["metric", "score", "95 %", "score since step 0"]
+    assert list(table.columns)[:4] == ["metric", "score ± seeds", "95 %", "score since step 0"]
     assert table.rows[0][3] == "-0.375 (-0.500, -0.250)"
 
 

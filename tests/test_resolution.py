@@ -78,6 +78,22 @@ def test_what_would_help_where_checkpoints_cannot_be_told_apart() -> None:
     assert noisy.endswith("what would help: more seeds (num_seeds), the probe, averaging checkpoints")
 
 
+def test_a_metric_that_gets_worse_is_not_one_to_monitor() -> None:
+    falling = both([0.7, 0.6, 0.5], [0.6, 0.55, 0.5])
+    (said,) = advice(falling)
+    assert said == f"{KEY} is getting worse, beyond noise: it changed by -0.200 and can see 0.020"
+    head, probe = curve(KEY, [0.7, 0.6, 0.5], 0.01), curve(PROBE, [0.6, 0.55, 0.5], 0.01)
+    points = [(step, one | other) for step, (one, other) in enumerate(zip(head, probe, strict=True))]
+    assert resolution_text(points, {}).splitlines()[2].endswith("| -10.0 | getting worse |")
+
+
+def test_numbers_are_of_the_metric_that_is_named() -> None:
+    (said,) = advice(both([0.5, 0.5, 0.5], [0.5, 0.505, 0.51], seed_std=0.2))
+    assert said.startswith(
+        f"{PROBE} cannot tell checkpoints apart: it changed by +0.010 and can see 0.020, nor can {KEY};"
+    )
+
+
 def test_the_table_has_a_row_per_metric_and_says_which_to_monitor() -> None:
     head, probe = curve(KEY, [0.5, 0.6, 0.7], 0.2), curve(PROBE, [0.5, 0.55, 0.6], 0.01)
     points = [(1000 * step, one | other) for step, (one, other) in enumerate(zip(head, probe, strict=True))]

@@ -150,14 +150,15 @@ def measure_encoder(
         run.tags(verdict_tags(verdicts_of(scores, changes)))
         run.describe(summary(facts, scores, changes))
     untrained = _row(changes.start, None, start.scores) if start and start.scores else None
-    return CheckpointResult(_row(label, step, scores), scores, changes, facts, untrained)
+    return CheckpointResult(_row(label, step, scores, changes), scores, changes, facts, untrained)
 
 
-def _row(label: str, step: int | None, scores: Sequence[Scores]) -> compare.Row:
+def _row(label: str, step: int | None, scores: Sequence[Scores], changes: Changes = Changes()) -> compare.Row:
     """What a leaderboard says of a checkpoint."""
     data = frozenset(one.examples.test.digest for one in scores)
     tables = {metric_name(one.task_name): one.table for one in scores[:1]}  # rows are ranked by the first task
-    return compare.Row(label, step, validation.metrics_of(scores), "", data, tables)
+    verdicts = {metric_name(task): text for task, text in verdicts_of(scores, changes).items()}
+    return compare.Row(label, step, validation.metrics_of(scores), "", data, tables, verdicts)
 
 
 def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun) -> compare.Leaderboard:
@@ -173,9 +174,11 @@ def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun)
 def rows_of_run(run: Earlier) -> list[compare.Row]:
     """A row for each step that a run was measured at."""
     single, name = len(run.points) == 1, f"{run.name} ({run.run_id[:8]})"
+    labels = [name if single else f"step={step} {name}" for step, _ in run.points]
+    said = run.verdicts if single else {}  # of a training MLflow has that of the last step alone
     return [
-        compare.Row(name if single else f"step={step} {name}", step, metrics, "", run.data, run.tables.get(step, {}))
-        for step, metrics in run.points
+        compare.Row(label, step, metrics, "", run.data, run.tables.get(step, {}), said)
+        for label, (step, metrics) in zip(labels, run.points, strict=True)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,10 +30,10 @@ class DataReport:
     notes: tuple[str, ...] = ()
 
 
-def data_report(targets: Sequence[Target], parts: dict[str, Part]) -> DataReport:
-    """Looks through the train and test part."""
+def data_report(targets: Sequence[Target], parts: dict[str, Part], where: Callable[[str], str] = str) -> DataReport:
+    """Looks through the train and test part; `where` says to a reader where a row of test stands, see `Part.rows`."""
     train, test = parts["train"], parts["test"]
-    metrics, notes = _leaks(train, test)
+    metrics, notes = _leaks(train, test, where)
     for index, target in enumerate(targets):
         constant = _constant(index, target, parts)
         notes += constant or _shift(index, target, train, test)
@@ -42,7 +42,7 @@ def data_report(targets: Sequence[Target], parts: dict[str, Part]) -> DataReport
     return DataReport(metrics | masked, tuple(notes))
 
 
-def _leaks(train: Part, test: Part) -> tuple[dict[str, float], list[str]]:
+def _leaks(train: Part, test: Part, where: Callable[[str], str]) -> tuple[dict[str, float], list[str]]:
     known = set(train.sequences)
     same = [row for row, sequence in zip(test.rows, test.sequences, strict=True) if sequence in known]
     others = [place for place, sequence in enumerate(test.sequences) if sequence not in known]
@@ -51,11 +51,11 @@ def _leaks(train: Part, test: Part) -> tuple[dict[str, float], list[str]]:
     near_rows = [test.rows[place] for place, found in zip(others, near, strict=True) if found]
     notes = []
     if same:
-        notes.append(f"{len(same)} of {len(test)} test sequences are in train too, such as that of {same[0]}")
+        notes.append(f"{len(same)} of {len(test)} test sequences are in train too, such as that of {where(same[0])}")
     if near_rows:
         notes.append(
             f"{len(near_rows)} of {len(test)} test sequences are nearly the same as one in train (they share half of"
-            f" their 6-mers and more), such as that of {near_rows[0]}: scores say little about other families"
+            f" their 6-mers and more), such as that of {where(near_rows[0])}: scores say little about other families"
         )
     left_out = {"train": every(train.sequences), "test": every(others_of_test)}
     notes += [

@@ -52,6 +52,12 @@ class Table:
             f"{place(file, number, self.in_memory)}: column '{column}': expected {expected}, found {shown!r}"
         )
 
+    def where(self, name: str) -> str:
+        """Where the row with this name stands, see `Part.rows`: `FILE:LINE`, or the row of a DataFrame."""
+        stem, _, row = name.rpartition(":")
+        file = next((one for one in self.files if one.name == stem), self.files[0])
+        return place(file, int(row), self.in_memory)
+
 
 def place(file: Path, row: int, in_memory: bool = False) -> str:
     """Where a data row stands: `FILE:LINE`, or the row of a DataFrame."""

@@ -22,6 +22,7 @@ from pipeline.statistics.metrics import LOSS, Metric
 
 FALLING = 0.1  # of what is explained at the end, added from the second last tenth of the epochs to the last
 LEAST = 0.01  # of an explained share: less is the noise of a few epochs
+NO_BETTER = "not better than its baseline"
 GAP = 0.4  # of explained shares between train and test set
 Array = npt.NDArray[Any]
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.errors import ConfigError, nearest
+from pipeline.heads.verdict import NO_BETTER
 from pipeline.report.differences import FIRST, differences
 from pipeline.report.page import leaderboard_page
-from pipeline.report.tables import Table, number, plain
+from pipeline.report.tables import Table, append, number, plain
 from pipeline.statistics.metrics import Metric, lower_is_better
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.journal_run import JournalRun
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-FILE, PAGE = "leaderboard.json", "report.html"
+FILE, PAGE, VERDICT = "leaderboard.json", "report.html", "verdict"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Row:
         error: why it failed.
         data: digests of the test sets.
         tables: predictions by task, as `Scores.table`; empty where they were not kept.
+        verdicts: by task what is said of it, see `verdicts_of`; empty where that is not known.
     """
 
     label: str
@@ -44,6 +46,12 @@ class Row:
     error: str = ""
     data: frozenset[str] = field(default_factory=frozenset)
     tables: Mapping[str, pa.Table] = field(default_factory=dict, compare=False)
+    verdicts: Mapping[str, str] = field(default_factory=dict)
+
+    def verdict(self, name: str) -> str:
+        """What is said of the task of a metric, the only one where the name has none; empty where that is not known."""
+        task = metric.task if (metric := Metric.parse(name)) else ""
+        return self.verdicts.get(task, "") if task else next(iter(self.verdicts.values()), "")
 
 
 def choose(rows: Sequence[Row], by: str = "") -> list[str]:
@@ -71,7 +79,8 @@ class Leaderboard:
     """Checkpoints, best first.
 
     Attributes:
-        frame: the columns `rank` (from 1), `checkpoint`, `step`, each metric, those of `names` first, and `error`.
+        frame: the columns `rank` (from 1), `checkpoint`, `step`, each metric, those of `names` first, `verdict` (of the
+            task of the first of `names`; left out where none is known), and `error`.
             Where predictions are at hand, `<metric>_delta_first` and its `_ci_low` and `_ci_high` follow the first of
             `names`: the difference to the first row, with its paired 95 % interval.
         names: the metrics to show; rows are ranked by the first.
@@ -93,8 +102,10 @@ class Leaderboard:
             if compared:
                 cells.insert(1, _difference(row[key], row[f"{key}_ci_low"], row[f"{key}_ci_high"]))
             rows.append([str(row["rank"]), row["checkpoint"], *cells])
-        columns = [*names[:1], *(["against #1 (95 %)"] if compared else []), *names[1:]]
-        return Table(("#", "checkpoint", *columns), rows, frozenset({1}), f"Checkpoints by {names[0]}")
+        columns = ["#", "checkpoint", *names[:1], *(["against #1 (95 %)"] if compared else []), *names[1:]]
+        left = frozenset({1, len(columns)} if VERDICT in self.frame else {1})
+        append(columns, rows, VERDICT, [*self.frame.get(VERDICT, [""] * len(rows))])
+        return Table(columns, rows, left, f"Checkpoints by {names[0]}")
 
     @property
     def errors(self) -> list[str]:
@@ -116,7 +127,7 @@ class Leaderboard:
     @property
     def every_metric(self) -> Table:
         """A row per metric, a column per checkpoint."""
-        names = [name for name in self.frame.columns if name not in ("rank", "checkpoint", "step", "error")]
+        names = [name for name in self.frame.columns if name not in ("rank", "checkpoint", "step", VERDICT, "error")]
         cells = [[number(value) if value == value else "" for value in self.frame[name]] for name in names]
         return Table(
             ("metric", *self.frame["checkpoint"]), [(name, *row) for name, row in zip(names, cells, strict=True)]
@@ -155,14 +166,17 @@ def leaderboard(rows: Sequence[Row], names: Sequence[str]) -> Leaderboard:
     changes += [{}] * (len(ranked) - len(measured))  # what failed is last
     first = [names[0], *(key + end for end in ("", "_ci_low", "_ci_high") if any(found))]
     numbers = list(dict.fromkeys([*first, *names, *(name for row in rows for name in row.metrics)]))
+    said = [row.verdict(names[0]) for row in ranked]
     records = [
-        {"rank": place, "checkpoint": row.label, "step": row.step, **row.metrics, **change, "error": row.error}
-        for place, (row, change) in enumerate(zip(ranked, changes, strict=True), 1)
+        {"rank": place, "checkpoint": row.label, "step": row.step, **row.metrics, **change}
+        | {VERDICT: verdict, "error": row.error}
+        for place, (row, change, verdict) in enumerate(zip(ranked, changes, said, strict=True), 1)
     ]
-    frame = pd.DataFrame(records, columns=["rank", "checkpoint", "step", *numbers, "error"])
+    last = [VERDICT, "error"] if any(said) else ["error"]
+    frame = pd.DataFrame(records, columns=["rank", "checkpoint", "step", *numbers, *last])
     frame = frame.astype({"step": "Int64", **dict.fromkeys(numbers, "float64")})
     lines = [f"There is no difference to the first row: {reason}" for reason in reasons]
-    return Leaderboard(frame, names, lines + _remarks(measured, any(found)))
+    return Leaderboard(frame, names, lines + _remarks(measured, any(found), names[0]))
 
 
 def _ranked(rows: Sequence[Row], name: str) -> list[Row]:
@@ -183,14 +197,16 @@ def comparable(rows: Sequence[Row]) -> bool:
     return len({row.data for row in rows if row.metrics}) <= 1
 
 
-def _remarks(measured: Sequence[Row], compared: bool) -> list[str]:
+def _remarks(measured: Sequence[Row], compared: bool, name: str) -> list[str]:
     lines = []
+    if measured and all(NO_BETTER in row.verdict(name) for row in measured):
+        lines.append(f"None of these is better than its baseline in {name}: that one is the first says little.")
     if compared:
         lines.append("Rows with = cannot be told apart from the first: the interval of the difference holds 0.")
     if compared and len(measured) > 2:
         lines.append(f"The first is the best of {len(measured)}: its lead is not corrected for that choice.")
     if len({row.step for row in measured}) > 1:
-        lines.append("The rows are of different steps.")
+        lines.append("The rows are of different steps: how long each was trained is part of the difference.")
     if not comparable(measured):
         lines.append("The test sets differ between rows: sequences that one encoder takes are too long for another.")
     return lines

@@ -41,7 +41,7 @@ def differences(tables: Sequence[Mapping[str, pa.Table]], name: str) -> tuple[li
     for place, of_row in enumerate(tables[1:], 1):
         now = _predictions(of_row, metric)
         if now is None or first is None:
-            if not all(tables):
+            if not all(tables) and any(tables):
                 reasons[NOT_KEPT] = None
             continue
         try:

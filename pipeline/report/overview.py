@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report.tables import INTERVAL, Table, append, interval_text, number, pairs_of, score_table, score_text
+from pipeline.report.tables import (
+    INTERVAL,
+    Table,
+    append,
+    interval_text,
+    number,
+    pairs_of,
+    score_table,
+    score_text,
+    score_title,
+)
 from pipeline.statistics.metrics import Since
 
 if TYPE_CHECKING:
@@ -93,9 +103,11 @@ class Headline:
 
     @property
     def baseline(self) -> str:
-        """What the baseline reaches, its head's and then its probe's."""
-        keys = [replace(self.main, probe=which).key for which in (HEAD, PROBE)]
-        return ", ".join(f"{self.scores.baselines[key]:.3f}" for key in keys if key in self.scores.baselines)
+        """What the baseline reaches, `0.703 / 0.580` of head and probe; a dash for the one that it does not have."""
+        keys = [replace(self.main, probe=which).key for which in (HEAD, PROBE) if which in self.pair or not which]
+        found = [self.scores.baselines.get(key) for key in keys]
+        known = any(value is not None for value in found)
+        return " / ".join("-" if value is None else f"{value:z.3f}" for value in found) if known else ""
 
     @property
     def judgements(self) -> list[tuple[str, str]]:
@@ -135,7 +147,7 @@ def overview(scores: Sequence[Scores], changes: Changes = Changes(), title: str 
         title: of the table, on the terminal.
 
     Returns:
-        Columns that would be empty are left out. The baseline is the head's, then the probe's. The verdict says what is
+        Columns that would be empty are left out. The verdict says what is
         wrong with the head, or that it learns; where there is a start, whose change leaves 0 out of its 95 % interval.
     """
     every = headlines(scores, changes)
@@ -143,10 +155,11 @@ def overview(scores: Sequence[Scores], changes: Changes = Changes(), title: str 
     for name, which in (("score", HEAD), ("probe", PROBE)):
         found = [one.pair.get(which) for one in every]
         if any(found):
-            append(columns, rows, name, [score_text(one) if one else "" for one in found])
+            append(columns, rows, score_title(name, found), [score_text(one) if one else "" for one in found])
             append(columns, rows, INTERVAL, [interval_text(one) for one in found])
             append(columns, rows, f"{name} since {changes.start}", [changes.text(one) for one in found])
-    append(columns, rows, "baseline", [one.baseline for one in every])
+    both = ": head/probe" if any(PROBE in one.pair for one in every) else ""
+    append(columns, rows, f"baseline{both}", [one.baseline for one in every])
     append(columns, rows, "constant guess", [number(one.main.constant) for one in every])
     append(columns, rows, "verdict", [one.verdict for one in every])
     left = frozenset({0, len(columns) - 1})

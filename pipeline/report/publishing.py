@@ -19,7 +19,7 @@ from pipeline.report.page import page
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.tracking.protocol import FOLDER, KIND, Tracker
+from pipeline.tracking.protocol import FOLDER, KIND, VERDICT, Tracker
 
 if TYPE_CHECKING:
     from pipeline.score import Scores
@@ -109,7 +109,7 @@ def tags_of(encoder: Encoder, step: int | None, verdicts: Mapping[str, str]) -> 
 
 def verdict_tags(verdicts: Mapping[str, str]) -> dict[str, str]:
     """A tag for each task with what is said of it; see `verdicts_of`."""
-    return {f"{FOLDER}.verdict.{metric_name(name)}": text for name, text in verdicts.items()}
+    return {f"{VERDICT}{metric_name(name)}": text for name, text in verdicts.items()}
 
 
 def _data_of(scores: Scores) -> str:

@@ -28,4 +28,5 @@ def resolution_text(points: Points, num_seeds: Mapping[str, int]) -> str:
 
 def _row(one: Resolution, chosen: bool) -> list[str]:
     numbers = [f"{one.smallest:.4f}", f"{one.slope:+.4f}", f"{one.change:+.4f}", f"{one.ratio:+.1f}"]
-    return [one.metric.key, *numbers, "this one" if chosen else ""]
+    word = "this one" if one.ratio > 0 else "getting worse"
+    return [one.metric.key, *numbers, word if chosen else ""]

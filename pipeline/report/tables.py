@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console, JustifyMethod
+
     from pipeline.score import Scores
     from pipeline.statistics.metrics import Metric
 
 INTERVAL = "95 %"  # heads the column of the intervals of the scores before it
+WORDS = 24  # the narrowest that a column of words becomes
 
 
 @dataclass(frozen=True)
@@ -32,33 +37,75 @@ class Table:
     title: str = ""
 
     def text(self) -> str:
-        """For the terminal, as wide as it is; 200 characters where the output is a file."""
+        """For the terminal, as wide as it is; 200 characters where the output is a file.
+
+        Where a number or a name would be broken, each row is a block of lines.
+        """
         from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else 200, force_jupyter=False)  # there it shows nothing
+        cells = [max((len(row[index]) for row in self.rows), default=0) for index in range(len(self.columns))]
+        for breaks in (" /", " /_"):
+            headings = [_folded(name, room, breaks) for name, room in zip(self.columns, cells, strict=True)]
+            widths = [max(room, *map(len, text.split("\n"))) for room, text in zip(cells, headings, strict=True)]
+            if self._words is not None:
+                widths[self._words] = min(widths[self._words], WORDS)
+            if sum(widths) + 3 * len(widths) + 1 <= console.width:
+                return self._drawn(console, headings)
+        return "\n".join([self.title, *(line for row in self.rows for line in self._block(row, console.width))])
+
+    @property
+    def _words(self) -> int | None:
+        """The column whose cells may be broken between words: the last, where it is of text; None without one."""
+        last = len(self.columns) - 1
+        return last if last in self.left and last > 0 else None
+
+    def _drawn(self, console: Console, headings: Sequence[str]) -> str:
         from rich.table import Table as RichTable
         from rich.text import Text
 
         view = RichTable(title=Text(self.title), title_justify="left")
-        for index, name in enumerate(self.columns):
-            cells = max((len(row[index]) for row in self.rows), default=0)
-            heading = name if len(name) <= cells else name.replace(" ", "\n").replace("/", "/\n")
-            fixed = index not in self.left and max(map(len, heading.split("\n"))) <= cells  # folded last
-            view.add_column(
-                Text(heading), justify="left" if index in self.left else "right", overflow="fold", no_wrap=fixed
-            )
+        for index, heading in enumerate(headings):
+            side: JustifyMethod = "left" if index in self.left else "right"
+            view.add_column(Text(heading), justify=side, overflow="fold", no_wrap=index != self._words)
         for row in self.rows:
             view.add_row(*map(Text, row))
-        console = Console(
-            width=None if sys.stdout.isatty() else 200, force_jupyter=False
-        )  # there it would show nothing
         with console.capture() as captured:
             console.print(view)
         return captured.get().rstrip("\n")
+
+    def _block(self, row: Sequence[str], width: int) -> list[str]:
+        """An empty line, what the row is of, and a line for each other cell with the interval behind it."""
+        first = min(self.left, default=0)
+        lines = ["", " ".join(row[: first + 1]) if self.left else f"{self.columns[0]} {row[0]}"]
+        found: dict[str, str] = {}
+        for name, cell in zip(self.columns[first + 1 :], row[first + 1 :], strict=True):
+            if name == INTERVAL and found and cell:
+                found[[*found][-1]] += f" ({INTERVAL}: {cell})"
+            elif cell:
+                found[name] = cell
+        room = max(map(len, found), default=0)
+        for name, text in found.items():
+            lines += wrap(text, width, initial_indent=f"  {name:{room}}  ", subsequent_indent=" " * (room + 4))
+        return lines
 
     def markdown(self) -> str:
         """For a run's description."""
         rule = ["---" if index in self.left else "---:" for index in range(len(self.columns))]
         rows = [self.columns, rule, *self.rows]
         return "\n".join(f"| {' | '.join(map(plain, row))} |" for row in rows)
+
+
+def _folded(name: str, room: int, breaks: str) -> str:
+    """A heading, in lines as wide as the cells below it where it has a break behind one of the characters `breaks`."""
+    pieces = re.findall(f"[^{breaks}]*[{breaks}]|[^{breaks}]+", name)
+    room, lines = max([room, *(len(piece.rstrip()) for piece in pieces)]), [""]
+    for piece in pieces:
+        if len((lines[-1] + piece).rstrip()) <= room:
+            lines[-1] += piece
+        else:
+            lines.append(piece)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def plain(text: str) -> str:
@@ -79,7 +126,7 @@ def score_table(scores: Sequence[Scores]) -> Table:
         found = [pair.get(probe) for pair in pairs.values()]
         if probe and not any(found):
             continue
-        append(columns, rows, title, [score_text(one) if one else "" for one in found])
+        append(columns, rows, score_title(title, found), [score_text(one) if one else "" for one in found])
         append(columns, rows, INTERVAL, [interval_text(one) for one in found])
         append(columns, rows, "baseline", [number(lines.get(one.key)) if one else "" for one in found])
     append(columns, rows, "constant guess", [number(next(iter(pair.values())).constant) for pair in pairs.values()])
@@ -147,7 +194,7 @@ def pairs_of(results: Iterable[Metric]) -> dict[str, dict[bool, Metric]]:
 
 def interval_text(metric: Metric | None) -> str:
     """The ends of a metric's interval: `0.250, 0.625`; empty where there is none."""
-    return f"{metric.interval.low:.3f}, {metric.interval.high:.3f}" if metric and metric.interval else ""
+    return f"{metric.interval.low:z.3f}, {metric.interval.high:z.3f}" if metric and metric.interval else ""
 
 
 def score_text(metric: Metric) -> str:
@@ -155,6 +202,11 @@ def score_text(metric: Metric) -> str:
     return number(metric.value) + ("" if metric.seed_std is None else f" ± {number(metric.seed_std)}")
 
 
+def score_title(name: str, found: Sequence[Metric | None]) -> str:
+    """Heads a column of `score_text`: says what the deviations are over, where there are some."""
+    return f"{name} ± seeds" if any(one and one.seed_std is not None for one in found) else name
+
+
 def number(value: float | None) -> str:
     """Four digits behind the point; empty where there is no value."""
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:z.4f}"

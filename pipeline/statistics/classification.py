@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.errors import few_of
 from pipeline.statistics.metrics import TargetMetrics
 
 
@@ -38,7 +39,7 @@ def classification(
     found.values["average_precision"] = _average_precision(true, probabilities, len(classes))
     absent = [name for index, name in enumerate(classes) if not (true == index).any()]
     if absent:
-        found.omitted["auroc"] = f"no test label is {', '.join(absent)}"
+        found.omitted["auroc"] = f"no test label is {few_of(absent)}"
     else:
         found.values["auroc"] = _auroc(true, probabilities, len(classes))
     return found

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
+from pipeline.errors import few_of
 from pipeline.statistics.jackknife import Jackknife, jackknife
 from pipeline.statistics.metrics import EVERY, LOWER_IS_BETTER, PER_SEQUENCE, Change, Interval
 from pipeline.statistics.per_sequence import counted
@@ -105,7 +106,7 @@ def _reasons(predictions: Predictions) -> dict[str, str]:
     of_class = predictions.by_sequence(predictions.true[:, None] == np.arange(len(predictions.classes)))
     sequences = (of_class > 0).sum(0)
     rare = [f"{name} in {n}" for name, n in zip(predictions.classes, sequences, strict=True) if n < MIN_OF_CLASS]
-    reason = f"an interval takes at least {MIN_OF_CLASS} test sequences of each class, and {', '.join(rare)}"
+    reason = f"an interval takes at least {MIN_OF_CLASS} test sequences of each class, and {few_of(rare)}"
     return found | (dict.fromkeys(BY_CLASS, reason) if rare else {})
 
 

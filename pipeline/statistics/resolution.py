@@ -87,7 +87,7 @@ def _slope(steps: Sequence[int], values: Sequence[float]) -> float:
 
 
 def to_monitor(found: Sequence[Resolution]) -> list[Resolution]:
-    """For each target the one of head and probe that has changed most, measured by what it can see."""
+    """For each target the one of head and probe that has changed most, in either direction, for what it can see."""
     best: dict[str, Resolution] = {}
     for one in found:
         known = best.get(one.metric.beside.key)
@@ -103,9 +103,10 @@ def advice(found: Sequence[Resolution]) -> list[str]:
 
 def _advice(one: Resolution, found: Sequence[Resolution]) -> str:
     key, seen = one.metric.key, f"it changed by {one.change:+.3f} and can see {one.smallest:.3f}"
-    if abs(one.ratio) >= 1:
-        direction = "" if one.ratio > 0 else ", for the worse"
-        return f"monitor {key}: {seen}{direction}"
+    if one.ratio >= 1:
+        return f"monitor {key}: {seen}"
+    if one.ratio <= -1:
+        return f"{key} is getting worse, beyond noise: {seen}"
     pair = [each for each in found if each.metric.beside.key == one.metric.beside.key]
     remedies = []
     if one.sampling >= one.seeds:
@@ -115,4 +116,5 @@ def _advice(one: Resolution, found: Sequence[Resolution]) -> str:
     if not any(each.metric.probe for each in pair):
         remedies.append("the probe")
     remedies.append("averaging checkpoints")
-    return f"{one.metric.beside.key} cannot tell checkpoints apart: {seen}; what would help: {', '.join(remedies)}"
+    others = "".join(f", nor can {each.metric.key}" for each in pair if each is not one)
+    return f"{key} cannot tell checkpoints apart: {seen}{others}; what would help: {', '.join(remedies)}"

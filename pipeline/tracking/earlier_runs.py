@@ -27,7 +27,7 @@ from pipeline.tracking.delivery import is_bug, replay
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.journal_owner import HOST, deserted, is_original, journals_in, remove_journal
 from pipeline.tracking.mlflow import MAX_RUNS, MlflowSink
-from pipeline.tracking.protocol import CHECKPOINTS, FOLDER, KIND, MEASUREMENT, PREDICTIONS
+from pipeline.tracking.protocol import CHECKPOINTS, FOLDER, KIND, MEASUREMENT, PREDICTIONS, VERDICT
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class Earlier:
         data: digests of the test sets.
         tables: at each step, the predictions by task, those that were kept and read (`with_predictions`); see
             `Scores.table`.
+        verdicts: by task what is said of the last measurement.
     """
 
     run_id: str
@@ -50,6 +51,7 @@ class Earlier:
     points: list[tuple[int, dict[str, float]]]
     data: frozenset[str]
     tables: Mapping[int, dict[str, pa.Table]] = field(default_factory=dict)
+    verdicts: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_runs(run_ids: Sequence[str], tracking_uri: str = "") -> list[Earlier]:
@@ -91,7 +93,8 @@ def _read_one(client: MlflowClient, run: Run) -> Earlier:
     sets = [given.dataset for given in (run.inputs.dataset_inputs if run.inputs else [])]
     data = frozenset(dataset.digest for dataset in sets if dataset.name.endswith(" test"))
     label = name.partition(": ")[0] if measurement else name  # the scores follow
-    return Earlier(run.info.run_id, label, sorted(points.items(), key=lambda point: point[0]), data)
+    verdicts = {tag.removeprefix(VERDICT): text for tag, text in run.data.tags.items() if tag.startswith(VERDICT)}
+    return Earlier(run.info.run_id, label, sorted(points.items(), key=lambda point: point[0]), data, verdicts=verdicts)
 
 
 def _nested(client: MlflowClient, run: Run) -> list[Run]:

@@ -53,6 +53,8 @@ def draw(scores: Scores, folder: Path) -> list[Path]:
 def curves(points: Sequence[tuple[int, Mapping[str, float]]], folder: Path) -> list[Path]:
     """Draws every metric against the step of a training, the probe's beside the head's, baselines as level lines.
 
+    The main metrics are the first.
+
     Returns a PNG file per task.
 
     Args:
@@ -67,13 +69,21 @@ def curves(points: Sequence[tuple[int, Mapping[str, float]]], folder: Path) -> l
         for metric in [Metric.parse(name, value) for name, value in metrics.items()]:
             if metric and np.isfinite(drawable(metric.value)):
                 lines = tasks.setdefault(metric.task, {}).setdefault(metric.beside.short, {})
-                lines.setdefault((metric.baseline, metric.probe), []).append((step, metric.value))
+                low, high = (metrics.get(f"{metric.key}_ci_{end}", np.nan) for end in ("low", "high"))
+                lines.setdefault((metric.baseline, metric.probe), []).append((step, metric.value, low, high))
+    for task, lines_of in tasks.items():
+        tasks[task] = dict(sorted(lines_of.items(), key=lambda one: not _is_headline(one[0])))
     folder.mkdir(parents=True, exist_ok=True)
     stems = file_stems([f"curve_{task}" if task else "curve" for task in tasks])
     with figure_style():
         return [
             training_figure(task, tasks[task], folder / f"{stem}.png") for task, stem in zip(tasks, stems, strict=True)
         ]
+
+
+def _is_headline(name: str) -> bool:
+    metric = Metric.parse(name)
+    return metric is not None and metric.is_headline
 
 
 def file_stems(names: Sequence[str]) -> list[str]:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from pipeline.load import Examples
     from pipeline.score import Scores
 
-# Of a metric, step and value by whose they are: whether of a baseline, and whether of the probe, not of the head.
-Lines = dict[tuple[bool, bool], list[tuple[int, float]]]
+# Of a metric, step, value and ends of the interval (NaN where there is none) by whose they are: whether of a baseline,
+# and whether of the probe, not of the head.
+Lines = dict[tuple[bool, bool], list[tuple[int, float, float, float]]]
 POINTS = 20_000  # of a scatter plot at most; a random sample with a fixed seed where there are more
 DENSE = 1500  # number of points from which their density is drawn instead
 SKEWED = 20  # longest by median length from which lengths have a logarithmic axis
@@ -106,15 +107,17 @@ def length_figure(examples: Examples, path: Path) -> Path:
 def training_figure(task: str, metrics: Mapping[str, Lines], path: Path) -> Path:
     """Axes of their own for each metric, with a marker at each measured step.
 
-    The probe's line is dashed. What a baseline reaches, which is the same at each step, is a level line.
+    The probe's line is dashed, and bands are intervals. What a baseline reaches, which is the same at each step, is a level line.
     """
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
-    steps = sorted({step for lines in metrics.values() for points in lines.values() for step, _ in points})
+    steps = sorted({step for lines in metrics.values() for points in lines.values() for step, *_ in points})
     room = 0.05 * (steps[-1] - steps[0]) or 0.5
     every = {whose for lines in metrics.values() for whose in lines}
     beside = "; dashed: the probe" if (False, True) in every else ""
     beside += "; dotted: the baseline" if any(baseline for baseline, _ in every) else ""
+    lows = [low for lines in metrics.values() for points in lines.values() for _, _, low, _ in points]
+    beside += "; bands: 95 % intervals" if np.isfinite(lows).any() else ""
     subtitle = f"metrics by training step; {len(steps)} measurements{beside}"
     figure = new_figure(max(3.1 * columns, 5), 1.9 * rows + 0.7, task or "Downstream validation", subtitle)
     for place, (name, lines) in enumerate(metrics.items(), 1):
@@ -124,8 +127,15 @@ def training_figure(task: str, metrics: Mapping[str, Lines], path: Path) -> Path
             if baseline:
                 axes.axhline(points[-1][1], linestyle=":", linewidth=1.2, color=look[2])
             else:
-                axes.plot(*zip(*points, strict=True), marker=look[0], linestyle=look[1], color=look[2])
-        last = ", ".join(f"{points[-1][1]:.4g}" for (baseline, _), points in sorted(lines.items()) if not baseline)
-        axes.set(title=f"{shorten(name, 30)}: {last}", xlim=(steps[0] - room, steps[-1] + room))
+                along, values, *ends = zip(*points, strict=True)
+                axes.plot(along, values, marker=look[0], linestyle=look[1], color=look[2])
+                axes.fill_between(along, *map(drawable, ends), color=look[2], alpha=0.15, linewidth=0)
+        axes.set(title=f"{shorten(name, 34)}\n{_last(lines)}", xlim=(steps[0] - room, steps[-1] + room))
         axes.locator_params(axis="x", integer=True, nbins=4)
     return save(figure, path)
+
+
+def _last(lines: Lines) -> str:
+    """The last values, `head 0.933, probe 0.951`."""
+    kept = [(probe, points[-1][1]) for (baseline, probe), points in sorted(lines.items()) if not baseline]
+    return ", ".join(f"{'probe' if probe else 'head'} {value:.4g}" for probe, value in kept)
