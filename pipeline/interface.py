@@ -24,7 +24,7 @@ from pipeline.config.schema import POOLINGS, Config
 from pipeline.config.shipped import CKPT, CONFIG, shipped
 from pipeline.config.task import Task
 from pipeline.config.yaml_file import RENAMED, config_from, read_config, to_mapping
-from pipeline.data.kinds import kind_of
+from pipeline.data.kinds import kind_of, refuse_unclear
 from pipeline.data.parts import Part
 from pipeline.embed import embed
 from pipeline.encoders.custom import CustomEncoder
@@ -268,6 +268,8 @@ def _config_of_frames(frames: Mapping[str, pd.DataFrame], settings: Mapping[str,
         pass  # nothing to infer, or an error to come, which names the columns
     else:
         level, kind, why = kind_of(frame, sequence, str(target))
+        if why == "texts" and "task_type" not in task:
+            refuse_unclear(frame, str(target), "frames['train']")
         inferred = {"class": level, "task_type": kind}
         notes += [
             f"{key} is read as {value}: '{target}' holds {why}" for key, value in inferred.items() if key not in task
