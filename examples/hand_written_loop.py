@@ -8,7 +8,6 @@ Run it from the root of the project. Logs to MLflow as the environment says (`ML
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
 import torch
@@ -26,8 +25,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", default="", help="file for the trained weights")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("pipeline.training").setLevel(logging.INFO)
     config = read_config(options.config, options.overrides)
     tokenizer = EsmTokenizer.from_pretrained("sample/checkpoint")
     model = EsmForMaskedLM.from_pretrained("sample/checkpoint")

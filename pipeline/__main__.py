@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pipeline.config.schema import Config
-    from pipeline.report.comparison import Row
+    from pipeline.report.comparison import Leaderboard, Row
     from pipeline.tracking.runs import OpenRun
 
 logger = logging.getLogger("pipeline")
+DEFAULT = " (the default: give --ckpt)"
 WITHOUT_RUN = ("config", "doctor", "replay", "worker")  # commands that log to no run of their own
 
 
@@ -104,12 +105,24 @@ def _measure(options: argparse.Namespace) -> Answer:
     from pipeline.config.yaml_file import read_config
 
     config = read_config(options.config, options.overrides)
-    unnamed = " (the default: give --ckpt)" if options.ckpt == shipped(CKPT) else ""
-    logger.info("measuring   %s%s as in %s", options.ckpt, unnamed, options.config)
+    unnamed = options.ckpt is None and options.until != "load"
+    options.ckpt = _ckpt(options)
+    if os.environ.get("MLFLOW_RUN_ID"):  # then MLproject gives the default
+        unnamed = options.ckpt == shipped(CKPT) and options.until != "load"
+    logger.info("measuring   %s%s as in %s", options.ckpt, DEFAULT if unnamed else "", options.config)
     for note in config.notes:
         logger.info("config      %s", note)
     check_tracking(options.tracking_uri)
-    return _measure_tracked(options, config)
+    try:
+        return _measure_tracked(options, config)
+    except SystemExit:
+        print("interrupted: what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        raise
+
+
+def _ckpt(options: argparse.Namespace) -> str:
+    """The checkpoint that the user names, or else the sample's."""
+    return shipped(CKPT) if options.ckpt is None else str(options.ckpt)
 
 
 def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
@@ -144,12 +157,21 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
             rows, board = measure_checkpoints(ckpts, config, store, opened.run, others, options.until, engine)
             if board:
                 table, lines = board.frame, [board.table.text(), *board.remarks]
+                lines += _by_another(board, opened, options.tracking_uri)
         failed = {row.label: row.error for row in rows if row.error}
         if failed:
             opened.run.end("FAILED")
     error = PartlyError("; ".join(f"{name}: {why}" for name, why in failed.items())) if failed else None
     content = {"checkpoints": _plain(rows), "table": _records(table), "run": _address(opened)}
     return Answer([*lines, *links(opened)], content, error)
+
+
+def _by_another(board: Leaderboard, opened: OpenRun, tracking_uri: str) -> list[str]:
+    """The command that ranks the same checkpoints by the next metric, which is the probe's where there is one."""
+    if opened.ids is None or len(board.names) < 2:
+        return []
+    where = f" --tracking-uri={tracking_uri}" if tracking_uri else ""
+    return [f"By another:     downstream compare {opened.ids[1]} --by={board.names[1]}{where}"]
 
 
 def _compare(options: argparse.Namespace) -> Answer:
@@ -191,7 +213,7 @@ def _replay(options: argparse.Namespace) -> Answer:
 def _doctor(options: argparse.Namespace) -> Answer:
     from pipeline.command.doctor import examine
 
-    found = examine(options.ckpt, options.config, options.overrides, options.tracking_uri, options.quick)
+    found = examine(_ckpt(options), options.config, options.overrides, options.tracking_uri, options.quick)
     error = ConfigError("; ".join(found.problems)) if found.problems else None
     return Answer(found.lines, found.content, error)
 

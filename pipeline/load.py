@@ -20,7 +20,7 @@ from pipeline.config.task import Task
 from pipeline.data.labels import READERS, Labels
 from pipeline.data.parts import UNKNOWN, Part, Target
 from pipeline.data.report import data_report
-from pipeline.data.tables import Table, of_frame, read
+from pipeline.data.tables import BadCells, Table, of_frame, read
 from pipeline.errors import ConfigError, DataError, few_of
 from pipeline.statistics.metrics import metric_name
 
@@ -86,7 +86,7 @@ def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.
             as in files; token-level labels may be lists.
 
     Raises:
-        DataError: names file, line and column, what was expected and what was found.
+        DataError: names file, line and column, what was expected, what was found, and how often.
         ConfigError: a part is missing in `frames`.
     """
     notes: list[str] = []
@@ -129,10 +129,11 @@ def _tables(task: Task, frames: Mapping[str, pd.DataFrame] | None, notes: list[s
 
 
 def _read_part(task: Task, table: Table) -> _RawPart:
-    sequences = table.columns[task.sequence_column]
+    sequences, bad = table.columns[task.sequence_column], BadCells(table, task.sequence_column)
     for row, sequence in enumerate(sequences):
         if not sequence:
-            raise table.error(row, task.sequence_column, "a sequence", sequence)
+            bad.add(row, "a sequence", sequence)
+    bad.refuse()
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     read, pairs = READERS[task.level, task.task_type], zip(task.target_column, task.masks, strict=True)
     labels = [read(table, column, mask, lengths) for column, mask in pairs]

@@ -127,6 +127,8 @@ def test_an_error_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "see downstream --help" in captured.err
+    assert main(["measure", "--ckp=x"]) == 2
+    assert "--ckp=x; did you mean '--ckpt'?; see downstream measure --help" in capsys.readouterr().err
     code, found = in_process(["replay", "nowhere.jsonl", "--json"], capsys)
     assert code == 2
     assert "nowhere.jsonl" in found["journals"]["nowhere.jsonl"]["error"]

@@ -51,6 +51,8 @@ def test_a_pattern_gives_a_leaderboard_and_a_curve(lab: Lab, capsys: pytest.Capt
     named = [f"step={step}: value {score:.3f}" for step, score in zip(steps, scores, strict=True)]
     assert list(children) == named
     assert parent.info.run_name == "5 checkpoints on value"
+    command = f"downstream compare {parent.info.run_id} --by=test_value_probe_spearman"
+    assert f"By another:     {command}" in printed.splitlines()
     for child in children.values():
         assert set(lab.nested(child)) == set(STAGES)
     values = {step: child.data.metrics for step, child in zip(steps, children.values(), strict=True)}

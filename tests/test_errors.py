@@ -204,7 +204,11 @@ def truncate(path: Path) -> None:
 
 LONG = 20_000 * "L"
 FILES: list[tuple[dict[str, Any], Change, str]] = [
-    (NUMBER, Path.unlink, "expected a CSV file at {path}, found none (No such file or directory)\n"),
+    (
+        NUMBER,
+        Path.unlink,
+        "expected a CSV file at {path}, found none (No such file or directory); the files of a part lie in",
+    ),
     (NUMBER, lambda path: path.write_text(""), "{path}: expected a header row, found an empty file\n"),
     (NUMBER, lambda path: path.write_text("sequence,value\n"), "{path}: expected rows below the header, found none\n"),
     (
@@ -237,7 +241,7 @@ def test_the_second_file_of_a_range_is_named(job: Job, refused: Refused) -> None
     job.set(dataset={"train": "x[000..001]", "test": "x000"})
     second = job.csv("train").with_name("x001.csv")
     second.write_text(job.csv("train").read_text().replace("1.5", "many"))
-    refused("load", f"{second}:7: column 'value': expected a number, found 'many'\n")
+    refused("load", f"{second}:7: column 'value': expected a number, found 'many'; correct or remove the row\n")
 
 
 TWINS = [{**NUMBER, "dataset_path": "data", "task_name": name} for name in ("a/b", "a_b")]

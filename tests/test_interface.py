@@ -25,7 +25,7 @@ from pipeline import Measured, Scores, embed_sequences, measure, open_encoder, r
 from pipeline.config.shipped import CKPT, ROOT
 from pipeline.config.yaml_file import to_yaml
 from pipeline.data.kinds import kind_of
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.progress import progress
 from tests.support.data import make_task, proteins
 from tests.support.encoders import FakeEncoder
@@ -171,6 +171,30 @@ def test_the_kind_of_task_is_in_the_labels(labels: list[Any], kind: tuple[str, s
 def test_many_whole_numbers_are_numbers(kind: type) -> None:
     labels = [kind(number) for number in range(21)]
     assert kind_of(pd.DataFrame({"s": ["A"] * 21, "y": labels}), "s", "y")[:2] == ("sequence", "regression")
+
+
+NEARLY = [str(number / 10) for number in range(39)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([*NEARLY[:5], ">70", *NEARLY[5:]], "39 of 40 labels are numbers, row 5 is '>70'; clean"),
+        ([*NEARLY[:5], None, *NEARLY[5:]], "39 of 40 labels are numbers, row 5 is None; clean"),
+        ([*map(float, NEARLY), "abc"], "39 of 40 labels are numbers, row 39 is 'abc'; clean"),
+        ([f"p{number}" for number in range(40)], "40 labels are 40 different texts, too many for classes; name"),
+    ],
+)
+def test_texts_that_are_hardly_classes_are_refused(labels: list[Any], message: str, tmp_path: Path) -> None:
+    """Unless the user says what they are."""
+    frame = pd.DataFrame({"sequence": ["MKVLA"] * 40, "tm": pd.Series(labels, dtype=object)})
+    parts = {"train": frame, "test": frame}
+    with pytest.raises(DataError) as found:
+        measure(None, parts, store=str(tmp_path), **QUICK)
+    assert str(found.value).startswith(f"frames['train']: column 'tm': {message}")
+    assert str(found.value).endswith("or set task_type to regression or classification")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        measure(str(tmp_path / "none"), parts, store=str(tmp_path), task_type="classification", **QUICK)
 
 
 @pytest.mark.parametrize(

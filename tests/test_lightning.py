@@ -96,6 +96,19 @@ def test_it_measures_at_every_validation(
     assert fit.callback_metrics["test_label_accuracy"] == pytest.approx(history[-1].value)
 
 
+def test_the_tokenizer_may_be_given(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
+    tokenizer: Any = module.tokenizer
+    outer: Any = module
+    outer.tokenizer = lambda *args, **options: tokenizer(*args, **options)  # it lives outside of the module
+    with pytest.raises(CheckpointError, match=r"found none; give tokenizer=\.\.\."):
+        trainer(tmp_path, [callback_of(tmp_path, task)]).fit(module, loader(), loader(shuffle=False))
+    config = section(tmp_path, task)
+    (callback,) = setup_dwnstr_task_validation_callbacks(config, tokenizer=tokenizer)
+    assert isinstance(callback, DownstreamValidation)
+    trainer(tmp_path, [callback], max_epochs=1).fit(module, loader(), loader(shuffle=False))
+    assert steps_of(callback) == [4]
+
+
 def test_the_untrained_and_the_final_weights(task: Task, module: Busy, tmp_path: Path, tracking: str) -> None:
     """`on_start` is step 0, before any step; `on_end` measures what no validation has."""
     untrained = measured(LiveModel(module).encoder(module), task, tmp_path / "a")

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.task import Files
+from pipeline.config.task import Files, Task
 from pipeline.data.parts import UNKNOWN, unit_index
 from pipeline.errors import DataError
 from pipeline.load import Examples, load
@@ -47,6 +48,50 @@ def test_digit_strings_keep_their_zeros(tmp_path: Path) -> None:
     train = [{"sequence": "MKVA", "metal": "0011"}, {"sequence": "MK", "metal": "00"}]
     examples = load(make_task(tmp_path, train, level="token", task_type="classification"))
     assert examples.train.values[0].tolist() == [0, 0, 1, 1, 0, 0]
+
+
+BAD: list[tuple[dict[str, Any], str, str, str]] = [
+    ({}, "1.5", "", "a number"),
+    ({"task_type": "classification"}, "a", "", "a class name"),
+    ({"level": "token"}, "[1, null]", "[1]", "a JSON list of 2 numbers or nulls"),
+    ({"level": "token", "task_type": "classification"}, "HE", "H", "2 characters, one per residue"),
+]
+
+
+@pytest.mark.parametrize(("options", "good", "wrong", "expected"), BAD)
+def test_all_bad_cells_of_a_column_are_counted(
+    options: dict[str, Any], good: str, wrong: str, expected: str, tmp_path: Path
+) -> None:
+    task = make_task(tmp_path, [{"sequence": "MK", "y": good}], **options)
+    for name in ("x000", "x001"):
+        labels = [good, wrong, good, wrong, wrong, wrong]
+        write_csv(tmp_path / "train" / f"{name}.csv", [{"sequence": "MK", "y": label} for label in labels])
+    task.dataset = Files("x[000..001]", "x000")
+    with pytest.raises(DataError) as found:
+        load(task)
+    start, cells, remedy = str(found.value).split("; ")
+    count, also = cells.split(", also ")
+    assert start.startswith(f"{tmp_path}/train/x000.csv:3: column 'y': expected {expected}, found ")
+    assert count == "8 cells are like that"
+    assert [one.split()[0] for one in also.split(", ")] == [
+        "x000.csv:5",
+        "x000.csv:6",
+        "x000.csv:7",
+        "x001.csv:3",
+        "...",
+    ]
+    assert remedy == "correct or remove these rows"
+
+
+def test_bad_cells_of_masks_and_frames(tmp_path: Path) -> None:
+    masked: dict[str, Any] = {"level": "token", "task_type": "classification", "mask_column": ["seen"]}
+    rows = [{"sequence": "MK", "y": "HE", "seen": seen} for seen in ("12", "01", "2x")]
+    task = make_task(tmp_path, rows, **masked)
+    with pytest.raises(DataError, match=r"csv:2: .* a mask of 0 and 1, found '2'; 2 cells .*, also x000.csv:4 '2'; "):
+        load(task)
+    frame = pd.DataFrame({"sequence": ["MK", "", "", "M"], "y": [1.0] * 4})
+    with pytest.raises(DataError, match=r"\['train'\], row 1: .* a sequence, found ''; 2 .*, also row 2 ''; correct"):
+        load(Task(target_column=["y"]), frames={"train": frame, "test": frame})
 
 
 def test_words_that_look_like_missing_values_are_classes(tmp_path: Path) -> None:

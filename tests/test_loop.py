@@ -22,6 +22,7 @@ from pipeline.config.task import Task
 from pipeline.config.trackers import Logging
 from pipeline.errors import ConfigError, DataError
 from pipeline.tracking.sender import flush
+from pipeline.training.host import LogHost
 from pipeline.training.unwrapped import unwrapped
 from tests.support.data import planted, planted_task, proteins, write_csv
 from tests.support.loops import Scaler, loop, make_model, snapshot
@@ -172,6 +173,15 @@ def test_a_failure_warns_or_raises(
         strict(make_model(), 3)
 
 
+@pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
+def test_configured_logging_decides_what_is_shown(level: int, tmp_path: Path, capsys: Any, caplog: Any) -> None:
+    """The root logger has handlers here, pytest's."""
+    with caplog.at_level(level):
+        LogHost(tmp_path).say("at step 3")
+    assert [one.message for one in caplog.records] == (["at step 3"] if level == logging.INFO else [])
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_checkpoint_with_the_description_opens_as_it_is(
     task: Task, tmp_path: Path, tracking: str, model_folder: Any
 ) -> None:
@@ -276,7 +286,10 @@ def test_extra_state_that_is_not_taken_back() -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Any:
-    return both_ranks("loop", tmp_path_factory.mktemp("ranks"), empty_database)
+    folder = tmp_path_factory.mktemp("ranks")
+    found = both_ranks("loop", folder, empty_database)
+    logs = [(folder / f"rank-{rank}.log").read_text() for rank in range(2)]
+    return [{**rank, "log": log} for rank, log in zip(found, logs, strict=True)]
 
 
 def test_two_ranks_under_ddp(ranks: Any) -> None:
@@ -287,5 +300,7 @@ def test_two_ranks_under_ddp(ranks: Any) -> None:
         assert rank["failing curve"] == []
     assert first["curve"] == second["curve"]
     assert [step for step, _ in first["curve"]] == [0, 1, 2, 3, 4]
+    assert first["log"].count("downstream validation at step 4: ") == 1
+    assert "downstream validation" not in second["log"]
     assert first["error"] == "DataError: injected"
     assert second["error"] == "RankError: rank 0: DataError: injected"

@@ -230,7 +230,8 @@ def end(process: subprocess.Popen[str], number: signal.Signals, *again: signal.S
         for further in again:
             process.send_signal(further)
         time.sleep(0.002)
-    process.communicate(timeout=60)
+    _, said = process.communicate(timeout=60)
+    assert ("the same command goes on from there" in said) == (number != signal.SIGKILL)
     return process.returncode
 
 

@@ -21,10 +21,16 @@ ACCURACY = "secondary_structure/test_3state_accuracy"
 
 
 def python(*command: str, tracking: str, cwd: Path = ROOT) -> str:
+    """What a script printed."""
+    return both(*command, tracking=tracking, cwd=cwd).stdout
+
+
+def both(*command: str, tracking: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """A script that has run, with what it printed and said."""
     environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking, "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +122,14 @@ def test_a_mistake_is_one_line_before_the_first_step(
 def test_the_hand_written_loop(tmp_path: Path, tracking: str) -> None:
     overrides = f"dataset.num_epochs=1 store={tmp_path}/store logging.figures=false"
     out = tmp_path / "model.pt"
-    python("examples/hand_written_loop.py", "--steps=2", f"--out={out}", f"--overrides={overrides}", tracking=tracking)
+    command = ["examples/hand_written_loop.py", "--steps=2", f"--out={out}", f"--overrides={overrides}"]
+    said = both(*command, tracking=tracking).stderr
     (run,) = MlflowClient().search_runs(["0"])
+    for step in (0, 1, 2):  # without any configuration of logging
+        assert said.count(f"downstream validation at step {step}: ") == 1
+    assert said.count("downstream validation, what its scores can see:") == 1
+    assert said.count("downstream validation logs to MLflow: ") == 1
+    assert said.count(f"This run:       http://127.0.0.1:5000/#/experiments/0/runs/{run.info.run_id}?") == 1
     history = MlflowClient().get_metric_history(run.info.run_id, ACCURACY)
     assert [point.step for point in history] == [0, 1, 2]
     assert run.info.status == "FINISHED"

@@ -37,6 +37,32 @@ def test_a_measurement_says_at_the_start_what_is_measured(
     assert f"measuring   {start} as in configs/pretrain.yaml" in caplog.messages
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "start"),
+    [
+        ("measure", [], "sample/checkpoint (the default: give --ckpt)"),
+        ("measure", ["--ckpt=sample/checkpoint"], "sample/checkpoint"),
+        ("measure", ["--until=load"], "sample/checkpoint"),
+        ("load", [], "sample/checkpoint"),
+    ],
+)
+def test_the_default_is_named_where_nothing_was_given(
+    command: str,
+    arguments: list[str],
+    start: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tracking: str,
+    tmp_path: Path,
+) -> None:
+    """The program ends at once: nothing can be stored below a file."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "file").touch()
+    overrides = f"--overrides=store={tmp_path}/file/store logging.journal={tmp_path}/file/journal"
+    assert main([command, "--config=configs/pretrain.yaml", overrides, *arguments]) == 2
+    assert f"measuring   {start} as in configs/pretrain.yaml" in caplog.messages
+
+
 @pytest.mark.parametrize("command", ["doctor", "config", "worker"])
 def test_a_command_without_a_run_leaves_that_of_a_training_alone(
     command: str, tracking: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -219,7 +219,8 @@ def _load(model: nn.Module, weights: Weights, prefix: str, remedy: str) -> None:
             raise CheckpointError(f"{where}: expected a tensor, {found}; {remedy}")
         if isinstance(value, Tensor) and value.shape != own[key].shape:
             expected, shape = tuple(own[key].shape), tuple(value.shape)
-            raise CheckpointError(f"{where}: expected the shape {expected}, found {shape}")
+            another = "the weights are of another model: set architecture, or model_factory, to their own"
+            raise CheckpointError(f"{where}: expected the shape {expected}, found {shape}; {another}")
     if weights.fill_tensors is None:
         model.load_state_dict(stored, strict=False)
     else:

@@ -11,7 +11,7 @@ from pipeline.config.schema import Config
 from pipeline.config.shipped import CONFIG, shipped
 from pipeline.config.task import Task
 from pipeline.config.yaml_file import RENAMED, config_from, read_config, to_mapping
-from pipeline.data.kinds import kind_of
+from pipeline.data.kinds import kind_of, refuse_unclear
 from pipeline.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def config_of_frames(frames: Mapping[str, pd.DataFrame], settings: Mapping[str, 
         pass  # nothing to infer, or an error to come, which names the columns
     else:
         level, kind, why = kind_of(frame, sequence, str(target))
+        if why == "texts" and "task_type" not in task:
+            refuse_unclear(frame, str(target), "frames['train']")
         inferred = {"class": level, "task_type": kind}
         notes += [
             f"{key} is read as {value}: '{target}' holds {why}" for key, value in inferred.items() if key not in task

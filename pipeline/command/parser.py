@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.command.program import add_traceback
-from pipeline.config.shipped import CKPT, CONFIG, shipped
+from pipeline.config.shipped import CONFIG, shipped
 from pipeline.errors import ConfigError
 
 STAGES = ("load", "embed", "train_head", "score")
@@ -28,6 +29,15 @@ as far as that stage. `downstream COMMAND --help` has the options of each.
 
 class Parser(argparse.ArgumentParser):
     """Raises a ConfigError for a wrong argument, so that it is reported like every other error."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Refuses what is not known where the options are: in the parser of a command."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
+            meant = f"; did you mean '{near[0]}'?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         """See above."""
@@ -89,7 +99,7 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
 
 def _add_measured(parser: argparse.ArgumentParser) -> None:
     ckpt = "folder, file, hub id or MLflow URI; a,b or a pattern (the sample's)"
-    parser.add_argument("--ckpt", default=shipped(CKPT), help=ckpt)
+    parser.add_argument("--ckpt", help=ckpt)
     parser.add_argument("--config", default=shipped(CONFIG), metavar="FILE", help="YAML file (the sample's)")
     parser.add_argument("--overrides", default="", metavar="LIST", help="such as 'dataset.num_epochs=3 device=cpu'")
     _add_tracking(parser)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import re
 import shlex
 from collections.abc import Mapping
@@ -175,11 +176,14 @@ def _child(node: Any, key: str) -> Any:
 
 def _section(root: Any, path: str) -> DictConfig:
     """The node of the section, with its interpolations not resolved; its neighbours are not touched."""
-    node = root
+    node, near = root, list[str]()
     for key in SECTION.split("."):
+        names = [str(name) for name in node] if isinstance(node, DictConfig) else []
+        near = near or ([] if key in names else difflib.get_close_matches(key, names, n=1))
         node = _child(node, key)
     if not isinstance(node, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping {SECTION}, found none; see configs/ for examples")
+        remedy = f"rename '{near[0]}'" if near else "see configs/ for examples"
+        raise ConfigError(f"{path}: expected a mapping {SECTION}, found none; {remedy}")
     return node
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.errors import DataError
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -35,6 +37,33 @@ def kind_of(frame: pd.DataFrame, sequence_column: str, target_column: str) -> tu
     return "sequence", "classification", "texts"
 
 
+def refuse_unclear(frame: pd.DataFrame, target_column: str, name: str) -> None:
+    """Raises DataError where texts can hardly be meant as classes: most are numbers, or most are different.
+
+    Args:
+        frame: has them in `target_column`.
+        target_column: holds texts.
+        name: of the frame, in the error.
+    """
+    import pandas as pd
+
+    labels = frame[target_column]
+    if isinstance(labels.dtype, pd.CategoricalDtype):
+        return
+    numbers = pd.to_numeric(labels.astype(object), errors="coerce")
+    is_number = numbers.notna().to_numpy()
+    odd = np.flatnonzero(~is_number)
+    different = labels.map(str).nunique()
+    remedy = "set task_type to regression or classification"
+    could_be_classes = (numbers.dropna() % 1 == 0).all() and numbers.nunique() <= MOST_CLASSES
+    if len(odd) < len(labels) / 2 and not could_be_classes:
+        found = f"{is_number.sum()} of {len(labels)} labels are numbers, row {odd[0]} is {labels.iloc[odd[0]]!r:.60}"
+        raise DataError(f"{name}: column '{target_column}': {found}; clean or leave out such rows, or {remedy}")
+    if different > max(MOST_CLASSES, len(labels) / 2):
+        found = f"{len(labels)} labels are {different} different texts, too many for classes"
+        raise DataError(f"{name}: column '{target_column}': {found}; name another target_column, or {remedy}")
+
+
 def _as_numbers(labels: pd.Series[Any], sequences: pd.Series[Any]) -> pd.Series[Any]:
     """The numbers that all of the texts are; else the labels as they are, such as `0110` for a sequence of four.
 
@@ -53,5 +82,5 @@ def _as_numbers(labels: pd.Series[Any], sequences: pd.Series[Any]) -> pd.Series[
 
 def _one_each(labels: pd.Series[Any], sequences: pd.Series[Any]) -> bool:
     """Whether each label is as long as its sequence."""
-    pairs = zip(sequences.astype(str), labels.astype(str), strict=True)
+    pairs = zip(sequences.map(str), labels.map(str), strict=True)
     return len(labels) > 0 and all(len(sequence) == len(label) for sequence, label in pairs)

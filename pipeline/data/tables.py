@@ -22,6 +22,8 @@ from pipeline.errors import ConfigError, DataError, nearest
 if TYPE_CHECKING:
     import pandas as pd
 
+SHOWN = 5  # bad cells of a column that an error names
+
 # x[000..049], x{000..049}, x(000..049), x<000..049>, x_OP_000..049_CL_
 RANGE = re.compile(r"(?:\[|\{|\(|<|_OP_)(\d+\.\.\d+)(?:\]|\}|\)|>|_CL_)")
 
@@ -46,17 +48,53 @@ class Table:
 
     def error(self, row: int, column: str, expected: str, found: str) -> DataError:
         """The error to raise for a cell: names file, line and column."""
-        shown = found if len(found) <= 60 else found[:57] + "..."
-        file, number = self.files[self.file_of[row]], self.row_of[row]
-        return DataError(
-            f"{place(file, number, self.in_memory)}: column '{column}': expected {expected}, found {shown!r}"
-        )
+        bad = BadCells(self, column)
+        bad.add(row, expected, found)
+        return bad.error()
 
     def where(self, name: str) -> str:
         """Where the row with this name stands, see `Part.rows`: `FILE:LINE`, or the row of a DataFrame."""
         stem, _, row = name.rpartition(":")
         file = next((one for one in self.files if one.name == stem), self.files[0])
         return place(file, int(row), self.in_memory)
+
+
+class BadCells:
+    """The cells of a column that are not what was expected: how many, and the first of them."""
+
+    def __init__(self, table: Table, column: str) -> None:
+        """None yet."""
+        self.table, self.column, self.count = table, column, 0
+        self._first: list[tuple[int, str, str]] = []
+
+    def add(self, row: int, expected: str, found: str) -> None:
+        """Counts a cell."""
+        self.count += 1
+        if len(self._first) < SHOWN:
+            self._first.append((row, expected, found if len(found) <= 60 else found[:57] + "..."))
+
+    def error(self) -> DataError:
+        """The error to raise: file, line and column of the first, where the next ones are, and what to do."""
+        (row, expected, found), *others = self._first
+        message = f"{self._place(row)}: column '{self.column}': expected {expected}, found {found!r}"
+        if self.count == 1:
+            return DataError(f"{message}; correct or remove the row")
+        also = ", ".join(f"{self._place(row, short=True)} {found!r}" for row, _expected, found in others)
+        more = ", ..." if self.count > SHOWN else ""
+        return DataError(
+            f"{message}; {self.count} cells are like that, also {also}{more}; correct or remove these rows"
+        )
+
+    def refuse(self) -> None:
+        """Raises DataError where there are such cells."""
+        if self.count:
+            raise self.error()
+
+    def _place(self, row: int, short: bool = False) -> str:
+        table = self.table
+        file, number = table.files[table.file_of[row]], table.row_of[row]
+        where = place(file, number, table.in_memory)
+        return where.removeprefix(f"{file}, " if table.in_memory else f"{file.parent}/") if short else where
 
 
 def place(file: Path, row: int, in_memory: bool = False) -> str:
@@ -170,7 +208,8 @@ def _header(path: Path) -> list[str]:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             header = next(csv.reader(stream), None)
     except OSError as error:
-        raise DataError(f"expected a CSV file at {path.absolute()}, found none ({error.strerror})") from error
+        layout = "the files of a part lie in <dataset_path>/train and <dataset_path>/test"
+        raise DataError(f"expected a CSV file at {path.resolve()}, found none ({error.strerror}); {layout}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise _not_utf8(path, error) from error
     if not header:

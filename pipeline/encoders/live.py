@@ -295,6 +295,6 @@ def _only_tokenizer(holders: Sequence[object], others: Sequence[object]) -> Any:
         found = found or list(unique.values())
     if len(found) != 1:
         count = "none" if not found else f"{len(found)}: {', '.join(type(tokenizer).__name__ for tokenizer in found)}"
-        remedy = "keep it as an attribute of the LightningModule, such as self.tokenizer, or " + REMEDY
+        remedy = "give tokenizer=..., keep it as an attribute of the module, such as self.tokenizer, or " + REMEDY
         raise CheckpointError(f"expected one Hugging Face tokenizer in the module, found {count}; {remedy}")
     return found[0]

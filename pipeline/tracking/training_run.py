@@ -27,6 +27,7 @@ class TrainingRun:
 
     Attributes:
         own: whether the run was opened here.
+        opened: the run with its sender; None where the trainer's logger has them.
         run: the tracker to log to.
         run_id: of the run on the server, where it is known.
     """
@@ -44,7 +45,7 @@ class TrainingRun:
             OSError: the journal cannot be written.
         """
         self.run_id: str | None = None
-        self._opened: OpenRun | None = None
+        self.opened: OpenRun | None = None
         self._data: set[Data] = set()
         journalled = next((logger for logger in loggers if is_kind(logger, "JournalLogger")), None)
         found = next((logger for logger in loggers if is_kind(logger, "MLFlowLogger")), None)
@@ -60,18 +61,18 @@ class TrainingRun:
             uri = mlflow.get_tracking_uri()
         self.own = self.run_id is None
         what = {"run_id": self.run_id} if self.run_id else {"key": earlier, "name": name}
-        self._opened = OpenRun(journal_path(config, name), uri, config.logging.journal is None, **what)
-        self.run = self._opened.run
+        self.opened = OpenRun(journal_path(config, name), uri, config.logging.journal is None, **what)
+        self.run = self.opened.run
 
     @property
     def place(self) -> str:
         """Name and address of the run, for the log; the server may not have given its id yet."""
-        if self._opened is None:
+        if self.opened is None:
             return "the run of the trainer's logger"
-        self._opened.sender.settle()
-        ids = self._opened.ids
+        self.opened.sender.settle()
+        ids = self.opened.ids
         name = f"run {ids[1]}" if ids else "a new run"
-        return f"{name} at {shown(self._opened.uri)}"
+        return f"{name} at {shown(self.opened.uri)}"
 
     @contextmanager
     def measurement(
@@ -115,9 +116,9 @@ class TrainingRun:
         """Ends the run if it was opened here. What has not arrived is sent before the program ends."""
         if self.own:
             self.run.end(status)
-        if self._opened:
-            self._opened.sender.finish()
-            self._opened.sender.settle()
+        if self.opened:
+            self.opened.sender.finish()
+            self.opened.sender.settle()
 
 
 class _Here(AtStep):

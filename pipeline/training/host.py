@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,7 +74,11 @@ class Host(Protocol):
 
 
 class LogHost:
-    """What the hosts without a package of their own share: they talk through the log."""
+    """What the hosts without a package of their own share: they talk through the log.
+
+    Where nobody has configured logging by the first measurement, which would hide what is no warning, they write to
+    stderr, as Lightning does.
+    """
 
     holders: Sequence[object] = ()
     loggers: Sequence[Any] = ()
@@ -81,6 +86,8 @@ class LogHost:
     def __init__(self, folder: Path) -> None:
         """Checkpoints that are written for a measurement are kept below `folder`."""
         self.folder = folder
+        own = (logger, logging.getLogger("pipeline"))
+        self._is_configured = logger.hasHandlers() or any(one.level != logging.NOTSET for one in own)
 
     def checkpoint(self, module: nn.Module, step: int) -> dict[str, Any]:
         """See `Host.checkpoint`."""
@@ -93,7 +100,10 @@ class LogHost:
 
     def say(self, text: str) -> None:
         """See `Host.say`."""
-        logger.info("%s", text)
+        if self._is_configured:
+            logger.info("%s", text)
+        else:
+            print(text, file=sys.stderr)
 
     def warn(self, text: str) -> None:
         """See `Host.warn`."""

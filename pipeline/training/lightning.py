@@ -23,18 +23,21 @@ from pipeline.training.session import Session
 SEVERAL = {"DDPStrategy", "ModelParallelStrategy", "FSDPStrategy"}  # strategies that can be measured on several ranks
 
 
-def setup_dwnstr_task_validation_callbacks(cfg: str | Path | Mapping[Any, Any] | Config) -> list[pl.Callback]:
+def setup_dwnstr_task_validation_callbacks(
+    cfg: str | Path | Mapping[Any, Any] | Config, tokenizer: Any = None
+) -> list[pl.Callback]:
     """The callbacks for `Trainer(callbacks=...)`: a list of one, or empty where the section has `enabled: False`.
 
     Args:
         cfg: a YAML file with the section `model.dwnstr_task_validation`, its content as Hydra or OmegaConf give it, or
             a `Config`.
+        tokenizer: the Hugging Face tokenizer; by default that in the module, or else in the data module.
 
     Raises:
         ConfigError: the configuration is not valid.
     """
     config = cfg if isinstance(cfg, Config) else read_config(cfg)
-    return [DownstreamValidation(config)] if config.enabled else []
+    return [DownstreamValidation(config, tokenizer)] if config.enabled else []
 
 
 class DownstreamValidation(pl.Callback):
@@ -51,9 +54,10 @@ class DownstreamValidation(pl.Callback):
         summary: on rank 0, after the training: the overview and the headline metrics of each step, in Markdown.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Checks the configuration. Raises ConfigError."""
+    def __init__(self, config: Config, tokenizer: Any = None) -> None:
+        """Checks the configuration, see `setup_dwnstr_task_validation_callbacks`. Raises ConfigError."""
         self.session: Session = Session(config)
+        self.tokenizer: Any = tokenizer
         self.config = config
         self.published: frozenset[str] = frozenset()
         self.published_step = -1
@@ -100,7 +104,7 @@ class DownstreamValidation(pl.Callback):
         # to this callback, so none is skipped or called twice.
         callbacks = vars(trainer)["callbacks"]
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
-        self.session.open(LightningHost(trainer), may_be_late=stage == "fit")
+        self.session.open(LightningHost(trainer, self.tokenizer), may_be_late=stage == "fit")
         # A module may build its layers in one of these hooks, which come later; then it is inspected again.
         kind, base = type(pl_module), pl.LightningModule
         hooks = ("setup", "configure_model")

@@ -18,11 +18,9 @@ from pipeline.training.lightning_package import pl
 class LightningHost:
     """See `Host`: the trainer's loggers, precision and folder are read when they are needed."""
 
-    tokenizer = None
-
-    def __init__(self, trainer: Any) -> None:
-        """Keeps the trainer."""
-        self.trainer = trainer
+    def __init__(self, trainer: Any, tokenizer: Any = None) -> None:
+        """Keeps the trainer, and the tokenizer that the user gave."""
+        self.trainer, self.tokenizer = trainer, tokenizer
 
     @property
     def name(self) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline import validation
 from pipeline.checkpoints.opening import open_encoder
+from pipeline.command.program import links
 from pipeline.config.class_paths import encoder_class
 from pipeline.config.schema import Config
 from pipeline.embed import check_sequences, made_with
@@ -136,6 +137,8 @@ class Measurement:
         if run.own and points:
             run.run.describe(self.progress.summary(points, self.config))
         attempt("closing of the MLflow run", lambda: run.end(status))
+        if run.own and run.opened is not None and (lines := links(run.opened)):
+            self.host.say("\n".join(lines))
 
     @property
     def _options(self) -> EncoderOptions:

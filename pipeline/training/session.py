@@ -189,7 +189,14 @@ class Session:
             return found
 
         def drained() -> tuple[list[Point], list[Point]]:
-            found.extend(self._take_in(late.drain(module, step)))
+            began = time.perf_counter()
+            arrivals = late.drain(module, step)
+            waited = time.perf_counter() - began
+            self._spent += waited
+            found.extend(self._take_in(arrivals))
+            if arrivals and self.work is not None:
+                share = f"{self._share:.0f} % of the training time in all"
+                self.work.host.say(f"downstream validation: the training waited {waited:.1f} s at its end; {share}")
             late.raise_failures()
             return self.curve, self._points
 
@@ -304,6 +311,11 @@ class Session:
             self.work.progress = self._late.progress() or self.work.progress
             self._left, self._late = self._late.state(), None
 
+    @property
+    def _share(self) -> float:
+        """What share of the training time measurements have taken, in percent."""
+        return 100 * self._spent / max(time.perf_counter() - self._began, 1e-9)
+
     def _report(self, step: int, metrics: Mapping[str, float], seconds: float, elsewhere: float | None = None) -> None:
         """Says the headline metrics, and what share of the training time measurements take.
 
@@ -314,9 +326,8 @@ class Session:
             elsewhere: seconds of the worker, where there is one.
         """
         self._spent += seconds
-        share = 100 * self._spent / max(time.perf_counter() - self._began, 1e-9)
         numbers = ", ".join(f"{name} {metrics[name]:.4f}" for name in self.config.headlines if name in metrics)
         took = f"{seconds:.1f} s" if elsewhere is None else f"{elsewhere:.1f} s in the background, {seconds:.2f} s here"
-        cost = f"{took}; {share:.0f} % of the training time so far"
+        cost = f"{took}; {self._share:.0f} % of the training time so far"
         if self.work is not None and self.ranks.is_first:
             self.work.host.say(f"downstream validation at step {step}: {numbers} ({cost})")
