@@ -200,12 +200,17 @@ def test_a_worker_that_fails_twice(
     assert snapshots(tmp_path) == set()
 
 
-def test_a_command_of_the_user_s(task: Task, tmp_path: Path, tracking: str, model_folder: Any) -> None:
+def test_a_command_of_the_user_s(
+    task: Task, tmp_path: Path, tracking: str, model_folder: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pipeline.training")
     command = f"{shlex.quote(sys.executable)} -m pipeline worker {{folder}}"
     downstream, model = loop_of(tmp_path, task, model_folder("esm"), worker_command=command, drain_timeout=300.0)
     downstream(model, 0)
     downstream.close()
     assert [step for step, _ in downstream.curve] == [0]
+    (waited,) = [line for line in caplog.messages if "the training waited" in line]
+    assert waited.endswith(" % of the training time in all")
     assert snapshots(tmp_path) == set()
 
 
