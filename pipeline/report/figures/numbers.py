@@ -107,7 +107,8 @@ def length_figure(examples: Examples, path: Path) -> Path:
 def training_figure(task: str, metrics: Mapping[str, Lines], path: Path) -> Path:
     """Axes of their own for each metric, with a marker at each measured step.
 
-    The probe's line is dashed, and bands are intervals. What a baseline reaches, which is the same at each step, is a level line.
+    The probe's line is dashed, and bands are intervals. What a baseline reaches, which is the same at each step, is a
+    level line.
     """
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
