@@ -128,9 +128,9 @@ def training_figure(task: str, metrics: Mapping[str, Lines], path: Path) -> Path
             if baseline:
                 axes.axhline(points[-1][1], linestyle=":", linewidth=1.2, color=look[2])
             else:
-                along, values, low, high = zip(*points, strict=True)
+                along, values, low, high = map(drawable, zip(*points, strict=True))
                 axes.plot(along, values, marker=look[0], linestyle=look[1], color=look[2])
-                axes.fill_between(along, drawable(low), drawable(high), color=look[2], alpha=0.15, linewidth=0)
+                axes.fill_between(along, low, high, color=look[2], alpha=0.15, linewidth=0)
         axes.set(title=f"{shorten(name, 34)}\n{_last(lines)}", xlim=(steps[0] - room, steps[-1] + room))
         axes.locator_params(axis="x", integer=True, nbins=4)
     return save(figure, path)
