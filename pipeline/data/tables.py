@@ -75,26 +75,30 @@ class BadCells:
 
     def error(self) -> DataError:
         """The error to raise: file, line and column of the first, where the next ones are, and what to do."""
-        (row, expected, found), *others = self._first
-        message = f"{self._place(row)}: column '{self.column}': expected {expected}, found {found!r}"
+        (_, expected, found), *others = self._first
+        first, *places = self._places()
+        message = f"{first}: column '{self.column}': expected {expected}, found {found!r}"
         if self.count == 1:
             return DataError(f"{message}; correct or remove the row")
-        also = ", ".join(f"{self._place(row, short=True)} {found!r}" for row, _expected, found in others)
-        more = ", ..." if self.count > SHOWN else ""
-        return DataError(
-            f"{message}; {self.count} cells are like that, also {also}{more}; correct or remove these rows"
-        )
+        also = ", ".join(f"{place} {found!r}" for place, (_, _, found) in zip(places, others, strict=True))
+        also += ", ..." if self.count > SHOWN else ""
+        return DataError(f"{message}; {self.count} cells are like that, also {also}; correct or remove these rows")
 
     def refuse(self) -> None:
         """Raises DataError where there are such cells."""
         if self.count:
             raise self.error()
 
-    def _place(self, row: int, short: bool = False) -> str:
-        table = self.table
-        file, number = table.files[table.file_of[row]], table.row_of[row]
-        where = place(file, number, table.in_memory)
-        return where.removeprefix(f"{file}, " if table.in_memory else f"{file.parent}/") if short else where
+    def _places(self) -> list[str]:
+        """Where they stand: with the path the first, with the file's name alone the others."""
+        table, rows = self.table, [row for row, _, _ in self._first]
+        files, numbers = [table.files[table.file_of[row]] for row in rows], [table.row_of[row] for row in rows]
+        if table.in_memory:
+            return [f"{files[0]}, row {numbers[0]}", *(f"row {number}" for number in numbers[1:])]
+        records = {file: _records(file) for file in set(files)}  # of a large file that takes seconds
+        lines = [records[file][number][0] for file, number in zip(files, numbers, strict=True)]
+        names = [str(files[0]), *(file.name for file in files[1:])]
+        return [f"{name}:{line}" for name, line in zip(names, lines, strict=True)]
 
 
 def place(file: Path, row: int, in_memory: bool = False) -> str:
