@@ -315,8 +315,16 @@ class Session:
         """
         self._spent += seconds
         share = 100 * self._spent / max(time.perf_counter() - self._began, 1e-9)
-        numbers = ", ".join(f"{name} {metrics[name]:.4f}" for name in self.config.headlines if name in metrics)
+        numbers = ", ".join(_said(name, metrics) for name in self.config.headlines if name in metrics)
         took = f"{seconds:.1f} s" if elsewhere is None else f"{elsewhere:.1f} s in the background, {seconds:.2f} s here"
         cost = f"{took}; {share:.0f} % of the training time so far"
         if self.work is not None and self.ranks.is_first:
             self.work.host.say(f"downstream validation at step {step}: {numbers} ({cost})")
+
+
+def _said(name: str, metrics: Mapping[str, float]) -> str:
+    """`test_x_accuracy 0.7500 (+0.050 to +0.200 since the start)`; the interval where there is one."""
+    ends = [metrics.get(f"{name}_delta_start_ci_{end}") for end in ("low", "high")]
+    low, high = (None if end is None else f"{end:+.3f}" for end in ends)
+    change = f" ({low} to {high} since the start)" if low and high else ""
+    return f"{name} {metrics[name]:z.4f}{change}"
