@@ -18,6 +18,7 @@ from pipeline.report.tables import Table
 from pipeline.training.background import Arrival
 from pipeline.training.host import Host
 from pipeline.training.late import Late, why_not_late
+from pipeline.training.lines import Lines
 from pipeline.training.measurement import Measurement
 from pipeline.training.progress import Progress
 from pipeline.training.ranks import LostRankError, Ranks
@@ -56,7 +57,7 @@ class Session:
         self._run: str | None = None
         self._points: list[tuple[int, dict[str, float]]] = []  # the curve, with what came before an interruption
         self._progress: dict[str, Any] | None = None  # of rank 0, in the form in which a checkpoint has it
-        self._began = self._spent = 0.0
+        self._lines = Lines(config.headlines)
         self._may_be_late = False
         self._is_never_late = config.mode != "background"
         self._late: Late | None = None
@@ -80,14 +81,13 @@ class Session:
         self.ranks.open()
         if self.config.engine != "local" and self.ranks.is_first:
             host.say(f"engine: {self.config.engine} is for the command line; in a training its ranks measure, see mode")
-        self.start_clock()
-        self._spent = 0.0
+        self._lines = Lines(self.config.headlines)
         self.work = Measurement(self.config, host, self._run, self.ranks if self._is_shared else ALONE)
         self._continue()
 
     def start_clock(self) -> None:
         """The time of the training, of which measurements have a share, counts from here."""
-        self._began = time.perf_counter()
+        self._lines.start_clock()
 
     def prepare(self, module: nn.Module, may_wait: bool = False) -> None:
         """Finds the encoder and reads all data, see `Measurement.prepare`. Raises PipelineError on every rank alike."""
@@ -155,7 +155,7 @@ class Session:
         self.last_step = step
         self.curve.append((step, metrics))
         self._points.append((step, metrics))
-        self._report(step, metrics, time.perf_counter() - began)
+        self._say(self._lines.of_measurement(step, metrics, time.perf_counter() - began))
         return metrics
 
     def poll(self) -> list[Point]:
@@ -192,11 +192,9 @@ class Session:
             began = time.perf_counter()
             arrivals = late.drain(module, step)
             waited = time.perf_counter() - began
-            self._spent += waited
             found.extend(self._take_in(arrivals))
-            if arrivals and self.work is not None:
-                share = f"{self._share:.0f} % of the training time in all"
-                self.work.host.say(f"downstream validation: the training waited {waited:.1f} s at its end; {share}")
+            if arrivals:
+                self._say(self._lines.of_the_end(waited))
             late.raise_failures()
             return self.curve, self._points
 
@@ -300,7 +298,7 @@ class Session:
             self._points.append((one.step, one.metrics))
             if one.is_new:
                 new.append((one.step, one.metrics))
-                self._report(one.step, one.metrics, one.waited, one.seconds)
+                self._say(self._lines.of_measurement(one.step, one.metrics, one.waited, one.seconds))
         self.curve += new
         return new
 
@@ -311,23 +309,6 @@ class Session:
             self.work.progress = self._late.progress() or self.work.progress
             self._left, self._late = self._late.state(), None
 
-    @property
-    def _share(self) -> float:
-        """What share of the training time measurements have taken, in percent."""
-        return 100 * self._spent / max(time.perf_counter() - self._began, 1e-9)
-
-    def _report(self, step: int, metrics: Mapping[str, float], seconds: float, elsewhere: float | None = None) -> None:
-        """Says the headline metrics, and what share of the training time measurements take.
-
-        Args:
-            step: of the weights.
-            metrics: by name.
-            seconds: that the training waited.
-            elsewhere: seconds of the worker, where there is one.
-        """
-        self._spent += seconds
-        numbers = ", ".join(f"{name} {metrics[name]:.4f}" for name in self.config.headlines if name in metrics)
-        took = f"{seconds:.1f} s" if elsewhere is None else f"{elsewhere:.1f} s in the background, {seconds:.2f} s here"
-        cost = f"{took}; {self._share:.0f} % of the training time so far"
+    def _say(self, line: str) -> None:
         if self.work is not None and self.ranks.is_first:
-            self.work.host.say(f"downstream validation at step {step}: {numbers} ({cost})")
+            self.work.host.say(line)

@@ -1,0 +1,54 @@
+"""The lines that a training says of its measurements: the main metrics, and the share of its time that they take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+
+class Lines:
+    """Makes the lines, and keeps count of the time that the training has waited."""
+
+    def __init__(self, headlines: Sequence[str]) -> None:
+        """The main metrics of the tasks; the time of the training counts from here."""
+        self._headlines = headlines
+        self._waited = 0.0
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """The time of the training, of which measurements have a share, counts from here."""
+        self._began = time.perf_counter()
+
+    def of_measurement(
+        self, step: int, metrics: Mapping[str, float], seconds: float, elsewhere: float | None = None
+    ) -> str:
+        """The main metrics of a measurement, and what it took.
+
+        Args:
+            step: of the weights.
+            metrics: by name.
+            seconds: that the training waited.
+            elsewhere: seconds of the worker, where there is one.
+        """
+        numbers = ", ".join(_with_change(name, metrics) for name in self._headlines if name in metrics)
+        took = f"{seconds:.1f} s" if elsewhere is None else f"{elsewhere:.1f} s in the background, {seconds:.2f} s here"
+        share = self._share_with(seconds)
+        return f"downstream validation at step {step}: {numbers} ({took}; {share} of the training time so far)"
+
+    def of_the_end(self, seconds: float) -> str:
+        """How long the training waited at its end for what was not measured yet."""
+        share = self._share_with(seconds)
+        waited = f"the training waited {seconds:.1f} s at its end"
+        return f"downstream validation: {waited}; {share} of the training time in all"
+
+    def _share_with(self, seconds: float) -> str:
+        self._waited += seconds
+        return f"{100 * self._waited / max(time.perf_counter() - self._began, 1e-9):.0f} %"
+
+
+def _with_change(name: str, metrics: Mapping[str, float]) -> str:
+    """`test_x_accuracy 0.7500 (+0.050 to +0.200 since the start)`; the interval where there is one."""
+    ends = [metrics.get(f"{name}_delta_start_ci_{end}") for end in ("low", "high")]
+    low, high = (None if end is None else f"{end:+.3f}" for end in ends)
+    change = f" ({low} to {high} since the start)" if low and high else ""
+    return f"{name} {metrics[name]:z.4f}{change}"
