@@ -293,7 +293,7 @@ def build(kind: str, folder: Path) -> Any:
     [
         ("no model", "NoModel: expected one Hugging Face model, found none; give the module a method hidden_states"),
         ("two models", "expected one Hugging Face model, found model, teacher; give"),
-        ("no tokenizer", "expected one Hugging Face tokenizer in the module, found none; keep it as an attribute"),
+        ("no tokenizer", "expected one Hugging Face tokenizer in the module, found none; give tokenizer=..., keep it"),
         ("two tokenizers", "expected one Hugging Face tokenizer in the module, found 2: "),
     ],
 )
