@@ -22,6 +22,7 @@ from pipeline.config.task import Task
 from pipeline.config.trackers import Logging
 from pipeline.errors import ConfigError, DataError
 from pipeline.tracking.sender import flush
+from pipeline.training.session import _said
 from pipeline.training.unwrapped import unwrapped
 from tests.support.data import planted, planted_task, proteins, write_csv
 from tests.support.loops import Scaler, loop, make_model, snapshot
@@ -289,3 +290,10 @@ def test_two_ranks_under_ddp(ranks: Any) -> None:
     assert [step for step, _ in first["curve"]] == [0, 1, 2, 3, 4]
     assert first["error"] == "DataError: injected"
     assert second["error"] == "RankError: rank 0: DataError: injected"
+
+
+def test_the_line_of_a_step_has_the_interval_of_the_change() -> None:
+    ends = {"test_x_mcc_delta_start_ci_low": -0.125, "test_x_mcc_delta_start_ci_high": 0.25}
+    assert _said("test_x_mcc", {"test_x_mcc": 0.5}) == "test_x_mcc 0.5000"
+    both = "test_x_mcc 0.5000 (changed by -0.125 to +0.250 since the start)"
+    assert _said("test_x_mcc", {"test_x_mcc": 0.5, **ends}) == both
