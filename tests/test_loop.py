@@ -23,6 +23,7 @@ from pipeline.config.trackers import Logging
 from pipeline.errors import ConfigError, DataError
 from pipeline.tracking.sender import flush
 from pipeline.training.host import LogHost
+from pipeline.training.lines import Lines
 from pipeline.training.unwrapped import unwrapped
 from tests.support.data import planted, planted_task, proteins, write_csv
 from tests.support.loops import Scaler, loop, make_model, snapshot
@@ -304,3 +305,11 @@ def test_two_ranks_under_ddp(ranks: Any) -> None:
     assert "downstream validation" not in second["log"]
     assert first["error"] == "DataError: injected"
     assert second["error"] == "RankError: rank 0: DataError: injected"
+
+
+def test_the_line_of_a_step_has_the_interval_of_the_change() -> None:
+    ends = {"test_x_mcc_delta_start_ci_low": -0.125, "test_x_mcc_delta_start_ci_high": 0.25}
+    lines = Lines(["test_x_mcc"])
+    assert "at step 7: test_x_mcc 0.5000 (1.2 s; " in lines.of_measurement(7, {"test_x_mcc": 0.5}, 1.2)
+    both = "test_x_mcc 0.5000 (changed by -0.125 to +0.250 since the start) (1.2 s; "
+    assert both in lines.of_measurement(7, {"test_x_mcc": 0.5, **ends}, 1.2)

@@ -47,8 +47,8 @@ class Lines:
 
 
 def _with_change(name: str, metrics: Mapping[str, float]) -> str:
-    """`test_x_accuracy 0.7500 (+0.050 to +0.200 since the start)`; the interval where there is one."""
+    """`test_x_accuracy 0.7500 (changed by +0.050 to +0.200 since the start)`; the interval where there is one."""
     ends = [metrics.get(f"{name}_delta_start_ci_{end}") for end in ("low", "high")]
     low, high = (None if end is None else f"{end:+.3f}" for end in ends)
-    change = f" ({low} to {high} since the start)" if low and high else ""
+    change = f" (changed by {low} to {high} since the start)" if low and high else ""
     return f"{name} {metrics[name]:z.4f}{change}"
