@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.config.task import Task
 from pipeline.config.trackers import Logging
 from pipeline.errors import DataError
 from tests.support.data import planted_task
+from tests.support.programs import run_two_ranks
 from tests.support.training import Busy, Recorder, WithMethod, loader, section, trainer
 
 HARD = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 2}
@@ -177,3 +179,11 @@ def test_untouched_puts_everything_back() -> None:
     assert module[0].running_var.tolist() == [1, 1]
     assert module[0].num_batches_tracked == 0
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_parts_of_tensors_are_put_back_without_the_other_rank(tmp_path: Path) -> None:
+    """A measurement may fail on one rank alone, while the other is elsewhere."""
+    codes = run_two_ranks("tests.support.untouched_ranks", [str(tmp_path)], tmp_path)
+    assert codes == [0, 0], "".join(log.read_text()[-2000:] for log in tmp_path.glob("*.log"))
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"rank-{rank}.json").read_text()) == [[0.0, 0.0], [1.0, 1.0]]

@@ -110,7 +110,7 @@ def _attributes(module: nn.Module) -> Callable[[], None]:
     every = [item for _, values in attributes for item in values.items()]
     hooks = [value for name, value in every if name in OF_MODULES and "hook" in name and isinstance(value, dict)]
     containers += [(value, copy.copy(value)) for value in hooks]  # transformers adds some in a forward pass
-    copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    copies = [(tensor, _local(tensor).clone()) for tensor in tensors]
 
     def restore() -> None:
         for submodule, values in attributes:
@@ -122,10 +122,16 @@ def _attributes(module: nn.Module) -> Callable[[], None]:
                 container.update(content) if isinstance(container, (dict, set)) else container.extend(content)
         with torch.no_grad():
             for tensor, value in copies:
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
+                if not torch.equal(_local(tensor), value):
+                    _local(tensor).copy_(value)
 
     return restore
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank has: what is asked of the whole waits for ranks that may not come here."""
+    local: Callable[[], Tensor] = getattr(tensor, "to_local", lambda: tensor)
+    return local().detach()
 
 
 def _contents(values: Sequence[object]) -> tuple[list[tuple[Any, Any]], list[Tensor]]:
