@@ -25,6 +25,7 @@ from mlflow.models import Model
 
 from pipeline import EncoderOptions, Scores, Store, Task, open_encoder, read_config, validate
 from pipeline.__main__ import main
+from pipeline.config.schema import Config
 from pipeline.config.trackers import Logging
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import ConfigError, DataError
@@ -34,6 +35,7 @@ from pipeline.serving.models import log_models
 from pipeline.serving.predictor import Predictor
 from pipeline.store.temporary import link_folder
 from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.mlflow import MlflowSink
 from pipeline.tracking.protocol import NullTracker, Served
 from pipeline.tracking.sender import flush
@@ -42,7 +44,7 @@ from tests.support import nemo
 from tests.support.background import loop_of, place_of
 from tests.support.data import make_task, planted_task, proteins
 from tests.support.encoders import FakeEncoder
-from tests.support.lab import STATE, VALUE, Lab, furnished, newest_run, own_signals, write_checkpoint
+from tests.support.lab import STATE, VALUE, Lab, every_metric, furnished, newest_run, own_signals, write_checkpoint
 from tests.support.servers import ModelServer, running
 
 CLOSE = 1e-5
@@ -207,7 +209,7 @@ def test_a_model_brings_its_code_and_names_what_else_it_needs(served: Measured, 
 
 
 def test_what_mlflow_shows_of_a_model(served: Measured) -> None:
-    """A signature, an example, requirements, the run's metrics, and beside it the checkpoint."""
+    """A signature, an example, requirements, all metrics of its task, and beside it the checkpoint."""
     logged: dict[str, LoggedModel] = {one.name: one for one in served.lab.client.search_logged_models(["0"])}
     assert set(logged) == {"model-value", "model-state", served.lab.ckpt.name}
     model = Model.load(f"models:/{logged['model-state'].model_id}")
@@ -218,9 +220,11 @@ def test_what_mlflow_shows_of_a_model(served: Measured) -> None:
     assert model.saved_input_example_info["artifact_path"] == "input_example.json"  # type: ignore[index]
     assert (model.model_id, model.run_id) == (logged["model-state"].model_id, served.run_id)
     run = served.lab.client.get_run(served.run_id)
+    everything = every_metric(run)
+    assert len(everything) > len(run.data.metrics)
     for task in ("value", "state"):
         own = {one.key: one.value for one in logged[f"model-{task}"].metrics or []}
-        assert own == {name: value for name, value in run.data.metrics.items() if name.startswith(f"{task}/")}
+        assert own == {name: value for name, value in everything.items() if name.startswith(f"{task}/")}
         assert len(served.lab.client.get_metric_history(served.run_id, next(iter(own)))) == 1
     aliases = served.lab.client.get_registered_model("sample").aliases
     assert {"best-value", "best-state"} == set(aliases)
@@ -397,6 +401,10 @@ def test_a_training_has_a_model_for_each_measurement(
     models = [one for one in client.search_logged_models(["0"]) if one.name == "model-planted"]
     assert sorted(one.params["global_step"] for one in models) == ["0", "1"]
     assert len(client.search_model_versions("name = 'mine'")) == 2
+    for one in models:
+        history = client.get_metric_history(run.info.run_id, "test_label_accuracy")
+        (value,) = (point.value for point in history if str(point.step) == one.params["global_step"])
+        assert {metric.key: metric.value for metric in one.metrics or []}["test_label_accuracy"] == value
     place = download_artifacts(f"runs:/{run.info.run_id}/model-planted", dst_path=str(tmp_path))
     table = pq.read_table(
         download_artifacts(run_id=run.info.run_id, artifact_path="downstream/step=1/predictions_planted.parquet")
@@ -427,13 +435,35 @@ def test_a_server_takes_a_model_and_gives_it_back(lab: Lab, tmp_path: Path) -> N
     ("settings", "message"),
     [
         ({"register_model": "x"}, "register_model: expected log_model: true beside it"),
-        ({"register_model": "a/b", "log_model": True}, "expected a name without / and :, or null, found 'a/b'"),
-        ({"register_model": " ", "log_model": True}, "expected a name without / and :, or null, found ' '"),
+        ({"register_model": "a/b", "log_model": True}, "expected a name without / : ', or null, found 'a/b'"),
+        ({"register_model": " ", "log_model": True}, "expected a name without / : ', or null, found ' '"),
+        ({"register_model": "it's", "log_model": True}, "expected a name without / : ', or null, found 'it's'"),
     ],
 )
 def test_keys_that_are_wrong(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Logging(**settings).check()
+
+
+def test_on_ray_no_model_is_logged(tmp_path: Path) -> None:
+    config = Config(dataset=[planted_task(tmp_path)], engine="ray", logging=Logging(log_model=True))
+    with pytest.raises(ConfigError, match="engine ray has the encoder in other processes, which log no model; set"):
+        config.check()
+
+
+def test_a_model_that_is_logged_again_after_a_kill_is_the_same(tmp_path: Path) -> None:
+    """A training may be killed after its results are logged, and before it has noted that."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "MLmodel").write_text("x")
+    journal, one = Journal(tmp_path / "x.jsonl"), Served("a", [], "", None, False, "data")
+    for step in (1, 1, 2):
+        run = JournalRun.begin(journal, "run")
+        run.checkpoint("x", f"digest {step}", "", step)
+        run.served(folder, one, step)
+    keys = [record["key"] for record, _ in journal.read() if record["op"] == "served"]
+    assert len(keys) == 3
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_models_of_two_tasks_do_not_have_one_name() -> None:

@@ -5,10 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from mlflow import MlflowClient
 
+from pipeline.encoders.custom import CustomEncoder
+from pipeline.encoders.remote import RemoteEncoder
+from pipeline.report.publishing import tags_of
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal_run import NOTE, JournalRun
+from pipeline.tracking.protocol import NullTracker
+from pipeline.tracking.recording import Recording, replay
+from tests.support.encoders import FakeEncoder
 from tests.support.programs import ROOT
 
 START = """
@@ -36,3 +48,51 @@ def test_eight_processes_on_a_new_database(tmp_path: Path) -> None:
     runs = MlflowClient(uri).search_runs(["0"])
     assert {run.info.run_name for run in runs} == {f"run {i}" for i in range(9)}
     assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def tags_in(journal: Journal) -> dict[str, str]:
+    return {
+        key: value for record, _ in journal.read() if record["op"] == "tags" for key, value in record["values"].items()
+    }
+
+
+def test_what_is_recorded_is_told_to_the_run(tmp_path: Path) -> None:
+    """Tags too, by which runs are filtered and verdicts compared."""
+    recording = Recording(tmp_path)
+    recording.tags({"downstream.verdict.a": "better"})
+    recording.describe("Scores")
+    recording.note("a note")
+    journal = Journal(tmp_path / "x.jsonl")
+    replay(recording.calls, JournalRun.begin(journal), tmp_path)
+    assert tags_in(journal) == {"downstream.verdict.a": "better", NOTE: "Scores\n\n- a note"}
+    with pytest.raises(ValueError, match="a recording has no call 'tag'"):
+        replay([["tag", {}]], NullTracker(), tmp_path)
+
+
+def test_notes_stay_below_a_description_that_comes_later(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "x.jsonl")
+    run = JournalRun.begin(journal)
+    run.note("no model is logged")
+    assert tags_in(journal)[NOTE] == "- no model is logged"
+    run.describe("Scores")
+    assert tags_in(journal)[NOTE] == "Scores\n\n- no model is logged"
+
+
+class Here:
+    """An engine whose other process is this one."""
+
+    def host(self, make: Callable[[], Any]) -> Any:
+        self.made = make()
+        return self
+
+    def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
+        return question(self.made, *arguments)
+
+
+def test_tags_name_the_encoder_that_is_elsewhere() -> None:
+    def make() -> CustomEncoder:
+        return CustomEncoder.from_object(FakeEncoder(), torch.device("cpu"))
+
+    engine: Any = Here()
+    assert tags_of(RemoteEncoder(engine, make), 3) == tags_of(make(), 3)
+    assert tags_of(make(), 3)["downstream.encoder"] == "FakeEncoder"

@@ -122,7 +122,7 @@ def measure_encoder(
     tracker: Tracker = Headlines([run]) if run else NullTracker()
     if run is not None:
         run.rename(f"{label} on {config.title}")
-        run.tags(tags_of(encoder, step, {}))
+        run.tags(tags_of(encoder, step))
         if until == "score":
             run.checkpoint(label, encoder.digest, source, step, in_stages=True)
     examples = _same(known, encoder)

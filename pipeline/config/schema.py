@@ -151,6 +151,8 @@ class Config:
         self.ray.check()
         if self.engine == "ray":
             check_device(self.device)
+            why = "engine ray has the encoder in other processes, which log no model; set engine: local"
+            require(not self.logging.log_model, f"logging.log_model: {why}, or leave log_model out")
         both = self.mode == "background" and self.save
         require(not both, "save: mode background writes snapshots itself; leave save out, and set background.keep_best")
         for task in self.dataset:

@@ -45,9 +45,9 @@ class Logging:
             named = folder is None or (folder.strip() and folder not in BOOLEANS)
             require(bool(named), f"logging.{name}: expected a folder, or null, found '{folder}'")
         registered = self.register_model
-        fits = registered is None or (bool(registered.strip(" .")) and not {*"/:"} & {*registered})
+        fits = registered is None or (bool(registered.strip(" .")) and not {*"/:'"} & {*registered})
         fits = fits and registered not in BOOLEANS
-        require(fits, f"logging.register_model: expected a name without / and :, or null, found '{registered}'")
+        require(fits, f"logging.register_model: expected a name without / : ', or null, found '{registered}'")
         logged = registered is None or self.log_model
         require(logged, "logging.register_model: expected log_model: true beside it; without that there is no model")
         names = [model_name(task) for task in tasks] if self.log_model else []

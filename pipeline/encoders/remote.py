@@ -40,6 +40,7 @@ class RemoteEncoder(Encoder):
     hidden_size: int
     device: torch.device
     digest: str
+    kind: str  # see `kind_of`
 
     def __init__(self, engine: Engine, make: Callable[[], Encoder]) -> None:
         """Has a process open the encoder with `make`. Raises what `make` does."""
@@ -83,7 +84,15 @@ class RemoteEncoder(Encoder):
 
 def _described(encoder: Encoder) -> dict[str, Any]:
     found = {name: getattr(encoder, name) for name in DESCRIBED}
-    return {**found, "notes": tuple(encoder.notes), "made_with": dict(encoder.made_with)}
+    return {**found, "notes": tuple(encoder.notes), "made_with": dict(encoder.made_with), "kind": kind_of(encoder)}
+
+
+def kind_of(encoder: Encoder) -> str:
+    """What a model is, for whoever filters by it: its type in transformers, or else the class that embeds."""
+    if isinstance(encoder, RemoteEncoder):
+        return encoder.kind
+    config = getattr(getattr(encoder, "model", None), "config", None)
+    return str(getattr(config, "model_type", None) or type(getattr(encoder, "inner", encoder)).__name__)
 
 
 def _untrained(make: Callable[[], Encoder], seed: int) -> Encoder:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.schema import Config
 from pipeline.config.yaml_file import to_mapping, to_yaml
 from pipeline.encoders.protocol import Encoder
+from pipeline.encoders.remote import kind_of
 from pipeline.errors import ConfigError
 from pipeline.report.figures import curves, draw
 from pipeline.report.overview import Changes
@@ -99,12 +100,10 @@ def facts_of(ckpt: str, step: int | None, encoder: Encoder, scores: Sequence[Sco
     }
 
 
-def tags_of(encoder: Encoder, step: int | None, verdicts: Mapping[str, str]) -> dict[str, str]:
-    """The tags that runs of measurements are filtered by: the weights, their step, and what is said of each task."""
-    config = getattr(getattr(encoder, "model", None), "config", None)
-    kind = getattr(config, "model_type", None) or type(getattr(encoder, "inner", encoder)).__name__
-    tags = {f"{FOLDER}.encoder": str(kind), f"{FOLDER}.checkpoint": encoder.digest[:16]}
-    return tags | ({} if step is None else {f"{FOLDER}.step": str(step)}) | verdict_tags(verdicts)
+def tags_of(encoder: Encoder, step: int | None) -> dict[str, str]:
+    """The tags that runs of measurements are filtered by: the weights, and their step."""
+    tags = {f"{FOLDER}.encoder": kind_of(encoder), f"{FOLDER}.checkpoint": encoder.digest[:16]}
+    return tags | ({} if step is None else {f"{FOLDER}.step": str(step)})
 
 
 def verdict_tags(verdicts: Mapping[str, str]) -> dict[str, str]:

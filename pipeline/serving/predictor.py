@@ -140,12 +140,13 @@ class Predictor:
                 raise self._refused(row, expected, str(len(text)), "cut it, or leave it out")
         texts = list(dict.fromkeys(sequences))
         for text, (unknown, tokens) in zip(texts, self.encoder.count_unknown(texts), strict=True):
-            row = sequences.index(text)
             if unknown == tokens:
                 why = self.encoder.why_unknown(text).removeprefix("; ") or "leave the row out"
-                raise self._refused(row, "a sequence with characters the encoder knows", f"{text!r:.60}", why)
+                raise self._refused(
+                    sequences.index(text), "a sequence with characters the encoder knows", f"{text!r:.60}", why
+                )
             if self.level == "token" and tokens != len(text):
-                raise DataError(f"row {row}: {misaligned(text, tokens)}")
+                raise DataError(f"row {sequences.index(text)}: {misaligned(text, tokens)}")
         return list(sequences)
 
     def _refused(self, row: int, expected: str, found: str, remedy: str) -> DataError:

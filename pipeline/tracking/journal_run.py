@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class JournalRun:
         self.time: int | None = None
         self.ended: str | None = None
         self._notes: list[str] = []
+        self._described = ""
 
     @classmethod
     def begin(
@@ -88,9 +90,16 @@ class JournalRun:
 
     def served(self, folder: Path, model: Served, step: int = 0) -> None:
         """See `Tracker.served`. A run without a checkpoint, such as one nested in another, has none."""
+        self.serving(folder, model, step)()
+
+    def serving(self, folder: Path, model: Served, step: int) -> Callable[[], None]:
+        """As `served`: the files are kept now, and the model is logged by the call that is returned."""
         kept = self.journal.keep(folder, model.task) if self.model else None
-        if kept is not None:
-            self._write("served", file=kept, key=uuid.uuid4().hex, model=self.model, step=step, served=asdict(model))
+        if kept is None:
+            return lambda: None
+        # A training that goes on after it was killed may log the same model once more.
+        key = uuid.uuid5(uuid.NAMESPACE_OID, f"{self.key} {self.model} {model.task} {step}").hex
+        return partial(self._write, "served", file=kept, key=key, model=self.model, step=step, served=asdict(model))
 
     def text(self, content: str, name: str) -> None:
         """A text artifact; `name` may have folders in it."""
@@ -102,9 +111,9 @@ class JournalRun:
         self._write("name", name=name)
 
     def note(self, text: str) -> None:
-        """See `Tracker.note`. Notes are the run's description."""
+        """See `Tracker.note`. Notes are at the end of the run's description."""
         self._notes.append(text)
-        self.describe("\n".join(f"- {note}" for note in self._notes))
+        self.describe(self._described)
 
     def data(self, data: Data) -> None:
         """See `Tracker.data`."""
@@ -120,8 +129,10 @@ class JournalRun:
         self._write("tags", values={key: value[:8000] for key, value in values.items()})
 
     def describe(self, markdown: str) -> None:
-        """The description on the run's page."""
-        self.tags({NOTE: markdown})
+        """The description on the run's page, with the notes below it."""
+        self._described = markdown
+        notes = "\n".join(f"- {note}" for note in self._notes)
+        self.tags({NOTE: "\n\n".join(filter(None, (markdown, notes)))})
 
     def checkpoint(self, name: str, digest: str, source: str, step: int | None = None, in_stages: bool = False) -> None:
         """Links metrics from here on to the LoggedModel of the weights; it is made if it does not exist.

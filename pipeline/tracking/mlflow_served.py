@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.tracking.client import patient
 from pipeline.tracking.journal_owner import KEY
@@ -42,7 +42,7 @@ def log_served(client: MlflowClient, run_id: str, experiment: str, folder: Path,
             client.log_model_artifacts(model.model_id, str(folder))
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     link_model(client, run_id, model.model_id, record["step"])
-    _link_metrics(client, run_id, model.model_id, record)
+    _link_metrics(client, run_id, experiment, model.model_id, record)
     if record["served"]["registered"]:
         _register(client, run_id, model.model_id, record)
 
@@ -76,22 +76,29 @@ def _name_itself(folder: Path, model: LoggedModel, run_id: str) -> None:
     described.save(str(path))
 
 
-def _link_metrics(client: MlflowClient, run_id: str, model_id: str, record: Mapping[str, Any]) -> None:
-    """Links the run's metrics at the step to the model, as MLflow's own `log_model` does."""
-    points = [
-        Metric(point.key, point.value, point.timestamp, point.step, model_id)
-        for name in record["served"]["metrics"]
-        for point in client.get_metric_history(run_id, name)
-        if point.step == record["step"]
-    ]
-    client.log_batch(run_id, metrics=points)
+def _link_metrics(client: MlflowClient, run_id: str, experiment: str, model_id: str, record: Mapping[str, Any]) -> None:
+    """Links metrics at the step to the model, as MLflow's own `log_model` does: the run's, and others of its stages."""
+    wanted = set(record["served"]["metrics"])
+    stages = client.search_runs([experiment], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}'")
+    for run in (client.get_run(run_id), *stages):
+        points = [
+            Metric(point.key, point.value, point.timestamp, point.step, model_id)
+            for name in sorted(wanted & set(run.data.metrics))
+            for point in client.get_metric_history(run.info.run_id, name)
+            if point.step == record["step"]
+        ]
+        client.log_batch(run.info.run_id, metrics=points)
+        wanted -= {point.key for point in points}
 
 
 def _register(client: MlflowClient, run_id: str, model_id: str, record: Mapping[str, Any]) -> None:
     """Makes a version of the model, and has the alias of its task name the best version measured on the same data."""
     served, name = record["served"], record["served"]["registered"]
-    with contextlib.suppress(MlflowException):  # it is there, else the next call says what is wrong
+    try:
         client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
     tags = {KEY: record["key"], TASK: served["task"], DATA: served["data"]}
     if served["value"] is not None:
         tags |= {METRIC: served["headline"], VALUE: repr(served["value"])}

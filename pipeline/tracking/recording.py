@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.store.temporary import link_folder
 from pipeline.tracking.protocol import Data, NullTracker, Served, Tracker
 
-PLAIN = ("note", "rename", "describe", "checkpoint")  # calls whose arguments are kept as they are
+PLAIN = ("note", "rename", "describe", "tags", "checkpoint")  # calls whose arguments are kept as they are
 
 
 class FailedStageError(Exception):
@@ -112,3 +112,5 @@ def replay(calls: Sequence[Any], tracker: Any, folder: Path) -> None:
             raise FailedStageError(values[0])
         elif call in PLAIN:
             getattr(tracker, call)(*values)
+        else:
+            raise ValueError(f"a recording has no call '{call}'")

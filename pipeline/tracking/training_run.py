@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,18 @@ from pipeline.statistics.metrics import is_shown_first
 from pipeline.tracking.client import shown
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.mirrors import is_kind
-from pipeline.tracking.protocol import FOLDER, KIND, MEASUREMENT, AtStep, Data, Headlines, NullTracker, Several, Tracker
+from pipeline.tracking.protocol import (
+    FOLDER,
+    KIND,
+    MEASUREMENT,
+    AtStep,
+    Data,
+    Headlines,
+    NullTracker,
+    Served,
+    Several,
+    Tracker,
+)
 from pipeline.tracking.runs import OpenRun, journal_path
 
 
@@ -130,10 +141,11 @@ class _Here(AtStep):
         self._data = data
         self._notes: list[str] = []
         self._numbers: list[tuple[Mapping[str, float], Data | None]] = []
+        self._models: list[Callable[[], None]] = []
 
     @contextmanager
     def ordered(self) -> Iterator[None]:
-        """Within, numbers are kept; at the end they are logged, those first that a reader looks at first.
+        """Within, numbers are kept; at the end they are logged, those first that a reader looks at first; then models.
 
         MLflow's page of a run lists metrics in the order in which they came, as long as a database keeps that.
         """
@@ -145,7 +157,9 @@ class _Here(AtStep):
                     chosen = {name: value for name, value in values.items() if is_shown_first(name) == first}
                     if chosen:
                         super().metrics(chosen, data=data)
-            self._numbers = []
+            for log in self._models:
+                log()
+            self._numbers, self._models = [], []
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:  # noqa: ARG002
         """See `Tracker.metrics`."""
@@ -159,6 +173,10 @@ class _Here(AtStep):
     def artifact(self, path: Path, folder: str = "", step: int = 0) -> None:  # noqa: ARG002
         """See `Tracker.artifact`."""
         self.run.artifact(path, f"{FOLDER}/step={self.at}/{folder}".rstrip("/"))
+
+    def served(self, folder: Path, model: Served, step: int = 0) -> None:  # noqa: ARG002
+        """See `Tracker.served`."""
+        self._models.append(self.run.serving(folder, model, self.at))
 
     def note(self, text: str) -> None:
         """See `Tracker.note`. Notes are a file beside the others of the measurement."""
