@@ -136,8 +136,9 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
     from pipeline.store.embedding_table import Store
     from pipeline.tracking.mirrors import mirrors
     from pipeline.tracking.protocol import MEASUREMENT
-    from pipeline.tracking.runs import open_run
+    from pipeline.tracking.runs import open_run, use
 
+    use(options.tracking_uri)  # the engine's processes download from there
     ckpts = expand(options.ckpt)
     name = name_of(ckpts[0]) if len(ckpts) == 1 else f"{len(ckpts)} checkpoints"
     store = Store.from_config(config)

@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import mlflow
 import pytest
 import torch
 from transformers import AutoTokenizer, EsmForMaskedLM
@@ -22,7 +25,8 @@ with warnings.catch_warnings():
 
 from pipeline import Downstream, measure
 from pipeline.__main__ import main
-from pipeline.engines.ray_engine import Needs, connected
+from pipeline.engines.elsewhere import Answer
+from pipeline.engines.ray_engine import Needs, RayEngine, connected
 from pipeline.errors import ConfigError
 from tests.support.data import proteins, write_csv
 from tests.support.lab import STATE, VALUE, Lab, furnished, own_signals, write_checkpoint
@@ -73,10 +77,65 @@ def test_tables_and_scores_are_those_of_one_process(
         command = lab.command(VALUE, STATE, store=str(lab.folder / name), **how)
         found[name] = answer(command, capsys)["checkpoints"][0]["metrics"]
         runs[name] = set(lab.nested(lab.parents()[0]))
+        assert lab.parents()[0].data.tags["downstream.encoder"] == "esm"
     assert found["ray"] == found["alone"]
     assert bytes_of(lab.folder / "ray") == bytes_of(lab.folder / "alone")
     assert len(bytes_of(lab.folder / "ray")) == 6  # of two tables a lock, a manifest and a shard
     assert runs["ray"] - {"heads and scores"} == runs["alone"]
+
+
+class GoneError(Exception):
+    """Ray's, where the cluster is lost."""
+
+
+class Inline:
+    """What `RayEngine.answers` takes of Ray, in this process: of two jobs the later is done first."""
+
+    exceptions = SimpleNamespace(RayError=GoneError)
+    cloudpickle = SimpleNamespace(dumps=repr)
+
+    def __init__(self, most: int) -> None:
+        self.begun: list[int] = []
+        self.most = most  # jobs that are begun, until the cluster is lost
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 2}}]
+
+    def put(self, content: Any) -> Any:
+        return content
+
+    def remote(self, **_: Any) -> Any:
+        return lambda _: SimpleNamespace(remote=self.begin)
+
+    def begin(self, _: Any, job: int) -> int:
+        if len(self.begun) == self.most:
+            raise GoneError("no cluster")
+        self.begun.append(job)
+        return job
+
+    def wait(self, running: list[int], num_returns: int) -> tuple[list[int], list[int]]:
+        return running[-num_returns:], running[:-num_returns]
+
+    def get(self, job: int) -> Answer:
+        return Answer(job)
+
+    def cancel(self, job: int, force: bool) -> None:
+        """It is done already."""
+
+
+def test_no_job_is_begun_while_many_answers_wait() -> None:
+    inline = Inline(most=10)
+    answers = RayEngine(inline, Needs(1)).answers(str, range(10))
+    assert next(answers).value == 0
+    assert inline.begun == [0, 1, 2, 3]
+    assert [one.value for one in answers] == [*range(1, 10)]
+
+
+def test_each_job_is_told_that_the_cluster_is_lost() -> None:
+    """Those whose answer is here have it."""
+    answers = list(RayEngine(Inline(most=3), Needs(1)).answers(str, range(6)))
+    assert [one.value for one in answers] == [None, 1, 2, None, None, None]
+    assert [str(one.error)[:44] for one in answers if one.error] == 4 * ["engine: Ray gave up: GoneError: no cluster; "]
 
 
 class Own:
@@ -111,6 +170,31 @@ def test_a_worker_that_is_killed_is_made_good(cluster: None, own: Own, capsys: p
     assert len(own.processes()) >= 2
     assert on_ray["checkpoints"] == answer(own.command("KilledOnce", "alone", **ALONE), capsys)["checkpoints"]
     assert bytes_of(own.lab.folder / "ray") == bytes_of(own.lab.folder / "alone")
+
+
+def test_workers_use_the_server_that_the_option_names(
+    cluster: None, own: Own, capsys: pytest.CaptureFixture[str], tracking: str
+) -> None:
+    """A checkpoint may be there: `models:/...`."""
+    uri = tracking.replace("sqlite:///", "sqlite:////")  # the same, and another text
+    before = mlflow.get_tracking_uri()
+    try:
+        answer([*own.command("Asks", "ray", **ON_RAY), f"--tracking-uri={uri}", "--until=load"], capsys)
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert {path.read_text() for path in own.seen.glob("uri-*")} == {uri}
+
+
+def test_a_host_ends_with_an_error_too(cluster: None) -> None:
+    """Also where Ray itself goes on, since it was there before."""
+    with pytest.raises(KeyError), connected(Needs(1)) as engine:
+        process = engine.host(dict).ask(lambda _: os.getpid())
+        raise KeyError
+    for _ in range(300):
+        if not Path(f"/proc/{process}").exists():
+            break
+        time.sleep(0.1)
+    assert not Path(f"/proc/{process}").exists()
 
 
 ONE = {**ON_RAY, "ray": {"threads": 1, "workers": 1}}
@@ -248,11 +332,12 @@ def test_a_training_measures_by_itself(lab: Lab, caplog: pytest.LogCaptureFixtur
 
 
 def everything(lab: Lab, run: Any, above: str = "") -> dict[str, Any]:
-    """A run and those nested in it by name: status, metrics but for times and memory, files, description."""
+    """A run and those nested in it by name: status, metrics but for times and memory, files, description, tags."""
     metrics = {key: value for key, value in run.data.metrics.items() if not key.endswith(("seconds", "_mb", "_second"))}
     files = sorted(file.path for file in lab.client.list_artifacts(run.info.run_id))
     note = run.data.tags.get("mlflow.note.content", "")
-    found = {above: (run.info.status, metrics, files, note.partition("measured")[0])}
+    tags = {key: value for key, value in run.data.tags.items() if key.startswith("downstream.")}
+    found = {above: (run.info.status, metrics, files, note.partition("measured")[0], tags)}
     for name, nested in lab.nested(run).items():
         found |= everything(lab, nested, f"{above}/{name}")
     return found

@@ -16,6 +16,7 @@ from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.encoders.remote import RemoteEncoder
 from pipeline.engines.ray_engine import Needs, RayEngine, connected
+from pipeline.store.temporary import remove_left
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def engine_of(config: Config) -> Iterator[RayEngine | None]:
     if gpus is None and config.device == "cuda":
         gpus = 1.0
     with ExitStack() as stack:
+        stack.callback(remove_left)  # worker processes are killed, and what they downloaded stays
         if own.threads:  # here too: what is said of how embeddings were made is said here
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(own.threads)

@@ -17,6 +17,7 @@ from pipeline.errors import PipelineError
 
 Line = tuple[str, int, str]  # of the log: logger, level, text
 ROOT = "pipeline"  # of the loggers of this project
+TRACKING_URI = "MLFLOW_TRACKING_URI"  # `mlflow.set_tracking_uri` sets it too
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,21 @@ class Settings:
         threads: of torch.
         matmul_precision: of torch, for float32.
         folder: that relative paths start from, where there is such a folder.
+        tracking_uri: where MLflow finds what checkpoints name; empty for its default.
     """
 
     threads: int
     matmul_precision: str
     folder: str
+    tracking_uri: str = ""
 
     @classmethod
     def of_this_process(cls, threads: int) -> Self:
         """Those in force here, with that many threads."""
         import torch
 
-        return cls(threads, torch.get_float32_matmul_precision(), str(os.getcwd()))  # noqa: PTH109
+        folder, uri = str(os.getcwd()), os.environ.get(TRACKING_URI, "")  # noqa: PTH109
+        return cls(threads, torch.get_float32_matmul_precision(), folder, uri)
 
     def run(self, work: Callable[[], Any]) -> Answer:
         """Does work in this process, with these settings."""
@@ -68,6 +72,8 @@ class Settings:
 
         with suppress(OSError):
             os.chdir(self.folder)
+        if self.tracking_uri:
+            os.environ[TRACKING_URI] = self.tracking_uri
         torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision(self.matmul_precision)
         said: list[Line] = []

@@ -12,7 +12,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -59,13 +59,12 @@ def connected(needs: Needs) -> Iterator[RayEngine]:
     own = not ray.is_initialized()
     if own:
         _join(ray)
-    try:
-        engine = RayEngine(ray, needs)
-        yield engine
-        engine.release()
-    finally:
+    with ExitStack() as stack:
         if own:
-            ray.shutdown()
+            stack.callback(ray.shutdown)
+        engine = RayEngine(ray, needs)
+        stack.callback(engine.release)
+        yield engine
 
 
 def _ray() -> Any:
@@ -190,16 +189,22 @@ class RayEngine(Alone):
         return [self.heard.value(one) for one in self.answers(work, jobs, costs)]
 
     def answers(self, work: Callable[[J], T], jobs: Sequence[J], costs: Sequence[float] = ()) -> Iterator[Answer]:
-        """As `each`, with an answer for each job, which may be an error, as soon as those before it are there."""
+        """As `each`, with an answer for each job, which may be an error, as soon as those before it are there.
+
+        Where the cluster is lost, that is the answer for every job that is left. No more answers are kept here than
+        there are workers, where jobs have no costs and so are begun in order.
+        """
         self.release()
         ask = self.ray.remote(max_retries=TRIES, **self.takes)(done)
         shared = self.ray.put(self.ray.cloudpickle.dumps((work, self.settings)))
         waiting = sorted(range(len(jobs)), key=lambda place: -costs[place] if costs else place)
         running: dict[Any, int] = {}
         found: dict[int, Answer] = {}
+        most = len(jobs) if costs else self.workers  # of answers that wait for their turn
+        lost: Answer | None = None
 
         def await_one() -> None:
-            while waiting and len(running) < self.workers:
+            while waiting and len(running) < self.workers and len(found) <= most:
                 job = waiting.pop(0)
                 running[ask.remote(shared, jobs[job])] = job
             (ready,), _ = self.ray.wait(list(running), num_returns=1)
@@ -207,13 +212,22 @@ class RayEngine(Alone):
 
         try:
             for place in range(len(jobs)):
-                while place not in found:
-                    await_one()
-                yield found.pop(place)
+                while place not in found and lost is None:
+                    lost = self._lost(await_one)
+                yield found.pop(place, lost or Answer())
         finally:
             for one in running:
                 with suppress(Exception):
                     self.ray.cancel(one, force=True)
+
+    def _lost(self, act: Callable[[], None]) -> Answer | None:
+        """Does something with Ray. The answer to give where that fails, as with a cluster that is gone."""
+        try:
+            with self.losses():
+                act()
+        except Exception as error:
+            return Answer(error=error)
+        return None
 
     def _answer_of(self, ready: Any) -> Answer:
         try:
@@ -257,7 +271,8 @@ class Host:
     def end(self) -> None:
         """Ends the process."""
         if self._actor is not None:
-            self._engine.ray.kill(self._actor)
+            with suppress(Exception):  # the cluster may be lost, and the process with it
+                self._engine.ray.kill(self._actor)
         self._actor = None
 
 

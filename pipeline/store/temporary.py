@@ -57,6 +57,11 @@ def remove_abandoned(parent: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_left() -> None:
+    """As `remove_abandoned`, in the user's own folder below `TMPDIR`."""
+    remove_abandoned(_private_folder())
+
+
 def link_folder(source: Path, target: Path) -> None:
     """Copies a folder; its files are hard links, where the file system has them, so that nothing is written twice.
 

@@ -81,6 +81,12 @@ def _sender(path: Path, uri: str, remove: bool) -> Sender:
     return known
 
 
+def use(tracking_uri: str) -> None:
+    """Has this process, and those that it starts, use a server or database from here on; "" for the one in force."""
+    if tracking_uri:
+        mlflow.set_tracking_uri(tracking_uri)
+
+
 @contextmanager
 def open_run(name: str, config: Config, tracking_uri: str = "") -> Iterator[OpenRun]:
     """The run of a measurement: the run that `mlflow run` made, else a new one. At the end, waits until it has arrived.
@@ -88,8 +94,7 @@ def open_run(name: str, config: Config, tracking_uri: str = "") -> Iterator[Open
     Raises:
         TrackingError: the tracking database cannot be used, or the journal. A server that does not answer only warns.
     """
-    if tracking_uri:
-        mlflow.set_tracking_uri(tracking_uri)
+    use(tracking_uri)
     uri = mlflow.get_tracking_uri()
     try:
         connect()
