@@ -278,6 +278,17 @@ def test_a_first_row_that_is_no_better_than_its_baseline_is_no_winner() -> None:
     assert none not in leaderboard(rows, ["a/test_x_r2"]).remarks
     assert rows[0].verdict("test_x_r2") == said[0]
     assert Row("old", 1, {"test_x_r2": 0.5}).verdict("test_x_r2") == ""
+    rows = [rows[0], Row("random weights", None, {"a/test_x_r2": 0.25})]
+    assert none.replace("these", "those with a verdict") in leaderboard(rows, ["a/test_x_r2"]).remarks
+
+
+def test_of_several_targets_the_verdict_is_that_of_the_metric() -> None:
+    said = {"t": "a: not better than its baseline; improved (head, probe), b _2_: learns; improved (head, probe)"}
+    rows = [Row("one", 1, {"t/test_a_accuracy": 0.5, "t/test_b _2__accuracy": 0.75}, verdicts=said)]
+    board = leaderboard(rows, ["t/test_b _2__accuracy", "t/test_a_accuracy"])
+    assert [*board.frame["verdict"]] == ["learns; improved (head, probe)"]
+    assert not board.remarks
+    assert leaderboard(rows, ["t/test_a_accuracy"]).remarks[0].startswith("None of these is better")
 
 
 def test_rows_of_other_test_sets_are_told_apart() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +182,15 @@ def test_configured_logging_decides_what_is_shown(level: int, tmp_path: Path, ca
         LogHost(tmp_path).say("at step 3")
     assert [one.message for one in caplog.records] == (["at step 3"] if level == logging.INFO else [])
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("level", "shown"), [("INFO", True), ("DEBUG", True), ("WARNING", False)])
+def test_without_a_handler_lines_are_on_stderr(level: str, shown: bool, tmp_path: Path) -> None:
+    """What Python does then with the logger alone would hide them, whatever its level."""
+    lines = ["import logging", "from pathlib import Path", "from pipeline.training.host import LogHost"]
+    lines += [f"logging.getLogger('pipeline.training').setLevel('{level}')", "LogHost(Path()).say('at step 3')"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert ("at step 3" in done.stderr) == shown
 
 
 def test_a_checkpoint_with_the_description_opens_as_it_is(
