@@ -120,7 +120,9 @@ def test_what_checkpoints_have_in_common_is_done_once(lab: Lab) -> None:
     assert first.data.metrics == second.data.metrics
 
 
-def test_one_that_cannot_be_measured_does_not_stop_the_others(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_that_cannot_be_measured_does_not_stop_the_others(
+    lab: Lab, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     (lab.folder / "run" / "step=70.ckpt").write_bytes(b"not a checkpoint")
     assert (
         measure(lab, f"{lab.folder}/run/step=50.ckpt,{lab.folder}/run/step=70.ckpt,{lab.folder}/run/step=100.ckpt") == 2
@@ -137,6 +139,8 @@ def test_one_that_cannot_be_measured_does_not_stop_the_others(lab: Lab, capsys: 
     }
     assert "- step=70: ckpt: " in parent.data.tags["mlflow.note.content"]
     assert [point.step for point in lab.client.get_metric_history(parent.info.run_id, SPEARMAN)] == [50, 100]
+    assert main(["compare", parent.info.run_id, f"--tracking-uri={lab.uri}"]) == 0
+    assert f"run {parent.info.run_id}: left out, as they have no scores: step=70" in caplog.text
 
 
 def test_runs_made_before_are_compared(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:

@@ -323,3 +323,12 @@ def test_the_line_of_a_step_has_the_interval_of_the_change() -> None:
     assert "at step 7: test_x_mcc 0.5000 (1.2 s; " in lines.of_measurement(7, {"test_x_mcc": 0.5}, 1.2)
     both = "test_x_mcc 0.5000 (changed by -0.125 to +0.250 since the start) (1.2 s; "
     assert both in lines.of_measurement(7, {"test_x_mcc": 0.5, **ends}, 1.2)
+
+
+def test_time_of_the_background_is_counted_once() -> None:
+    """The line of an arrival repeats what was counted as the training waited for it."""
+    lines = Lines(["test_x_mcc"])
+    lines._began -= 100
+    lines.waited(5)
+    assert "3.0 s in the background, 5.00 s here; 5 % of" in lines.of_measurement(7, {"test_x_mcc": 0.5}, 5.0, 3.0)
+    assert "waited 10.0 s at its end; 15 % of" in lines.of_the_end(10.0)

@@ -81,11 +81,8 @@ def headline_changes(scores: Scores, other: Scores) -> Iterator[tuple[Metric, Ch
 
 def _headlines(scores: Scores) -> list[Metric]:
     """The main metric of the head for each target, then those of the probe; without their values."""
-    targets = [
-        (one.name, HEADLINE["regression" if one.classes is None else "classification"])
-        for one in scores.examples.targets
-    ]
-    return [Metric("", target, name, probe=probe) for probe in (False, True) for target, name in targets]
+    kinds = {one.name: "regression" if one.classes is None else "classification" for one in scores.examples.targets}
+    return [Metric("", name, HEADLINE[kind], probe=probe) for probe in (False, True) for name, kind in kinds.items()]
 
 
 def difference_frame(scores: Sequence[Scores], others: Sequence[Scores]) -> pd.DataFrame:

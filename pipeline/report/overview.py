@@ -230,16 +230,12 @@ def run_name(label: str, scores: Sequence[Scores]) -> str:
 
 
 def verdicts_of(scores: Sequence[Scores], changes: Changes = Changes()) -> dict[str, str]:
-    """By task what is said of it: `learns; improved (probe)`. Of several targets, each is named as in its metrics."""
+    """By task what is said of it: `learns; improved (probe)`. Of several targets each is named, as in its metrics."""
     found = {}
     for one in scores:
         said = {line.main.target: line.verdict for line in headlines([one], changes)}
-        texts = (
-            [f"{metric_name(target)}: {verdict}" for target, verdict in said.items()]
-            if len(said) > 1
-            else [*said.values()]
-        )
-        found[one.task_name] = ", ".join(texts)
+        named = [f"{metric_name(target)}: {verdict}" for target, verdict in said.items()]
+        found[one.task_name] = ", ".join(named if len(said) > 1 else said.values())
     return {name: text for name, text in found.items() if text}
 
 
@@ -249,7 +245,7 @@ def verdict_of_target(text: str, target: str) -> str:
     >>> verdict_of_target("a: learns; improved (head, probe), b: still learning", "b")
     'still learning'
     """
-    parts = re.findall(r"(?:^|, )([\w .-]+): (.*?)(?=, [\w .-]+: |$)", text)
+    parts: list[tuple[str, str]] = re.findall(r"(?:^|, )([\w .-]+): (.*?)(?=, [\w .-]+: |$)", text)
     return dict(parts).get(metric_name(target), text)
 
 
