@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
     name = name_of(ckpts[0]) if len(ckpts) == 1 else f"{len(ckpts)} checkpoints"
     store = Store.from_config(config)
     store.clear()
-    lines, table = list[str](), None
+    lines, table, board = list[str](), None, None
     with (
         engine_of(config) as engine,
         open_run(name, config, options.tracking_uri) as opened,
@@ -158,21 +159,25 @@ def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
             rows, board = measure_checkpoints(ckpts, config, store, opened.run, others, options.until, engine)
             if board:
                 table, lines = board.frame, [board.table.text(), *board.remarks]
-                lines += _by_another(board, opened, options.tracking_uri)
         failed = {row.label: row.error for row in rows if row.error}
         if failed:
             opened.run.end("FAILED")
     error = PartlyError("; ".join(f"{name}: {why}" for name, why in failed.items())) if failed else None
     content = {"checkpoints": _plain(rows), "table": _records(table), "run": _address(opened)}
-    return Answer([*lines, *links(opened)], content, error)
+    where = links(opened)
+    return Answer([*lines, *_by_another(board, opened, options.tracking_uri), *where], content, error)
 
 
-def _by_another(board: Leaderboard, opened: OpenRun, tracking_uri: str) -> list[str]:
-    """The command that ranks the same checkpoints by the next metric, which is the probe's where there is one."""
-    if opened.ids is None or len(board.names) < 2:
+def _by_another(board: Leaderboard | None, opened: OpenRun, tracking_uri: str) -> list[str]:
+    """The command that ranks the same checkpoints by the next metric that the leaderboard shows.
+
+    None for one checkpoint, and where the server has not given the run an id, by when the run has ended.
+    """
+    if board is None or opened.ids is None or len(board.names) < 2:
         return []
-    where = f" --tracking-uri={tracking_uri}" if tracking_uri else ""
-    return [f"By another:     downstream compare {opened.ids[1]} --by={board.names[1]}{where}"]
+    words = ["downstream", "compare", opened.ids[1], f"--by={board.names[1]}"]
+    words += [f"--tracking-uri={tracking_uri}"] if tracking_uri else []
+    return [f"By another:     {shlex.join(words)}"]
 
 
 def _compare(options: argparse.Namespace) -> Answer:

@@ -188,7 +188,9 @@ def test_doctor_finds_nothing_wrong(
     assert found["cost"]["steps"] == {"leucine": 2 * 3 * 2}  # two batches in each epoch of each head
     assert not (tmp_path / "store").exists()
     assert main(["doctor", *job]) == 0
-    assert "60 distinct, 0 already stored" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "60 distinct, 0 already stored" in said
+    assert f"tokens     {found['cost']['tokens']:,} to embed" in said
     assert "cost" not in in_process(["doctor", "--json", "--quick", *job], capsys)[1]
 
 
@@ -217,6 +219,16 @@ def test_doctor_names_each_problem(tmp_path: Path, capsys: pytest.CaptureFixture
     assert lines["data"].startswith(f"PROBLEM: expected a CSV file at {tmp_path}/train/x0")
     code, found = in_process(["doctor", "--json", "--quick", "--config=nowhere.yaml", uri], capsys)
     assert (code, len(found["problems"])) == (2, 1)
+
+
+def test_doctor_leaves_the_device_to_the_engine(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a node without a GPU too, as this process needs none."""
+    pytest.importorskip("ray", reason="needs the extra ray")
+    uri = f"--tracking-uri=sqlite:///{tmp_path}/new.db"
+    assert main(["doctor", *job, uri, "--overrides=engine=ray device=cuda"]) == 0
+    assert "device        cuda, on the workers of engine ray, which are not asked here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

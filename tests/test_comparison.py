@@ -120,7 +120,9 @@ def test_what_checkpoints_have_in_common_is_done_once(lab: Lab) -> None:
     assert first.data.metrics == second.data.metrics
 
 
-def test_one_that_cannot_be_measured_does_not_stop_the_others(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_that_cannot_be_measured_does_not_stop_the_others(
+    lab: Lab, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     (lab.folder / "run" / "step=70.ckpt").write_bytes(b"not a checkpoint")
     assert (
         measure(lab, f"{lab.folder}/run/step=50.ckpt,{lab.folder}/run/step=70.ckpt,{lab.folder}/run/step=100.ckpt") == 2
@@ -137,6 +139,8 @@ def test_one_that_cannot_be_measured_does_not_stop_the_others(lab: Lab, capsys: 
     }
     assert "- step=70: ckpt: " in parent.data.tags["mlflow.note.content"]
     assert [point.step for point in lab.client.get_metric_history(parent.info.run_id, SPEARMAN)] == [50, 100]
+    assert main(["compare", parent.info.run_id, f"--tracking-uri={lab.uri}"]) == 0
+    assert f"run {parent.info.run_id}: left out, as they have no scores: step=70" in caplog.text
 
 
 def test_runs_made_before_are_compared(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,6 +282,17 @@ def test_a_first_row_that_is_no_better_than_its_baseline_is_no_winner() -> None:
     assert none not in leaderboard(rows, ["a/test_x_r2"]).remarks
     assert rows[0].verdict("test_x_r2") == said[0]
     assert Row("old", 1, {"test_x_r2": 0.5}).verdict("test_x_r2") == ""
+    rows = [rows[0], Row("random weights", None, {"a/test_x_r2": 0.25})]
+    assert none.replace("these", "those with a verdict") in leaderboard(rows, ["a/test_x_r2"]).remarks
+
+
+def test_of_several_targets_the_verdict_is_that_of_the_metric() -> None:
+    said = {"t": "a: not better than its baseline; improved (head, probe), b _2_: learns; improved (head, probe)"}
+    rows = [Row("one", 1, {"t/test_a_accuracy": 0.5, "t/test_b _2__accuracy": 0.75}, verdicts=said)]
+    board = leaderboard(rows, ["t/test_b _2__accuracy", "t/test_a_accuracy"])
+    assert [*board.frame["verdict"]] == ["learns; improved (head, probe)"]
+    assert not board.remarks
+    assert leaderboard(rows, ["t/test_a_accuracy"]).remarks[0].startswith("None of these is better")
 
 
 def test_rows_of_other_test_sets_are_told_apart() -> None:

@@ -147,7 +147,7 @@ def test_remarks_are_about_the_first_of_the_table_in_whatever_order_the_rows_are
         "The rows are of different steps: how long each was trained is part of the difference.",
     ]
     both_old = leaderboard([row("old", None), row("older", None)], ["test_y_mse"])
-    assert both_old.remarks == board.remarks[:1]
+    assert not both_old.remarks  # there never were any predictions to compare
 
 
 def test_why_there_is_no_difference() -> None:
@@ -222,6 +222,23 @@ def test_two_results_of_a_notebook_are_compared(tmp_path: Path) -> None:
     assert (probe, blind.compare(seeing)["verdict"].iloc[1]) == ("improved", "worse")
     assert np.allclose(blind.compare(seeing)["change"], -frame["change"])
     assert list(seeing.compare(seeing)["verdict"]) == ["not told apart"] * 2
+
+
+class Constant(FakeEncoder):
+    """Sees nothing."""
+
+    def state(self, sequence: str) -> Tensor:
+        return torch.zeros(len(sequence), self.hidden_size)
+
+
+def test_what_is_not_defined_for_one_has_a_row_that_says_why(tmp_path: Path) -> None:
+    constant, seeing = measured(Constant(name="constant"), tmp_path), measured(FakeEncoder(), tmp_path)
+    for one, other, empty, whose in ((constant, seeing, "score", "this one"), (seeing, constant, "other", "the other")):
+        frame = one.compare(other)
+        assert list(frame["metric"]) == ["test_share_spearman", "test_share_probe_spearman"]
+        assert frame[empty].isna().all()
+        assert frame["change"].isna().all()
+        assert list(frame["verdict"]) == [f"not defined for {whose}: the predictions are all equal"] * 2
 
 
 def test_results_that_cannot_be_compared(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import pipeline
 from pipeline import Measured, Scores, embed_sequences, measure, open_encoder, read_config
+from pipeline.command.keywords import config_of_frames
 from pipeline.config.shipped import CKPT, ROOT
 from pipeline.config.yaml_file import to_yaml
 from pipeline.data.kinds import kind_of
@@ -171,6 +172,30 @@ def test_the_kind_of_task_is_in_the_labels(labels: list[Any], kind: tuple[str, s
 def test_many_whole_numbers_are_numbers(kind: type) -> None:
     labels = [kind(number) for number in range(21)]
     assert kind_of(pd.DataFrame({"s": ["A"] * 21, "y": labels}), "s", "y")[:2] == ("sequence", "regression")
+
+
+@pytest.mark.parametrize("labels", [[number / 10 for number in range(40)], [0.5, "1.5", *range(38)]])
+def test_numbers_in_a_column_of_objects_are_numbers(labels: list[Any]) -> None:
+    frame = pd.DataFrame({"sequence": ["MKVLA"] * 40, "tm": pd.Series(labels, dtype=object)})
+    notes: list[str] = []
+    config = config_of_frames({"train": frame, "test": frame}, {}, notes)
+    assert (config.dataset[0].level, config.dataset[0].task_type) == ("sequence", "regression")
+    assert notes[-1].endswith("'tm' holds numbers")
+
+
+def test_a_label_per_token_that_is_too_short_is_named(tmp_path: Path) -> None:
+    """Also where the user says the level; with `sequence` the texts are classes."""
+    frame = pd.DataFrame({"sequence": ["MKVLAW"] * 60, "y": [f"{number:06b}" for number in range(60)]})
+    frame["y"] = frame["y"].str.replace("1", "H").str.replace("0", "C")
+    frame.loc[7, "y"] = "HHHHH"
+    parts = {"train": frame, "test": frame}
+    message = "59 of 60 labels have a character for each of the sequence, row 7 has 5 for a sequence of 6; correct"
+    with pytest.raises(DataError, match=message):
+        measure(FakeEncoder(), parts, store=str(tmp_path), **QUICK)
+    with pytest.raises(DataError, match="row 7: column 'y': expected 6 characters"):
+        measure(FakeEncoder(), parts, store=str(tmp_path), level="token", **QUICK)
+    with pytest.raises(DataError, match="60 labels are 60 different texts"):
+        measure(FakeEncoder(), parts, store=str(tmp_path), level="sequence", **QUICK)
 
 
 NEARLY = [str(number / 10) for number in range(39)]

@@ -469,6 +469,10 @@ def test_child_runs(task: Task, module: Busy, tmp_path: Path, tracking: str) -> 
     for one in children:
         every = dict(callback.curve)[int(one.info.run_name.split()[0].removeprefix("step="))]
         assert one.data.metrics == {name: value for name, value in every.items() if is_shown_first(name)}
+        tags = {name: text for name, text in one.data.tags.items() if name.startswith("downstream.")}
+        assert tags["downstream.step"] == one.info.run_name.split()[0].removeprefix("step=")
+        assert tags["downstream.tasks"] == task.task_name
+        assert len(tags["downstream.checkpoint"]) == 16
         stages = client.search_runs(["0"], f"tags.mlflow.parentRunId = '{one.info.run_id}'")
         (scored,) = [stage.data.metrics for stage in stages if stage.info.run_name == "score"]
         assert {name: value for name, value in every.items() if "_delta_" not in name}.items() <= (

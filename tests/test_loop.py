@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,15 @@ def test_configured_logging_decides_what_is_shown(level: int, tmp_path: Path, ca
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(("level", "shown"), [("INFO", True), ("DEBUG", True), ("WARNING", False)])
+def test_without_a_handler_lines_are_on_stderr(level: str, shown: bool, tmp_path: Path) -> None:
+    """What Python does then with the logger alone would hide them, whatever its level."""
+    lines = ["import logging", "from pathlib import Path", "from pipeline.training.host import LogHost"]
+    lines += [f"logging.getLogger('pipeline.training').setLevel('{level}')", "LogHost(Path()).say('at step 3')"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert ("at step 3" in done.stderr) == shown
+
+
 def test_a_checkpoint_with_the_description_opens_as_it_is(
     task: Task, tmp_path: Path, tracking: str, model_folder: Any
 ) -> None:
@@ -313,3 +323,12 @@ def test_the_line_of_a_step_has_the_interval_of_the_change() -> None:
     assert "at step 7: test_x_mcc 0.5000 (1.2 s; " in lines.of_measurement(7, {"test_x_mcc": 0.5}, 1.2)
     both = "test_x_mcc 0.5000 (changed by -0.125 to +0.250 since the start) (1.2 s; "
     assert both in lines.of_measurement(7, {"test_x_mcc": 0.5, **ends}, 1.2)
+
+
+def test_time_of_the_background_is_counted_once() -> None:
+    """The line of an arrival repeats what was counted as the training waited for it."""
+    lines = Lines(["test_x_mcc"])
+    lines._began -= 100
+    lines.waited(5)
+    assert "3.0 s in the background, 5.00 s here; 5 % of" in lines.of_measurement(7, {"test_x_mcc": 0.5}, 5.0, 3.0)
+    assert "waited 10.0 s at its end; 15 % of" in lines.of_the_end(10.0)

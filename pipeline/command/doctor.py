@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def examine(ckpt: str, config: str, overrides: str = "", tracking_uri: str = "",
         found.attempt("store", lambda: _store(found, read[0]))
     found.attempt("tracker", lambda: _tracker(found, tracking_uri))
     if read and not quick:
-        _measurement(found, ckpt, read[0])
+        here = read[0] if read[0].engine == "local" else replace(read[0], device="auto")  # workers have their own
+        _measurement(found, ckpt, here)
     found.content["problems"] = found.problems
     return found
 
@@ -136,6 +138,12 @@ def _configuration(found: Findings, file: str, overrides: str) -> Config:
 
 
 def _device(found: Findings, config: Config) -> None:
+    if config.engine != "local":
+        if importlib.util.find_spec(config.engine) is None:
+            raise ConfigError(f"engine: {config.engine} is not installed; pip install '{NAME}[{config.engine}]'")
+        found.say("device", f"{config.device}, on the workers of engine {config.engine}, which are not asked here")
+        found.content["device"] = {"device": config.device, "engine": config.engine}
+        return
     device = find_device(config.device)
     precision = find_precision(config.precision, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -200,6 +208,8 @@ def _words(cost: Cost) -> list[str]:
     parts = (f"{name}: {', '.join(f'{n} {part}' for part, n in parts.items())}" for name, parts in cost.rows.items())
     lines = [f"rows       {'; '.join(parts)}", f"sequences  {cost.sequences} distinct, {cost.stored} already stored"]
     steps = "; ".join(f"{name}: {number}" for name, number in cost.steps.items())
+    if cost.tokens:
+        lines.append(f"tokens     {cost.tokens:,} to embed")
     lines.append(f"heads      {steps} optimizer steps, and as many again for a baseline that is not stored yet")
     if cost.seconds is None:
         return [*lines, "time       nothing to embed; heads that are not stored, and scores, take their time"]

@@ -11,7 +11,7 @@ from pipeline.config.schema import Config
 from pipeline.config.shipped import CONFIG, shipped
 from pipeline.config.task import Task
 from pipeline.config.yaml_file import RENAMED, config_from, read_config, to_mapping
-from pipeline.data.kinds import kind_of, refuse_unclear
+from pipeline.data.kinds import kind_of, refuse_nearly_one_each, refuse_unclear
 from pipeline.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ def config_of_frames(frames: Mapping[str, pd.DataFrame], settings: Mapping[str, 
         pass  # nothing to infer, or an error to come, which names the columns
     else:
         level, kind, why = kind_of(frame, sequence, str(target))
-        if why == "texts" and "task_type" not in task:
+        if why == "texts" and "class" not in task:
+            refuse_nearly_one_each(frame, sequence, str(target), "frames['train']")
+        if why == "texts" and "task_type" not in task and task.get("class") != "token":
             refuse_unclear(frame, str(target), "frames['train']")
         inferred = {"class": level, "task_type": kind}
         notes += [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline import validation
@@ -149,7 +149,9 @@ def measure_encoder(
         run.rename(run_name(label, scores))
         run.tags(verdict_tags(verdicts_of(scores, changes)))
         run.describe(summary(facts, scores, changes))
-    untrained = _row(changes.start, None, start.scores) if start and start.scores else None
+    untrained = None
+    if start and start.scores:  # not held against the baselines, so nothing is said of it
+        untrained = replace(_row(changes.start, None, start.scores), verdicts={})
     return CheckpointResult(_row(label, step, scores, changes), scores, changes, facts, untrained)
 
 

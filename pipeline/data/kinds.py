@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import pandas as pd
 
 MOST_CLASSES = 20  # different whole numbers in a column that are still taken for classes
@@ -32,9 +33,28 @@ def kind_of(frame: pd.DataFrame, sequence_column: str, target_column: str) -> tu
         return "sequence", "regression", "numbers"
     if len(labels) and all(isinstance(cell, (list, tuple, np.ndarray)) for cell in labels):
         return "token", "regression", "lists"
-    if _one_each(labels, frame[sequence_column]):
+    if len(labels) and _one_each(labels, frame[sequence_column]).all():
         return "token", "classification", "texts with a character for each of the sequence"
     return "sequence", "classification", "texts"
+
+
+def refuse_nearly_one_each(frame: pd.DataFrame, sequence_column: str, target_column: str, name: str) -> None:
+    """Raises DataError where most texts have a character for each of their sequence, and some do not.
+
+    Args:
+        frame: has both columns.
+        sequence_column: holds the sequences.
+        target_column: holds texts.
+        name: of the frame, in the error.
+    """
+    labels, sequences = frame[target_column], frame[sequence_column]
+    one_each = _one_each(labels, sequences)
+    if one_each.sum() > len(labels) / 2:
+        row = int(np.argmin(one_each))
+        lengths = f"{len(str(labels.iloc[row]))} for a sequence of {len(str(sequences.iloc[row]))}"
+        found = f"{one_each.sum()} of {len(labels)} labels have a character for each of the sequence, row {row} has"
+        remedy = "correct such rows, or set level to token or sequence"
+        raise DataError(f"{name}: column '{target_column}': {found} {lengths}; {remedy}")
 
 
 def refuse_unclear(frame: pd.DataFrame, target_column: str, name: str) -> None:
@@ -56,7 +76,7 @@ def refuse_unclear(frame: pd.DataFrame, target_column: str, name: str) -> None:
     different = labels.map(str).nunique()
     remedy = "set task_type to regression or classification"
     could_be_classes = (numbers.dropna() % 1 == 0).all() and numbers.nunique() <= MOST_CLASSES
-    if len(odd) < len(labels) / 2 and not could_be_classes:
+    if 0 < len(odd) < len(labels) / 2 and not could_be_classes:
         found = f"{is_number.sum()} of {len(labels)} labels are numbers, row {odd[0]} is {labels.iloc[odd[0]]!r:.60}"
         raise DataError(f"{name}: column '{target_column}': {found}; clean or leave out such rows, or {remedy}")
     if different > max(MOST_CLASSES, len(labels) / 2):
@@ -65,22 +85,22 @@ def refuse_unclear(frame: pd.DataFrame, target_column: str, name: str) -> None:
 
 
 def _as_numbers(labels: pd.Series[Any], sequences: pd.Series[Any]) -> pd.Series[Any]:
-    """The numbers that all of the texts are; else the labels as they are, such as `0110` for a sequence of four.
+    """The numbers that all of the labels are; else the labels as they are, such as `0110` for a sequence of four.
 
     Whoever made a column categorical has said what it is.
     """
     import pandas as pd
 
-    texts = [label for label in labels if isinstance(label, str)]
-    if not texts or len(texts) < len(labels) or isinstance(labels.dtype, pd.CategoricalDtype):
+    if isinstance(labels.dtype, pd.CategoricalDtype) or pd.api.types.is_numeric_dtype(labels.dtype):
         return labels
-    if _one_each(labels, sequences) and all(text.isalnum() for text in texts):
+    are_texts = all(isinstance(label, str) and label.isalnum() for label in labels)
+    if are_texts and _one_each(labels, sequences).all():
         return labels
     numbers = pd.to_numeric(labels.astype(object), errors="coerce")
     return labels if numbers.isna().any() else numbers
 
 
-def _one_each(labels: pd.Series[Any], sequences: pd.Series[Any]) -> bool:
-    """Whether each label is as long as its sequence."""
+def _one_each(labels: pd.Series[Any], sequences: pd.Series[Any]) -> npt.NDArray[np.bool_]:
+    """Of each label whether it is as long as its sequence, shape (labels,)."""
     pairs = zip(sequences.map(str), labels.map(str), strict=True)
-    return len(labels) > 0 and all(len(sequence) == len(label) for sequence, label in pairs)
+    return np.array([len(sequence) == len(label) for sequence, label in pairs], dtype=bool)

@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.errors import ConfigError, nearest
 from pipeline.heads.verdict import NO_BETTER
 from pipeline.report.differences import FIRST, differences
+from pipeline.report.overview import verdict_of_target
 from pipeline.report.page import leaderboard_page
 from pipeline.report.tables import Table, append, number, plain
 from pipeline.statistics.metrics import Metric, lower_is_better
@@ -49,9 +50,13 @@ class Row:
     verdicts: Mapping[str, str] = field(default_factory=dict)
 
     def verdict(self, name: str) -> str:
-        """What is said of the task of a metric, the only one where the name has none; empty where that is not known."""
-        task = metric.task if (metric := Metric.parse(name)) else ""
-        return self.verdicts.get(task, "") if task else next(iter(self.verdicts.values()), "")
+        """What is said of the target of a metric, see `verdict_of_target`; empty where that is not known.
+
+        The task is the only one where the name has none.
+        """
+        metric = Metric.parse(name)
+        of_task = self.verdicts.get(metric.task, "") if metric and metric.task else [*self.verdicts.values(), ""][0]
+        return verdict_of_target(of_task, metric.target) if metric else of_task
 
 
 def choose(rows: Sequence[Row], by: str = "") -> list[str]:
@@ -199,8 +204,10 @@ def comparable(rows: Sequence[Row]) -> bool:
 
 def _remarks(measured: Sequence[Row], compared: bool, name: str) -> list[str]:
     lines = []
-    if measured and all(NO_BETTER in row.verdict(name) for row in measured):
-        lines.append(f"None of these is better than its baseline in {name}: that one is the first says little.")
+    said = [verdict for row in measured if (verdict := row.verdict(name))]
+    if said and all(NO_BETTER in verdict for verdict in said):
+        which = "these" if len(said) == len(measured) else "those with a verdict"
+        lines.append(f"None of {which} is better than its baseline in {name}: that one is the first says little.")
     if compared:
         lines.append("Rows with = cannot be told apart from the first: the interval of the difference holds 0.")
     if compared and len(measured) > 2:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import DataError
 from pipeline.report.overview import Changes
 from pipeline.statistics.intervals import changes
-from pipeline.statistics.metrics import Change, Metric, metric_name
+from pipeline.statistics.metrics import HEADLINE, Change, Metric, metric_name
 from pipeline.statistics.predictions import Predictions, from_table
 
 if TYPE_CHECKING:
@@ -58,13 +58,31 @@ def differences(tables: Sequence[Mapping[str, pa.Table]], name: str) -> tuple[li
 def headline_changes(scores: Scores, other: Scores) -> Iterator[tuple[Metric, Change | None, str]]:
     """What each headline metric of a task differs by from another checkpoint's, or why that is not known.
 
+    Also where it is not defined for one of them, or for both; without a value then.
+
     Raises:
         DataError: the two were not measured on the same targets, sequences and labels.
     """
-    for metric in (metric for metric in scores.results if metric.is_headline):
+    named = [{metric.short: metric for metric in one.results} for one in (scores, other)]
+    why = [{key.rpartition("/")[2]: reason for key, reason in one.omitted.items()} for one in (scores, other)]
+    for metric in _headlines(scores):
+        here, there = (metric.short in {**values, **reasons} for values, reasons in zip(named, why, strict=True))
+        if metric.probe and not (here and there):
+            if here or there:
+                yield named[0].get(metric.short, metric), None, "one of the two has no probe"
+            continue
         now, then = (from_table(one.table, metric.target, metric.probe) for one in (scores, other))
         found = changes(now, then, only=metric.name)
-        yield metric, found.values.get(metric.name), found.refused.get(metric.name, "")
+        whose = zip(("this one", "the other"), why, strict=True)
+        undefined = [f"not defined for {who}: {own[metric.short]}" for who, own in whose if metric.short in own]
+        reason = found.refused.get(metric.name) or "; ".join(undefined)
+        yield named[0].get(metric.short, metric), found.values.get(metric.name), reason
+
+
+def _headlines(scores: Scores) -> list[Metric]:
+    """The main metric of the head for each target, then those of the probe; without their values."""
+    kinds = {one.name: "regression" if one.classes is None else "classification" for one in scores.examples.targets}
+    return [Metric("", name, HEADLINE[kind], probe=probe) for probe in (False, True) for name, kind in kinds.items()]
 
 
 def difference_frame(scores: Sequence[Scores], others: Sequence[Scores]) -> pd.DataFrame:
@@ -88,7 +106,7 @@ def difference_frame(scores: Sequence[Scores], others: Sequence[Scores]) -> pd.D
                 row |= {"ci_low": change.interval.low, "ci_high": change.interval.high}
                 row |= {"p_improved": change.p_improved}
                 reason = Changes(change.named(metric.key, "start")).direction(metric)
-            rows.append(row | {"verdict": reason or "not defined for both"})
+            rows.append(row | {"verdict": reason or "not defined"})
     return pd.DataFrame(rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from pipeline.report.tables import (
     score_text,
     score_title,
 )
-from pipeline.statistics.metrics import Since
+from pipeline.statistics.metrics import Since, metric_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -229,13 +230,23 @@ def run_name(label: str, scores: Sequence[Scores]) -> str:
 
 
 def verdicts_of(scores: Sequence[Scores], changes: Changes = Changes()) -> dict[str, str]:
-    """By task what is said of it: `learns; improved (probe)`. Of several targets, each is named."""
+    """By task what is said of it: `learns; improved (probe)`. Of several targets each is named, as in its metrics."""
     found = {}
     for one in scores:
         said = {line.main.target: line.verdict for line in headlines([one], changes)}
-        texts = [f"{target}: {verdict}" for target, verdict in said.items()] if len(said) > 1 else [*said.values()]
-        found[one.task_name] = ", ".join(texts)
+        named = [f"{metric_name(target)}: {verdict}" for target, verdict in said.items()]
+        found[one.task_name] = ", ".join(named if len(said) > 1 else said.values())
     return {name: text for name, text in found.items() if text}
+
+
+def verdict_of_target(text: str, target: str) -> str:
+    """The part of a target, where what is said of a task names several; else all of it.
+
+    >>> verdict_of_target("a: learns; improved (head, probe), b: still learning", "b")
+    'still learning'
+    """
+    parts: list[tuple[str, str]] = re.findall(r"(?:^|, )([\w .-]+): (.*?)(?=, [\w .-]+: |$)", text)
+    return dict(parts).get(metric_name(target), text)
 
 
 def first_lines(scores: Sequence[Scores], changes: Changes = Changes()) -> str:

@@ -38,7 +38,7 @@ BASELINE = "_baseline"  # between a target, and the probe if it is of a probe, a
 NORMAL = 1.959964  # the half width of a 95 % interval, in standard errors
 _KEY = re.compile(f"test_(.+?)({BASELINE})?({PROBE})?_({'|'.join(EVERY)})")
 _CHANGE = re.compile(f"(_p_improved|_delta_({'|'.join(get_args(Since))})(_ci_(low|high))?)$")
-_END = re.compile("_ci_(low|high)$")
+_END = re.compile("(_seed_std|_ci_(low|high))$")
 
 
 @dataclass(frozen=True)
@@ -239,15 +239,18 @@ def lower_is_better(key: str) -> bool:
 def is_shown_first(key: str) -> bool:
     """Whether a number that is logged belongs to what a reader looks at first of a target.
 
-    That is the main metric with its interval, the probe's, and what both have changed by.
+    That is the main metric with its interval and its deviation over seeds, the probe's, and what both have changed by;
+    and of the head what the reference of this tool logs, the loss and the squared error.
 
-    >>> [is_shown_first(f"fitness/test_fitness_{end}") for end in ("spearman", "spearman_ci_low", "rmse")]
-    [True, True, False]
+    >>> [is_shown_first(f"fitness/test_fitness_{end}") for end in ("spearman", "spearman_ci_low", "mse", "rmse")]
+    [True, True, True, False]
+    >>> [is_shown_first(key) for key in ("test_x_accuracy_seed_std", "test_x_mse_seed_std", "x/dwnstr_task_val_loss")]
+    [True, False, True]
     >>> [is_shown_first(f"test_x_probe_accuracy{end}") for end in ("", "_ci_low", "_delta_start", "_p_improved")]
     [True, False, True, True]
     """
     changed = _CHANGE.sub("", key)
     metric = Metric.parse(_END.sub("", changed))
     if metric is None or not metric.is_headline:
-        return False
+        return metric is not None and key == metric.key and metric.name in (LOSS, "mse") and metric == metric.beside
     return changed != key or key == metric.key or not metric.probe

@@ -76,7 +76,9 @@ def _read(client: MlflowClient, run: Run) -> list[Earlier]:
     """A run; of a run of several checkpoints those of the checkpoints, which have the predictions."""
     several = run.data.tags.get(KIND) == CHECKPOINTS
     read = [_read_one(client, one) for one in (_nested(client, run) if several else [run])]
-    found = [one for one in read if one.points]
+    found, without = [one for one in read if one.points], [one.name for one in read if not one.points]
+    if found and without:
+        logger.warning("run %s: left out, as they have no scores: %s", run.info.run_id, ", ".join(without))
     if not found:
         raise ConfigError(f"run '{run.info.run_id}' holds no measurement; give runs of measurements or of trainings")
     return found

@@ -116,7 +116,8 @@ class TrainingRun:
                 yield here
                 return
             with linked.stage(f"{name} on {tasks}" if tasks else name) as own:
-                own.tags({KIND: MEASUREMENT})
+                about = {"step": str(step), "checkpoint": digest[:16], "tasks": tasks}
+                own.tags({KIND: MEASUREMENT, **{f"{FOLDER}.{key}": value for key, value in about.items()}})
                 yield Several([here, AtStep(Headlines([own]), step)])
 
     def failed(self, step: int, message: str) -> None:

@@ -76,8 +76,8 @@ class Host(Protocol):
 class LogHost:
     """What the hosts without a package of their own share: they talk through the log.
 
-    Where nobody has configured logging by the first measurement, which would hide what is no warning, they write to
-    stderr, as Lightning does.
+    Where logging has no handler by the first measurement, they write to stderr, as Lightning does: Python shows only
+    warnings then, whatever the level of the logger. A level above INFO asks for silence.
     """
 
     holders: Sequence[object] = ()
@@ -87,7 +87,7 @@ class LogHost:
         """Checkpoints that are written for a measurement are kept below `folder`."""
         self.folder = folder
         own = (logger, logging.getLogger("pipeline"))
-        self._is_configured = logger.hasHandlers() or any(one.level != logging.NOTSET for one in own)
+        self._is_configured = logger.hasHandlers() or any(one.level > logging.INFO for one in own)
 
     def checkpoint(self, module: nn.Module, step: int) -> dict[str, Any]:
         """See `Host.checkpoint`."""

@@ -19,6 +19,10 @@ class Lines:
         """The time of the training, of which measurements have a share, counts from here."""
         self._began = time.perf_counter()
 
+    def waited(self, seconds: float) -> None:
+        """Counts time that the training has waited."""
+        self._waited += seconds
+
     def of_measurement(
         self, step: int, metrics: Mapping[str, float], seconds: float, elsewhere: float | None = None
     ) -> str:
@@ -28,21 +32,22 @@ class Lines:
             step: of the weights.
             metrics: by name.
             seconds: that the training waited.
-            elsewhere: seconds of the worker, where there is one.
+            elsewhere: seconds of the worker, where there is one; those of the training are counted by `waited` then.
         """
         numbers = ", ".join(_with_change(name, metrics) for name in self._headlines if name in metrics)
         took = f"{seconds:.1f} s" if elsewhere is None else f"{elsewhere:.1f} s in the background, {seconds:.2f} s here"
-        share = self._share_with(seconds)
-        return f"downstream validation at step {step}: {numbers} ({took}; {share} of the training time so far)"
+        if elsewhere is None:
+            self.waited(seconds)
+        return f"downstream validation at step {step}: {numbers} ({took}; {self._share} of the training time so far)"
 
     def of_the_end(self, seconds: float) -> str:
         """How long the training waited at its end for what was not measured yet."""
-        share = self._share_with(seconds)
+        self.waited(seconds)
         waited = f"the training waited {seconds:.1f} s at its end"
-        return f"downstream validation: {waited}; {share} of the training time in all"
+        return f"downstream validation: {waited}; {self._share} of the training time in all"
 
-    def _share_with(self, seconds: float) -> str:
-        self._waited += seconds
+    @property
+    def _share(self) -> str:
         return f"{100 * self._waited / max(time.perf_counter() - self._began, 1e-9):.0f} %"
 
 

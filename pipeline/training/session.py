@@ -6,7 +6,8 @@ import atexit
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
@@ -137,7 +138,8 @@ class Session:
         assert self.work is not None
         if self._late is not None:
             self.last_step = step
-            self._late.hand_over(module, step)
+            with self._counted():
+                self._late.hand_over(module, step)
             return {}
         work, began = self.work, time.perf_counter()
         try:
@@ -166,7 +168,9 @@ class Session:
         """
         if self._late is None:
             return []
-        found, self._untold = [*self._untold, *self._take_in(self._late.poll())], []
+        with self._counted():
+            arrivals = self._late.poll()
+        found, self._untold = [*self._untold, *self._take_in(arrivals)], []
         return found
 
     def finish(self, module: nn.Module | None = None, step: int = 0, alone: bool = False) -> list[Point]:
@@ -203,6 +207,15 @@ class Session:
         elif self.ranks.is_first:
             drained()
         return found
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Counts the time within as waited by the training."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._lines.waited(time.perf_counter() - began)
 
     @property
     def _is_shared(self) -> bool:
