@@ -138,7 +138,7 @@ def test_what_lightning_writes_is_measured_without_a_flag(
     assert main(["main", f"--ckpt={folder}", f"--config={tmp_path / 'task.yaml'}"]) == 0
     run = newest_run()
     assert every_metric(run) == found.metrics
-    assert run.info.run_name.startswith("step=40: ")
+    assert run.info.run_name.startswith("step=40 epoch=1: ")
 
 
 def test_what_other_trainers_write(model: Any, esm: EncoderOptions, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_the_hand_written_loop(tmp_path: Path, tracking: str) -> None:
     (run,) = MlflowClient().search_runs(["0"])
     for step in (0, 1, 2):  # without any configuration of logging
         assert said.count(f"downstream validation at step {step}: ") == 1
-    assert said.count("downstream validation, what its scores can see:") == 1
+    assert said.count("downstream validation, what each score can tell apart:") == 1
     assert said.count("downstream validation logs to MLflow: ") == 1
     assert said.count(f"This run:       http://127.0.0.1:5000/#/experiments/0/runs/{run.info.run_id}?") == 1
     history = MlflowClient().get_metric_history(run.info.run_id, ACCURACY)

@@ -107,7 +107,7 @@ def test_an_override_sets_a_key_of_every_task_or_of_one() -> None:
     everywhere = read_config(path, "dataset.num_epochs=2")
     assert {task.num_epochs for task in everywhere.dataset} == {2}
     once = read_config(path, "dataset.1.num_epochs=2")
-    assert [task.num_epochs for task in once.dataset] == [40, 2, 20, 20]
+    assert [task.num_epochs for task in once.dataset] == [40, 2, 20, 40]
 
 
 @pytest.mark.parametrize(
