@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -173,13 +174,13 @@ def test_a_worker_that_is_killed_is_made_good(cluster: None, own: Own, capsys: p
 
 
 def test_workers_use_the_server_that_the_option_names(
-    cluster: None, own: Own, capsys: pytest.CaptureFixture[str], tracking: str
+    cluster: None, own: Own, capsys: pytest.CaptureFixture[str], empty_database: Path
 ) -> None:
     """A checkpoint may be there: `models:/...`."""
-    uri = tracking.replace("sqlite:///", "sqlite:////")  # the same, and another text
+    uri = f"sqlite:///{shutil.copy(empty_database, own.lab.folder / 'other.db')}"
     before = mlflow.get_tracking_uri()
     try:
-        answer([*own.command("Asks", "ray", **ON_RAY), f"--tracking-uri={uri}", "--until=load"], capsys)
+        answer(["measure", *own.command("Asks", "ray", **ON_RAY)[1:], f"--tracking-uri={uri}", "--until=load"], capsys)
     finally:
         mlflow.set_tracking_uri(before)
     assert {path.read_text() for path in own.seen.glob("uri-*")} == {uri}
