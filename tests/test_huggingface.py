@@ -62,9 +62,9 @@ def in_history(trainer: Any) -> list[tuple[int, float]]:
 
 
 def test_the_best_checkpoint_and_the_reporters(
-    task: Task, tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch
+    task: Task, tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Early stopping stands before the callback, and sees the metric nevertheless."""
+    """Early stopping stands before the callback, and sees the metric nevertheless; the console has the main ones."""
     import mlflow
     import wandb
 
@@ -84,6 +84,10 @@ def test_the_best_checkpoint_and_the_reporters(
     assert trainer.state.best_metric == best[1]
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best[0]}")
     (events,) = {file.parent for file in (tmp_path / "out").rglob("events.out.*")}
+    printed = capsys.readouterr().out
+    assert printed.count(f"'{NAME}'") == len(curve)
+    assert NAME.replace("accuracy", "macro_f1") not in printed
+    assert in_tensorboard(events, f"eval/{BEST.replace('accuracy', 'macro_f1')}")
     in_single: list[Any] = [(step, pytest.approx(value)) for step, value in curve]
     assert in_tensorboard(events, f"eval/{BEST}") == in_single
     wandb.finish()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
 from pipeline.config.background import late_monitor
 from pipeline.config.schema import Config
@@ -26,6 +26,7 @@ from pipeline.training.session import Session
 from pipeline.training.unwrapped import REMEDY, arithmetic, unwrapped, without_autocast_wrapper
 
 PREFIX = "eval_"
+CONSOLES = (PrinterCallback, ProgressCallback)  # of transformers: they print all that they are told in a line
 
 logger = logging.getLogger(__name__)
 
@@ -208,9 +209,16 @@ class DownstreamTrainerCallback(TrainerCallback):
         else:
             state.log_history.append({**named, **epoch, "step": state.global_step})
         if self._handler is not None:
-            should_log = control.should_log
-            self._handler.on_log(args, state, control, {**named, **epoch})
-            control.should_log = should_log
+            self._report(args, state, control, {**named, **epoch})
+
+    def _report(self, args: Any, state: Any, control: Any, logs: Mapping[str, float]) -> None:
+        """Tells reporters everything, and the console the main metrics alone."""
+        should_log, main = control.should_log, {f"{PREFIX}{name}" for name in self.config.headlines} | {"epoch"}
+        for is_console in (False, True):
+            handler = copy.copy(self._handler)
+            handler.callbacks = [one for one in self._handler.callbacks if (type(one) in CONSOLES) == is_console]
+            handler.on_log(args, state, control, {name: logs[name] for name in logs if not is_console or name in main})
+        control.should_log = should_log
 
     def _tell(self, args: Any, state: Any, control: Any, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Tells the trainer's history and its reporters of measurements of earlier steps, at those."""
@@ -218,10 +226,9 @@ class DownstreamTrainerCallback(TrainerCallback):
             named = {f"{PREFIX}{name}": value for name, value in metrics.items()}
             state.log_history.append({**named, "step": step})
             if self._handler is not None:
-                should_log, earlier = control.should_log, copy.copy(state)
+                earlier = copy.copy(state)
                 earlier.global_step = step
-                self._handler.on_log(args, earlier, control, dict(named))
-                control.should_log = should_log
+                self._report(args, earlier, control, named)
         if points:
             self._keep(state)
 
