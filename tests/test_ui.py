@@ -55,9 +55,10 @@ class Lab:
 
     @cached_property
     def every(self) -> dict[str, float]:
-        """Every metric of the single measurement: its stages have them."""
+        """Every metric of the single measurement: its stages `score` have them."""
         stages = self.client.search_runs(["0"], f"tags.`{PARENT}` = '{self.id('single')}'")
-        return {name: value for run in stages for name, value in run.data.metrics.items() if "/" in name}
+        scored = [run for run in stages if str(run.info.run_name).startswith("score")]
+        return {name: value for run in scored for name, value in run.data.metrics.items() if "/" in name}
 
     def id(self, key: str) -> str:
         return str(self.runs[key].info.run_id)
