@@ -68,6 +68,7 @@ def test_two_frames_need_the_names_of_their_columns_alone(esm: Path, tmp_path: P
     assert found.notes == (
         "class is read as sequence: 'share' holds numbers",
         "task_type is read as regression: 'share' holds numbers",
+        "for 60 sequences: batch_size=32, optim={'name': 'adam', 'lr': 0.001}",
     )
 
 
@@ -341,3 +342,23 @@ def test_no_bars_where_no_notebook_shows_them(capsys: pytest.CaptureFixture[str]
     with progress("embed", 2, "residues") as advance:
         advance(1)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "batch_size", "num_epochs"),
+    [
+        (60, {}, 32, 100),  # two steps an epoch: 640 would be needed, 100 is the most
+        (1_000, {}, 32, 40),  # 32 steps an epoch
+        (1_000, {"batch_size": 100}, 100, 100),  # 10 steps: 128 would be needed
+        (5_000, {}, 128, 32),  # 40 steps
+        (50_000, {}, 128, 10),
+        (50_000, {"num_epochs": 3}, 128, 3),
+    ],
+)
+def test_a_head_on_frames_is_trained_long_enough(
+    rows: int, settings: dict[str, Any], batch_size: int, num_epochs: int
+) -> None:
+    frame = pd.DataFrame({"sequence": ["MKTAYIAK"] * rows, "value": np.linspace(0, 1, rows)})
+    config = config_of_frames({"train": frame, "test": frame}, settings, [])
+    (task,) = config.dataset
+    assert (task.batch_size, task.num_epochs, task.optim["lr"]) == (batch_size, num_epochs, 0.001)

@@ -318,10 +318,14 @@ def test_two_ranks_under_ddp(ranks: Any) -> None:
 
 
 def test_the_line_of_a_step_has_the_interval_of_the_change() -> None:
-    ends = {"test_x_mcc_delta_start_ci_low": -0.125, "test_x_mcc_delta_start_ci_high": 0.25}
+    ends = {
+        "test_x_mcc_delta_start_ci_low": -0.125,
+        "test_x_mcc_delta_start_ci_high": 0.25,
+        "test_x_mcc_delta_start": 0.1,
+    }
     lines = Lines(["test_x_mcc"])
     assert "at step 7: test_x_mcc 0.5000 (1.2 s; " in lines.of_measurement(7, {"test_x_mcc": 0.5}, 1.2)
-    both = "test_x_mcc 0.5000 (changed by -0.125 to +0.250 since the start) (1.2 s; "
+    both = "test_x_mcc 0.5000 (+0.100 since the start, 95 %: -0.125 to +0.250) (1.2 s; "
     assert both in lines.of_measurement(7, {"test_x_mcc": 0.5, **ends}, 1.2)
 
 

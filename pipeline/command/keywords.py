@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PARTS = {"train", "test", "val"}
+STEPS = 1_280  # of an optimizer, after which the heads of the sample's tasks have learnt
+MANY = 4_096  # sequences
 
 
 def frames_of(config: Any) -> dict[str, pd.DataFrame]:
@@ -74,9 +76,23 @@ def config_of_frames(frames: Mapping[str, pd.DataFrame], settings: Mapping[str, 
         ]
         task = {**inferred, **task}
     task.setdefault("task_name", str(target or "downstream"))
-    config = config_from({**section, "dataset": task})
+    chosen = {key: value for key, value in _training_of(len(frame), task).items() if key not in task}
+    if chosen:
+        notes.append(f"for {len(frame)} sequences: {', '.join(f'{key}={value!r}' for key, value in chosen.items())}")
+    config = config_from({**section, "dataset": {**task, **chosen}})
     config.check(with_files=False)
     return config
+
+
+def _training_of(rows: int, task: Mapping[str, Any]) -> dict[str, Any]:
+    """How a head is trained on so many sequences: `STEPS` steps or more, where that takes no more than 100 epochs.
+
+    The reference's defaults, which files keep, leave a head on few sequences at a constant guess.
+    """
+    batch_size = task.get("batch_size", 32 if rows < MANY else 128)
+    epochs = -(-STEPS // -(-rows // batch_size)) if rows and isinstance(batch_size, int) and batch_size > 0 else 10
+    optim = {"name": "adam", "lr": 0.001}
+    return {"batch_size": batch_size, "num_epochs": min(max(epochs, 10), 100), "optim": optim}
 
 
 def _sorted(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

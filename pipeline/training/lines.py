@@ -52,8 +52,10 @@ class Lines:
 
 
 def _with_change(name: str, metrics: Mapping[str, float]) -> str:
-    """`test_x_accuracy 0.7500 (changed by +0.050 to +0.200 since the start)`; the interval where there is one."""
-    ends = [metrics.get(f"{name}_delta_start_ci_{end}") for end in ("low", "high")]
-    low, high = (None if end is None else f"{end:+.3f}" for end in ends)
-    change = f" (changed by {low} to {high} since the start)" if low and high else ""
-    return f"{name} {metrics[name]:z.4f}{change}"
+    """`test_x_mcc 0.7500 (+0.125 since the start, 95 %: +0.050 to +0.200)`; the change where it has an interval."""
+    change = f"{name}_delta_start"
+    said = f"{name} {metrics[name]:z.4f}"
+    if f"{change}_ci_low" not in metrics:
+        return said
+    by, low, high = (metrics[key] for key in (change, f"{change}_ci_low", f"{change}_ci_high"))
+    return f"{said} ({by:+z.3f} since the start, 95 %: {low:+z.3f} to {high:+z.3f})"
