@@ -71,7 +71,7 @@ def verdicts(examples: Examples, heads: Sequence[SeedHead], results: Sequence[Me
     found = [
         Verdict(
             metric.target,
-            "no better than a guess",
+            "mse no better than a constant's" if metric.name == "mse" else "no better than a guess",
             f"{metric.key} is no better than a constant guess, after {steps}: {_more(examples.task)}",
         )
         for metric in results
