@@ -50,7 +50,8 @@ def test_one_task(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert lab.statuses(parent) == dict.fromkeys(["main", *STAGES], "FINISHED")
     assert "test_value_mse" in scores[0].metrics
-    first = ["test_value_spearman", "test_value_probe_spearman"]  # of 20 sequences there is no interval
+    # Of 20 sequences there is no interval.
+    first = ["test_value_spearman", "test_value_probe_spearman", "dwnstr_task_val_loss", "test_value_mse"]
     assert dict(parent.data.metrics) == {name: scores[0].metrics[name] for name in first}
     assert scores[0].metrics.items() <= lab.nested(parent)["score"].data.metrics.items()
     assert parent.info.run_name == f"{lab.ckpt.name}: value {scores[0].metrics[first[0]]:.3f}"
@@ -116,7 +117,8 @@ def test_a_list_of_two_tasks(lab: Lab) -> None:
     assert lab.statuses(parent) == dict.fromkeys(["main", *stages], "FINISHED")
     names = {"value/test_value_spearman", "state/test_state_accuracy"}
     probes = {"value/test_value_probe_spearman", "state/test_state_probe_accuracy"}
-    assert parent.data.metrics.keys() == names | probes
+    losses = {"value/dwnstr_task_val_loss", "value/test_value_mse", "state/dwnstr_task_val_loss"}
+    assert parent.data.metrics.keys() == names | probes | losses
     assert {file.path for file in lab.client.list_artifacts(parent.info.run_id)} == {
         "config.yaml",
         "predictions_value.parquet",

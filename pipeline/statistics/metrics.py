@@ -237,10 +237,7 @@ def lower_is_better(key: str) -> bool:
 
 
 def is_shown_first(key: str) -> bool:
-    """Whether a number that is logged belongs to what a reader looks at first of a target.
-
-    That is the main metric with its interval and its deviation over seeds, the probe's, and what both have changed by;
-    and of the head what the reference of this tool logs, the loss and the squared error.
+    """Whether a number that is logged belongs to what a reader looks at first of a target, see `shown_at`.
 
     >>> [is_shown_first(f"fitness/test_fitness_{end}") for end in ("spearman", "spearman_ci_low", "mse", "rmse")]
     [True, True, True, False]
@@ -249,8 +246,22 @@ def is_shown_first(key: str) -> bool:
     >>> [is_shown_first(f"test_x_probe_accuracy{end}") for end in ("", "_ci_low", "_delta_start", "_p_improved")]
     [True, False, True, True]
     """
+    return shown_at(key) < 2
+
+
+def shown_at(key: str) -> int:
+    """Where a number stands among those of a run.
+
+    0 is the main metric with its interval and its deviation over seeds, the probe's, and what both have changed by; 1 is
+    what the reference of this tool logs of a head, the loss and the squared error; 2 is all else.
+
+    >>> [shown_at(f"fitness/test_fitness_{end}") for end in ("spearman", "mse", "rmse")]
+    [0, 1, 2]
+    """
     changed = _CHANGE.sub("", key)
     metric = Metric.parse(_END.sub("", changed))
-    if metric is None or not metric.is_headline:
-        return metric is not None and key == metric.key and metric.name in (LOSS, "mse") and metric == metric.beside
-    return changed != key or key == metric.key or not metric.probe
+    if metric is None:
+        return 2
+    if not metric.is_headline:
+        return 1 if key == metric.key and metric.name in (LOSS, "mse") and metric == metric.beside else 2
+    return 0 if changed != key or key == metric.key or not metric.probe else 2

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from pipeline.statistics.metrics import is_shown_first
+from pipeline.statistics.metrics import is_shown_first, shown_at
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -143,8 +143,8 @@ class Headlines(Several):
 
     def metrics(self, values: Mapping[str, float], step: int = 0, data: Data | None = None) -> None:
         """See `Tracker.metrics`."""
-        if first := {name: value for name, value in values.items() if is_shown_first(name)}:
-            super().metrics(first, step, data)
+        if first := sorted(filter(is_shown_first, values), key=shown_at):
+            super().metrics({name: values[name] for name in first}, step, data)
 
 
 class AtStep(Several):

@@ -11,7 +11,7 @@ from typing import Any
 import mlflow
 
 from pipeline.config.schema import Config
-from pipeline.statistics.metrics import is_shown_first
+from pipeline.statistics.metrics import shown_at
 from pipeline.tracking.client import shown
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.mirrors import is_kind
@@ -153,9 +153,9 @@ class _Here(AtStep):
         try:
             yield
         finally:
-            for first in (True, False):
+            for place in range(3):
                 for values, data in self._numbers:
-                    chosen = {name: value for name, value in values.items() if is_shown_first(name) == first}
+                    chosen = {name: value for name, value in values.items() if shown_at(name) == place}
                     if chosen:
                         super().metrics(chosen, data=data)
             for log in self._models:
