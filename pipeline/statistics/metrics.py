@@ -252,8 +252,8 @@ def is_shown_first(key: str) -> bool:
 def shown_at(key: str) -> int:
     """Where a number stands among those of a run.
 
-    0 is the main metric with its interval and its deviation over seeds, the probe's, and what both have changed by; 1 is
-    what the reference of this tool logs of a head, the loss and the squared error; 2 is all else.
+    0 is the main metric with its interval and its deviation over seeds, the probe's, and what both have changed by; 1
+    is what the reference of this tool logs of a head, the loss and the squared error; 2 is all else.
 
     >>> [shown_at(f"fitness/test_fitness_{end}") for end in ("spearman", "mse", "rmse")]
     [0, 1, 2]
