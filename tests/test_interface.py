@@ -107,7 +107,11 @@ def test_file_content_and_keywords_are_one_configuration(esm: Path, tmp_path: Pa
     assert (first.config.max_batch_tokens, first.config.dataset[0].num_epochs) == (512, 2)
     again = measure(str(esm), first.config)
     assert again.metrics == first.metrics
-    in_memory = measure(esm, parts, store=str(tmp_path / "other"), max_batch_tokens=512, **QUICK)
+    training: dict[str, Any] = {
+        "batch_size": task.batch_size,
+        "optim": task.optim,
+    }  # what frames have by default is their own
+    in_memory = measure(esm, parts, store=str(tmp_path / "other"), max_batch_tokens=512, **training, **QUICK)
     assert in_memory.metrics == first.metrics
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(content))
     renamed = measure(esm, content, labels_col="length", sequence_col="sequence", max_batch_tokens=512, num_epochs=2)
@@ -181,7 +185,7 @@ def test_numbers_in_a_column_of_objects_are_numbers(labels: list[Any]) -> None:
     notes: list[str] = []
     config = config_of_frames({"train": frame, "test": frame}, {}, notes)
     assert (config.dataset[0].level, config.dataset[0].task_type) == ("sequence", "regression")
-    assert notes[-1].endswith("'tm' holds numbers")
+    assert notes[0].endswith("'tm' holds numbers")
 
 
 def test_a_label_per_token_that_is_too_short_is_named(tmp_path: Path) -> None:
