@@ -21,7 +21,7 @@ from pipeline.tracking.sender import flush
 from tests.support.data import planted_task
 from tests.support.loops import BEST, make_model, train
 from tests.support.own_model import OwnTokenizer
-from tests.support.readers import in_tensorboard, in_wandb
+from tests.support.readers import assert_in_wandb, in_tensorboard
 from tests.support.training import section
 from tests.support.two_ranks_of import both_ranks
 
@@ -92,7 +92,7 @@ def test_the_best_checkpoint_and_the_reporters(
     assert in_tensorboard(events, f"eval/{BEST}") == in_single
     wandb.finish()
     (file,) = tmp_path.rglob("run-*.wandb")
-    assert in_wandb(file, f"eval/{BEST}", "train/global_step") == curve
+    assert_in_wandb(file, f"eval/{BEST}", curve, "train/global_step")
     flush()
     mlflow.end_run()
     (run,) = MlflowClient(tracking).search_runs(["0"])

@@ -29,7 +29,7 @@ from pipeline.training.unwrapped import unwrapped
 from tests.support.data import planted, planted_task, proteins, write_csv
 from tests.support.loops import Scaler, loop, make_model, snapshot
 from tests.support.own_model import OwnTokenizer
-from tests.support.readers import in_tensorboard, in_wandb
+from tests.support.readers import assert_in_wandb, in_tensorboard
 from tests.support.training import section
 from tests.support.two_ranks_of import both_ranks
 
@@ -73,7 +73,7 @@ def test_mirrors_by_configuration(task: Task, tmp_path: Path, tracking: str, mon
     (events,) = (tmp_path / "tb").iterdir()
     assert in_tensorboard(events, NAME) == expected
     (file,) = (tmp_path / "store").rglob("run-*.wandb")
-    assert in_wandb(file, NAME) == expected
+    assert_in_wandb(file, NAME, expected)
 
 
 @pytest.mark.filterwarnings("ignore")  # of dynamo, on what it cannot compile

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,16 @@ def in_wandb(file: Path, name: str, step: str = "trainer/global_step") -> list[t
         if name in row:
             found.append((row[step], row[name]))
     return found
+
+
+def assert_in_wandb(file: Path, name: str, expected: list[tuple[int, Any]], step: str = "trainer/global_step") -> None:
+    """`in_wandb` gives this, once W&B's own process has written it all: on a busy machine that takes a while."""
+    for _ in range(300):
+        with suppress(Exception):  # a record that is written by half
+            if in_wandb(file, name, step) == expected:
+                return
+        time.sleep(0.1)
+    assert in_wandb(file, name, step) == expected
 
 
 def run_in_wandb(file: Path) -> tuple[Any, list[int]]:
