@@ -27,9 +27,8 @@ from pipeline.tracking.recording import FailedStageError, Recording, replay
 
 logger = logging.getLogger(__name__)
 
-Rows = tuple[
-    compare.Row, compare.Row | None
-]  # of a checkpoint; of its model with random weights, where it is asked for
+# Of a checkpoint; of its model with random weights, where that is asked for.
+Rows = tuple[compare.Row, compare.Row | None]
 Measure = Callable[[str, str, Run], Rows]  # of a checkpoint with this name, in this run
 
 
