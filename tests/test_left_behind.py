@@ -436,10 +436,9 @@ from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.journal import Journal
 journal = Journal(Path(sys.argv[1]))
 with temporary_folder(Path(sys.argv[2])):
-    worker = os.fork()
-    if worker == 0:
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)  # by the worker: it has let go of the locks by now
         signal.pause()
-    print(worker, flush=True)
     sys.stdin.read()
 """
 

@@ -71,6 +71,7 @@ def _ray() -> Any:
     """The library, which then tells nobody that it is used."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_TQDM_PATCH_PRINT", "0")  # it would replace the program's `print`, and leave it so
     try:
         import ray.data
     except ImportError as error:
