@@ -131,8 +131,9 @@ def _key(examples: Examples, store: Store, device: torch.device) -> str | None:
     if code is None:
         return None
     encoder = f"{BASELINES[task.level].name} {VERSION} {store.dtype}"
+    threads = torch.get_num_threads()  # of which some train the heads, the same ones of as many
     parts = {
-        "heads": [head_key(examples, encoder, seed, code, device) for seed in task.seeds],
+        "heads": [head_key(examples, encoder, seed, code, device, threads) for seed in task.seeds],
         "seeds": task.seeds,
         "probe": [task.probe, task.probe_window],
         "targets": [(target.name, target.classes) for target in examples.targets],

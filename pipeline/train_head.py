@@ -28,6 +28,7 @@ from pipeline.errors import CacheError
 from pipeline.heads.architectures import Head, standard_head
 from pipeline.heads.fit import Losses, SeedHead, fit, steps_of
 from pipeline.heads.probe import Probe, fit_probe
+from pipeline.heads.threads import threads_of
 from pipeline.load import Examples
 from pipeline.statistics.metrics import PROBE, metric_name
 from pipeline.store.embedding_table import FORMAT, Store
@@ -123,10 +124,11 @@ def fit_seeds(embeddings: Embeddings, seeds: Sequence[int], store: Store, device
     code = code_of_head(task)
     reusable = code is not None and embeddings.reusable
     folder, width = store.root.expanduser() / "heads", embeddings.table.hidden_size
-    keys = [head_key(embeddings.examples, embeddings.key, seed, code, device) for seed in seeds]
-    paths = [folder / f"{key}.safetensors" for key in keys]
     with _as_trained_alone(device):
         heads = [_fresh(task, seed, width, targets, device) for seed in seeds]
+        threads = threads_of(heads[0], embeddings.examples)
+        keys = [head_key(embeddings.examples, embeddings.key, seed, code, device, threads) for seed in seeds]
+        paths = [folder / f"{key}.safetensors" for key in keys]
         found = [_restore(head, path) if reusable else None for head, path in zip(heads, paths, strict=True)]
         missing = [index for index, losses in enumerate(found) if losses is None]
         trained = dict[int, Losses]()
@@ -199,7 +201,9 @@ def code_of_head(task: Task) -> str | None:
     return code_digest(import_class(task.head, "class", LEVELS)) if task.head else ""
 
 
-def head_key(examples: Examples, embeddings: str, seed: int, code: str | None, device: torch.device) -> str:
+def head_key(
+    examples: Examples, embeddings: str, seed: int, code: str | None, device: torch.device, threads: int
+) -> str:
     """A digest of everything that the fit of a head depends on.
 
     Other seeds of the task count only where they draw what is held out: a task of more heads reuses those that are
@@ -211,6 +215,7 @@ def head_key(examples: Examples, embeddings: str, seed: int, code: str | None, d
         seed: of the head.
         code: see `code_of_head`.
         device: where it is trained.
+        threads: that train it.
     """
     task = examples.task
     parts: dict[str, Any] = {
@@ -223,7 +228,7 @@ def head_key(examples: Examples, embeddings: str, seed: int, code: str | None, d
         "seed": seed,
         "held out by": task.random_seed if task.patience is not None and examples.val is None else None,
         "head": task.head and [task.head, code],
-        "machine": [device.type, torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.__version__],
+        "machine": [device.type, threads, torch.get_float32_matmul_precision(), torch.__version__],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

@@ -14,6 +14,8 @@ import torch
 
 from pipeline.config.task import MaxRows, Task
 from pipeline.embed import Embeddings, embed
+from pipeline.heads.architectures import standard_head
+from pipeline.heads.threads import on_threads, threads_of
 from pipeline.load import load
 from pipeline.report.tables import score_table
 from pipeline.score import Scores, score
@@ -84,6 +86,27 @@ def test_more_seeds_reuse_the_heads_that_are_there(tmp_path: Path) -> None:
     _, other = measured(replace(task, random_seed=1235, num_seeds=3), store)
     assert np.array_equal(scores.table["y_prediction"].to_numpy()[60:], other.table["y_prediction"].to_numpy())
     assert len(list((store.root / "heads").iterdir())) == 4
+
+
+def test_a_small_head_does_not_depend_on_the_threads(tmp_path: Path) -> None:
+    """One trains it: what four have stored is taken by one, with the bits that one gives."""
+    task, stores = numbers_task(tmp_path), [Store(tmp_path / name) for name in ("four", "one")]
+    with on_threads(4):
+        four, _ = measured(task, stores[0])
+        assert torch.get_num_threads() == 4
+    with on_threads(1):
+        again, one = measured(task, stores[0])[0], measured(task, stores[1])[0]
+    assert again.reused
+    assert not one.reused
+    assert four.losses == one.losses
+
+
+@pytest.mark.parametrize(("batch_size", "threads"), [(8, 1), (128, 1), (1_000, 5), (10_000, 52), (100_000, 64)])
+def test_a_thread_has_a_quarter_of_a_gigaflop_of_each_step(tmp_path: Path, batch_size: int, threads: int) -> None:
+    """An MLP of width 320 has 217,921 weights: a batch of 1,000 takes 6 x 1,000 x 217,921 = 1.31e9 operations."""
+    examples = load(numbers_task(tmp_path, batch_size=batch_size))
+    with on_threads(64):
+        assert threads_of(standard_head("sequence", 320, [1]), examples) == threads
 
 
 def test_scores_are_means_over_seeds_with_their_deviation(tmp_path: Path) -> None:

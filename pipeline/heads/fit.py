@@ -21,6 +21,7 @@ from pipeline.heads.batches import Batch, Data, Indices
 from pipeline.heads.loss import losses_of
 from pipeline.heads.optimizers import ScheduledOptimizer, is_plain, needs_metric
 from pipeline.heads.stack import Stack
+from pipeline.heads.threads import on_threads, threads_of
 from pipeline.load import Examples
 from pipeline.progress import progress
 
@@ -193,6 +194,8 @@ class SeedHead:
 def fit(heads: Sequence[Head], seeds: Sequence[int], embeddings: Embeddings, device: torch.device) -> list[Losses]:
     """Trains fresh heads of one task in place, each as it would be trained alone; may seed torch's random state.
 
+    On a CPU it takes as many threads as `threads_of` says.
+
     Args:
         heads: of one architecture.
         seeds: of each head's batches.
@@ -208,6 +211,11 @@ def fit(heads: Sequence[Head], seeds: Sequence[int], embeddings: Embeddings, dev
         ConfigError: the optimizer's or the schedule's name or options are not valid.
         DataError: the loss is no longer a finite number.
     """
+    with on_threads(threads_of(heads[0], embeddings.examples)):
+        return _fit(heads, seeds, embeddings, device)
+
+
+def _fit(heads: Sequence[Head], seeds: Sequence[int], embeddings: Embeddings, device: torch.device) -> list[Losses]:
     examples, split = embeddings.examples, _Split(embeddings, device)
     task, targets = examples.task, examples.targets
     for head in heads:
