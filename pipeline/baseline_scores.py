@@ -100,9 +100,8 @@ def measure_baseline(examples: Examples, store: Store, device: torch.device) -> 
     Raises:
         PipelineError: see `embed` and `train_head`; or what is to be kept cannot be written.
     """
-    kind, key = BASELINES[examples.task.level], _key(examples, store, device)
-    path = (store.lasting or store.root).expanduser() / "baselines" / f"{key}.parquet"
-    found = _restore(path, kind.name) if key else None
+    kind, path = BASELINES[examples.task.level], baseline_path(examples, store, device)
+    found = path and _restore(path, kind.name)
     if found:
         return found
     began = time.perf_counter()
@@ -116,9 +115,15 @@ def measure_baseline(examples: Examples, store: Store, device: torch.device) -> 
     logger.info("baseline    %s: %s, measured in %.1f s", scores.task_name, kind.name, seconds)
     values = {metric.key: metric.value for metric in scores.results if metric.is_headline}
     measured = BaselineScores(kind.name, values, scores.table)
-    if key:
+    if path:
         _keep(measured, path)
     return measured
+
+
+def baseline_path(examples: Examples, store: Store, device: torch.device) -> Path | None:
+    """Where a baseline's predictions are stored once they are made; None where the code of the head is not known."""
+    key = _key(examples, store, device)
+    return (store.lasting or store.root).expanduser() / "baselines" / f"{key}.parquet" if key else None
 
 
 def _key(examples: Examples, store: Store, device: torch.device) -> str | None:

@@ -121,21 +121,16 @@ def fitted_head(task: Task, heads: Sequence[SeedHead], probe: Probe | None) -> F
 def fit_seeds(embeddings: Embeddings, seeds: Sequence[int], store: Store, device: torch.device) -> list[SeedHead]:
     """The heads of some seeds of a task. Raises what `train_head` does."""
     task, targets = embeddings.examples.task, embeddings.examples.targets
-    code = code_of_head(task)
-    reusable = code is not None and embeddings.reusable
-    folder, width = store.root.expanduser() / "heads", embeddings.table.hidden_size
     with _as_trained_alone(device):
-        heads = [_fresh(task, seed, width, targets, device) for seed in seeds]
-        threads = threads_of(heads[0], embeddings.examples)
-        keys = [head_key(embeddings.examples, embeddings.key, seed, code, device, threads) for seed in seeds]
-        paths = [folder / f"{key}.safetensors" for key in keys]
-        found = [_restore(head, path) if reusable else None for head, path in zip(heads, paths, strict=True)]
+        heads = [_fresh(task, seed, embeddings.table.hidden_size, targets, device) for seed in seeds]
+        paths = head_paths(embeddings.examples, embeddings.key if embeddings.reusable else None, heads, seeds, store)
+        found = [_restore(head, path) for head, path in zip(heads, paths, strict=True)]
         missing = [index for index, losses in enumerate(found) if losses is None]
         trained = dict[int, Losses]()
         if missing:
             fitted = fit([heads[i] for i in missing], [seeds[i] for i in missing], embeddings, device)
             trained = dict(zip(missing, fitted, strict=True))
-        for index, losses in trained.items() if reusable else ():
+        for index, losses in trained.items():
             _keep(heads[index], losses, paths[index])
     result = []
     for index, (seed, head, stored) in enumerate(zip(seeds, heads, found, strict=True)):
@@ -143,6 +138,30 @@ def fit_seeds(embeddings: Embeddings, seeds: Sequence[int], store: Store, device
         steps = steps_of(embeddings.examples, len(curves[0]))
         result.append(SeedHead(seed, head.eval(), *curves, steps, stored is not None))
     return result
+
+
+def head_paths(
+    examples: Examples, embeddings: str | None, heads: Sequence[Head], seeds: Sequence[int], store: Store
+) -> list[Path | None]:
+    """Where the heads of some seeds are stored once they are trained.
+
+    Args:
+        examples: what they are trained on.
+        embeddings: the key of their embeddings; None where these are not stored.
+        heads: fresh ones, on their device.
+        seeds: of the heads.
+        store: where they would be.
+
+    Returns:
+        A path for each; None for heads that are not stored, as their embeddings or their code will not be known again.
+    """
+    code = code_of_head(examples.task)
+    if embeddings is None or code is None:
+        return [None] * len(seeds)
+    folder, threads = store.root.expanduser() / "heads", threads_of(heads[0], examples)
+    device = next(heads[0].parameters()).device
+    keys = [head_key(examples, embeddings, seed, code, device, threads) for seed in seeds]
+    return [folder / f"{key}.safetensors" for key in keys]
 
 
 @contextmanager
@@ -233,8 +252,10 @@ def head_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _restore(head: Head, path: Path) -> Losses | None:
+def _restore(head: Head, path: Path | None) -> Losses | None:
     """Loads a stored head; None if there is none that can be read."""
+    if path is None:
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -250,7 +271,9 @@ def _restore(head: Head, path: Path) -> Losses | None:
     return losses, val_losses
 
 
-def _keep(head: Head, losses: Losses, path: Path) -> None:
+def _keep(head: Head, losses: Losses, path: Path | None) -> None:
+    if path is None:
+        return
     state = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
     try:
         with temporary_folder(path.parent) as folder:

@@ -279,7 +279,7 @@ def _log_label_free(embeddings: Sequence[Embeddings], in_list: bool, run: Tracke
 
 def _log_head(head: FittedHead, name: str, run: Tracker) -> None:
     count, stored = len(head.heads), sum(one.reused for one in head.heads)
-    state = {0: "trained", count: "taken from the store"}.get(stored, f"{stored} of {count} taken from the store")
+    state = {0: "trained", count: "taken from the store"}.get(stored, f"trained, but {stored} taken from the store")
     heads, steps = f"{count} heads " if count > 1 else "", max(one.steps for one in head.heads)
     logger.info("train_head  %s: %s%s, %d epochs, %d steps", name, heads, state, len(head.losses), steps)
     for curve, losses in head.curves.items():

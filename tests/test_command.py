@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,8 @@ def test_doctor_finds_nothing_wrong(
     assert found["tracker"] == {"tracking_uri": tracking, "answers": True}
     assert found["cost"]["rows"] == {"leucine": {"train": 60, "test": 60}}
     assert (found["cost"]["sequences"], found["cost"]["stored"]) == (60, 0)
-    assert found["cost"]["steps"] == {"leucine": 2 * 3 * 2}  # two batches in each epoch of each head
+    heads = found["cost"]["heads"]["leucine"]
+    assert (heads["stored"], heads["steps"]) == (0, 2 * 3 * 2)  # two batches in each epoch of each head
     assert not (tmp_path / "store").exists()
     assert main(["doctor", *job]) == 0
     said = capsys.readouterr().out
@@ -282,7 +284,7 @@ def test_the_cost_is_what_embedding_then_takes(tmp_path: Path, fake: FakeEncoder
     assert not store.root.exists()
     residues = sum(map(len, TEXTS))
     assert (cost.sequences, cost.stored, cost.tokens) == (7, 0, residues + 3)
-    assert cost.steps == {"downstream": 0, "tokens": 0}
+    assert {name: one.steps for name, one in cost.heads.items()} == {"downstream": 0, "tokens": 0}
     assert cost.disk_bytes == 4 * fake.hidden_size * (7 + residues)
     assert cost.rows == {"downstream": {"train": 8, "test": 8}, "tokens": {"train": 6, "test": 6}}
     assert cost.seconds is not None
@@ -302,6 +304,24 @@ def test_the_cost_is_what_embedding_then_takes(tmp_path: Path, fake: FakeEncoder
     listed = (table.folder / "manifest.json").read_bytes()
     assert estimate(examples, fake, store).disk_bytes == 4 * fake.hidden_size * 7
     assert (table.folder / "manifest.json").read_bytes() == listed
+
+
+def test_the_cost_of_heads_is_that_of_those_that_are_not_stored(
+    tmp_path: Path, fake: FakeEncoder, store: Store
+) -> None:
+    """One of three heads is there; then all, and the baseline's. Six sequences are two batches of three."""
+    task = replace(token_task(tmp_path, num_epochs=4), batch_size=3, baselines=True)
+    first = estimate([load(task)], fake, store)
+    validate(fake, [task], store, until="train_head")
+    task = replace(task, num_seeds=3)
+    second = estimate([load(task)], fake, store)
+    validate(fake, [task], store)
+    third = estimate([load(task)], fake, store)
+    found = [(one.heads["tokens"], one.baselines["tokens"]) for one in (first, second, third)]
+    counts = [[(cost.stored, cost.steps) for cost in pair] for pair in found]
+    assert counts == [[(0, 8), (0, 8)], [(1, 16), (0, 24)], [(3, 0), (3, 0)]]
+    assert first.head_seconds > 0
+    assert third.head_seconds == 0
 
 
 @pytest.mark.slow

@@ -101,9 +101,9 @@ def test_a_small_head_does_not_depend_on_the_threads(tmp_path: Path) -> None:
     assert four.losses == one.losses
 
 
-@pytest.mark.parametrize(("batch_size", "threads"), [(8, 1), (128, 1), (1_000, 5), (10_000, 52), (100_000, 64)])
-def test_a_thread_has_a_quarter_of_a_gigaflop_of_each_step(tmp_path: Path, batch_size: int, threads: int) -> None:
-    """An MLP of width 320 has 217,921 weights: a batch of 1,000 takes 6 x 1,000 x 217,921 = 1.31e9 operations."""
+@pytest.mark.parametrize(("batch_size", "threads"), [(8, 1), (1_000, 1), (2_000, 3), (10_000, 13), (100_000, 64)])
+def test_a_thread_has_a_gigaflop_of_each_step(tmp_path: Path, batch_size: int, threads: int) -> None:
+    """An MLP of width 320 has 217,921 weights: a batch of 2,000 takes 6 x 2,000 x 217,921 = 2.6e9 operations."""
     examples = load(numbers_task(tmp_path, batch_size=batch_size))
     with on_threads(64):
         assert threads_of(standard_head("sequence", 320, [1]), examples) == threads

@@ -1,4 +1,4 @@
-"""What a measurement will cost, before it is made: sequences, tokens, time on this device, disk."""
+"""What a measurement will cost, before it is made: sequences, tokens, steps, time on this device, disk."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipeline.command.head_cost import HeadCost, of_baseline, of_checkpoint
 from pipeline.embed import made_with
 from pipeline.encoders.forward import batches
 from pipeline.encoders.protocol import Encoder
-from pipeline.heads.fit import steps_of
 from pipeline.load import Examples
 from pipeline.store.embedding_table import Store, sequence_key
 
@@ -22,7 +22,7 @@ COUNTED = 4096  # sequences whose tokens are counted; of more, a sample over all
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a measurement: of its embeddings, and the steps of its heads.
+    """The cost of a measurement: of its embeddings and its heads. Probes and scores come on top.
 
     Attributes:
         rows: by task, the sequences of each part.
@@ -33,7 +33,8 @@ class Cost:
         timed: the batches that were timed, of `batches`.
         batches: in which the others are embedded.
         disk_bytes: of the embeddings of the others.
-        steps: by task, the optimizer steps of its heads, of all seeds together; as if none were stored.
+        heads: by task.
+        baselines: by task, of the heads on its baseline's embeddings; those are not counted above.
     """
 
     rows: Mapping[str, Mapping[str, int]]
@@ -44,13 +45,19 @@ class Cost:
     timed: int
     batches: int
     disk_bytes: int
-    steps: Mapping[str, int]
+    heads: Mapping[str, HeadCost]
+    baselines: Mapping[str, HeadCost]
+
+    @property
+    def head_seconds(self) -> float:
+        """That the heads of all tasks and baselines take."""
+        return sum(one.seconds for one in (*self.heads.values(), *self.baselines.values()))
 
 
 def estimate(examples: Sequence[Examples], encoder: Encoder, store: Store, seconds: float = SECONDS) -> Cost:
-    """Counts what is to be embedded, and times some of the batches, of all lengths.
+    """Counts what is to be embedded and trained, and times some of it.
 
-    Nothing is stored. The batches are those that `embed` would make.
+    Nothing is stored. The batches are those that `embed` would make, of all lengths.
 
     Args:
         examples: of each task.
@@ -62,6 +69,7 @@ def estimate(examples: Sequence[Examples], encoder: Encoder, store: Store, secon
         CheckpointError: the encoder cannot embed a batch.
     """
     every, missing, disk = dict[bytes, str](), dict[bytes, str](), 0
+    tables = dict[str, str | None]()
     for level in sorted({one.task.level for one in examples}):
         pooling = encoder.pooling if level == "sequence" else "none"
         table = store.table(encoder.digest, pooling, encoder.hidden_size, encoder.reusable)
@@ -69,6 +77,7 @@ def estimate(examples: Sequence[Examples], encoder: Encoder, store: Store, secon
         known = table.keys()
         new = {key: text for key, text in texts.items() if key not in known}
         disk += table.row_bytes * (len(new) if level == "sequence" else sum(map(len, new.values())))
+        tables[level] = table.folder.name if encoder.reusable else None
         every |= texts
         missing |= new
     plan = made_with(encoder.device, encoder.precision, encoder.pooling, store, examples)
@@ -78,8 +87,11 @@ def estimate(examples: Sequence[Examples], encoder: Encoder, store: Store, secon
     rows = {one.task.task_name: {name: len(part) for name, part in one.parts.items()} for one in examples}
     expected = _expected(times, sizes) if planned else None
     tokens, stored = _tokens([*missing.values()], encoder), len(every) - len(missing)
-    steps = {one.task.task_name: len(one.task.seeds) * steps_of(one, one.task.num_epochs) for one in examples}
-    return Cost(rows, len(every), stored, tokens, expected, len(times), len(planned), disk, steps)
+    names, device = [one.task.task_name for one in examples], encoder.device
+    own = [of_checkpoint(one, tables[one.task.level], encoder.hidden_size, store, device) for one in examples]
+    others = zip(names, [of_baseline(one, store, device) for one in examples], strict=True)
+    heads, baselines = dict(zip(names, own, strict=True)), {name: cost for name, cost in others if cost}
+    return Cost(rows, len(every), stored, tokens, expected, len(times), len(planned), disk, heads, baselines)
 
 
 def _texts(examples: Sequence[Examples]) -> dict[bytes, str]:

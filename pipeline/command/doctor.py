@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from pipeline.checkpoints.names import expand
 from pipeline.checkpoints.opening import open_encoder
 from pipeline.command.cost import Cost, estimate
+from pipeline.command.head_cost import HeadCost
 from pipeline.config.schema import Config
 from pipeline.config.shipped import ROOT
 from pipeline.config.yaml_file import read_config
@@ -207,16 +208,22 @@ def _cost(found: Findings, ckpt: str, encoder: Encoder, examples: Sequence[Examp
 def _words(cost: Cost) -> list[str]:
     parts = (f"{name}: {', '.join(f'{n} {part}' for part, n in parts.items())}" for name, parts in cost.rows.items())
     lines = [f"rows       {'; '.join(parts)}", f"sequences  {cost.sequences} distinct, {cost.stored} already stored"]
-    steps = "; ".join(f"{name}: {number}" for name, number in cost.steps.items())
     if cost.tokens:
         lines.append(f"tokens     {cost.tokens:,} to embed")
-    lines.append(f"heads      {steps} optimizer steps, and as many again for a baseline that is not stored yet")
-    if cost.seconds is None:
-        return [*lines, "time       nothing to embed; heads that are not stored, and scores, take their time"]
-    how = f"from {cost.timed} of {cost.batches} batches"
-    time = f"about {cost.seconds:.1f} s to embed ({how})"
-    on_top = "heads, probes and baselines come on top, and take longer than that where the model is small"
-    return [*lines, f"time       {time}; {on_top}", f"disk       {_size(cost.disk_bytes)}"]
+    for what, costs in (("heads", cost.heads), ("baseline's", cost.baselines)):
+        some = "; ".join(f"{name}: {_training(one)}" for name, one in costs.items())
+        lines += [f"{what:<11}{some}"] if some else []
+    timed = f" (from {cost.timed} of {cost.batches} batches)" if cost.seconds else ""
+    time = f"about {cost.seconds or 0:.1f} s to embed{timed}, {cost.head_seconds:.1f} s to train heads"
+    disk = [f"disk       {_size(cost.disk_bytes)}"] if cost.tokens else []
+    return [*lines, f"time       {time}; probes and scores come on top", *disk]
+
+
+def _training(cost: HeadCost) -> str:
+    """`600 steps, 1.2 s, 1 already stored`."""
+    there = f"{cost.stored} already stored" if cost.stored else ""
+    steps = f"{cost.steps:,} steps, {cost.seconds:.1f} s" if cost.steps else ""
+    return ", ".join(filter(None, (steps, there))) or "nothing to train"
 
 
 def _size(number: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,11 +64,15 @@ class Part:
 
     def shortest(self) -> Part:
         """The shortest sequence alone."""
-        first = min(range(len(self)), key=lambda row: len(self.sequences[row]))
-        units = unit_index(self.counts, np.array([first]))
+        return self.of([min(range(len(self)), key=lambda row: len(self.sequences[row]))])
+
+    def of(self, places: Sequence[int]) -> Part:
+        """Some of its sequences."""
+        some = np.array(places, np.int64)
+        units = unit_index(self.counts, some)
         values, masks = [array[units] for array in self.values], [array[units] for array in self.masks]
-        sequence, length = self.sequences[first], np.array([len(self.sequences[first])])
-        return Part([sequence], [self.rows[first]], self.counts[[first]], values, masks, 0, length)
+        sequences, rows = ([texts[place] for place in places] for texts in (self.sequences, self.rows))
+        return Part(sequences, rows, self.counts[some], values, masks, 0, np.array([*map(len, sequences)]))
 
     @cached_property
     def digest(self) -> str:

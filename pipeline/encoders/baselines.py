@@ -111,7 +111,7 @@ class Windows(Baseline):
         places, columns = _columns(sequence, self._letters)
         padded[places + WINDOW // 2, columns] = letters**0.5
         windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW, axis=0)  # (characters, letters, WINDOW)
-        return np.ascontiguousarray(windows.transpose(0, 2, 1)).reshape(len(sequence), -1)
+        return np.array(windows.transpose(0, 2, 1), order="C").reshape(len(sequence), -1)  # a view is read-only
 
 
 BASELINES: dict[str, type[Composition] | type[Windows]] = {"sequence": Composition, "token": Windows}  # by level

@@ -10,7 +10,7 @@ import torch
 from pipeline.heads.architectures import Head
 from pipeline.load import Examples
 
-FLOPS_PER_THREAD = 2.5e8  # of an optimizer step; `benchmarks/threads.py` shows what it saves and costs
+FLOPS_PER_THREAD = 1e9  # of an optimizer step; `benchmarks/threads.py` shows what it saves and costs
 
 
 def threads_of(head: Head, examples: Examples) -> int:
