@@ -52,19 +52,20 @@ class CustomEncoder(Encoder):
         for name in ("hidden_states",) if probe is not None else ("hidden_size", "hidden_states"):
             if not hasattr(inner, name):
                 raise CheckpointError(f"infer_target: {type(inner).__name__} has no '{name}'; see pipeline.Encoder")
-        self.inner, self._owner = inner, owner or type(inner)
+        self.inner: Any = inner
+        self._owner = owner or type(inner)
         self.context = context
         for name in OPTIONAL:
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
         digest = _given_digest(inner) or digest
-        self.reusable = digest is not None and bool(getattr(inner, "reusable", True))
-        self.digest = digest or f"no digest {uuid4().hex}"
+        self.reusable: bool = digest is not None and bool(getattr(inner, "reusable", True))
+        self.digest: str = digest or f"no digest {uuid4().hex}"
         if digest is None:
-            self.notes = (*self.notes, note or no_reuse(self._owner, "embeddings are made"))
-        self.device = torch.device(getattr(inner, "device", device))
+            self.notes: tuple[str, ...] = (*self.notes, note or no_reuse(self._owner, "embeddings are made"))
+        self.device: torch.device = torch.device(getattr(inner, "device", device))
         size = getattr(inner, "hidden_size", None)
-        self.hidden_size = int(size) if size is not None else self._found_size(probe or "")
+        self.hidden_size: int = int(size) if size is not None else self._found_size(probe or "")
 
     @classmethod
     def from_checkpoint(cls, encoder_class: Any, source: str, device: torch.device) -> CustomEncoder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from pipeline.encoders.parts import compute_device, parts_of, place_of, reshard, within
@@ -31,7 +32,8 @@ class InStep:
     def __init__(self, module: nn.Module, called: nn.Module | None = None) -> None:
         """`called` is the part whose forward pass the code calls; None for a code that calls any."""
         self.calls: int = 0
-        self.device, self.place = compute_device(module), place_of(module)
+        self.device: torch.device = compute_device(module)
+        self.place: int = place_of(module)
         self._parts = parts_of(module)
         if called is not None:
             around = [part for part in self._parts if _contains(part, called)]

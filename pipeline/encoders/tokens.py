@@ -50,7 +50,10 @@ class Tokens:
         self.padding: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._known = cache(self._word)
         self._of_character = np.full(256, -1)  # ids of single characters, as far as they are known
+        self.splitting: str
         self.splitting, self._split = self._choose()
+        self.before: list[int]
+        self.after: list[int]
         self.before, self.after = self._template()
 
     def ids(self, sequence: str) -> npt.NDArray[np.int64]:

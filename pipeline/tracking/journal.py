@@ -47,10 +47,10 @@ class Journal:
             OSError: it can be neither read nor made, or another program writes it.
         """
         self.path = path
-        self.files = path.with_suffix(".files")
+        self.files: Path = path.with_suffix(".files")
         self.listener: Callable[[], None] = lambda: None  # called after each record
         self.runs: dict[str, Record] = {}  # the last beginning of each run
-        self.lost = 0  # records that could not be written
+        self.lost: int = 0  # records that could not be written
         self._lock = threading.Lock()
         if write:
             self._begin(uri, remove)
@@ -65,7 +65,7 @@ class Journal:
                 raise OSError(errno.EBUSY, "another program writes this journal") from error
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)  # a URI may hold a password
             self._stream = stack.enter_context(os.fdopen(descriptor, "ab"))
-            self.close = weakref.finalize(self, stack.pop_all().close)
+            self.close: weakref.finalize[[], Journal] = weakref.finalize(self, stack.pop_all().close)
         self.close.atexit = False  # the rest is sent at exit, and the lock is held until then
         if not self.end:
             self.append({"op": "journal", "uri": uri, "remove": remove, "tags": writer_tags(self.path)})

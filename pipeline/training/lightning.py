@@ -60,7 +60,7 @@ class DownstreamValidation(pl.Callback):
         self.tokenizer: Any = tokenizer
         self.config = config
         self.published: frozenset[str] = frozenset()
-        self.published_step = -1
+        self.published_step: int = -1
         self._loaded_step: int | None = None
         self._stage = ""
         self._trainer: Any = None

@@ -79,7 +79,9 @@ class Downstream:
         """
         self.config: Config = config if isinstance(config, Config) else read_config(config)
         self.session: Session = Session(self.config)
-        self.tokenizer, self.name, self.folder = tokenizer, name, Path(folder)
+        self.tokenizer: Any = tokenizer
+        self.name: str = name
+        self.folder: Path = Path(folder)
         self._last: tuple[Callable[[], nn.Module | None], int, Any] = (lambda: None), 0, None  # that was to be measured
 
     def __call__(self, model: nn.Module, step: int) -> dict[str, float]:

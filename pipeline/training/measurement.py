@@ -60,7 +60,7 @@ class Measurement:
         self.host = host
         self.earlier_run = earlier_run
         self.description: dict[str, Any] | None = None
-        self.progress = Progress()
+        self.progress: Progress = Progress()
         self._live: LiveModel | None = None
         self._examples: list[Examples] = []
         self._run: TrainingRun | None = None

@@ -41,7 +41,7 @@ class Ranks:
 
     def __init__(self, timeout: float) -> None:
         """`timeout` is in seconds: how long the ranks wait for one another, while one is still at work too."""
-        self.timeout = timedelta(seconds=timeout)
+        self.timeout: timedelta = timedelta(seconds=timeout)
         self.group: Any = None
 
     def open(self) -> None:

@@ -47,13 +47,13 @@ class Session:
         """Checks the configuration. Raises ConfigError."""
         config.check()
         self.config = config
-        self.ranks = Ranks(config.timeout)
+        self.ranks: Ranks = Ranks(config.timeout)
         self.work: Measurement | None = None
         self.curve: list[tuple[int, dict[str, float]]] = []
         self.last_step: int | None = None
         self.description: dict[str, Any] | None = None
         self.overview: Table | None = None
-        self.summary = ""
+        self.summary: str = ""
         self._validations = 0
         self._run: str | None = None
         self._points: list[tuple[int, dict[str, float]]] = []  # the curve, with what came before an interruption
