@@ -33,9 +33,7 @@ class JournalRun:
         self.key = key
         self.context = context
         self.model: str | None = None  # the digest of the weights that metrics are linked to
-        self.in_stages: bool = (
-            False  # then those on data are linked by the runs of the stages, and here the others alone
-        )
+        self.in_stages: bool = False  # then metrics on data are linked by the runs of the stages, here the others alone
         self.measured: str | None = None  # of a stage: the digest of the weights that its metrics on data are linked to
         self.time: int | None = None
         self.ended: str | None = None
