@@ -343,7 +343,8 @@ def test_the_wheel_measures_the_sample_from_an_empty_folder(tmp_path: Path) -> N
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     (site,) = venv.glob("lib/python*/site-packages")
     install = [str(venv / "bin/pip"), "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel)]
-    subprocess.run(install, cwd=tmp_path, check=True, capture_output=True)
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # where pip might find us already
+    subprocess.run(install, cwd=tmp_path, check=True, capture_output=True, env=own)
 
     empty.mkdir()
     here = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
