@@ -22,6 +22,7 @@ from tests.support.lab import STAGES, VALUE, Lab, furnished, own_signals, write_
 from tests.support.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
 
 SPEARMAN = "test_value_spearman"
+WIDTH = {"ckpt.hidden_size": "32"}
 
 
 @pytest.fixture
@@ -53,8 +54,13 @@ def test_a_pattern_gives_a_leaderboard_and_a_curve(lab: Lab, capsys: pytest.Capt
     assert parent.info.run_name == "5 checkpoints on value"
     command = f"downstream compare {parent.info.run_id} --by=test_value_probe_spearman"
     assert f"By another:     {command}" in printed.splitlines()
-    for child in children.values():
+    for step, child in zip(steps, children.values(), strict=True):
         assert set(lab.nested(child)) == set(STAGES)
+        own = {key: value for key, value in child.data.params.items() if key not in parent.data.params}
+        assert (own.pop("ckpt.step"), own.pop("ckpt.source")) == (str(step), f"{lab.folder}/run/step={step}.ckpt")
+        assert own == {"ckpt.digest": child.data.tags["downstream.checkpoint"], "ckpt.encoder": "esm", **WIDTH}
+        assert parent.data.params.items() <= child.data.params.items()
+        assert child.data.tags["version.torch"] == parent.data.tags["version.torch"]
     values = {step: child.data.metrics for step, child in zip(steps, children.values(), strict=True)}
     for name in values[0]:
         curve = [(point.step, point.value) for point in lab.client.get_metric_history(parent.info.run_id, name)]
@@ -154,6 +160,8 @@ def test_runs_made_before_are_compared(lab: Lab, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     made = lab.parents()[0]
     assert made.info.run_name == "7 measurements compared"
+    ranked = [*runs[:2], *(run.info.run_id for run in lab.nested(several).values())]
+    assert made.data.params == {"compare.by": "test_value_mse", "compare.runs": ", ".join(ranked)}
     table = json.loads(load_text(f"{made.info.artifact_uri}/leaderboard.json"))
     column = table["columns"].index("test_value_mse")
     found = [row[column] for row in table["data"]]

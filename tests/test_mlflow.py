@@ -74,7 +74,9 @@ def test_parameters_and_configuration(lab: Lab) -> None:
     (parent,) = lab.parents()
     config = read_config(lab.folder / "config.yaml")
     assert read_config(artifact(lab, parent, "config.yaml")) == config
-    assert all(key.startswith("cfg.") for key in parent.data.params)
+    assert {key.partition(".")[0] for key in parent.data.params} == {"cfg", "ckpt"}
+    assert parent.data.params["ckpt.source"] == str(lab.ckpt)
+    assert parent.data.params["ckpt.encoder"] == "esm"
     plain = {key: str(value) for key, value in to_mapping(config).items() if not isinstance(value, (dict, list))}
     assert plain.items() <= {key.removeprefix("cfg."): value for key, value in parent.data.params.items()}.items()
     assert parent.data.params["cfg.dataset.dataset.train"] == "x000"

@@ -19,7 +19,7 @@ from pipeline.load import Examples
 from pipeline.random_init import RandomInit
 from pipeline.report import comparison as compare
 from pipeline.report.overview import Changes, overview, run_name, summary, verdicts_of
-from pipeline.report.publishing import facts_of, publish_curves, tags_of, verdict_tags
+from pipeline.report.publishing import facts_of, parameters_of, publish_curves, tags_of, verdict_tags
 from pipeline.report.tables import Table
 from pipeline.score import Scores
 from pipeline.statistics.metrics import metric_name
@@ -123,6 +123,7 @@ def measure_encoder(
     if run is not None:
         run.rename(f"{label} on {config.title}")
         run.tags(tags_of(encoder, step))
+        run.parameters(parameters_of(encoder, source, step), "ckpt.")
         if until == "score":
             run.checkpoint(label, encoder.digest, source, step, in_stages=True)
     examples = _same(known, encoder)
@@ -166,6 +167,7 @@ def _row(label: str, step: int | None, scores: Sequence[Scores], changes: Change
 def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun) -> compare.Leaderboard:
     """Ranks measurements that were made before, and logs the leaderboard, and the curve of each training, in `run`."""
     run.tags({KIND: COMPARISON})
+    run.parameters({"by": names[0], "runs": ", ".join(one.run_id for one in runs)}, "compare.")
     board = compare.leaderboard([row for one in runs for row in rows_of_run(one)], names)
     compare.publish(board, run, run)
     for one in runs:

@@ -18,11 +18,11 @@ from pipeline.engines.ray_engine import RayEngine
 from pipeline.errors import PipelineError
 from pipeline.load import Examples
 from pipeline.report import comparison as compare
-from pipeline.report.publishing import publish_curves
+from pipeline.report.publishing import describe, publish_curves
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.tracking.protocol import CHECKPOINTS, FOLDER, KIND, MEASUREMENT, Headlines, Run, Several, Tracker
+from pipeline.tracking.protocol import CHECKPOINTS, KIND, MEASUREMENT, Headlines, Run, Several, Tracker
 from pipeline.tracking.recording import FailedStageError, Recording, replay
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def measure_checkpoints(
         logger.info("checkpoint  %d of %d: %s", number, len(ckpts), ckpt)
         try:
             with run.stage(name) as child:
-                child.tags({KIND: MEASUREMENT, f"{FOLDER}.tasks": ", ".join(task.task_name for task in config.dataset)})
+                describe(child, config, MEASUREMENT)
                 row, start = measure(ckpt, name, child)
         except Exception as error:  # whatever a checkpoint is guilty of, such as no memory for it
             kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
