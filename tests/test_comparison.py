@@ -149,6 +149,25 @@ def test_one_that_cannot_be_measured_does_not_stop_the_others(
     assert f"run {parent.info.run_id}: left out, as they have no scores: step=70" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("ckpt", "column", "message"),
+    [
+        ("{run}/step=50.ckpt,{run}/step=70.ckpt", "value", "error: ckpt: '{run}/step=70.ckpt' does not exist; give "),
+        ("{run}/step=50.ckpt,{run}/step=100.ckpt", "nothing", "x000.csv:1: expected a column 'nothing'"),
+        ("{run}/torn.ckpt,{run}/step=100.ckpt", "nothing", "x000.csv:1: expected a column 'nothing'"),
+    ],
+)
+def test_a_mistake_that_is_every_checkpoints_leaves_no_run(
+    ckpt: str, column: str, message: str, lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (lab.folder / "run" / "torn.ckpt").write_bytes(b"not a checkpoint")
+    lab.task["target_column"] = column
+    entry, _, config = lab.command({key: VALUE[key] for key in ("class", "task_type")})
+    assert main([entry, f"--ckpt={ckpt.format(run=lab.folder / 'run')}", config]) == 2
+    assert message.format(run=lab.folder / "run") in capsys.readouterr().err.splitlines()[-1]
+    assert lab.runs() == []
+
+
 def test_runs_made_before_are_compared(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (50, 100):
         assert measure(lab, f"{lab.folder}/run/step={step}.ckpt") == 0
