@@ -226,7 +226,8 @@ def run(options: argparse.Namespace) -> None:
         pretrain(sequences, Path(options.out or "pretrained"), settings, config)
         return
     refuse_mistakes(options, config, sequences, settings)
-    with open_run("pretrain", config, options.tracking_uri) as opened:
+    name = f"pretrain seed={settings.seed} steps={settings.steps} on {config.title}"
+    with open_run(name, config, options.tracking_uri) as opened:
         out = Path(options.out or f"pretrained/{os.environ.get('MLFLOW_RUN_ID', opened.run.key)[:8]}")
         loggers = make_loggers(out, opened.run)
         measured = pretrain(sequences, out, settings, config, loggers)
