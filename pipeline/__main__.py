@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.command.parser import make_parser
 from pipeline.command.program import PartlyError, check_tracking, links, run_program
-from pipeline.config.shipped import CKPT, shipped
+from pipeline.config.shipped import CKPT, shipped_path
 from pipeline.errors import ConfigError, PipelineError, TrackingError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _measure(options: argparse.Namespace) -> Answer:
     else:
         unnamed, options.ckpt = options.ckpt is None, _ckpt(options)
         if os.environ.get("MLFLOW_RUN_ID"):  # then MLproject gives the default
-            unnamed = options.ckpt == shipped(CKPT)
+            unnamed = options.ckpt == shipped_path(CKPT)
         logger.info("measuring   %s%s as in %s", options.ckpt, DEFAULT if unnamed else "", options.config)
     for note in config.notes:
         logger.info("config      %s", note)
@@ -126,7 +126,7 @@ def _measure(options: argparse.Namespace) -> Answer:
 
 def _ckpt(options: argparse.Namespace) -> str:
     """The checkpoint that the user names, or else the sample's."""
-    return shipped(CKPT) if options.ckpt is None else str(options.ckpt)
+    return shipped_path(CKPT) if options.ckpt is None else str(options.ckpt)
 
 
 def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:

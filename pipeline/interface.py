@@ -22,7 +22,7 @@ from pipeline.command.keywords import config_of, config_of_frames, frames_of
 from pipeline.command.measuring import Opened, measure_encoder
 from pipeline.config.fields import check_choice
 from pipeline.config.schema import POOLINGS, Config
-from pipeline.config.shipped import CKPT, shipped
+from pipeline.config.shipped import CKPT, shipped_path
 from pipeline.config.task import Task
 from pipeline.config.yaml_file import to_mapping
 from pipeline.data.parts import Part
@@ -180,7 +180,7 @@ def _opened(
         encoder, kind = _as_encoder(ckpt, options), type(ckpt).__name__
         yield Opened(encoder, kind, encoder.step, kind)
         return
-    name = shipped(CKPT) if ckpt is None else str(ckpt)
+    name = shipped_path(CKPT) if ckpt is None else str(ckpt)
     encoder = open_on(engine, name, options)
     step = step_of(name, encoder)
     yield Opened(encoder, name, step, with_step(name_of(name), step))
