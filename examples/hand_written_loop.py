@@ -31,7 +31,7 @@ def main() -> None:
     sequences = tables.read(Path("sample/data/unlabelled/train"), "x000", ["sequence"]).columns["sequence"]
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    downstream = Downstream(config, tokenizer=tokenizer, name="hand-written loop")  # (1)
+    downstream = Downstream(config, tokenizer=tokenizer)  # (1)
     torch.manual_seed(1234)
     for step in range(options.steps + 1):
         if step % max(1, options.steps // 2) == 0:

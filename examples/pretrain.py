@@ -30,6 +30,7 @@ from pipeline import (
     read_config,
     setup_dwnstr_task_validation_callbacks,  # (1)
 )
+from pipeline.command.measuring import read_data
 from pipeline.command.program import check_tracking, links, run_program
 from pipeline.data import tables
 from pipeline.encoders.esm import VOCABULARY, make_tokenizer
@@ -37,6 +38,7 @@ from pipeline.errors import ConfigError
 from pipeline.report.tables import step_table
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.runs import open_run
+from pipeline.validation import check
 
 
 @dataclass(frozen=True)
@@ -170,13 +172,18 @@ def pretrain(
     return downstream
 
 
-def make_loaders(sequences: Sequence[str], tokenizer: Any, settings: Settings) -> tuple[Any, Any]:
-    """Batches to train on, and of the first twentieth of the sequences, which are kept for validation."""
+def count_kept(sequences: Sequence[str], settings: Settings) -> int:
+    """How many of the sequences are kept for validation. Raises ConfigError where too few are left to train on."""
     kept = max(1, len(sequences) // 20)
     if len(sequences) - kept < settings.batch_size:
-        raise ConfigError(
-            f"data: expected more than {settings.batch_size} sequences to train on, found {len(sequences)}"
-        )
+        expected = f"expected more than {settings.batch_size} sequences to train on"
+        raise ConfigError(f"data: {expected}, found {len(sequences)}")
+    return kept
+
+
+def make_loaders(sequences: Sequence[str], tokenizer: Any, settings: Settings) -> tuple[Any, Any]:
+    """Batches to train on, and of the first twentieth of the sequences, which are kept for validation."""
+    kept = count_kept(sequences, settings)
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     options: dict[str, Any] = {"batch_size": settings.batch_size, "collate_fn": collate}
     train = Windows(sequences[kept:], tokenizer, settings.crop)
@@ -185,13 +192,7 @@ def make_loaders(sequences: Sequence[str], tokenizer: Any, settings: Settings) -
 
 
 def make_loggers(out: Path, run: JournalRun) -> list[Any]:
-    """Loggers for MLflow, TensorBoard and W&B, which stays offline, without an account, unless `WANDB_MODE` is set.
-
-    Raises:
-        ConfigError: `out` is not empty.
-    """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"out: '{out}' is not empty; give a new folder, or remove it")
+    """Loggers for MLflow, TensorBoard and W&B, which stays offline, without an account, unless `WANDB_MODE` is set."""
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     out.mkdir(parents=True, exist_ok=True)
@@ -200,6 +201,15 @@ def make_loggers(out: Path, run: JournalRun) -> list[Any]:
         pl.loggers.TensorBoardLogger(out, name="", version="tensorboard"),
         pl.loggers.WandbLogger(project="downstream-validation", save_dir=out, mode=os.environ["WANDB_MODE"]),
     ]
+
+
+def refuse_mistakes(options: argparse.Namespace, config: Config, sequences: Sequence[str], settings: Settings) -> None:
+    """Raises PipelineError for what a user may have got wrong, before there is a run that would have failed for it."""
+    if options.out and Path(options.out).exists() and any(Path(options.out).iterdir()):
+        raise ConfigError(f"out: '{options.out}' is not empty; give a new folder, or remove it")
+    count_kept(sequences, settings)
+    check(config.dataset)
+    read_data(config)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -215,7 +225,9 @@ def run(options: argparse.Namespace) -> None:
     if getattr(pl.utilities.rank_zero_only, "rank", 0) > 0:  # the first has the MLflow run, the loggers and `out`
         pretrain(sequences, Path(options.out or "pretrained"), settings, config)
         return
-    with open_run("pretrain", config, options.tracking_uri) as opened:
+    refuse_mistakes(options, config, sequences, settings)
+    name = f"pretrain seed={settings.seed} steps={settings.steps} on {config.title}"
+    with open_run(name, config, options.tracking_uri) as opened:
         out = Path(options.out or f"pretrained/{os.environ.get('MLFLOW_RUN_ID', opened.run.key)[:8]}")
         loggers = make_loggers(out, opened.run)
         measured = pretrain(sequences, out, settings, config, loggers)

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.checkpoints.opening import open_encoder as open_encoder
     from pipeline.config.schema import Config as Config
+    from pipeline.config.shipped import shipped_path as shipped_path
     from pipeline.config.task import Files as Files
     from pipeline.config.task import Task as Task
     from pipeline.config.yaml_file import read_config as read_config
@@ -91,6 +92,7 @@ _HOMES = {
     "open_encoder": "checkpoints.opening",
     "read_config": "config.yaml_file",
     "setup_dwnstr_task_validation_callbacks": "training.lightning",
+    "shipped_path": "config.shipped",
     "untouched": "training.untouched",
     "validate": "validation",
 }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.command.parser import make_parser
 from pipeline.command.program import PartlyError, check_tracking, links, run_program
-from pipeline.config.shipped import CKPT, shipped
+from pipeline.config.shipped import CKPT, shipped_path
 from pipeline.errors import ConfigError, PipelineError, TrackingError
 
 if TYPE_CHECKING:
@@ -106,11 +106,14 @@ def _measure(options: argparse.Namespace) -> Answer:
     from pipeline.config.yaml_file import read_config
 
     config = read_config(options.config, options.overrides)
-    unnamed = options.ckpt is None and options.until != "load"
-    options.ckpt = _ckpt(options)
-    if os.environ.get("MLFLOW_RUN_ID"):  # then MLproject gives the default
-        unnamed = options.ckpt == shipped(CKPT) and options.until != "load"
-    logger.info("measuring   %s%s as in %s", options.ckpt, DEFAULT if unnamed else "", options.config)
+    if options.until == "load" and not options.ckpt:
+        options.ckpt = None  # the data alone, whatever an encoder takes
+        logger.info("reading     the data of %s", options.config)
+    else:
+        unnamed, options.ckpt = options.ckpt is None, _ckpt(options)
+        if os.environ.get("MLFLOW_RUN_ID"):  # then MLproject gives the default
+            unnamed = options.ckpt == shipped_path(CKPT)
+        logger.info("measuring   %s%s as in %s", options.ckpt, DEFAULT if unnamed else "", options.config)
     for note in config.notes:
         logger.info("config      %s", note)
     check_tracking(options.tracking_uri)
@@ -123,49 +126,40 @@ def _measure(options: argparse.Namespace) -> Answer:
 
 def _ckpt(options: argparse.Namespace) -> str:
     """The checkpoint that the user names, or else the sample's."""
-    return shipped(CKPT) if options.ckpt is None else str(options.ckpt)
+    return shipped_path(CKPT) if options.ckpt is None else str(options.ckpt)
 
 
 def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
     from pipeline.checkpoints.names import expand, name_of
     from pipeline.command.engine import engine_of
-    from pipeline.command.measuring import measure_checkpoint
-    from pipeline.command.several import measure_checkpoints
+    from pipeline.command.ready import ready
     from pipeline.config.yaml_file import to_mapping
-    from pipeline.report.overview import overview_frame
     from pipeline.report.publishing import describe
     from pipeline.store.embedding_table import Store
     from pipeline.tracking.mirrors import mirrors
     from pipeline.tracking.protocol import MEASUREMENT
-    from pipeline.tracking.runs import open_run, use
+    from pipeline.tracking.runs import open_run, reach
 
-    use(options.tracking_uri)  # the engine's processes download from there
-    ckpts = expand(options.ckpt)
-    name = name_of(ckpts[0]) if len(ckpts) == 1 else f"{len(ckpts)} checkpoints"
+    reach(options.tracking_uri)  # the engine's processes download from there
+    ckpts = expand(options.ckpt) if options.ckpt is not None else []
+    name = name_of(ckpts[0]) if len(ckpts) == 1 else f"{len(ckpts)} checkpoints" if ckpts else "data"
     store = Store.from_config(config)
     store.clear()
-    lines, table, board = list[str](), None, None
-    with (
-        engine_of(config) as engine,
-        open_run(name, config, options.tracking_uri) as opened,
-        mirrors(config.logging, name, to_mapping(config), store.root.expanduser()) as others,
-    ):
-        describe(opened.run, config, MEASUREMENT)
-        if len(ckpts) == 1:
-            measured = measure_checkpoint(ckpts[0], config, store, opened.run, others, options.until, engine=engine)
-            rows, table = [measured.row], overview_frame(measured.scores, measured.changes)
-            lines = [measured.overview.text()] if measured.scores else []
-        else:
-            rows, board = measure_checkpoints(ckpts, config, store, opened.run, others, options.until, engine)
-            if board:
-                table, lines = board.frame, [board.table.text(), *board.remarks]
-        failed = {row.label: row.error for row in rows if row.error}
-        if failed:
-            opened.run.end("FAILED")
+    with engine_of(config) as engine:
+        work = ready(ckpts, config, store, options.until, engine)
+        with (  # MLflow's run last: the others may find a mistake too
+            mirrors(config.logging, name, to_mapping(config), store.root.expanduser()) as others,
+            open_run(name, config, options.tracking_uri) as opened,
+        ):
+            describe(opened.run, config, MEASUREMENT)
+            done = work(opened.run, others)
+            failed = {row.label: row.error for row in done.rows if row.error}
+            if failed:
+                opened.run.end("FAILED")
     error = PartlyError("; ".join(f"{name}: {why}" for name, why in failed.items())) if failed else None
-    content = {"checkpoints": _plain(rows), "table": _records(table), "run": _address(opened)}
+    content = {"checkpoints": _plain(done.rows), "table": _records(done.table), "run": _address(opened)}
     where = links(opened)
-    return Answer([*lines, *_by_another(board, opened, options.tracking_uri), *where], content, error)
+    return Answer([*done.lines, *_by_another(done.board, opened, options.tracking_uri), *where], content, error)
 
 
 def _by_another(board: Leaderboard | None, opened: OpenRun, tracking_uri: str) -> list[str]:

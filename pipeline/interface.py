@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,10 +19,10 @@ from torch import nn
 from pipeline.checkpoints.names import name_of, step_of, with_step
 from pipeline.command.engine import engine_of, open_on
 from pipeline.command.keywords import config_of, config_of_frames, frames_of
-from pipeline.command.measuring import measure_encoder
+from pipeline.command.measuring import Opened, measure_encoder
 from pipeline.config.fields import check_choice
 from pipeline.config.schema import POOLINGS, Config
-from pipeline.config.shipped import CKPT, shipped
+from pipeline.config.shipped import CKPT, shipped_path
 from pipeline.config.task import Task
 from pipeline.config.yaml_file import to_mapping
 from pipeline.data.parts import Part
@@ -35,11 +35,12 @@ from pipeline.encoders.protocol import Encoder, HasHiddenStates
 from pipeline.engines.ray_engine import RayEngine
 from pipeline.engines.workers import ALONE
 from pipeline.errors import ConfigError, DataError, nearest
-from pipeline.load import Examples, load
+from pipeline.load import Examples
 from pipeline.report.measured import Measured
 from pipeline.store.embedding_table import Store
 from pipeline.training.untouched import untouched
 from pipeline.training.unwrapped import arithmetic, unwrapped, without_autocast_wrapper
+from pipeline.validation import check
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,19 +89,17 @@ def measure(
         logger.info("config      %s", note)
     store = Store.from_config(checked)
     store.clear()
-    with engine_of(checked) as engine, _opened(ckpt, EncoderOptions.from_config(checked), tokenizer, engine) as found:
-        known = [load(task, found.encoder.max_seq_length, frames) for task in checked.dataset] if frames else ()
-        args = (found.encoder, found.source, found.step, found.label)
+    with engine_of(checked) as engine, _opened(ckpt, EncoderOptions.from_config(checked), tokenizer, engine) as bare:
+        check(checked.dataset, with_files=not frames)
+        found, workers = bare.with_data(checked, frames=frames or None), engine or ALONE
         if track is False:
             silent = replace(checked, logging=replace(checked.logging, figures=False, log_model=False))
-            result, run_id = measure_encoder(*args, silent, store, known=known, workers=engine or ALONE), None
+            result, run_id = measure_encoder(found, silent, store, workers=workers), None
         else:
             uri = track if isinstance(track, str) else ""
-            with _tracked(found.label, checked, uri) as (opened, others):
-                result = measure_encoder(
-                    *args, checked, store, opened.run, others, known=known, workers=engine or ALONE
-                )
-            run_id = opened.ids[1] if opened.ids else None
+            with _tracked(found.label, checked, uri) as (run, others):
+                result = measure_encoder(found, checked, store, run.run, others, workers=workers)
+            run_id = run.ids[1] if run.ids else None
     return Measured(found.label, result.scores, result.changes, result.facts, checked, tuple(notes), run_id)
 
 
@@ -152,23 +151,13 @@ def embed_sequences(
         return np.asarray(embedded.rows("train").gather(np.arange(len(texts))).numpy())
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """An encoder, where its weights are from, the step of their training, and what to call it."""
-
-    encoder: Encoder
-    source: str
-    step: int | None
-    label: str
-
-
 @contextmanager
 def _opened(
     ckpt: str | PathLike[str] | nn.Module | Encoder | HasHiddenStates | None,
     options: EncoderOptions,
     tokenizer: Any,
     engine: RayEngine | None = None,
-) -> Iterator[_Opened]:
+) -> Iterator[Opened]:
     """The encoder of whatever is measured; a module is put back as it was."""
     if engine is not None and not isinstance(ckpt, (str, PathLike, type(None))):
         expected = f"engine: expected a checkpoint that Ray's workers can open, found a {type(ckpt).__name__}"
@@ -183,18 +172,18 @@ def _opened(
             context, mode = arithmetic(torch.device("cpu") if first is None else first.device)
             live = LiveModel(module, options.infer_target, tokenizer, context, mode)
             try:
-                yield _Opened(live.encoder(module, options), "live weights", None, type(module).__name__)
+                yield Opened(live.encoder(module, options), "live weights", None, type(module).__name__)
             finally:
                 live.release()
         return
     if ckpt is not None and not isinstance(ckpt, (str, PathLike)):
         encoder, kind = _as_encoder(ckpt, options), type(ckpt).__name__
-        yield _Opened(encoder, kind, encoder.step, kind)
+        yield Opened(encoder, kind, encoder.step, kind)
         return
-    name = shipped(CKPT) if ckpt is None else str(ckpt)
+    name = shipped_path(CKPT) if ckpt is None else str(ckpt)
     encoder = open_on(engine, name, options)
     step = step_of(name, encoder)
-    yield _Opened(encoder, name, step, with_step(name_of(name), step))
+    yield Opened(encoder, name, step, with_step(name_of(name), step))
 
 
 def _as_encoder(ckpt: Any, options: EncoderOptions) -> Encoder:
@@ -215,10 +204,11 @@ def _tracked(label: str, config: Config, uri: str) -> Iterator[tuple[Any, Any]]:
     from pipeline.report.publishing import describe
     from pipeline.tracking.mirrors import mirrors
     from pipeline.tracking.protocol import MEASUREMENT
-    from pipeline.tracking.runs import open_run
+    from pipeline.tracking.runs import open_run, reach
 
+    reach(uri)
     folder = Path(config.store).expanduser()
-    with open_run(label, config, uri) as opened, mirrors(config.logging, label, to_mapping(config), folder) as others:
+    with mirrors(config.logging, label, to_mapping(config), folder) as others, open_run(label, config, uri) as opened:
         describe(opened.run, config, MEASUREMENT)
         yield opened, others
 

@@ -7,6 +7,7 @@ a token in a token-level one; `Part.counts` says how many units each sequence ha
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -42,6 +43,7 @@ class Examples:
         limit: the most characters that a sequence may have; longer ones are left out.
         encoder_limit: the encoder's own limit, which `limit` never exceeds.
         found: shares that the report on the data gives, see `DataReport.metrics`.
+        seconds: that reading them took.
     """
 
     task: Task
@@ -53,6 +55,7 @@ class Examples:
     limit: int | None = None
     encoder_limit: int | None = None
     found: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -66,7 +69,8 @@ class Examples:
         name = metric_name(self.task.task_name)
         used = {f"{name}/{part}_rows": float(len(content)) for part, content in self.parts.items()}
         left_out = {f"{name}/{part}_left_out": float(content.left_out) for part, content in self.parts.items()}
-        return used | left_out | {f"{name}/{what}": share for what, share in self.found.items()}
+        found = {f"{name}/{what}": share for what, share in self.found.items()}
+        return {**used, **left_out, **found, f"{name}/read_seconds": self.seconds}
 
 
 @dataclass
@@ -89,7 +93,7 @@ def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.
         DataError: names file, line and column, what was expected, what was found, and how often.
         ConfigError: a part is missing in `frames`.
     """
-    notes: list[str] = []
+    began, notes = time.perf_counter(), list[str]()
     tables = _tables(task, frames, notes)
     raw = {part: _read_part(task, table) for part, table in tables.items()}
     targets = tuple(_target(task, index, raw, notes) for index in range(len(task.target_column)))
@@ -106,7 +110,8 @@ def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.
     report = data_report(targets, parts, raw["test"].table.where)
     notes += report.notes
     train, test, val = parts["train"], parts["test"], parts.get("val")
-    return Examples(task, targets, train, test, val, tuple(notes), limit, max_seq_length, report.metrics)
+    found, seconds = report.metrics, time.perf_counter() - began
+    return Examples(task, targets, train, test, val, tuple(notes), limit, max_seq_length, found, seconds)
 
 
 def _tables(task: Task, frames: Mapping[str, pd.DataFrame] | None, notes: list[str]) -> dict[str, Table]:

@@ -123,6 +123,12 @@ def validate(
     return scores
 
 
+def log_data(examples: Sequence[Examples], tracker: Tracker) -> None:
+    """Logs what `load` gave as `validate` does, where no encoder is measured on it."""
+    with _stage(tracker, "load") as run:
+        _log_load(examples, run, tracker)
+
+
 def measure_and_publish(
     encoder: Encoder,
     config: Config,

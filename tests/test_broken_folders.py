@@ -1,6 +1,6 @@
 """Broken folders of Hugging Face and accelerate: the command line says so in one line, runs nothing, writes nothing.
 
-Each is refused before the first stage: with exit code 2, a FAILED run that says why, and the folder as it was.
+Each is refused before there is a run: with exit code 2, a line that says why, and the folder as it was.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 from transformers import EsmForMaskedLM
 
 from pipeline.__main__ import main
-from tests.support.lab import VALUE, Lab, furnished, newest_run, own_signals
+from tests.support.lab import VALUE, Lab, furnished, own_signals
 
 MODEL, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 QUERY = "esm.encoder.layer.1.attention.self.query.weight"
@@ -250,8 +251,6 @@ def test_a_broken_folder_is_one_line(
     assert len(errors) == 1
     assert expected.replace("{ckpt}", str(folder)) in errors[0]
     assert str(folder) in errors[0]
-    run = newest_run()
-    assert run.info.status == "FAILED"
-    assert errors[0].removeprefix("error: ") in run.data.tags["mlflow.note.content"]
+    assert MlflowClient().search_runs(["0"]) == []
     assert digest(folder) == before
     assert [path for path in (tmp_path / "store").rglob("*") if path.is_file() and path.name != "lock"] == []

@@ -106,12 +106,13 @@ def test_a_checkpoint_that_fails_is_in_the_object(
     job: list[str], tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ckpt = job.pop().removeprefix("--ckpt=")
-    code, found = in_process(["measure", "--json", *job, f"--ckpt={ckpt},{tmp_path / 'none'}"], capsys)
+    (tmp_path / "torn.ckpt").touch()
+    code, found = in_process(["measure", "--json", *job, f"--ckpt={ckpt},{tmp_path / 'torn.ckpt'}"], capsys)
     assert code == 2
     good, bad = found["checkpoints"]
     assert "test_share_spearman" in good["metrics"]
     assert "error" not in good
-    assert "does not exist" in bad["error"]
+    assert "torn.ckpt" in bad["error"]
     assert [row["checkpoint"] for row in found["table"]] == [good["label"], bad["label"]]
     again = ["compare", "--json", "--by=test_share_spearman", found["run"]["run_id"]]
     code, compared = in_process(again, capsys)

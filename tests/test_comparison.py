@@ -22,6 +22,7 @@ from tests.support.lab import STAGES, VALUE, Lab, furnished, own_signals, write_
 from tests.support.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
 
 SPEARMAN = "test_value_spearman"
+WIDTH = {"ckpt.hidden_size": "32"}
 
 
 @pytest.fixture
@@ -53,8 +54,13 @@ def test_a_pattern_gives_a_leaderboard_and_a_curve(lab: Lab, capsys: pytest.Capt
     assert parent.info.run_name == "5 checkpoints on value"
     command = f"downstream compare {parent.info.run_id} --by=test_value_probe_spearman"
     assert f"By another:     {command}" in printed.splitlines()
-    for child in children.values():
+    for step, child in zip(steps, children.values(), strict=True):
         assert set(lab.nested(child)) == set(STAGES)
+        own = {key: value for key, value in child.data.params.items() if key not in parent.data.params}
+        assert (own.pop("ckpt.step"), own.pop("ckpt.source")) == (str(step), f"{lab.folder}/run/step={step}.ckpt")
+        assert own == {"ckpt.digest": child.data.tags["downstream.checkpoint"], "ckpt.encoder": "esm", **WIDTH}
+        assert parent.data.params.items() <= child.data.params.items()
+        assert child.data.tags["version.torch"] == parent.data.tags["version.torch"]
     values = {step: child.data.metrics for step, child in zip(steps, children.values(), strict=True)}
     for name in values[0]:
         curve = [(point.step, point.value) for point in lab.client.get_metric_history(parent.info.run_id, name)]
@@ -143,6 +149,25 @@ def test_one_that_cannot_be_measured_does_not_stop_the_others(
     assert f"run {parent.info.run_id}: left out, as they have no scores: step=70" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("ckpt", "column", "message"),
+    [
+        ("{run}/step=50.ckpt,{run}/step=70.ckpt", "value", "error: ckpt: '{run}/step=70.ckpt' does not exist; give "),
+        ("{run}/step=50.ckpt,{run}/step=100.ckpt", "nothing", "x000.csv:1: expected a column 'nothing'"),
+        ("{run}/torn.ckpt,{run}/step=100.ckpt", "nothing", "x000.csv:1: expected a column 'nothing'"),
+    ],
+)
+def test_a_mistake_that_is_every_checkpoints_leaves_no_run(
+    ckpt: str, column: str, message: str, lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (lab.folder / "run" / "torn.ckpt").write_bytes(b"not a checkpoint")
+    lab.task["target_column"] = column
+    entry, _, config = lab.command({key: VALUE[key] for key in ("class", "task_type")})
+    assert main([entry, f"--ckpt={ckpt.format(run=lab.folder / 'run')}", config]) == 2
+    assert message.format(run=lab.folder / "run") in capsys.readouterr().err.splitlines()[-1]
+    assert lab.runs() == []
+
+
 def test_runs_made_before_are_compared(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (50, 100):
         assert measure(lab, f"{lab.folder}/run/step={step}.ckpt") == 0
@@ -154,6 +179,8 @@ def test_runs_made_before_are_compared(lab: Lab, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     made = lab.parents()[0]
     assert made.info.run_name == "7 measurements compared"
+    ranked = [*runs[:2], *(run.info.run_id for run in lab.nested(several).values())]
+    assert made.data.params == {"compare.by": "test_value_mse", "compare.runs": ", ".join(ranked)}
     table = json.loads(load_text(f"{made.info.artifact_uri}/leaderboard.json"))
     column = table["columns"].index("test_value_mse")
     found = [row[column] for row in table["data"]]

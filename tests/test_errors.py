@@ -1,4 +1,7 @@
-"""Whatever is wrong with the input: one line that says so, exit code 2, a FAILED run, nothing half-written."""
+"""Whatever is wrong with the input: one line that says so, exit code 2, nothing half-written.
+
+What can be found before anything is embedded is found before a run is begun; the rest leaves a run that is FAILED.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ from tests.support.programs import ROOT
 
 Change = Callable[[Path], object]
 STAGES = ["load", "embed", "train_head", "score"]
+BEFORE = ["config", "ckpt", "load"]
 NUMBER = {"class": "sequence", "task_type": "regression", "target_column": "value"}
 PLACE = {"class": "sequence", "task_type": "classification", "target_column": "place", "num_classes": 2}
 STATE = {"class": "token", "task_type": "classification", "target_column": "state", "target_sizes": 2}
@@ -90,17 +94,17 @@ class Job:
     def assert_failed(self, stage: str, message: str) -> None:
         """The run is FAILED and says why, as does the nested run of `stage`; nothing is half-written.
 
-        `stage` may also be `config`, before there is a run, or `ckpt`, in the run but before its first stage.
+        `stage` may also be `config`, `ckpt` or `load`, before there is a run, or `given`: it is of `mlflow run`.
         """
         runs = self.client.search_runs(["0"], run_view_type=ViewType.ALL)
         nested = {run.info.run_name: run for run in runs if "mlflow.parentRunId" in run.data.tags}
         failed = [run for run in runs if run.info.status == "FAILED"]
-        assert len(runs) - len(nested) == (stage != "config")
-        begun = STAGES[: STAGES.index(stage) + 1] if stage in STAGES else []
+        assert len(runs) - len(nested) == (stage not in BEFORE)
+        begun = STAGES[: STAGES.index(stage) + 1] if stage in STAGES and stage not in BEFORE else []
         assert {name: run.info.status for name, run in nested.items()} == {
             name: "FAILED" if name == stage else "FINISHED" for name in begun
         }
-        assert len(failed) == {"config": 0, "ckpt": 1}.get(stage, 2)
+        assert len(failed) == (0 if stage in BEFORE else 1 if stage == "given" else 2)
         assert all(message in run.data.tags["mlflow.note.content"] for run in failed)
         left = [path.name for path in (self.folder / "store").rglob("*") if path.is_file() and path.name != "lock"]
         finished = ["embeddings"] if stage in ("train_head", "score") else []
@@ -508,4 +512,4 @@ def test_mlflow_run(job: Job) -> None:
     assert ended.returncode != 0
     message = error_line(ended.stderr)
     assert message == "overrides: expected key=value, found '-e'"
-    job.assert_failed("ckpt", message)
+    job.assert_failed("given", message)

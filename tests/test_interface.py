@@ -149,6 +149,10 @@ def test_tracked_where_that_is_asked_for(esm: Path, tmp_path: Path, tracking: st
     assert run.info.status == "FINISHED"
     assert run.data.metrics["test_length_spearman"] == pytest.approx(found.metrics["test_length_spearman"])
     assert "report.html" in {file.path for file in client.list_artifacts(tracked.run_id)}
+    made = len(client.search_runs(["0"]))
+    with pytest.raises(DataError, match="expected a column 'width'"):
+        measure(esm, frames(), track=tracking, store=str(tmp_path / "store"), **{**QUICK, "target_column": "width"})
+    assert len(client.search_runs(["0"])) == made
 
 
 @pytest.mark.parametrize(

@@ -473,6 +473,8 @@ def test_child_runs(task: Task, module: Busy, tmp_path: Path, tracking: str) -> 
         assert tags["downstream.step"] == one.info.run_name.split()[0].removeprefix("step=")
         assert tags["downstream.tasks"] == task.task_name
         assert len(tags["downstream.checkpoint"]) == 16
+        own = {"ckpt.digest": tags["downstream.checkpoint"], "ckpt.source": "live weights"}
+        assert one.data.params == {**run.data.params, **own, "ckpt.step": tags["downstream.step"]}
         stages = client.search_runs(["0"], f"tags.mlflow.parentRunId = '{one.info.run_id}'")
         (scored,) = [stage.data.metrics for stage in stages if stage.info.run_name == "score"]
         assert {name: value for name, value in every.items() if "_delta_" not in name}.items() <= (

@@ -74,7 +74,9 @@ def test_parameters_and_configuration(lab: Lab) -> None:
     (parent,) = lab.parents()
     config = read_config(lab.folder / "config.yaml")
     assert read_config(artifact(lab, parent, "config.yaml")) == config
-    assert all(key.startswith("cfg.") for key in parent.data.params)
+    assert {key.partition(".")[0] for key in parent.data.params} == {"cfg", "ckpt"}
+    assert parent.data.params["ckpt.source"] == str(lab.ckpt)
+    assert parent.data.params["ckpt.encoder"] == "esm"
     plain = {key: str(value) for key, value in to_mapping(config).items() if not isinstance(value, (dict, list))}
     assert plain.items() <= {key.removeprefix("cfg."): value for key, value in parent.data.params.items()}.items()
     assert parent.data.params["cfg.dataset.dataset.train"] == "x000"
@@ -318,6 +320,26 @@ def test_only_runs_whose_program_is_gone_are_swept(host: str, journal: str, stat
     assert lab.client.get_run(run.info.run_id).info.status == status
 
 
+def test_the_data_alone(lab: Lab) -> None:
+    """No checkpoint is opened: rows are left out as the task says, and not for an encoder that nobody named."""
+    entry, _, config = lab.command({**VALUE, "max_seq_length": None}, entry="load")
+    assert main([entry, config]) == 0
+    (parent,) = lab.parents()
+    assert parent.info.run_name == "data of value"
+    assert lab.statuses(parent) == {"main": "FINISHED", "load": "FINISHED"}
+    logged = lab.nested(parent)["load"].data.metrics
+    assert (logged["value/train_rows"], logged["value/train_left_out"]) == (31, 0)
+    assert "value/read_seconds" in logged
+    assert {key.partition(".")[0] for key in parent.data.params} == {"cfg"}
+
+
+def test_a_mistake_of_the_trackers_beside_it_leaves_no_run(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    (lab.folder / "file").touch()
+    assert main(lab.command(VALUE, logging={"tensorboard": str(lab.folder / "file" / "board")})) == 2
+    assert "error: logging.tensorboard: " in capsys.readouterr().err
+    assert lab.runs() == []
+
+
 def test_a_leading_dash_is_data(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(lab.folder)
     Path("-e model").symlink_to(lab.ckpt)
@@ -344,7 +366,7 @@ def test_mlflow_run_passes_everything_as_data(lab: Lab) -> None:
     params = parent.data.params
     assert params["cfg.dataset.dataset_path"] == str(lab.folder)
     assert params["cfg.dataset.task_name"] == name
-    assert {key for key in params if not key.startswith("cfg.")} == set(values)
+    assert {key for key in params if not key.startswith(("cfg.", "ckpt."))} == set(values)
     assert "test_value_spearman" in parent.data.metrics
 
 

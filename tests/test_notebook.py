@@ -1,4 +1,4 @@
-"""The tutorial as a notebook: it is stored without outputs, and runs in a kernel from any folder."""
+"""The tutorial as a notebook: it is stored with what its cells give, and runs in a kernel from any folder."""
 
 from __future__ import annotations
 
@@ -8,41 +8,49 @@ from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
-from tests.support.programs import ROOT
+from tests.support.notebooks import TUTORIAL, execute, is_bar, surroundings
 
-TUTORIAL = ROOT / "examples" / "tutorial.ipynb"
-
-
-def executed(notebook: Any, folder: Path) -> list[Any]:
-    """The cells of code, run in a fresh kernel in a folder."""
-    NotebookClient(
-        notebook, kernel_name="python3", timeout=300, resources={"metadata": {"path": str(folder)}}
-    ).execute()
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+MOST_BYTES = 100_000
+MACHINE = re.compile(r"/(tmp|home|root|Users|mnt|work|var)\b|\\\\Users")  # a path of whoever ran it
 
 
 def printed(cell: Any, stream: str) -> str:
     return "".join(output.text for output in cell.outputs if output.get("name") == stream)
 
 
-def test_it_is_stored_without_outputs() -> None:
+def shape(cell: Any) -> list[tuple[str, ...]]:
+    """What kinds of output a cell has, what it writes to stderr aside."""
+    shown = [output for output in cell.outputs if output.get("name") != "stderr" and not is_bar(output)]
+    return [(output.output_type, *sorted(output.get("data", {}))) for output in shown]
+
+
+def code_of(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_it_is_stored_as_docs_notebook_leaves_it() -> None:
+    """Small, without bars, and without a word about the machine that it was run on."""
     notebook = nbformat.read(TUTORIAL, 4)
     nbformat.validate(notebook)
-    for cell in notebook.cells:
-        assert (cell.get("outputs", []), cell.get("execution_count"), dict(cell.metadata)) == ([], None, {})
+    text = TUTORIAL.read_text(encoding="utf-8")
+    assert len(text) < MOST_BYTES
+    assert not MACHINE.search(text)
+    assert r"\r" not in text
+    assert not any(cell.metadata for cell in notebook.cells)
+    assert not any(is_bar(output) for cell in code_of(notebook) for output in cell.outputs)
+    assert [cell.execution_count for cell in code_of(notebook)] == list(range(1, len(code_of(notebook)) + 1))
 
 
 def test_it_runs_to_a_decision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With bars of text, a table and a picture, and without MLflow."""
-    for name in ("HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, value in surroundings(tmp_path).items():
+        monkeypatch.setenv(name, value)
     work = tmp_path / "work"
     work.mkdir()
-    cells = executed(nbformat.read(TUTORIAL, 4), work)
+    notebook = nbformat.read(TUTORIAL, 4)
+    execute(notebook, work)
+    cells = code_of(notebook)
     said = {cell.source.splitlines()[-1]: cell for cell in cells}
     bars = printed(said["later"], "stderr")
     assert re.search(r"embed: +\d+%\|.+ residues/s", bars)
@@ -56,3 +64,6 @@ def test_it_runs_to_a_decision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert printed(cells[-1], "stdout") == "pre-training: it pays\nbfloat16: no loss beyond chance\n"
     assert sorted(path.name for path in work.iterdir()) == ["report.html"]
     assert (tmp_path / "home" / ".cache" / "downstream-validation" / "embeddings").is_dir()
+    stored = code_of(nbformat.read(TUTORIAL, 4))
+    assert [shape(cell) for cell in cells] == [shape(cell) for cell in stored]
+    assert printed(cells[-1], "stdout") == printed(stored[-1], "stdout")

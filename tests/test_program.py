@@ -40,10 +40,11 @@ def test_a_measurement_says_at_the_start_what_is_measured(
 @pytest.mark.parametrize(
     ("command", "arguments", "start"),
     [
-        ("measure", [], "sample/checkpoint (the default: give --ckpt)"),
-        ("measure", ["--ckpt=sample/checkpoint"], "sample/checkpoint"),
-        ("measure", ["--until=load"], "sample/checkpoint"),
-        ("load", [], "sample/checkpoint"),
+        ("measure", [], "measuring   sample/checkpoint (the default: give --ckpt) as in"),
+        ("measure", ["--ckpt=sample/checkpoint"], "measuring   sample/checkpoint as in"),
+        ("load", ["--ckpt=sample/checkpoint"], "measuring   sample/checkpoint as in"),
+        ("measure", ["--until=load"], "reading     the data of"),
+        ("load", ["--ckpt="], "reading     the data of"),  # of MLproject
     ],
 )
 def test_the_default_is_named_where_nothing_was_given(
@@ -60,7 +61,7 @@ def test_the_default_is_named_where_nothing_was_given(
     (tmp_path / "file").touch()
     overrides = f"--overrides=store={tmp_path}/file/store logging.journal={tmp_path}/file/journal"
     assert main([command, "--config=configs/pretrain.yaml", overrides, *arguments]) == 2
-    assert f"measuring   {start} as in configs/pretrain.yaml" in caplog.messages
+    assert f"{start} configs/pretrain.yaml" in caplog.messages
 
 
 @pytest.mark.parametrize("command", ["doctor", "config", "worker"])

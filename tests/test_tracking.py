@@ -60,11 +60,13 @@ def test_what_is_recorded_is_told_to_the_run(tmp_path: Path) -> None:
     """Tags too, by which runs are filtered and verdicts compared."""
     recording = Recording(tmp_path)
     recording.tags({"downstream.verdict.a": "better"})
+    recording.parameters({"step": 3}, "ckpt.")
     recording.describe("Scores")
     recording.note("a note")
     journal = Journal(tmp_path / "x.jsonl")
     replay(recording.calls, JournalRun.begin(journal), tmp_path)
     assert tags_in(journal) == {"downstream.verdict.a": "better", NOTE: "Scores\n\n- a note"}
+    assert [record["values"] for record, _ in journal.read() if record["op"] == "parameters"] == [{"ckpt.step": "3"}]
     with pytest.raises(ValueError, match="a recording has no call 'tag'"):
         replay([["tag", {}]], NullTracker(), tmp_path)
 

@@ -152,6 +152,7 @@ def test_the_table_of_runs_ranks_them(ui: Ui, lab: Lab) -> None:
 def test_two_runs_side_by_side(ui: Ui, lab: Lab) -> None:
     page = ui.compare([run.info.run_id for run in lab.children])
     page.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()
+    page.get_by_text("ckpt.step", exact=True).first.wait_for()  # an axis of the plot: parameters that differ
     for run in lab.children:
         page.get_by_text(str(run.info.run_name), exact=True).first.wait_for()
     for metric in (ACCURACY, SPEARMAN):

@@ -41,6 +41,7 @@ from pipeline.errors import CheckpointError, ConfigError, PipelineError
 
 FORMATS = (PEFT, DEEPSPEED, FOLDER, NEMO, ACCELERATE, DISTRIBUTED, LIGHTNING)  # the first that holds a path reads it
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SERVERS = ("runs:/", "models:/")
 REMEDY = "give a model folder, a file of weights, a hub id or an MLflow URI"
 
 
@@ -76,6 +77,12 @@ def open_encoder(ckpt: str, options: EncoderOptions = EncoderOptions()) -> Encod
             encoder = HuggingFaceEncoder(stored.model, stored.tokenizer, options)
     encoder.made_with, encoder.step = stored.made_with, stored.step
     return encoder
+
+
+def refuse_missing(ckpt: str) -> None:
+    """Raises CheckpointError for a name that is no file or folder here, and no hub id or URI by its form."""
+    if not Path(ckpt).expanduser().exists() and not ckpt.startswith(SERVERS):
+        _locate(ckpt)
 
 
 def _factory(path: str | None) -> Any:
@@ -117,7 +124,7 @@ def _at_fault(ckpt: str, source: str) -> Iterator[None]:
 
 def _locate(ckpt: str) -> tuple[Format, str]:
     """The format of a checkpoint, and its path or hub id."""
-    if ckpt.startswith(("runs:/", "models:/")):
+    if ckpt.startswith(SERVERS):
         from pipeline.tracking.client import download
 
         return _found_in(download(ckpt), ckpt)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config
-from pipeline.config.shipped import CONFIG, shipped
+from pipeline.config.shipped import CONFIG, shipped_path
 from pipeline.config.task import Task
 from pipeline.config.yaml_file import RENAMED, config_from, read_config, to_mapping
 from pipeline.data.kinds import kind_of, refuse_nearly_one_each, refuse_unclear
@@ -40,7 +40,7 @@ def config_of(config: Any, overrides: str, settings: Mapping[str, Any]) -> Confi
             raise ConfigError("overrides: a Config takes none; give keywords, or change it")
         found = config
     else:
-        source = shipped(CONFIG) if config is None else config
+        source = shipped_path(CONFIG) if config is None else config
         found = read_config(source if isinstance(source, Mapping) else Path(source), overrides)
     if settings:
         section, of_tasks = _sorted(settings)

@@ -15,11 +15,11 @@ from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.engines.ray_engine import RayEngine
 from pipeline.engines.workers import ALONE, Workers
-from pipeline.load import Examples
+from pipeline.load import Examples, load
 from pipeline.random_init import RandomInit
 from pipeline.report import comparison as compare
 from pipeline.report.overview import Changes, overview, run_name, summary, verdicts_of
-from pipeline.report.publishing import facts_of, publish_curves, tags_of, verdict_tags
+from pipeline.report.publishing import facts_of, parameters_of, publish_curves, tags_of, verdict_tags
 from pipeline.report.tables import Table
 from pipeline.score import Scores
 from pipeline.statistics.metrics import metric_name
@@ -28,9 +28,54 @@ from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.protocol import COMPARISON, KIND, Headlines, NullTracker, Run, Several, Tracker
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pipeline.tracking.earlier_runs import Earlier
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An encoder that is to be measured.
+
+    Attributes:
+        encoder: what is measured.
+        source: where its weights are from.
+        step: of the training that made them, if it is known.
+        label: what it is called.
+        examples: the data of each task; none where they are yet to be read.
+    """
+
+    encoder: Encoder
+    source: str
+    step: int | None
+    label: str
+    examples: Sequence[Examples] = ()
+
+    def with_data(
+        self, config: Config, known: Sequence[Examples] = (), frames: Mapping[str, pd.DataFrame] | None = None
+    ) -> Opened:
+        """The same with the data.
+
+        Args:
+            config: the tasks.
+            known: the data of another encoder; they are read again where the limits of length differ.
+            frames: see `load`.
+
+        Raises:
+            PipelineError: see `load`.
+        """
+        limit = self.encoder.max_seq_length
+        same = bool(known) and all(one.encoder_limit == limit for one in known)
+        return replace(self, examples=known if same else read_data(config, limit, frames))
+
+
+def read_data(
+    config: Config, limit: int | None = None, frames: Mapping[str, pd.DataFrame] | None = None
+) -> list[Examples]:
+    """The data of each task; `limit` is the encoder's own. Raises PipelineError, see `load`."""
+    return [load(task, limit, frames) for task in config.dataset]
 
 
 @dataclass(frozen=True)
@@ -57,75 +102,54 @@ class CheckpointResult:
         return overview(self.scores, self.changes)
 
 
-def measure_checkpoint(
-    ckpt: str,
-    config: Config,
-    store: Store,
-    run: Run,
-    mirrors: Sequence[Tracker],
-    until: str = "score",
-    known: Sequence[Examples] = (),
-    name: str | None = None,
-    engine: RayEngine | None = None,
-) -> CheckpointResult:
-    """Measures a stored checkpoint.
+def open_checkpoint(ckpt: str, config: Config, name: str | None = None, engine: RayEngine | None = None) -> Opened:
+    """Opens a stored checkpoint.
 
     Args:
         ckpt: see `open_encoder`.
-        config: the tasks, and how embeddings are made.
-        store: where embeddings and heads are kept.
-        run: gets the results; it is renamed after the checkpoint and the tasks.
-        mirrors: get the metrics and the pictures too.
-        until: the last stage.
-        known: the data of an earlier checkpoint; they are read again where the encoders' limits of length differ.
+        config: how it is opened.
         name: of the checkpoint; by default the last part of the path.
-        engine: where it is opened, embedded and fitted; None for this process.
+        engine: where it is opened; None for this process.
 
     Raises:
-        PipelineError: see `open_encoder` and `validate`.
+        PipelineError: see `open_encoder`.
     """
     encoder = open_on(engine, ckpt, EncoderOptions.from_config(config))
     step = step_of(ckpt, encoder)
-    label = with_step(name or name_of(ckpt), step)
-    workers = engine or ALONE
-    return measure_encoder(encoder, ckpt, step, label, config, store, run, mirrors, until, known, workers)
+    return Opened(encoder, ckpt, step, with_step(name or name_of(ckpt), step))
 
 
 def measure_encoder(
-    encoder: Encoder,
-    source: str,
-    step: int | None,
-    label: str,
+    opened: Opened,
     config: Config,
     store: Store,
     run: Run | None = None,
     mirrors: Sequence[Tracker] = (),
     until: str = "score",
-    known: Sequence[Examples] = (),
     workers: Workers = ALONE,
 ) -> CheckpointResult:
-    """Measures an open encoder, see `measure_checkpoint`.
+    """Measures an open encoder.
 
     Args:
-        encoder: what is measured.
-        source: where its weights are from.
-        step: of the training that made them, if it is known.
-        label: what it is called.
-        config: see above, as the others.
-        store: see above.
-        run: see above; None where nothing is tracked.
-        mirrors: see above.
-        until: see above.
-        known: see above.
+        opened: what is measured, with its data.
+        config: the tasks, and how embeddings are made.
+        store: where embeddings and heads are kept.
+        run: gets the results; it is renamed after the checkpoint and the tasks. None where nothing is tracked.
+        mirrors: get the metrics and the pictures too.
+        until: the last stage.
         workers: may fit and score heads.
+
+    Raises:
+        PipelineError: see `validate`.
     """
+    encoder, source, step, label = opened.encoder, opened.source, opened.step, opened.label
     tracker: Tracker = Headlines([run]) if run else NullTracker()
     if run is not None:
         run.rename(f"{label} on {config.title}")
         run.tags(tags_of(encoder, step))
+        run.parameters(parameters_of(encoder, source, step), "ckpt.")
         if until == "score":
             run.checkpoint(label, encoder.digest, source, step, in_stages=True)
-    examples = _same(known, encoder)
     start = None
     if config.baseline:
         start = RandomInit(encoder, config, store, Several([tracker, *mirrors]), step or 0, workers)
@@ -140,7 +164,7 @@ def measure_encoder(
         step,
         label,
         until,
-        examples,
+        opened.examples or None,
         workers=workers,
         **further,
     )
@@ -166,6 +190,7 @@ def _row(label: str, step: int | None, scores: Sequence[Scores], changes: Change
 def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun) -> compare.Leaderboard:
     """Ranks measurements that were made before, and logs the leaderboard, and the curve of each training, in `run`."""
     run.tags({KIND: COMPARISON})
+    run.parameters({"by": names[0], "runs": ", ".join(one.run_id for one in runs)}, "compare.")
     board = compare.leaderboard([row for one in runs for row in rows_of_run(one)], names)
     compare.publish(board, run, run)
     for one in runs:
@@ -182,8 +207,3 @@ def rows_of_run(run: Earlier) -> list[compare.Row]:
         compare.Row(label, step, metrics, "", run.data, run.tables.get(step, {}), said)
         for label, (step, metrics) in zip(labels, run.points, strict=True)
     ]
-
-
-def _same(known: Sequence[Examples], encoder: Encoder) -> list[Examples] | None:
-    """The data of another checkpoint, where this encoder takes sequences of the same lengths."""
-    return list(known) if known and all(one.encoder_limit == encoder.max_seq_length for one in known) else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.command.program import add_traceback
-from pipeline.config.shipped import CONFIG, shipped
+from pipeline.config.shipped import CONFIG, shipped_path
 from pipeline.errors import ConfigError
 
 STAGES = ("load", "embed", "train_head", "score")
@@ -82,7 +82,7 @@ def _replay(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", nargs="?", default=shipped(CONFIG), help="YAML file (the sample's)")
+    parser.add_argument("file", nargs="?", default=shipped_path(CONFIG), help="YAML file (the sample's)")
     parser.add_argument("--overrides", default="", metavar="LIST", help="such as 'dataset.num_epochs=3 device=cpu'")
     parser.add_argument("--schema", action="store_true", help="print every key: type, default and meaning")
 
@@ -100,7 +100,7 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
 def _add_measured(parser: argparse.ArgumentParser) -> None:
     ckpt = "folder, file, hub id or MLflow URI; a,b or a pattern (the sample's)"
     parser.add_argument("--ckpt", help=ckpt)
-    parser.add_argument("--config", default=shipped(CONFIG), metavar="FILE", help="YAML file (the sample's)")
+    parser.add_argument("--config", default=shipped_path(CONFIG), metavar="FILE", help="YAML file (the sample's)")
     parser.add_argument("--overrides", default="", metavar="LIST", help="such as 'dataset.num_epochs=3 device=cpu'")
     _add_tracking(parser)
 

@@ -10,19 +10,20 @@ from functools import partial
 from typing import Any
 
 from pipeline.checkpoints.names import names_of
+from pipeline.checkpoints.opening import refuse_missing
 from pipeline.command.engine import device_on
-from pipeline.command.measuring import measure_checkpoint
+from pipeline.command.measuring import Opened, measure_encoder, open_checkpoint, read_data
 from pipeline.config.schema import Config
 from pipeline.engines.elsewhere import Answer, portable, say
 from pipeline.engines.ray_engine import RayEngine
 from pipeline.errors import PipelineError
 from pipeline.load import Examples
 from pipeline.report import comparison as compare
-from pipeline.report.publishing import publish_curves
+from pipeline.report.publishing import describe, publish_curves
 from pipeline.store.embedding_table import Store
 from pipeline.store.temporary import temporary_folder
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.tracking.protocol import CHECKPOINTS, FOLDER, KIND, MEASUREMENT, Headlines, Run, Several, Tracker
+from pipeline.tracking.protocol import CHECKPOINTS, KIND, MEASUREMENT, Headlines, Run, Several, Tracker
 from pipeline.tracking.recording import FailedStageError, Recording, replay
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,14 @@ Rows = tuple[compare.Row, compare.Row | None]
 Measure = Callable[[str, str, Run], Rows]  # of a checkpoint with this name, in this run
 
 
+@dataclass(frozen=True)
+class First:
+    """What is at hand before several checkpoints are measured: the first one open, if it can be, and the data."""
+
+    opened: Opened | None = None
+    examples: Sequence[Examples] = ()
+
+
 def measure_checkpoints(
     ckpts: Sequence[str],
     config: Config,
@@ -39,12 +48,23 @@ def measure_checkpoints(
     run: JournalRun,
     mirrors: Sequence[Tracker],
     until: str = "score",
+    first: First | None = None,
     engine: RayEngine | None = None,
 ) -> tuple[list[compare.Row], compare.Leaderboard | None]:
     """Measures each of several checkpoints in a nested run, and compares them in `run`; on an engine, all at once.
 
     A checkpoint that cannot be measured is passed over with a warning. Data are read once; the same weights under two
     names are embedded and fitted once.
+
+    Args:
+        ckpts: see `open_encoder`.
+        config: the tasks, and how embeddings are made.
+        store: where embeddings and heads are kept.
+        run: gets the leaderboard, and a nested run for each.
+        mirrors: get the metrics and the leaderboard's pictures too.
+        until: the last stage.
+        first: see `open_first`; not for an engine, whose processes open them.
+        engine: where they are measured; None for this process.
 
     Returns:
         A row for each; and the leaderboard, None where nothing was measured.
@@ -54,12 +74,15 @@ def measure_checkpoints(
     rows: list[compare.Row] = []
     untrained: list[compare.Row] = []
     names = names_of(ckpts)
-    measure = _in_turn(config, store, until) if engine is None else _at_once(engine, ckpts, names, config, until)
+    if engine is None:
+        measure = _in_turn(config, store, until, first or First())
+    else:
+        measure = _at_once(engine, ckpts, names, config, until)
     for number, (ckpt, name) in enumerate(zip(ckpts, names, strict=True), 1):
         logger.info("checkpoint  %d of %d: %s", number, len(ckpts), ckpt)
         try:
             with run.stage(name) as child:
-                child.tags({KIND: MEASUREMENT, f"{FOLDER}.tasks": ", ".join(task.task_name for task in config.dataset)})
+                describe(child, config, MEASUREMENT)
                 row, start = measure(ckpt, name, child)
         except Exception as error:  # whatever a checkpoint is guilty of, such as no memory for it
             kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
@@ -74,13 +97,32 @@ def measure_checkpoints(
     return rows + untrained, board
 
 
-def _in_turn(config: Config, store: Store, until: str) -> Measure:
+def open_first(ckpts: Sequence[str], config: Config) -> First:
+    """Opens the first of several checkpoints, and reads the data: a mistake in them would be each checkpoint's.
+
+    Raises:
+        CheckpointError: one of the names is nothing that there could be.
+        PipelineError: see `load`.
+    """
+    for ckpt in ckpts:
+        refuse_missing(ckpt)
+    opened = None
+    with suppress(Exception):  # it is opened again in its turn, where the failure is said and the others are measured
+        opened = open_checkpoint(ckpts[0], config, names_of(ckpts)[0])
+    if opened is None:
+        return First(None, read_data(config))
+    opened = opened.with_data(config)
+    return First(opened, opened.examples)
+
+
+def _in_turn(config: Config, store: Store, until: str, first: First) -> Measure:
     """Measures each checkpoint when it is asked for. Data are read once."""
-    known: list[Examples] = []
+    ready, known = [first.opened] if first.opened else [], list(first.examples)
 
     def measure(ckpt: str, name: str, run: Run) -> Rows:
-        found = measure_checkpoint(ckpt, config, store, run, [], until, known, name)
-        known[:] = known or [one.examples for one in found.scores]
+        opened = ready.pop() if ready else open_checkpoint(ckpt, config, name).with_data(config, known)
+        known[:] = opened.examples
+        found = measure_encoder(opened, config, store, run, [], until)
         return found.row, found.untrained
 
     return measure
@@ -129,7 +171,8 @@ def _recorded(job: tuple[str, str], config: Config, until: str) -> Recorded:
     with temporary_folder() as folder:
         run = Recording(folder)
         try:
-            found = measure_checkpoint(ckpt, config, Store.from_config(config), run, [], until, (), name)
+            opened = open_checkpoint(ckpt, config, name).with_data(config)
+            found = measure_encoder(opened, config, Store.from_config(config), run, [], until)
             rows = Answer((found.row, found.untrained))
         except Exception as error:  # it is raised where the checkpoint's turn has come
             rows = Answer(error=portable(error))

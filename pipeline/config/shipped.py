@@ -15,8 +15,12 @@ CONFIG = "configs/default.yaml"
 CKPT = "sample/checkpoint"
 
 
-def shipped(name: str) -> str:
-    """The path of a file or folder that comes with the package: `name` itself in the folder of a clone."""
+def shipped_path(name: str) -> str:
+    """The path of a file or folder that comes with the package: `name` itself in the folder of a clone.
+
+    Args:
+        name: `sample/checkpoint`, `sample/data/variants`, `configs/default.yaml` and so on.
+    """
     return name if Path.cwd() == ROOT else str(ROOT / name)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config
 from pipeline.config.yaml_file import to_mapping, to_yaml
@@ -98,6 +98,12 @@ def facts_of(ckpt: str, step: int | None, encoder: Encoder, scores: Sequence[Sco
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
         "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def parameters_of(encoder: Encoder, source: str, step: int | None) -> dict[str, Any]:
+    """By what runs of measurements differ on MLflow's page of comparisons, beside their configurations."""
+    found = {"digest": encoder.digest[:16], "encoder": kind_of(encoder), "hidden_size": encoder.hidden_size}
+    return {"source": source, **found} | ({} if step is None else {"step": step})
 
 
 def tags_of(encoder: Encoder, step: int | None) -> dict[str, str]:

@@ -120,7 +120,7 @@ class JournalRun:
         self._write("data", data={**asdict(data), "name": dataset_name(data)})
 
     def parameters(self, values: Mapping[str, Any], prefix: str = "cfg.") -> None:
-        """Nested settings as `cfg.<key>`: MLproject's own parameters are logged by `mlflow run`, under their names."""
+        """See `Run.parameters`. With a prefix, as `mlflow run` logs MLproject's own parameters under their names."""
         flat = {clean(f"{prefix}{key}"): str(value)[:6000] for key, value in _flatten(values)}
         self._write("parameters", values=flat)
 

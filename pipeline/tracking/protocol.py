@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pipeline.statistics.metrics import is_shown_first, shown_at
 
@@ -89,6 +89,9 @@ class Run(Tracker, Protocol):
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Sets tags of the run."""
+
+    def parameters(self, values: Mapping[str, Any], prefix: str = "cfg.") -> None:
+        """Logs settings, nested ones too, as `<prefix><key>`."""
 
     def checkpoint(self, name: str, digest: str, source: str, step: int | None = None, in_stages: bool = False) -> None:
         """Links the run's metrics from here on to the model of these weights; `in_stages`: or its stages' metrics."""

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.store.temporary import link_folder
 from pipeline.tracking.protocol import Data, NullTracker, Served, Tracker
 
-PLAIN = ("note", "rename", "describe", "tags", "checkpoint")  # calls whose arguments are kept as they are
+PLAIN = ("note", "rename", "describe", "tags", "parameters", "checkpoint")  # calls whose arguments are kept as they are
 
 
 class FailedStageError(Exception):
@@ -81,6 +81,10 @@ class Recording(NullTracker):
     def tags(self, values: Mapping[str, str]) -> None:
         """See `Run.tags`."""
         self.calls.append(["tags", dict(values)])
+
+    def parameters(self, values: Mapping[str, Any], prefix: str = "cfg.") -> None:
+        """See `Run.parameters`."""
+        self.calls.append(["parameters", dict(values), prefix])
 
     def checkpoint(self, name: str, digest: str, source: str, step: int | None = None, in_stages: bool = False) -> None:
         """See `Run.checkpoint`."""

@@ -81,10 +81,23 @@ def _sender(path: Path, uri: str, remove: bool) -> Sender:
     return known
 
 
-def use(tracking_uri: str) -> None:
-    """Has this process, and those that it starts, use a server or database from here on; "" for the one in force."""
+def reach(tracking_uri: str = "") -> str:
+    """Has this process, and those that it starts, use a server or database from here on; "" for the one in force.
+
+    Returns:
+        Its address.
+
+    Raises:
+        TrackingError: the database cannot be used. Whether a server answers is not asked.
+    """
     if tracking_uri:
         mlflow.set_tracking_uri(tracking_uri)
+    uri = mlflow.get_tracking_uri()
+    try:
+        connect()
+    except (MlflowException, ImportError) as error:
+        raise TrackingError(f"MLflow at '{shown(uri)}' cannot be used: {error}") from error
+    return uri
 
 
 @contextmanager
@@ -94,15 +107,11 @@ def open_run(name: str, config: Config, tracking_uri: str = "") -> Iterator[Open
     Raises:
         TrackingError: the tracking database cannot be used, or the journal. A server that does not answer only warns.
     """
-    use(tracking_uri)
-    uri = mlflow.get_tracking_uri()
+    uri = reach(tracking_uri)
     try:
-        connect()
         given = os.environ.get("MLFLOW_RUN_ID")
         remove = config.logging.journal is None
         opened = OpenRun(journal_path(config, name), uri, remove, name=name, run_id=given, mine=True)
-    except (MlflowException, ImportError) as error:
-        raise TrackingError(f"MLflow at '{shown(uri)}' cannot be used: {error}") from error
     except OSError as error:
         key, folder = ("logging.journal", config.logging.journal) if config.logging.journal else ("store", config.store)
         raise TrackingError(f"{key}: '{folder}' cannot be written ({error}); set {key} to another folder") from error

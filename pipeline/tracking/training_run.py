@@ -11,6 +11,7 @@ from typing import Any
 import mlflow
 
 from pipeline.config.schema import Config
+from pipeline.config.yaml_file import to_mapping
 from pipeline.statistics.metrics import shown_at
 from pipeline.tracking.client import shown
 from pipeline.tracking.journal_run import JournalRun
@@ -55,6 +56,7 @@ class TrainingRun:
         Raises:
             OSError: the journal cannot be written.
         """
+        self._config = to_mapping(config)
         self.run_id: str | None = None
         self.opened: OpenRun | None = None
         self._data: set[Data] = set()
@@ -118,6 +120,8 @@ class TrainingRun:
             with linked.stage(f"{name} on {tasks}" if tasks else name) as own:
                 about = {"step": str(step), "checkpoint": digest[:16], "tasks": tasks}
                 own.tags({KIND: MEASUREMENT, **{f"{FOLDER}.{key}": value for key, value in about.items()}})
+                own.parameters(self._config)
+                own.parameters({"source": source, "step": step, "digest": digest[:16]}, "ckpt.")
                 yield Several([here, AtStep(Headlines([own]), step)])
 
     def failed(self, step: int, message: str) -> None:

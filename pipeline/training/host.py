@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ class Host(Protocol):
 
     @property
     def name(self) -> str:
-        """Names a new MLflow run."""
+        """Names a new MLflow run: the user's name for the training, or else `default_name`."""
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +109,16 @@ class LogHost:
     def warn(self, text: str) -> None:
         """See `Host.warn`."""
         logger.warning("%s", text)
+
+
+def default_name(module: nn.Module, title: str) -> str:
+    """Of a training that has no name. The time is first: it tells two apart, and MLflow's pages cut long names.
+
+    Args:
+        module: that is trained.
+        title: of the tasks.
+    """
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {type(module).__name__} on {title}"
 
 
 def write_checkpoint(

@@ -21,7 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.config.yaml_file import read_config
 from pipeline.errors import ConfigError
 from pipeline.tracking.protocol import Tracker
-from pipeline.training.host import LogHost
+from pipeline.training.host import LogHost, default_name
 from pipeline.training.session import Session
 from pipeline.training.unwrapped import REMEDY, arithmetic, unwrapped, without_autocast_wrapper
 
@@ -34,11 +34,12 @@ logger = logging.getLogger(__name__)
 class TrainerHost(LogHost):
     """See `Host`. The trainer's own reporters are told by the callback, as they are told of everything else."""
 
-    def __init__(self, args: Any, module: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, args: Any, module: nn.Module, tokenizer: Any, title: str) -> None:
         """The autocast is that of the trainer's arguments, by way of accelerate."""
         super().__init__(Path(args.output_dir))
         self.device: torch.device = args.device
-        self.name: str = args.run_name or type(module).__name__
+        own = args.run_name if args.run_name != args.output_dir else None  # which older versions of transformers take
+        self.name: str = own or default_name(module, title)
         self.tokenizer = tokenizer
         self.context, self.mode = arithmetic(self.device)
 
@@ -117,7 +118,7 @@ class DownstreamTrainerCallback(TrainerCallback):
         module = unwrapped(given["model"])
         with without_autocast_wrapper(module):
             tokenizer = self.tokenizer or _tokenizer(given.get("processing_class"))
-            self.session.open(TrainerHost(args, module, tokenizer))
+            self.session.open(TrainerHost(args, module, tokenizer, self.config.title))
             try:
                 self.session.prepare(module)
                 self._refuse_monitor(args)

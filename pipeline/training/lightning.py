@@ -104,7 +104,7 @@ class DownstreamValidation(pl.Callback):
         # to this callback, so none is skipped or called twice.
         callbacks = vars(trainer)["callbacks"]
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
-        self.session.open(LightningHost(trainer, self.tokenizer), may_be_late=stage == "fit")
+        self.session.open(LightningHost(trainer, self.tokenizer, self.config.title), may_be_late=stage == "fit")
         # A module may build its layers in one of these hooks, which come later; then it is inspected again.
         kind, base = type(pl_module), pl.LightningModule
         hooks = ("setup", "configure_model")

@@ -11,21 +11,24 @@ import torch
 from pipeline.encoders.custom import Context
 from pipeline.tracking.mirrors import LoggerTracker, is_kind
 from pipeline.tracking.protocol import Tracker
-from pipeline.training.host import write_checkpoint
+from pipeline.training.host import default_name, write_checkpoint
 from pipeline.training.lightning_package import pl
+
+UNNAMED = "lightning_logs"  # what Lightning calls the folder of a logger without a name
 
 
 class LightningHost:
     """See `Host`: the trainer's loggers, precision and folder are read when they are needed."""
 
-    def __init__(self, trainer: Any, tokenizer: Any = None) -> None:
-        """Keeps the trainer, and the tokenizer that the user gave."""
-        self.trainer, self.tokenizer = trainer, tokenizer
+    def __init__(self, trainer: Any, tokenizer: Any, title: str) -> None:
+        """Keeps the trainer, the tokenizer that the user gave, and the title of the tasks."""
+        self.trainer, self.tokenizer, self.title = trainer, tokenizer, title
 
     @property
     def name(self) -> str:
-        """See `Host.name`: the module's class."""
-        return type(self.trainer.lightning_module).__name__
+        """See `Host.name`: that of a logger."""
+        named = next(filter(None, map(_name_in, self.loggers)), None)
+        return named or default_name(self.trainer.lightning_module, self.title)
 
     @property
     def device(self) -> torch.device:
@@ -97,3 +100,18 @@ class LightningHost:
 
     def close(self) -> None:
         """See `Host.close`: the trainer ends its loggers."""
+
+
+def _name_in(logger: Any) -> str | None:
+    """What a logger's own pages or folders call the training; None where the user has not named it.
+
+    W&B is not begun for that: it may wait for a server.
+    """
+    if is_kind(logger, "WandbLogger"):
+        return getattr(vars(logger).get("_experiment"), "name", None)
+    if not any(is_kind(logger, kind) for kind in ("TensorBoardLogger", "CSVLogger")):
+        return None
+    if logger.name in (None, "", UNNAMED):
+        return None
+    version = logger.version
+    return f"{logger.name}/version_{version}" if isinstance(version, int) else f"{logger.name}/{version}"

@@ -17,7 +17,7 @@ from pipeline.config.yaml_file import read_config, to_mapping
 from pipeline.report.tables import Table
 from pipeline.tracking.mirrors import mirrors
 from pipeline.tracking.protocol import Tracker
-from pipeline.training.host import LogHost
+from pipeline.training.host import LogHost, default_name
 from pipeline.training.session import Session
 from pipeline.training.unwrapped import arithmetic, unwrapped, without_autocast_wrapper
 
@@ -25,10 +25,11 @@ from pipeline.training.unwrapped import arithmetic, unwrapped, without_autocast_
 class LoopHost(LogHost):
     """See `Host`: a loop of one's own, with the mirrors that the configuration asks for."""
 
-    def __init__(self, config: Config, module: nn.Module, tokenizer: Any, name: str, folder: Path) -> None:
+    def __init__(self, config: Config, module: nn.Module, tokenizer: Any, name: str | None, folder: Path) -> None:
         """The device and the autocast are those in force now."""
         super().__init__(folder)
-        self.config, self.tokenizer, self.name = config, tokenizer, name
+        self.config, self.tokenizer = config, tokenizer
+        self.name = name or default_name(module, config.title)
         first = next(module.parameters(), None)
         self.device = torch.device("cpu") if first is None else first.device
         self.context, self.mode = arithmetic(self.device)
@@ -63,7 +64,7 @@ class Downstream:
         self,
         config: str | Path | Mapping[Any, Any] | Config,
         tokenizer: Any = None,
-        name: str = "training",
+        name: str | None = None,
         folder: str | Path = ".",
     ) -> None:
         """Reads the configuration; everything else waits for the first call.
@@ -71,7 +72,7 @@ class Downstream:
         Args:
             config: a YAML file with the section `model.dwnstr_task_validation`, its content, or a `Config`.
             tokenizer: the Hugging Face tokenizer; by default that in the model.
-            name: of an MLflow run that is opened here.
+            name: of an MLflow run that is opened here; by default the time, the model's class and the tasks.
             folder: below it, in `downstream`, checkpoints are kept where `save` is set.
 
         Raises:
@@ -80,7 +81,7 @@ class Downstream:
         self.config: Config = config if isinstance(config, Config) else read_config(config)
         self.session: Session = Session(self.config)
         self.tokenizer: Any = tokenizer
-        self.name: str = name
+        self.name: str | None = name
         self.folder: Path = Path(folder)
         self._last: tuple[Callable[[], nn.Module | None], int, Any] = (lambda: None), 0, None  # that was to be measured
 
