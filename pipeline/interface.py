@@ -35,7 +35,7 @@ from pipeline.encoders.protocol import Encoder, HasHiddenStates
 from pipeline.engines.ray_engine import RayEngine
 from pipeline.engines.workers import ALONE
 from pipeline.errors import ConfigError, DataError, nearest
-from pipeline.load import Examples, load
+from pipeline.load import Examples, load_all
 from pipeline.report.measured import Measured
 from pipeline.store.embedding_table import Store
 from pipeline.training.untouched import untouched
@@ -89,7 +89,7 @@ def measure(
     store = Store.from_config(checked)
     store.clear()
     with engine_of(checked) as engine, _opened(ckpt, EncoderOptions.from_config(checked), tokenizer, engine) as found:
-        known = [load(task, found.encoder.max_seq_length, frames) for task in checked.dataset] if frames else ()
+        known = load_all(checked.dataset, found.encoder.max_seq_length, frames) if frames else ()
         args = (found.encoder, found.source, found.step, found.label)
         if track is False:
             silent = replace(checked, logging=replace(checked.logging, figures=False, log_model=False))

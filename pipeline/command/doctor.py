@@ -25,7 +25,7 @@ from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.load import Examples, load
+from pipeline.load import Examples, load_all
 from pipeline.store.embedding_table import Store
 from pipeline.validation import check
 
@@ -177,7 +177,7 @@ def _measurement(found: Findings, ckpt: str, config: Config) -> None:
     opened, examples = list[tuple[str, Encoder]](), list[Examples]()
     found.attempt("checkpoint", lambda: opened.append(_checkpoint(found, ckpt, config)))
     limit = opened[0][1].max_seq_length if opened else None
-    found.attempt("data", lambda: examples.extend([load(task, limit) for task in config.dataset]))
+    found.attempt("data", lambda: examples.extend(load_all(config.dataset, limit)))
     if opened and examples:
         found.attempt("cost", lambda: _cost(found, *opened[0], examples, config))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.data.tables import place
+from pipeline.data.defects import Place
 from pipeline.encoders.forward import misaligned
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError, DataError
@@ -39,7 +39,7 @@ def _all_unknown(text: str, examples: Sequence[Examples], why: str) -> DataError
     file, _, row = part.rows[part.sequences.index(text)].rpartition(":")
     in_memory = not task.dataset_path
     path = Path(f"frames['{name}']") if in_memory else Path(task.dataset_path) / name / file
-    where = place(path, int(row), in_memory)
+    where = Place(path, int(row), in_memory=in_memory).text()
     shown = text if len(text) <= 60 else text[:57] + "..."
     column = f"column '{task.sequence_column}'"
     return DataError(f"{where}: {column}: expected a sequence with characters the encoder knows, found {shown!r}{why}")
