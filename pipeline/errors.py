@@ -1,6 +1,6 @@
 """The error tree. Every message is one line: what was expected, what was found, and the remedy.
 
-An error of several messages, such as all that is wrong with some files, has each on a line of its own.
+All that is wrong with data is one error, with each of its messages on a line.
 
 PipelineError
 ├── ConfigError       the YAML, an override, or a combination of settings
@@ -20,16 +20,9 @@ from collections.abc import Iterable, Sequence
 class PipelineError(Exception):
     """A mistake that the user can put right. The command line prints it and exits with 2."""
 
-    def __init__(self, *messages: str) -> None:
-        """Keeps each message on one line, whatever library text it quotes."""
-        super().__init__(*(" ".join(message.split()) for message in messages))
-
-    def __str__(self) -> str:
-        """The message; of several, how many there are, and each on a line."""
-        if len(self.args) == 1:
-            return str(self.args[0])
-        lines = [f"  {number}. {message}" for number, message in enumerate(self.args, 1)]
-        return "\n".join([f"{len(lines)} defects:", *lines])
+    def __init__(self, message: str) -> None:
+        """Keeps `message` on one line, whatever library text it quotes."""
+        super().__init__(" ".join(message.split()))
 
 
 class ConfigError(PipelineError):
@@ -37,7 +30,17 @@ class ConfigError(PipelineError):
 
 
 class DataError(PipelineError):
-    """A labelled CSV file is not valid, or several things are not."""
+    """A labelled CSV file is not valid, or several things are wrong: then each has a line of its own."""
+
+    def __init__(self, *messages: str) -> None:
+        """Keeps each message on one line."""
+        super().__init__(messages[0])
+        self.args = tuple(" ".join(message.split()) for message in messages)
+
+    def __str__(self) -> str:
+        """The message; of several, how many there are, and each on a line."""
+        lines = [f"  {number}. {message}" for number, message in enumerate(self.args, 1)]
+        return str(self.args[0]) if len(lines) == 1 else "\n".join([f"{len(lines)} defects in the data:", *lines])
 
 
 class CheckpointError(PipelineError):

@@ -56,11 +56,11 @@ class Findings:
         try:
             look()
         except (PipelineError, OSError, RuntimeError) as error:
-            own = isinstance(error, PipelineError)
             lines = str(error).strip().splitlines() or ["no message"]
-            problem = str(error) if own else f"{what}: {type(error).__name__}: {lines[0]}"
-            self.problems.append(problem)
-            self.say(what, f"PROBLEM: {problem}")
+            own = isinstance(error, PipelineError)
+            for problem in error.args if own else [f"{what}: {type(error).__name__}: {lines[0]}"]:
+                self.problems.append(problem)
+                self.say(what, f"PROBLEM: {problem}")
 
 
 def examine(ckpt: str, config: str, overrides: str = "", tracking_uri: str = "", quick: bool = False) -> Findings:

@@ -72,7 +72,7 @@ def of_frame(frame: pd.DataFrame, name: str, columns: Sequence[str], defects: De
     there = [column for column in columns if _has(header, column, place, defects)]
     if not len(frame):
         defects.kind("rows", "frames").add(place, ": expected rows, found none")
-    cells = {column: [_text(cell) for cell in frame.iloc[:, header.index(column)]] for column in there}
+    cells = {column: [cell_text(cell) for cell in frame.iloc[:, header.index(column)]] for column in there}
     cells, unread = _with_unread(cells, columns, len(frame))
     rows = list(range(len(frame)))
     return Table((place.file,), [0] * len(frame), rows, cells, True, unread, whole=bool(rows))
@@ -86,7 +86,7 @@ def _with_unread(
     return cells | {column: [""] * rows for column in missing}, {column: set(range(rows)) for column in missing}
 
 
-def _text(cell: Any) -> str:
+def cell_text(cell: Any) -> str:
     """A cell of a DataFrame as it would stand in a file; empty where it is missing."""
     if isinstance(cell, (list, tuple, np.ndarray)):
         values = [value.item() if isinstance(value, np.generic) else value for value in cell]
