@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -140,11 +141,11 @@ def refused(job: Job, capsys: pytest.CaptureFixture[str]) -> Refused:
 
 
 def error_line(stderr: str) -> str:
-    """The one line of error in what was printed, without the word."""
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    """The one error in what was printed, without the word: a line, or one for each of several defects below it."""
+    lines = re.findall(r"^error: (.*(?:\n  .*)*)", stderr, re.MULTILINE)
     assert len(lines) == 1, stderr
     assert "Traceback" not in stderr
-    return lines[0].removeprefix("error: ")
+    return str(lines[0])
 
 
 def test_the_job_works_unspoilt(job: Job) -> None:
@@ -469,7 +470,9 @@ def test_a_tokenizer_that_lower_cases(job: Job, refused: Refused) -> None:
     for path in folder.glob("*token*"):
         path.unlink()
     (folder / "vocab.txt").write_text("\n".join(sorted(words, key=words.__getitem__)))
-    remedy = f"""write {{"do_lower_case": false}} to '{folder / "tokenizer_config.json"}'\n"""
+    remedy = (
+        f"""write {{"do_lower_case": false}} to '{folder / "tokenizer_config.json"}'; 8 cells are like that, also """
+    )
     refused("embed", "the tokenizer lower-cases sequences and the vocabulary has capitals", remedy)
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     assert main(job.command()) == 0

@@ -41,7 +41,7 @@ class Place:
         """
         if self.in_memory:
             row = "" if self.row is None else f"row {self.row}"
-            return row if row and beside else ", ".join(filter(None, (str(self.file), row)))
+            return row if row and beside == self.file else ", ".join(filter(None, (str(self.file), row)))
         near = beside is not None and beside.parent == self.file.parent
         name = self.file.name if near else f"{self.file.parent.name}/{self.file.name}" if beside else str(self.file)
         line = self.line
@@ -64,6 +64,11 @@ def records(path: Path) -> list[tuple[int, list[str]]]:
                 found.append((start, record))
             start = reader.line_num + 1
     return found[1:]
+
+
+def shown(text: str) -> str:
+    """The beginning of a cell, quoted."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 class Kind:
@@ -113,9 +118,8 @@ class BadCells:
             return
         self.rows.add(row)
         new = Kind("cells", "; correct or remove the row", "; correct or remove these rows")
-        shown = repr(found if len(found) <= 60 else found[:57] + "...")
-        problem = f": column '{self.column}': expected {expected}, found {shown}"
-        self.kinds.setdefault(kind if found else EMPTY, new).add(self.table.place(row), problem, shown)
+        problem = f": column '{self.column}': expected {expected}, found {shown(found)}"
+        self.kinds.setdefault(kind if found else EMPTY, new).add(self.table.place(row), problem, shown(found))
 
     @property
     def good(self) -> npt.NDArray[np.bool_]:
