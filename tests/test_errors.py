@@ -245,6 +245,23 @@ def test_the_second_file_of_a_range_is_named(job: Job, refused: Refused) -> None
     refused("load", f"{second}:7: column 'value': expected a number, found 'many'; correct or remove the row\n")
 
 
+def test_several_defects_are_one_error(job: Job, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of several tasks, on a line each: in the terminal, in MLflow (see `assert_failed`), in JSON and for `doctor`."""
+    tasks: list[dict[str, Any]] = [NUMBER, STATE]
+    job.section["dataset"] = [{**job.task, **task, "task_name": str(index)} for index, task in enumerate(tasks)]
+    job.write("train", [{**ROWS[0], "value": "many", "sequence": ""}, *ROWS[1:]])
+    job.write("test", [*ROWS[:3], {**ROWS[3], "state": "HH"}])
+    places = [f"{job.csv('train')}:2: column 'sequence'", f"{job.csv('train')}:2: column 'value'"]
+    places.append(f"{job.csv('test')}:7: column 'state'")
+    refused("load", "3 defects in the data:\n", *[f"\n  {number}. {place}: " for number, place in enumerate(places, 1)])
+    assert main([*job.command(), "--json"]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"error": error_line(printed.err)}
+    assert main(["doctor", *job.command()[1:]]) == 2
+    said = capsys.readouterr().out
+    assert [f"data          PROBLEM: {place}: " in said for place in places] == [True] * 3
+
+
 TWINS = [{**NUMBER, "dataset_path": "data", "task_name": name} for name in ("a/b", "a_b")]
 SETTINGS: list[tuple[str, Any, str, str]] = [
     ("task", {"num_epoch": 3}, "config", "{path}:4: unknown key 'num_epoch'; did you mean 'num_epochs'?\n"),

@@ -227,7 +227,7 @@ def _read_spoilt(
         if len(record) == len(header):
             rows.append(row)
         else:
-            wide.add(Place(path, line=line), _fields(header, len(record)), str(len(record)))
+            wide.add(Place(path, line=line), _fields(header, len(record)), f"with {len(record)}")
     cells = {column: [found[row][1][header.index(column)] for row in rows] for column in there}
     cells, unread = _with_unread(cells, columns, len(rows))
     for column in there:
