@@ -276,11 +276,34 @@ def test_what_a_defect_makes_unknown_is_not_said(tmp_path: Path) -> None:
     too_long = [rf".*/{part}/x000.csv: expected sequences of at most 3 in {part}, the shortest .*" for part in FILES]
     cells = [rf".*/{part}/x000.csv:2: column 'z': expected 4 characters.*; 2 cells .*" for part in FILES]
     assert_all_said(error.value, [*masked, *too_long, *cells])
-    write_csv(tmp_path / "train" / "x000.csv", [*rows, {**rows[0], "sequence": ""}])
+    path = tmp_path / "train" / "x000.csv"
+    path.write_text(path.read_text() + "MK,HH\n")
     with pytest.raises(DataError) as error:
         load(task)
-    empty = r".*/train/x000.csv:4: column 'sequence': expected a sequence, found ''; .*"
-    assert_all_said(error.value, [masked[1], too_long[1], *cells, empty])
+    width = r".*/train/x000.csv:4: expected 4 fields as in the header, found 2"
+    assert_all_said(error.value, [width, masked[1], too_long[1], *cells])
+    path.write_bytes(path.read_bytes() + b"MK,\xe4\n")
+    with pytest.raises(DataError) as error:
+        load(task)
+    width = r".*/train/x000.csv:4: expected 4 fields as in the header, found 2; 2 rows .*, also x000.csv:5 with 2; .*"
+    byte = r".*/train/x000.csv:5: not a CSV file in UTF-8: found the byte 0xe4"
+    assert_all_said(error.value, [width, byte, masked[1], too_long[1], *cells])
+
+
+def test_a_label_that_is_bad_may_be_one_that_is_missed(tmp_path: Path) -> None:
+    """None is left of the sequences that are short enough; and no class of train is known."""
+    rows = [{"sequence": "MKVL", "y": "HHCC"}, {"sequence": "MK", "y": "H"}]
+    options: dict[str, Any] = {"level": "token", "task_type": "classification", "max_seq_length": 3, "num_classes": 2}
+    task = make_task(tmp_path, rows, [{"sequence": "MKV", "y": "HCE"}], **options)
+    cell = r".*/train/x000.csv:3: column 'y': expected 2 characters, one per residue, found '1: H'; .*"
+    many = r".*/test/x000.csv:2: column 'y': expected one of the 2 classes C, H, found 'E'; .*"
+    with pytest.raises(DataError) as error:
+        load(task)
+    assert_all_said(error.value, [cell, many])
+    write_csv(tmp_path / "train" / "x000.csv", [{"sequence": "MK", "z": "HC"}])
+    with pytest.raises(DataError) as error:
+        load(task)
+    assert_all_said(error.value, [r".*/train/x000.csv:1: expected a column 'y', found no such column; .*"])
 
 
 def test_class_weights_are_held_to_the_classes_beside_other_defects(tmp_path: Path) -> None:
@@ -291,10 +314,14 @@ def test_class_weights_are_held_to_the_classes_beside_other_defects(tmp_path: Pa
         load_all([task])
     assert_all_said(alone.value, [weights])
     with pytest.raises(DataError) as both:
-        load(replace(task, max_seq_length=3, class_weights=[1.0]))
+        load(replace(task, max_seq_length=3))
     assert_all_said(
         both.value, [weights, *[rf".*/{part}/x000.csv: expected sequences of at most 3 .*" for part in FILES]]
     )
+    write_csv(tmp_path / "train" / "x000.csv", [*rows, {"sequence": "MKVL", "y": ""}])
+    with pytest.raises(DataError) as unknown:
+        load(task)
+    assert_all_said(unknown.value, [r".*/train/x000.csv:4: column 'y': expected a class name, found ''; .*"])
 
 
 def test_one_file_is_read_with_all_of_its_defects(tmp_path: Path) -> None:

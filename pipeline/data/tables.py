@@ -186,7 +186,7 @@ def _read_file(path: Path, columns: Sequence[str], defects: Defects) -> Table:
         before, found = wide.count, _read_spoilt(path, header, there, columns, defects)
         if wide.count == before:  # the two readers are not of one mind
             wide.add(Place(path, line=0), _fields(header, bad[0].actual_columns))
-        return replace(found, whole=False)
+        return found
     if not table.num_rows:
         defects.kind("rows", "files").add(Place(path), ": expected rows below the header, found none")
         return nothing
