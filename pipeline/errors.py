@@ -1,5 +1,7 @@
 """The error tree. Every message is one line: what was expected, what was found, and the remedy.
 
+All that is wrong with data is one error, with each of its messages on a line.
+
 PipelineError
 ├── ConfigError       the YAML, an override, or a combination of settings
 ├── DataError         a CSV file: names file, line and column
@@ -16,7 +18,7 @@ from collections.abc import Iterable, Sequence
 
 
 class PipelineError(Exception):
-    """A mistake that the user can put right. The command line prints it as one line and exits with 2."""
+    """A mistake that the user can put right. The command line prints it and exits with 2."""
 
     def __init__(self, message: str) -> None:
         """Keeps `message` on one line, whatever library text it quotes."""
@@ -28,7 +30,17 @@ class ConfigError(PipelineError):
 
 
 class DataError(PipelineError):
-    """A labelled CSV file is not valid."""
+    """A labelled CSV file is not valid, or several things are wrong: then each has a line of its own."""
+
+    def __init__(self, *messages: str) -> None:
+        """Keeps each message on one line."""
+        super().__init__(messages[0])
+        self.args = tuple(" ".join(message.split()) for message in messages)
+
+    def __str__(self) -> str:
+        """The message; of several, how many there are, and each on a line."""
+        lines = [f"  {number}. {message}" for number, message in enumerate(self.args, 1)]
+        return str(self.args[0]) if len(lines) == 1 else "\n".join([f"{len(lines)} defects in the data:", *lines])
 
 
 class CheckpointError(PipelineError):
@@ -45,6 +57,15 @@ class TrackingError(PipelineError):
 
 class EngineError(PipelineError):
     """Work that was to run elsewhere did not."""
+
+
+def raise_all(errors: Sequence[PipelineError]) -> None:
+    """Raises the error where there is one, and several as one DataError with each message once."""
+    messages = dict.fromkeys(message for error in errors for message in error.args)
+    if len(messages) > 1:
+        raise DataError(*messages)
+    if errors:
+        raise errors[0]
 
 
 FEW = 5  # of many names are shown

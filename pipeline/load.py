@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.task import Task
-from pipeline.data.labels import READERS, Labels
-from pipeline.data.parts import UNKNOWN, Part, Target
+from pipeline.data.classes import target_of, values_of, weighted
+from pipeline.data.defects import Defects
+from pipeline.data.labels import READERS, Labels, RawPart
+from pipeline.data.parts import Part, Target
 from pipeline.data.report import data_report
-from pipeline.data.tables import BadCells, Table, of_frame, read
-from pipeline.errors import ConfigError, DataError, few_of
+from pipeline.data.tables import Table, of_frame, read
+from pipeline.errors import ConfigError, DataError, PipelineError, raise_all
 from pipeline.statistics.metrics import metric_name
 
 if TYPE_CHECKING:
@@ -73,14 +75,26 @@ class Examples:
         return {**used, **left_out, **found, f"{name}/read_seconds": self.seconds}
 
 
-@dataclass
-class _RawPart:
-    table: Table
-    counts: npt.NDArray[np.int64]
-    labels: list[Labels]
+def load_all(
+    tasks: Sequence[Task], max_seq_length: int | None = None, frames: Mapping[str, pd.DataFrame] | None = None
+) -> list[Examples]:
+    """Loads each task, see `load`. Raises what is wrong with any of them as `raise_all`."""
+    examples, errors = list[Examples](), list[PipelineError]()
+    for task in tasks:
+        try:
+            examples.append(load(task, max_seq_length, frames))
+        except PipelineError as error:
+            errors.append(error)
+    raise_all(errors)
+    return examples
 
 
-def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.DataFrame] | None = None) -> Examples:
+def load(
+    task: Task,
+    max_seq_length: int | None = None,
+    frames: Mapping[str, pd.DataFrame] | None = None,
+    unclear: Mapping[str, Sequence[DataError]] | None = None,
+) -> Examples:
     """Reads a task's CSV files, checks every cell, types the labels and leaves out what is too long.
 
     Args:
@@ -88,19 +102,23 @@ def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.
         max_seq_length: the encoder's own limit in characters, if it has one; the smaller of it and the task's holds.
         frames: the parts `train`, `test` and, for early stopping, `val` as DataFrames; then no file is read. Cells are
             as in files; token-level labels may be lists.
+        unclear: parts whose labels are not read, as it is not clear what they are, and the errors that say so.
 
     Raises:
-        DataError: names file, line and column, what was expected, what was found, and how often.
-        ConfigError: a part is missing in `frames`.
+        DataError: names file, line and column, what was expected, what was found, and how often; everything that is
+            wrong and can be found, whatever else is.
+        ConfigError: a part is missing in `frames`, or class weights are not those of the classes.
     """
-    began, notes = time.perf_counter(), list[str]()
-    tables = _tables(task, frames, notes)
-    raw = {part: _read_part(task, table) for part, table in tables.items()}
-    targets = tuple(_target(task, index, raw, notes) for index in range(len(task.target_column)))
+    began, notes, defects, unclear = time.perf_counter(), list[str](), Defects(), unclear or {}
+    tables = _tables(task, frames, notes, defects)
+    raw = {part: _read_part(task, table, defects, unclear.get(part)) for part, table in tables.items()}
+    targets = tuple(target_of(task, index, raw, notes, defects) for index in range(len(task.target_column)))
     limits = [limit for limit in (task.max_seq_length, max_seq_length) if limit is not None]
     limit = min(limits, default=None)
-    parts = {part: _make_part(task, targets, raw[part], part, limit) for part in raw}
-    targets = tuple(_weighted(task, target, index, parts["train"]) for index, target in enumerate(targets))
+    kept = {part: _kept(task, raw[part], part, limit, defects) for part in raw}
+    defects.refuse()
+    parts = {part: _make_part(task, targets, raw[part], part, kept[part], limit) for part in raw}
+    targets = tuple(weighted(task, target, index, parts["train"]) for index, target in enumerate(targets))
     for name, part in parts.items():
         fitting = len(raw[name].counts) - part.left_out
         if fitting > len(part):
@@ -114,8 +132,10 @@ def load(task: Task, max_seq_length: int | None = None, frames: Mapping[str, pd.
     return Examples(task, targets, train, test, val, tuple(notes), limit, max_seq_length, found, seconds)
 
 
-def _tables(task: Task, frames: Mapping[str, pd.DataFrame] | None, notes: list[str]) -> dict[str, Table]:
-    """The table of each part that is used."""
+def _tables(
+    task: Task, frames: Mapping[str, pd.DataFrame] | None, notes: list[str], defects: Defects
+) -> dict[str, Table]:
+    """The table of each part that is used and whose files can be named."""
     columns = [task.sequence_column, *task.target_column, *(mask for mask in task.masks if mask)]
     columns = list(dict.fromkeys(columns))
     parts: dict[str, Any] = (
@@ -128,93 +148,68 @@ def _tables(task: Task, frames: Mapping[str, pd.DataFrame] | None, notes: list[s
     if "val" in parts and task.patience is None:
         notes.append("dataset.val is not used; set patience for early stopping on it")
         del parts["val"]
+    parts = {part: parts[part] for part in ("train", "test", "val") if part in parts}
     if frames is not None:
-        return {part: of_frame(frame, f"frames['{part}']", columns) for part, frame in parts.items()}
-    return {part: read(Path(task.dataset_path) / part, file, columns) for part, file in parts.items()}
+        return {part: of_frame(frame, f"frames['{part}']", columns, defects) for part, frame in parts.items()}
+    tables = {}
+    for part, file in parts.items():
+        try:
+            tables[part] = read(Path(task.dataset_path) / part, file, columns, defects)
+        except ConfigError as error:
+            defects.add(error)
+    return tables
 
 
-def _read_part(task: Task, table: Table) -> _RawPart:
-    sequences, bad = table.columns[task.sequence_column], BadCells(table, task.sequence_column)
+def _read_part(task: Task, table: Table, defects: Defects, unclear: Sequence[DataError] | None) -> RawPart:
+    sequences, bad = table.columns[task.sequence_column], defects.cells(table, task.sequence_column)
     for row, sequence in enumerate(sequences):
         if not sequence:
             bad.add(row, "a sequence", sequence)
-    bad.refuse()
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-    read, pairs = READERS[task.level, task.task_type], zip(task.target_column, task.masks, strict=True)
-    labels = [read(table, column, mask, lengths) for column, mask in pairs]
-    return _RawPart(table, lengths if task.level == "token" else np.ones_like(lengths), labels)
+    counts = lengths if task.level == "token" else np.ones_like(lengths)
+    whole = table.whole and not bad.rows
+    if unclear is not None:
+        defects.add(*unclear)
+        none = Labels(np.zeros(counts.sum()), np.zeros(counts.sum(), dtype=np.bool_), whole=False)
+        return RawPart(table, lengths, counts, [none] * len(task.target_column), whole)
+    labels = list[Labels]()
+    for column, mask in zip(task.target_column, task.masks, strict=True):
+        before = defects.bad_cells
+        found = READERS[task.level, task.task_type](table, column, mask, lengths, defects)
+        labels.append(replace(found, whole=whole and defects.bad_cells == before))
+    return RawPart(table, lengths, counts, labels, whole)
 
 
-def _target(task: Task, index: int, raw: dict[str, _RawPart], notes: list[str]) -> Target:
-    """The target with its vocabulary: the sorted unmasked train labels, then the labels of test and val alone."""
-    name, declared = task.target_column[index], task.sizes[index]
-    labels = {part: raw[part].labels[index] for part in raw}
-    for part, label in labels.items():
-        if not label.mask.any():
-            raise DataError(f"{raw[part].table.files[0]}: column '{name}': every position of {part} is masked out")
-    if task.task_type == "regression":
-        return Target(name, None, 1)
-    seen = [str(text) for text in np.unique(labels["train"].texts[labels["train"].mask])]
-    if declared is not None and len(seen) > declared:
-        found = f"found {len(seen)}: {few_of(seen)}"
-        raise DataError(f"{raw['train'].table.files[0]}: column '{name}': expected at most {declared} classes, {found}")
-    if declared is not None and len(seen) < declared:
-        notes.append(f"{name}: {declared} classes declared, {len(seen)} in the train part")
-    classes = list(seen)
-    for part, label in labels.items():
-        new = [str(text) for text in np.unique(label.texts[label.mask]) if str(text) not in classes]
-        if declared is not None and len(classes) + len(new) > declared:
-            unit = int(np.flatnonzero(label.mask & (label.texts == new[0]))[0])
-            row = int(np.searchsorted(np.cumsum(raw[part].counts), unit, side="right"))
-            raise raw[part].table.error(row, name, f"one of the {declared} classes {few_of(classes)}", new[0])
-        if new:
-            notes.append(f"{name}: {part} has labels that train has not and that cannot be learnt: {few_of(new)}")
-        classes += new
-    return Target(name, tuple(classes), max(declared or 0, len(classes)))
-
-
-def _weighted(task: Task, target: Target, index: int, train: Part) -> Target:
-    """The target with its class weights; `balanced` means n / (classes * n of the class), as in scikit-learn."""
-    weights = task.class_weights
-    if weights is None or target.classes is None:
-        return target
-    classes = len(target.classes)
-    if weights == "balanced":
-        counts = np.bincount(train.values[index][train.masks[index]].astype(np.int64), minlength=target.outputs)
-        seen = counts[counts > 0]
-        shares = np.where(counts > 0, seen.sum() / (len(seen) * np.maximum(counts, 1)), 0.0)
-        return replace(target, weights=tuple(float(share) for share in shares))
-    own = weights[index] if len(task.target_column) > 1 and isinstance(weights, list) else weights
-    numbers = isinstance(own, list) and all(isinstance(w, (int, float)) and w >= 0 for w in own)
-    if not numbers or len(own) not in (classes, target.outputs):
-        expected = f"'balanced', or a weight for each of {few_of(target.classes)}"
-        raise ConfigError(f"task '{task.task_name}': class_weights: expected {expected}, found {own!r}")
-    return replace(target, weights=tuple([float(w) for w in own] + [0.0] * (target.outputs - len(own))))
-
-
-def _make_part(task: Task, targets: tuple[Target, ...], raw: _RawPart, part: str, limit: int | None) -> Part:
-    """Drops sequences longer than `limit`, draws `max_rows` of the others, and encodes their labels."""
-    table = raw.table
-    sequences = table.columns[task.sequence_column]
-    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-    fits = np.full(len(lengths), True) if limit is None else lengths <= limit
+def _kept(task: Task, raw: RawPart, part: str, limit: int | None, defects: Defects) -> npt.NDArray[np.bool_]:
+    """Which sequences are used, shape (rows,): those no longer than `limit`, and `max_rows` of them."""
+    fits = np.full(len(raw.lengths), True) if limit is None else raw.lengths <= limit
     keep = _some(fits, getattr(task.max_rows, part), f"{task.random_seed} {part}")
-    if not keep.any():
-        found = f"the shortest of {len(lengths)} has {lengths.min()}"
+    file = raw.table.files[0]
+    if raw.whole and not keep.any():
+        found = f"the shortest of {len(raw.lengths)} has {raw.lengths.min()}"
         own = limit == task.max_seq_length
         remedy = "raise max_seq_length" if own else "that is all the encoder takes: use another checkpoint"
-        raise DataError(f"{table.files[0]}: expected sequences of at most {limit} in {part}, {found}; {remedy}")
+        defects.add(DataError(f"{file}: expected sequences of at most {limit} in {part}, {found}; {remedy}"))
+        return keep
     units = np.repeat(keep, raw.counts)
-    values, masks = [], []
-    for target, label in zip(targets, raw.labels, strict=True):
-        masks.append(label.mask[units])
-        values.append(_values(target, label)[units])
-        if not masks[-1].any():
-            raise DataError(f"{table.files[0]}: column '{target.name}': no label is left in {part} up to {limit}")
+    for column, label in zip(task.target_column, raw.labels, strict=True):
+        if label.whole and label.mask.any() and not label.mask[units].any():
+            defects.add(DataError(f"{file}: column '{column}': no label is left in {part} up to {limit}"))
+    return keep
+
+
+def _make_part(
+    task: Task, targets: tuple[Target, ...], raw: RawPart, part: str, keep: npt.NDArray[np.bool_], limit: int | None
+) -> Part:
+    """The sequences that are used, with their labels encoded."""
+    table, units = raw.table, np.repeat(keep, raw.counts)
+    values = [values_of(target, label)[units] for target, label in zip(targets, raw.labels, strict=True)]
+    masks = [label.mask[units] for label in raw.labels]
     names = [part if table.in_memory else file.name for file in table.files]
     rows = [f"{names[file]}:{row}" for file, row in zip(table.file_of, table.row_of, strict=True)]
-    kept = list(compress(sequences, keep))
-    return Part(kept, list(compress(rows, keep)), raw.counts[keep], values, masks, int((~fits).sum()), lengths)
+    kept = list(compress(table.columns[task.sequence_column], keep))
+    left_out = 0 if limit is None else int((raw.lengths > limit).sum())
+    return Part(kept, list(compress(rows, keep)), raw.counts[keep], values, masks, left_out, raw.lengths)
 
 
 def _some(fits: npt.NDArray[np.bool_], most: int | None, seed: str) -> npt.NDArray[np.bool_]:
@@ -226,12 +221,3 @@ def _some(fits: npt.NDArray[np.bool_], most: int | None, seed: str) -> npt.NDArr
     keep = np.zeros_like(fits)
     keep[np.random.default_rng(number).choice(found, most, replace=False)] = True
     return keep
-
-
-def _values(target: Target, label: Labels) -> npt.NDArray[np.int32] | npt.NDArray[np.float64]:
-    if target.classes is None:
-        return np.asarray(label.texts, dtype=np.float64)
-    texts, inverse = np.unique(label.texts, return_inverse=True)
-    number = {name: index for index, name in enumerate(target.classes)}
-    found = np.array([number.get(str(text), UNKNOWN) for text in texts])[inverse]
-    return np.where(label.mask, found, UNKNOWN).astype(np.int32)

@@ -25,7 +25,7 @@ from pipeline.embed import Embeddings, differences, embed, made_with
 from pipeline.encoders.protocol import Encoder
 from pipeline.engines.workers import ALONE, Workers
 from pipeline.heads import optimizers
-from pipeline.load import Examples, load
+from pipeline.load import Examples, load_all
 from pipeline.report.overview import Changes
 from pipeline.report.publishing import facts_of, publish
 from pipeline.score import Scores, companions, score
@@ -88,7 +88,7 @@ def validate(
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
     check(tasks, with_files=examples is None)
     with _stage(tracker, "load") as run:
-        examples = list(examples or [load(task, encoder.max_seq_length) for task in tasks])
+        examples = list(examples or load_all(tasks, encoder.max_seq_length))
         _log_load(examples, run, tracker)
     if last < STAGES.index("embed"):
         return []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -144,11 +145,11 @@ def refused(job: Job, capsys: pytest.CaptureFixture[str]) -> Refused:
 
 
 def error_line(stderr: str) -> str:
-    """The one line of error in what was printed, without the word."""
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    """The one error in what was printed, without the word: a line, or one for each of several defects below it."""
+    lines = re.findall(r"^error: (.*(?:\n  .*)*)", stderr, re.MULTILINE)
     assert len(lines) == 1, stderr
     assert "Traceback" not in stderr
-    return lines[0].removeprefix("error: ")
+    return str(lines[0])
 
 
 def test_the_job_works_unspoilt(job: Job) -> None:
@@ -246,6 +247,23 @@ def test_the_second_file_of_a_range_is_named(job: Job, refused: Refused) -> None
     second = job.csv("train").with_name("x001.csv")
     second.write_text(job.csv("train").read_text().replace("1.5", "many"))
     refused("load", f"{second}:7: column 'value': expected a number, found 'many'; correct or remove the row\n")
+
+
+def test_several_defects_are_one_error(job: Job, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of several tasks, on a line each: in the terminal, in MLflow (see `assert_failed`), in JSON and for `doctor`."""
+    tasks: list[dict[str, Any]] = [NUMBER, STATE]
+    job.section["dataset"] = [{**job.task, **task, "task_name": str(index)} for index, task in enumerate(tasks)]
+    job.write("train", [{**ROWS[0], "value": "many", "sequence": ""}, *ROWS[1:]])
+    job.write("test", [*ROWS[:3], {**ROWS[3], "state": "HH"}])
+    places = [f"{job.csv('train')}:2: column 'sequence'", f"{job.csv('train')}:2: column 'value'"]
+    places.append(f"{job.csv('test')}:7: column 'state'")
+    refused("load", "3 defects in the data:\n", *[f"\n  {number}. {place}: " for number, place in enumerate(places, 1)])
+    assert main([*job.command(), "--json"]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"error": error_line(printed.err)}
+    assert main(["doctor", *job.command()[1:]]) == 2
+    said = capsys.readouterr().out
+    assert [f"data          PROBLEM: {place}: " in said for place in places] == [True] * 3
 
 
 TWINS = [{**NUMBER, "dataset_path": "data", "task_name": name} for name in ("a/b", "a_b")]
@@ -473,7 +491,9 @@ def test_a_tokenizer_that_lower_cases(job: Job, refused: Refused) -> None:
     for path in folder.glob("*token*"):
         path.unlink()
     (folder / "vocab.txt").write_text("\n".join(sorted(words, key=words.__getitem__)))
-    remedy = f"""write {{"do_lower_case": false}} to '{folder / "tokenizer_config.json"}'\n"""
+    remedy = (
+        f"""write {{"do_lower_case": false}} to '{folder / "tokenizer_config.json"}'; 8 cells are like that, also """
+    )
     refused("embed", "the tokenizer lower-cases sequences and the vocabulary has capitals", remedy)
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     assert main(job.command()) == 0

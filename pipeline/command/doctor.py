@@ -26,7 +26,7 @@ from pipeline.encoders.devices import find_device, find_precision
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.load import Examples, load
+from pipeline.load import Examples, load_all
 from pipeline.store.embedding_table import Store
 from pipeline.validation import check
 
@@ -57,11 +57,11 @@ class Findings:
         try:
             look()
         except (PipelineError, OSError, RuntimeError) as error:
-            own = isinstance(error, PipelineError)
             lines = str(error).strip().splitlines() or ["no message"]
-            problem = str(error) if own else f"{what}: {type(error).__name__}: {lines[0]}"
-            self.problems.append(problem)
-            self.say(what, f"PROBLEM: {problem}")
+            own = isinstance(error, PipelineError)
+            for problem in error.args if own else [f"{what}: {type(error).__name__}: {lines[0]}"]:
+                self.problems.append(problem)
+                self.say(what, f"PROBLEM: {problem}")
 
 
 def examine(ckpt: str, config: str, overrides: str = "", tracking_uri: str = "", quick: bool = False) -> Findings:
@@ -178,7 +178,7 @@ def _measurement(found: Findings, ckpt: str, config: Config) -> None:
     opened, examples = list[tuple[str, Encoder]](), list[Examples]()
     found.attempt("checkpoint", lambda: opened.append(_checkpoint(found, ckpt, config)))
     limit = opened[0][1].max_seq_length if opened else None
-    found.attempt("data", lambda: examples.extend([load(task, limit) for task in config.dataset]))
+    found.attempt("data", lambda: examples.extend(load_all(config.dataset, limit)))
     if opened and examples:
         found.attempt("cost", lambda: _cost(found, *opened[0], examples, config))
 

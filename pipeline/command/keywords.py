@@ -11,8 +11,10 @@ from pipeline.config.schema import Config
 from pipeline.config.shipped import CONFIG, shipped_path
 from pipeline.config.task import Task
 from pipeline.config.yaml_file import RENAMED, config_from, read_config, to_mapping
-from pipeline.data.kinds import kind_of, refuse_nearly_one_each, refuse_unclear
-from pipeline.errors import ConfigError, nearest
+from pipeline.data.kinds import doubt, kind_of
+from pipeline.data.tables import cell_text
+from pipeline.errors import ConfigError, DataError, nearest
+from pipeline.load import load
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,34 +56,51 @@ def config_of(config: Any, overrides: str, settings: Mapping[str, Any]) -> Confi
 
 
 def config_of_frames(frames: Mapping[str, pd.DataFrame], settings: Mapping[str, Any], notes: list[str]) -> Config:
-    """The configuration of a task on DataFrames; `notes` gets what was inferred."""
+    """The configuration of a task on DataFrames; `notes` gets what was inferred.
+
+    Raises:
+        ConfigError: see `Config.check`.
+        DataError: it is not clear what the labels are; with whatever else is wrong with the frames.
+    """
     section, task = _sorted(settings)
     frame, sequence = frames["train"].rename(columns=str), task.get("sequence_column", "sequence")
     others = [column for column in frame.columns if column != sequence]
     if "target_column" not in task and len(others) == 1:
         task["target_column"] = others[0]
     targets = task.get("target_column", [])
-    target = targets if isinstance(targets, str) else next(iter(targets), None)
-    if {"class", "task_type"} <= set(task) or not {sequence, target} <= set(frame.columns):
-        pass  # nothing to infer, or an error to come, which names the columns
-    else:
-        level, kind, why = kind_of(frame, sequence, str(target))
-        if why == "texts" and "class" not in task:
-            refuse_nearly_one_each(frame, sequence, str(target), "frames['train']")
-        if why == "texts" and "task_type" not in task and task.get("class") != "token":
-            refuse_unclear(frame, str(target), "frames['train']")
-        inferred = {"class": level, "task_type": kind}
-        notes += [
-            f"{key} is read as {value}: '{target}' holds {why}" for key, value in inferred.items() if key not in task
-        ]
-        task = {**inferred, **task}
-    task.setdefault("task_name", str(target or "downstream"))
+    target = str(targets if isinstance(targets, str) else next(iter(targets), ""))
+    unclear: dict[str, list[DataError]] = {}
+    if not {"class", "task_type"} <= set(task):
+        if [list(frame.columns).count(column) for column in (sequence, target)] == [1, 1]:
+            unclear = _infer(frame, sequence, target, task, notes)
+        else:  # an error to come names the columns
+            unclear = {part: [] for part in frames}
+    task.setdefault("task_name", target or "downstream")
     chosen = {key: value for key, value in _training_of(len(frame), task).items() if key not in task}
     if chosen:
         notes.append(f"for {len(frame)} sequences: {', '.join(f'{key}={value!r}' for key, value in chosen.items())}")
     config = config_from({**section, "dataset": {**task, **chosen}})
     config.check(with_files=False)
+    if unclear:
+        load(config.dataset[0], frames=frames, unclear=unclear)
     return config
+
+
+def _infer(
+    frame: pd.DataFrame, sequence: str, target: str, task: dict[str, Any], notes: list[str]
+) -> dict[str, list[DataError]]:
+    """Adds level and kind of the labels to `task`. Gives what is not clear about those of train, see `load`."""
+    judged = frame.reset_index(drop=True)
+    judged = judged[[cell_text(cell) != "" for cell in judged[sequence]]]
+    level, kind, why = kind_of(judged, sequence, target)
+    unclear = doubt(judged, sequence, target, "frames['train']", task) if why == "texts" else None
+    if unclear is not None:
+        level, kind, error = unclear
+    for key, value in {"class": level, "task_type": kind}.items():
+        if key not in task:
+            task[key] = value
+            notes.append(f"{key} is read as {value}: '{target}' holds {why}")
+    return {} if unclear is None else {"train": [error]}
 
 
 def _training_of(rows: int, task: Mapping[str, Any]) -> dict[str, Any]:

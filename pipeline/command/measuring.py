@@ -15,7 +15,7 @@ from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.engines.ray_engine import RayEngine
 from pipeline.engines.workers import ALONE, Workers
-from pipeline.load import Examples, load
+from pipeline.load import Examples, load_all
 from pipeline.random_init import RandomInit
 from pipeline.report import comparison as compare
 from pipeline.report.overview import Changes, overview, run_name, summary, verdicts_of
@@ -68,14 +68,7 @@ class Opened:
         """
         limit = self.encoder.max_seq_length
         same = bool(known) and all(one.encoder_limit == limit for one in known)
-        return replace(self, examples=known if same else read_data(config, limit, frames))
-
-
-def read_data(
-    config: Config, limit: int | None = None, frames: Mapping[str, pd.DataFrame] | None = None
-) -> list[Examples]:
-    """The data of each task; `limit` is the encoder's own. Raises PipelineError, see `load`."""
-    return [load(task, limit, frames) for task in config.dataset]
+        return replace(self, examples=known if same else load_all(config.dataset, limit, frames))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline import validation
-from pipeline.command.measuring import Opened, measure_encoder, open_checkpoint, read_data
+from pipeline.command.measuring import Opened, measure_encoder, open_checkpoint
 from pipeline.command.several import First, measure_checkpoints, open_first
 from pipeline.config.schema import Config
 from pipeline.engines.ray_engine import RayEngine
 from pipeline.engines.workers import ALONE
-from pipeline.load import Examples
+from pipeline.load import Examples, load_all
 from pipeline.report.comparison import Leaderboard, Row
 from pipeline.report.overview import overview_frame
 from pipeline.store.embedding_table import Store
@@ -55,7 +55,7 @@ def ready(ckpts: Sequence[str], config: Config, store: Store, until: str, engine
     """
     validation.check(config.dataset)
     if not ckpts:
-        return partial(_look, read_data(config), config)
+        return partial(_look, load_all(config.dataset), config)
     if len(ckpts) == 1:
         opened = open_checkpoint(ckpts[0], config, engine=engine).with_data(config)
         return partial(_measure_one, opened, config, store, until, engine)

@@ -12,12 +12,12 @@ from typing import Any
 from pipeline.checkpoints.names import names_of
 from pipeline.checkpoints.opening import refuse_missing
 from pipeline.command.engine import device_on
-from pipeline.command.measuring import Opened, measure_encoder, open_checkpoint, read_data
+from pipeline.command.measuring import Opened, measure_encoder, open_checkpoint
 from pipeline.config.schema import Config
 from pipeline.engines.elsewhere import Answer, portable, say
 from pipeline.engines.ray_engine import RayEngine
 from pipeline.errors import PipelineError
-from pipeline.load import Examples
+from pipeline.load import Examples, load_all
 from pipeline.report import comparison as compare
 from pipeline.report.publishing import describe, publish_curves
 from pipeline.store.embedding_table import Store
@@ -110,7 +110,7 @@ def open_first(ckpts: Sequence[str], config: Config) -> First:
     with suppress(Exception):  # it is opened again in its turn, where the failure is said and the others are measured
         opened = open_checkpoint(ckpts[0], config, names_of(ckpts)[0])
     if opened is None:
-        return First(None, read_data(config))
+        return First(None, load_all(config.dataset))
     opened = opened.with_data(config)
     return First(opened, opened.examples)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.data.defects import SHOWN
+from pipeline.data.tables import cell_text
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     import pandas as pd
 
+LISTS = (list, tuple, np.ndarray)
 MOST_CLASSES = 20  # different whole numbers in a column that are still taken for classes
 
 
@@ -31,57 +35,80 @@ def kind_of(frame: pd.DataFrame, sequence_column: str, target_column: str) -> tu
         return "sequence", "classification", f"whole numbers with {different} different values"
     if is_numeric_dtype(labels.dtype):
         return "sequence", "regression", "numbers"
-    if len(labels) and all(isinstance(cell, (list, tuple, np.ndarray)) for cell in labels):
+    if len(labels) and all(isinstance(cell, LISTS) for cell in labels):
         return "token", "regression", "lists"
     if len(labels) and _one_each(labels, frame[sequence_column]).all():
         return "token", "classification", "texts with a character for each of the sequence"
     return "sequence", "classification", "texts"
 
 
-def refuse_nearly_one_each(frame: pd.DataFrame, sequence_column: str, target_column: str, name: str) -> None:
-    """Raises DataError where most texts have a character for each of their sequence, and some do not.
+def doubt(
+    frame: pd.DataFrame, sequence_column: str, target_column: str, name: str, given: Mapping[str, Any]
+) -> tuple[str, str, DataError] | None:
+    """Whether labels that `kind_of` calls texts can hardly be meant as classes of sequences; None where they can.
 
     Args:
-        frame: has both columns.
+        frame: has both columns; its index numbers the rows.
         sequence_column: holds the sequences.
-        target_column: holds texts.
+        target_column: holds the labels.
         name: of the frame, in the error.
+        given: `class` and `task_type`, where the user says them.
+
+    Returns:
+        The level and the kind that most labels are of, and the error that names those that are not.
     """
     labels, sequences = frame[target_column], frame[sequence_column]
+    where, level = f"{name}: column '{target_column}': ", given.get("class")
+    is_list = np.array([isinstance(cell, LISTS) for cell in labels], dtype=bool)
+    if level != "sequence" and is_list.sum() > len(labels) / 2:
+        found = f"{is_list.sum()} of {len(labels)} labels are lists, {_rows(labels[~is_list])}"
+        remedy = "correct or leave out such rows, or set level and task_type"
+        return "token", "regression", DataError(f"{where}{found}; {remedy}")
     one_each = _one_each(labels, sequences)
-    if one_each.sum() > len(labels) / 2:
-        row = int(np.argmin(one_each))
-        lengths = f"{len(str(labels.iloc[row]))} for a sequence of {len(str(sequences.iloc[row]))}"
-        found = f"{one_each.sum()} of {len(labels)} labels have a character for each of the sequence, row {row} has"
+    if level is None and one_each.sum() > len(labels) / 2:
+        found = f"{one_each.sum()} of {len(labels)} labels have a character for each of the sequence"
+        odd = _rows_of_lengths(labels[~one_each], sequences[~one_each])
         remedy = "correct such rows, or set level to token or sequence"
-        raise DataError(f"{name}: column '{target_column}': {found} {lengths}; {remedy}")
+        return "token", "classification", DataError(f"{where}{found}, {odd}; {remedy}")
+    return _hardly_classes(labels, where) if level != "token" and "task_type" not in given else None
 
 
-def refuse_unclear(frame: pd.DataFrame, target_column: str, name: str) -> None:
-    """Raises DataError where texts can hardly be meant as classes: most are numbers, or most are different.
-
-    Args:
-        frame: has them in `target_column`.
-        target_column: holds texts.
-        name: of the frame, in the error.
-    """
+def _hardly_classes(labels: pd.Series[Any], where: str) -> tuple[str, str, DataError] | None:
+    """As `doubt`, for texts of which most are numbers, or most are different."""
     import pandas as pd
 
-    labels = frame[target_column]
     if isinstance(labels.dtype, pd.CategoricalDtype):
-        return
+        return None
     numbers = pd.to_numeric(labels.astype(object), errors="coerce")
     is_number = numbers.notna().to_numpy()
-    odd = np.flatnonzero(~is_number)
     different = labels.map(str).nunique()
     remedy = "set task_type to regression or classification"
     could_be_classes = (numbers.dropna() % 1 == 0).all() and numbers.nunique() <= MOST_CLASSES
-    if 0 < len(odd) < len(labels) / 2 and not could_be_classes:
-        found = f"{is_number.sum()} of {len(labels)} labels are numbers, row {odd[0]} is {labels.iloc[odd[0]]!r:.60}"
-        raise DataError(f"{name}: column '{target_column}': {found}; clean or leave out such rows, or {remedy}")
+    if 0 < len(labels) - is_number.sum() < len(labels) / 2 and not could_be_classes:
+        found = f"{is_number.sum()} of {len(labels)} labels are numbers, {_rows(labels[~is_number])}"
+        error = DataError(f"{where}{found}; clean or leave out such rows, or {remedy}")
+        return "sequence", "regression", error
     if different > max(MOST_CLASSES, len(labels) / 2):
         found = f"{len(labels)} labels are {different} different texts, too many for classes"
-        raise DataError(f"{name}: column '{target_column}': {found}; name another target_column, or {remedy}")
+        error = DataError(f"{where}{found}; name another target_column, or {remedy}")
+        return "sequence", "classification", error
+    return None
+
+
+def _rows(labels: pd.Series[Any]) -> str:
+    """The first of the rows that are not like the others."""
+    first, *others = [(row, f"{label!r:.60}") for row, label in labels.iloc[:SHOWN].items()]
+    also = [f"row {row} {label}" for row, label in others] + ["..."] * (len(labels) > SHOWN)
+    return f"row {first[0]} is {first[1]}" + (f", also {', '.join(also)}" if also else "")
+
+
+def _rows_of_lengths(labels: pd.Series[Any], sequences: pd.Series[Any]) -> str:
+    """As `_rows`, with the lengths of label and sequence."""
+    pairs = zip(labels.iloc[:SHOWN].items(), sequences, strict=False)
+    first, *others = [(row, len(cell_text(label)), len(cell_text(sequence))) for (row, label), sequence in pairs]
+    also = [f"row {row} {found} for {length}" for row, found, length in others] + ["..."] * (len(labels) > SHOWN)
+    row, found, length = first
+    return f"row {row} has {found} for a sequence of {length}" + (f", also {', '.join(also)}" if also else "")
 
 
 def _as_numbers(labels: pd.Series[Any], sequences: pd.Series[Any]) -> pd.Series[Any]:
@@ -102,5 +129,5 @@ def _as_numbers(labels: pd.Series[Any], sequences: pd.Series[Any]) -> pd.Series[
 
 def _one_each(labels: pd.Series[Any], sequences: pd.Series[Any]) -> npt.NDArray[np.bool_]:
     """Of each label whether it is as long as its sequence, shape (labels,)."""
-    pairs = zip(sequences.map(str), labels.map(str), strict=True)
-    return np.array([len(sequence) == len(label) for sequence, label in pairs], dtype=bool)
+    pairs = zip(sequences, labels, strict=True)
+    return np.array([len(cell_text(sequence)) == len(cell_text(label)) for sequence, label in pairs], dtype=bool)

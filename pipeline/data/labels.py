@@ -1,7 +1,7 @@
 """A column of text to the labels of a target: one reader per kind of task.
 
-Each gives one label per unit (a sequence, or a token), checks every cell, and raises DataError naming file, line and
-column of the first that are wrong, and how many there are.
+Each gives one label per unit (a sequence, or a token) and checks every cell: those that are wrong go to the defects of
+the data, and have no label.
 """
 
 from __future__ import annotations
@@ -10,60 +10,81 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data import tables
+from pipeline.data.defects import EMPTY, BadCells, Defects
+
+if TYPE_CHECKING:
+    from pipeline.data.tables import Table
 
 LARGEST = float(np.finfo(np.float32).max)  # heads are trained in float32
+
+Lengths = npt.NDArray[np.int64]  # of the sequences; 0 where a sequence is missing: then any label is long enough
 
 
 @dataclass
 class Labels:
-    """Labels of a target in a part: text or numbers, and a mask of the labels that count, both of shape (units,)."""
+    """Labels of a target in a part: text or numbers, and a mask of the labels that count, both of shape (units,).
+
+    `whole` says that nothing is wrong with any of them.
+    """
 
     texts: npt.NDArray[np.str_] | npt.NDArray[np.float64]
     mask: npt.NDArray[np.bool_]
+    whole: bool = True
 
 
-def _sequence_classes(table: tables.Table, column: str, _mask: str | None, lengths: npt.NDArray[np.int64]) -> Labels:
-    texts, bad = table.columns[column], tables.BadCells(table, column)
+@dataclass
+class RawPart:
+    """What could be read of a part: n sequences, u units. `whole` says that nothing is wrong with its sequences."""
+
+    table: Table
+    lengths: Lengths
+    counts: npt.NDArray[np.int64]
+    labels: list[Labels]
+    whole: bool
+
+
+def _sequence_classes(table: Table, column: str, _mask: str | None, _lengths: Lengths, defects: Defects) -> Labels:
+    texts, bad = table.columns[column], defects.cells(table, column)
     for row, text in enumerate(texts):
         if not text:
             bad.add(row, "a class name", text)
-    bad.refuse()
-    return Labels(np.array(texts, dtype=np.str_), np.ones(len(lengths), dtype=np.bool_))
+    return Labels(np.array(texts, dtype=np.str_), bad.good)
 
 
-def _sequence_numbers(table: tables.Table, column: str, _mask: str | None, lengths: npt.NDArray[np.int64]) -> Labels:
-    texts, bad = table.columns[column], tables.BadCells(table, column)
-    numbers = np.array([_number(text) for text in texts])
+def _sequence_numbers(table: Table, column: str, _mask: str | None, _lengths: Lengths, defects: Defects) -> Labels:
+    texts, bad = table.columns[column], defects.cells(table, column)
+    numbers = np.array([_number(text) for text in texts], dtype=np.float64)
     for row in np.flatnonzero(np.isnan(numbers)).tolist():
         bad.add(row, "a number", texts[row])
-    bad.refuse()
-    return Labels(numbers, np.ones(len(lengths), dtype=np.bool_))
+    return Labels(numbers, bad.good)
 
 
-def _token_classes(table: tables.Table, column: str, mask: str | None, lengths: npt.NDArray[np.int64]) -> Labels:
-    return Labels(_characters(table, column, lengths), _mask(table, mask, lengths))
+def _token_classes(table: Table, column: str, mask: str | None, lengths: Lengths, defects: Defects) -> Labels:
+    bad = defects.cells(table, column)
+    characters = _characters(bad, lengths)
+    return Labels(characters, _mask(table, mask, lengths, defects) & np.repeat(bad.good, lengths))
 
 
-def _token_numbers(table: tables.Table, column: str, mask: str | None, lengths: npt.NDArray[np.int64]) -> Labels:
-    values, bad = list[float](), tables.BadCells(table, column)
-    for row, length in enumerate(lengths):
-        cell = _number_list(table.columns[column][row], int(length))
-        if isinstance(cell, str):
-            bad.add(row, f"a JSON list of {length} numbers or nulls", cell)
-        else:
-            values += cell
-    bad.refuse()
+def _token_numbers(table: Table, column: str, mask: str | None, lengths: Lengths, defects: Defects) -> Labels:
+    values, bad = list[float](), defects.cells(table, column)
+    for row, (text, length) in enumerate(zip(table.columns[column], lengths.tolist(), strict=True)):
+        cell = _number_list(text, length)
+        if isinstance(cell, tuple):
+            kind, found = cell
+            bad.add(row, f"a JSON list of {f'{length} ' if length else ''}numbers or nulls", found, kind)
+            cell = [math.nan] * length
+        values += cell if length else []
     numbers = np.array(values, dtype=np.float64)
     measured = ~np.isnan(numbers)
-    return Labels(np.where(measured, numbers, 0.0), _mask(table, mask, lengths) & measured)
+    return Labels(np.where(measured, numbers, 0.0), _mask(table, mask, lengths, defects) & measured)
 
 
-READERS: dict[tuple[str, str], Callable[[tables.Table, str, str | None, npt.NDArray[np.int64]], Labels]] = {
+READERS: dict[tuple[str, str], Callable[[Table, str, str | None, Lengths, Defects], Labels]] = {
     ("sequence", "classification"): _sequence_classes,
     ("sequence", "regression"): _sequence_numbers,
     ("token", "classification"): _token_classes,
@@ -80,38 +101,43 @@ def _number(text: str) -> float:
     return value if abs(value) <= LARGEST and "_" not in text else math.nan
 
 
-def _number_list(text: str, length: int) -> list[float] | str:
-    """The numbers of a JSON list, NaN for null; or what was found in place of such a list."""
+def _number_list(text: str, length: int) -> list[float] | tuple[str, str]:
+    """The numbers of a JSON list, NaN for null; or what is wrong, and what was found in place of such a list."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
-        return text
-    if not isinstance(values, list) or len(values) != length:
-        return f"a list of {len(values)}" if isinstance(values, list) else text
+        return "text", text
+    if not isinstance(values, list):
+        return "text", text
+    if len(values) != length and length:
+        return "length", f"a list of {len(values)}"
     for value in values:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and abs(value) <= LARGEST):
-            return str(value)
+            return "value", str(value)
     return [math.nan if value is None else float(value) for value in values]
 
 
-def _characters(table: tables.Table, column: str, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
-    """The characters of all cells, one per residue."""
-    cells, bad = table.columns[column], tables.BadCells(table, column)
-    for row, (cell, length) in enumerate(zip(cells, lengths, strict=True)):
-        if len(cell) != length:
-            bad.add(row, f"{length} characters, one per residue", f"{len(cell)}: {cell}")
-    bad.refuse()
+def _characters(bad: BadCells, lengths: Lengths) -> npt.NDArray[np.str_]:
+    """The characters of all cells of a column, one per residue; blanks for cells of another length, which are bad."""
+    cells = bad.table.columns[bad.column]
+    for row, (cell, length) in enumerate(zip(cells, lengths.tolist(), strict=True)):
+        if len(cell) != length and length:
+            kind = "length" if cell else EMPTY
+            bad.add(row, f"{length} characters, one per residue", f"{len(cell)}: {cell}", kind)
+    if bad.rows or not lengths.all():
+        pairs = zip(cells, lengths.tolist(), strict=True)
+        cells = [cell if len(cell) == length else " " * length for cell, length in pairs]
     return np.frombuffer("".join(cells).encode("utf-32-le"), dtype="<U1")
 
 
-def _mask(table: tables.Table, column: str | None, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def _mask(table: Table, column: str | None, lengths: Lengths, defects: Defects) -> npt.NDArray[np.bool_]:
     if column is None:
         return np.ones(int(lengths.sum()), dtype=np.bool_)
-    characters, bad = _characters(table, column, lengths), tables.BadCells(table, column)
+    bad = defects.cells(table, column)
+    characters = _characters(bad, lengths)
     wrong = np.flatnonzero((characters != "0") & (characters != "1"))
     rows, first = np.unique(np.searchsorted(np.cumsum(lengths), wrong, side="right"), return_index=True)
     for row, place in zip(rows.tolist(), wrong[first], strict=True):
-        bad.add(row, "a mask of 0 and 1", str(characters[place]))
-    bad.refuse()
+        bad.add(row, "a mask of 0 and 1", str(characters[place]), "mask")
     return np.asarray(characters == "1")

@@ -9,7 +9,7 @@ import csv
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from pipeline.data.defects import Defects, Kind, Place, records
 from pipeline.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SHOWN = 5  # bad cells of a column that an error names
+REPLACED = "\ufffd"  # stands for bytes that are not UTF-8
 
 # x[000..049], x{000..049}, x(000..049), x<000..049>, x_OP_000..049_CL_
 RANGE = re.compile(r"(?:\[|\{|\(|<|_OP_)(\d+\.\.\d+)(?:\]|\}|\)|>|_CL_)")
@@ -38,6 +39,8 @@ class Table:
         row_of: for each row, its number within its file, the first data row being 0. Length n.
         columns: for each column asked for, its n cells as text.
         in_memory: the table is a DataFrame.
+        unread: for columns where some cells could not be read, the rows of these; they stand as empty text.
+        whole: all rows could be read.
     """
 
     files: tuple[Path, ...]
@@ -45,85 +48,45 @@ class Table:
     row_of: list[int]
     columns: dict[str, list[str]]
     in_memory: bool = False
+    unread: dict[str, set[int]] = field(default_factory=dict)
+    whole: bool = True
 
-    def error(self, row: int, column: str, expected: str, found: str) -> DataError:
-        """The error to raise for a cell: names file, line and column."""
-        bad = BadCells(self, column)
-        bad.add(row, expected, found)
-        return bad.error()
+    def place(self, row: int) -> Place:
+        """Where a row stands."""
+        return Place(self.files[self.file_of[row]], self.row_of[row], in_memory=self.in_memory)
 
     def where(self, name: str) -> str:
         """Where the row with this name stands, see `Part.rows`: `FILE:LINE`, or the row of a DataFrame."""
         stem, _, row = name.rpartition(":")
         file = next((one for one in self.files if one.name == stem), self.files[0])
-        return place(file, int(row), self.in_memory)
+        return Place(file, int(row), in_memory=self.in_memory).text()
 
 
-class BadCells:
-    """The cells of a column that are not what was expected: how many, and the first of them."""
-
-    def __init__(self, table: Table, column: str) -> None:
-        """None yet."""
-        self.table, self.column, self.count = table, column, 0
-        self._first: list[tuple[int, str, str]] = []
-
-    def add(self, row: int, expected: str, found: str) -> None:
-        """Counts a cell."""
-        self.count += 1
-        if len(self._first) < SHOWN:
-            self._first.append((row, expected, found if len(found) <= 60 else found[:57] + "..."))
-
-    def error(self) -> DataError:
-        """The error to raise: file, line and column of the first, where the next ones are, and what to do."""
-        (_, expected, found), *others = self._first
-        first, *places = self._places()
-        message = f"{first}: column '{self.column}': expected {expected}, found {found!r}"
-        if self.count == 1:
-            return DataError(f"{message}; correct or remove the row")
-        also = ", ".join(f"{place} {found!r}" for place, (_, _, found) in zip(places, others, strict=True))
-        also += ", ..." if self.count > SHOWN else ""
-        return DataError(f"{message}; {self.count} cells are like that, also {also}; correct or remove these rows")
-
-    def refuse(self) -> None:
-        """Raises DataError where there are such cells."""
-        if self.count:
-            raise self.error()
-
-    def _places(self) -> list[str]:
-        """Where they stand: with the path the first, with the file's name alone the others."""
-        table, rows = self.table, [row for row, _, _ in self._first]
-        files, numbers = [table.files[table.file_of[row]] for row in rows], [table.row_of[row] for row in rows]
-        if table.in_memory:
-            return [f"{files[0]}, row {numbers[0]}", *(f"row {number}" for number in numbers[1:])]
-        records = {file: _records(file) for file in set(files)}  # of a large file that takes seconds
-        lines = [records[file][number][0] for file, number in zip(files, numbers, strict=True)]
-        names = [str(files[0]), *(file.name for file in files[1:])]
-        return [f"{name}:{line}" for name, line in zip(names, lines, strict=True)]
-
-
-def place(file: Path, row: int, in_memory: bool = False) -> str:
-    """Where a data row stands: `FILE:LINE`, or the row of a DataFrame."""
-    return f"{file}, row {row}" if in_memory else f"{file}:{line_of(file, row)}"
-
-
-def of_frame(frame: pd.DataFrame, name: str, columns: Sequence[str]) -> Table:
+def of_frame(frame: pd.DataFrame, name: str, columns: Sequence[str], defects: Defects) -> Table:
     """The `columns` of a DataFrame as text; `name` stands for it in error messages.
 
     Numbers become the text that reads back as the same number, lists of numbers JSON, lists of booleans a mask.
-
-    Raises:
-        DataError: it has no such column, or no rows.
+    `defects` gets the columns that it has not, and whether it has no rows.
     """
-    header = [str(column) for column in frame.columns]
-    for column in columns:
-        _check_column(header, column, name)
+    header, place = [str(column) for column in frame.columns], Place(Path(name), in_memory=True)
+    there = [column for column in columns if _has(header, column, place, defects)]
     if not len(frame):
-        raise DataError(f"{name}: expected rows, found none")
-    cells = {column: [_text(cell) for cell in frame.iloc[:, header.index(column)]] for column in columns}
-    return Table((Path(name),), [0] * len(frame), list(range(len(frame))), cells, in_memory=True)
+        defects.kind("rows", "frames").add(place, ": expected rows, found none")
+    cells = {column: [cell_text(cell) for cell in frame.iloc[:, header.index(column)]] for column in there}
+    cells, unread = _with_unread(cells, columns, len(frame))
+    rows = list(range(len(frame)))
+    return Table((place.file,), [0] * len(frame), rows, cells, True, unread, whole=bool(rows))
 
 
-def _text(cell: Any) -> str:
+def _with_unread(
+    cells: dict[str, list[str]], columns: Sequence[str], rows: int
+) -> tuple[dict[str, list[str]], dict[str, set[int]]]:
+    """The cells of all columns, empty where a column is not there; and the rows of such."""
+    missing = [column for column in columns if column not in cells]
+    return cells | {column: [""] * rows for column in missing}, {column: set(range(rows)) for column in missing}
+
+
+def cell_text(cell: Any) -> str:
     """A cell of a DataFrame as it would stand in a file; empty where it is missing."""
     if isinstance(cell, (list, tuple, np.ndarray)):
         values = [value.item() if isinstance(value, np.generic) else value for value in cell]
@@ -134,10 +97,14 @@ def _text(cell: Any) -> str:
     return "" if missing else str(cell)
 
 
-def _check_column(header: Sequence[str], column: str, where: str) -> None:
-    if header.count(column) != 1:
-        what = "it twice" if column in header else f"no such column{nearest(column, header)}"
-        raise DataError(f"{where}: expected a column '{column}', found {what}")
+def _has(header: Sequence[str], column: str, place: Place, defects: Defects) -> bool:
+    """Whether there is one such column; else `defects` gets it."""
+    times = header.count(column)
+    if times != 1:
+        what = "it twice" if times else f"no such column{nearest(column, header)}"
+        kind = defects.kind(("column", column, times), "frames" if place.in_memory else "files")
+        kind.add(place, f": expected a column '{column}', found {what}")
+    return times == 1
 
 
 def expand(name: str) -> list[str]:
@@ -157,29 +124,44 @@ def expand(name: str) -> list[str]:
         raise ConfigError(f"dataset: '{name}' is not a file name or a range such as x[000..004]: {error}") from error
 
 
-def read(folder: Path, name: str, columns: Sequence[str]) -> Table:
+def read(folder: Path, name: str, columns: Sequence[str], defects: Defects | None = None) -> Table:
     """The `columns` of the CSV files that `name` stands for, in `folder`, as text.
+
+    Args:
+        folder: of the files.
+        name: see `expand`.
+        columns: names in the header.
+        defects: gets what is wrong, with as much as can be read in the table; by default it is raised.
 
     Raises:
         DataError: a file is missing, empty, not UTF-8, has no such column, or has a row of another width.
+        ConfigError: see `expand`.
     """
-    files = tuple(folder / part for part in expand(name))
-    cells: dict[str, list[str]] = {column: [] for column in columns}
-    file_of: list[int] = []
-    row_of: list[int] = []
+    files, found = tuple(folder / part for part in expand(name)), defects or Defects()
+    table = Table(files, [], [], {column: [] for column in columns}, unread={column: set() for column in columns})
+    whole = True
     for index, path in enumerate(files):
-        table = _read_file(path, columns)
+        content = _read_file(path, columns, found)
+        whole &= content.whole
         for column in columns:
-            cells[column] += table[column].to_pylist()
-        file_of += [index] * table.num_rows
-        row_of += range(table.num_rows)
-    return Table(files, file_of, row_of, cells)
+            table.unread[column].update(len(table.row_of) + row for row in content.unread.get(column, ()))
+            table.columns[column].extend(content.columns[column])
+        table.file_of.extend([index] * len(content.row_of))
+        table.row_of.extend(content.row_of)
+    if defects is None:
+        found.refuse()
+    return replace(table, whole=whole)
 
 
-def _read_file(path: Path, columns: Sequence[str]) -> pa.Table:
-    header = _header(path)
-    for column in columns:
-        _check_column(header, column, f"{path}:1")
+def _read_file(path: Path, columns: Sequence[str], defects: Defects) -> Table:
+    """What can be read of a file."""
+    nothing = Table((path,), [], [], {column: [] for column in columns}, whole=False)
+    header, spoilt = _header(path, defects)
+    if not header:
+        return nothing
+    there = [column for column in columns if _has(header, column, Place(path, line=1), defects)]
+    if spoilt:
+        return _read_spoilt(path, header, there, columns, defects)
     bad: list[pa_csv.InvalidRow] = []
 
     def skip(row: pa_csv.InvalidRow) -> str:
@@ -192,58 +174,86 @@ def _read_file(path: Path, columns: Sequence[str]) -> pa.Table:
             read_options=pa_csv.ReadOptions(use_threads=False, block_size=1 << 24),
             parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
             convert_options=pa_csv.ConvertOptions(
-                include_columns=list(columns),
-                column_types={column: pa.string() for column in columns},
+                include_columns=there,
+                column_types={column: pa.string() for column in there},
                 strings_can_be_null=False,
             ),
         )
     except pa.ArrowInvalid as error:
-        raise _not_utf8(path, error) from error
+        return _read_spoilt(path, header, there, columns, defects) if _not_utf8(path, error, defects) else nothing
     if bad:
-        line = next((line for line, record in _records(path) if len(record) != len(header)), 0)
-        raise DataError(f"{path}:{line}: expected {len(header)} fields as in the header, found {bad[0].actual_columns}")
+        wide = _width(path, header, defects)
+        before, found = wide.count, _read_spoilt(path, header, there, columns, defects)
+        if wide.count == before:  # the two readers are not of one mind
+            wide.add(Place(path, line=0), _fields(header, bad[0].actual_columns))
+        return found
     if not table.num_rows:
-        raise DataError(f"{path}: expected rows below the header, found none")
-    return table
+        defects.kind("rows", "files").add(Place(path), ": expected rows below the header, found none")
+        return nothing
+    cells = {column: table[column].to_pylist() for column in there}
+    cells, unread = _with_unread(cells, columns, table.num_rows)
+    return Table((path,), [], list(range(table.num_rows)), cells, unread=unread)
 
 
-def _header(path: Path) -> list[str]:
+def _header(path: Path, defects: Defects) -> tuple[list[str], bool]:
+    """The names of the columns, none where they cannot be read; and whether bytes near them are not UTF-8."""
+    header, spoilt = None, False
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             header = next(csv.reader(stream), None)
     except OSError as error:
-        layout = "the files of a part lie in <dataset_path>/train and <dataset_path>/test"
-        raise DataError(f"expected a CSV file at {path.resolve()}, found none ({error.strerror}); {layout}") from error
+        problem = f", found none ({error.strerror}); the files of a part lie in <dataset_path>/train and"
+        kind = defects.kind(("missing", error.strerror), "files")
+        kind.add(Place(path.resolve()), f"{problem} <dataset_path>/test", before="expected a CSV file at ")
+        return [], False
     except (UnicodeDecodeError, csv.Error) as error:
-        raise _not_utf8(path, error) from error
+        if not _not_utf8(path, error, defects):
+            return [], False
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+            header, spoilt = next(csv.reader(stream), []), True
+        return ([], True) if any(REPLACED in name for name in header) else (header, True)
     if not header:
-        raise DataError(f"{path}: expected a header row, found an empty file")
-    return header
+        defects.kind("header", "files").add(Place(path), ": expected a header row, found an empty file")
+    return header or [], spoilt
 
 
-def _not_utf8(path: Path, error: Exception) -> DataError:
-    """The error for a file that cannot be parsed, and the line of its first byte that is not UTF-8."""
-    try:
-        path.read_bytes().decode()
-    except UnicodeDecodeError as wrong:
-        line = wrong.object.count(b"\n", 0, wrong.start) + 1
-        return DataError(f"{path}:{line}: not a CSV file in UTF-8: found the byte 0x{wrong.object[wrong.start]:02x}")
-    return DataError(f"{path}: not a CSV file in UTF-8: {error}")
+def _read_spoilt(
+    path: Path, header: list[str], there: Sequence[str], columns: Sequence[str], defects: Defects
+) -> Table:
+    """The rows of a file with some of another width than the header, which are left out, or not in UTF-8."""
+    rows, wide = [], _width(path, header, defects)
+    found = records(path)
+    for row, (line, record) in enumerate(found):
+        if len(record) == len(header):
+            rows.append(row)
+        else:
+            wide.add(Place(path, line=line), _fields(header, len(record)), f"with {len(record)}")
+    cells = {column: [found[row][1][header.index(column)] for row in rows] for column in there}
+    cells, unread = _with_unread(cells, columns, len(rows))
+    for column in there:
+        unread[column] = {row for row, cell in enumerate(cells[column]) if REPLACED in cell}
+    return Table((path,), [], rows, cells, unread=unread, whole=0 < len(rows) == len(found))
 
 
-def _records(path: Path) -> list[tuple[int, list[str]]]:
-    """Each record below the header with the line it starts on, blank lines left out as pyarrow does."""
-    csv.field_size_limit(1 << 30)
-    records, start = [], 1
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        reader = csv.reader(stream)
-        for record in reader:
-            if record:
-                records.append((start, record))
-            start = reader.line_num + 1
-    return records[1:]
+def _width(path: Path, header: list[str], defects: Defects) -> Kind:
+    """Rows of another width than the header of their file, in the files of a part."""
+    return defects.kind(("width", path.parent, len(header)), "rows", "; correct or remove these rows")
 
 
-def line_of(path: Path, row: int) -> int:
-    """The line that a data row begins on."""
-    return _records(path)[row][0]
+def _fields(header: list[str], found: int) -> str:
+    return f": expected {len(header)} fields as in the header, found {found}"
+
+
+def _not_utf8(path: Path, error: Exception, defects: Defects) -> bool:
+    """Adds the lines of a file that are not UTF-8. False where there are none, and it is not CSV for another reason."""
+    kind, found = defects.kind(("utf-8", path.parent), "lines", "; save these files as UTF-8"), False
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as wrong:
+            byte = f"0x{line[wrong.start]:02x}"
+            kind.add(Place(path, line=number), f": not a CSV file in UTF-8: found the byte {byte}", byte)
+            found = True
+    if not found:
+        defects.add(DataError(f"{path}: not a CSV file in UTF-8: {error}"))
+    return found

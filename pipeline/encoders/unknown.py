@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.data.tables import place
+from pipeline.data.defects import Defects, Place, shown
 from pipeline.encoders.forward import misaligned
 from pipeline.encoders.protocol import Encoder
-from pipeline.errors import CheckpointError, DataError
+from pipeline.errors import CheckpointError
 from pipeline.load import Examples
 
 
@@ -18,28 +18,43 @@ def count_unknown(
     """The number of unknown tokens of each sequence; those in `aligned` must have one token per character.
 
     It is known before anything is embedded, so that an encoder that cannot serve a task fails at once.
+
+    Raises:
+        DataError: sequences have unknown tokens alone; it names the first of them.
+        CheckpointError: a sequence in `aligned` has another number of tokens.
     """
     counts: dict[bytes, int] = {}
+    alien, other = set[str](), list[str]()
     keys = list(texts)
     for begin in range(0, len(keys), 1024):
         chunk = keys[begin : begin + 1024]
         for key, (unknown, tokens) in zip(chunk, encoder.count_unknown([texts[key] for key in chunk]), strict=True):
-            if unknown == tokens:
-                raise _all_unknown(texts[key], examples, encoder.why_unknown(texts[key]))
-            if key in aligned and tokens != len(texts[key]):
-                raise CheckpointError(misaligned(texts[key], tokens))
             counts[key] = unknown
+            if unknown == tokens:
+                alien.add(texts[key])
+            elif key in aligned and tokens != len(texts[key]):
+                other = other or [misaligned(texts[key], tokens)]
+    if alien:
+        _refuse(alien, encoder, examples)
+    for message in other:
+        raise CheckpointError(message)
     return counts
 
 
-def _all_unknown(text: str, examples: Sequence[Examples], why: str) -> DataError:
-    """The error for a sequence of unknown tokens alone, with the file and line of the first row that has it."""
-    rows = ((one.task, name, part) for one in examples for name, part in one.parts.items() if text in part.sequences)
-    task, name, part = next(rows)
-    file, _, row = part.rows[part.sequences.index(text)].rpartition(":")
-    in_memory = not task.dataset_path
-    path = Path(f"frames['{name}']") if in_memory else Path(task.dataset_path) / name / file
-    where = place(path, int(row), in_memory)
-    shown = text if len(text) <= 60 else text[:57] + "..."
-    column = f"column '{task.sequence_column}'"
-    return DataError(f"{where}: {column}: expected a sequence with characters the encoder knows, found {shown!r}{why}")
+def _refuse(alien: Collection[str], encoder: Encoder, examples: Sequence[Examples]) -> None:
+    """Raises DataError for sequences of unknown tokens alone, with file and line of the first rows that have one."""
+    defects, known = Defects(), set[tuple[Path | int, str]]()
+    for task, name, part in ((one.task, name, part) for one in examples for name, part in one.parts.items()):
+        in_memory, column = not task.dataset_path, f"column '{task.sequence_column}'"
+        for text, stands in zip(part.sequences, part.rows, strict=True):
+            file, _, row = stands.rpartition(":")
+            path = Path(f"frames['{name}']") if in_memory else Path(task.dataset_path) / name / file
+            key = (id(part) if in_memory else path, row)  # tasks may share a file; texts alone are train and test
+            if text not in alien or key in known:
+                continue
+            why = "" if known else encoder.why_unknown(text)
+            known.add(key)
+            problem = f": {column}: expected a sequence with characters the encoder knows, found {shown(text)}{why}"
+            kind = defects.kind("unknown", "cells", "" if why else "; correct or remove these rows")
+            kind.add(Place(path, int(row), in_memory=in_memory), problem, shown(text))
+    defects.refuse()

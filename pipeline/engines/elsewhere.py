@@ -128,7 +128,7 @@ def portable(error: Exception) -> Exception:
         kind: type[PipelineError] = next(
             kind for kind in type(error).__mro__ if kind.__module__ == PipelineError.__module__
         )
-        return kind(str(error))
+        return kind(*error.args)
     own = type(error).__module__ == "builtins" and len(error.args) == 1
     found: Exception = type(error)(*error.args) if own else RuntimeError(f"{type(error).__name__}: {error}")
     found.add_note("".join(traceback.format_exception(error)))

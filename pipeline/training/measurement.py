@@ -24,7 +24,7 @@ from pipeline.encoders.parts import at_rest, is_sharded
 from pipeline.encoders.protocol import Encoder
 from pipeline.engines.workers import ALONE, Workers
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.load import Examples, load
+from pipeline.load import Examples, load_all
 from pipeline.progress import no_progress
 from pipeline.report.publishing import describe, publish_curves, verdict_tags
 from pipeline.store.embedding_table import Store
@@ -277,7 +277,7 @@ class Measurement:
 
     def _read(self) -> None:
         """Reads and checks all data, on one rank."""
-        self._examples = self.workers.from_first(lambda: [load(task, self._limit) for task in self.config.dataset])
+        self._examples = self.workers.from_first(lambda: load_all(self.config.dataset, self._limit))
 
     @cached_property
     def _mirrors(self) -> Sequence[Tracker]:

@@ -20,7 +20,7 @@ from pipeline.checkpoints.opening import open_encoder
 from pipeline.config.yaml_file import read_config
 from pipeline.encoders.options import EncoderOptions
 from pipeline.errors import ConfigError
-from pipeline.load import Examples, load
+from pipeline.load import Examples, load_all
 from pipeline.store.temporary import host_mark
 from pipeline.tracking.recording import Recording
 from pipeline.training.progress import Progress
@@ -97,7 +97,7 @@ class Worker:
         encoder = open_encoder(str(snapshot.weights), self._options)
         if not self._examples or encoder.max_seq_length != self._limit:
             self._limit = encoder.max_seq_length
-            self._examples = [load(task, self._limit) for task in self.config.dataset]
+            self._examples = load_all(self.config.dataset, self._limit)
         progress = self._progress_before(step)
         run, mirrors, source = Recording(draft / "files"), Recording(draft / "files"), f"snapshot of step {step}"
         with _warnings() as said:
