@@ -30,11 +30,11 @@ from pipeline import (
     read_config,
     setup_dwnstr_task_validation_callbacks,  # (1)
 )
-from pipeline.command.measuring import read_data
 from pipeline.command.program import check_tracking, links, run_program
 from pipeline.data import tables
 from pipeline.encoders.esm import VOCABULARY, make_tokenizer
 from pipeline.errors import ConfigError
+from pipeline.load import load_all
 from pipeline.report.tables import step_table
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.runs import open_run
@@ -209,7 +209,7 @@ def refuse_mistakes(options: argparse.Namespace, config: Config, sequences: Sequ
         raise ConfigError(f"out: '{options.out}' is not empty; give a new folder, or remove it")
     count_kept(sequences, settings)
     check(config.dataset)
-    read_data(config)
+    load_all(config.dataset)
 
 
 def run(options: argparse.Namespace) -> None:
