@@ -16,7 +16,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import DataError
 from pipeline.report.overview import Changes, first_lines, overview, verdicts_of
 from pipeline.report.resolution_table import resolution_text
-from pipeline.report.tables import Table, step_table
+from pipeline.report.tables import Table, footnote, step_table
 from pipeline.score import by_reason
 from pipeline.statistics.intervals import changes
 from pipeline.statistics.metrics import Change, Metric, Since
@@ -79,7 +79,7 @@ class Progress:
             points: the step and the metrics of each measurement.
             config: says which metrics to show of each, and how many heads a score is the mean of.
         """
-        latest = [self._lines, ""] if self._lines else []
+        latest = [self._lines, "", *(f"{text}\n" for text in [footnote([self._lines])] if text)] if self._lines else []
         since = f"Changes are since step {self.start}, the first measurement."
         seen = resolution_of(points, config)
         return "\n".join(
