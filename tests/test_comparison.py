@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,13 @@ def test_a_leaderboard_as_a_table() -> None:
     assert "<title>Title &lt;1&gt;</title>" in html
     assert '<th scope="row">&lt;b&gt;[bold]</th><td class="number">failed</td><td class="number"></td>' in html
     assert "<li>&lt;b&gt;[bold]: broken</li>" in html
+
+
+def test_the_page_says_what_p_improved_is_where_it_shows_it() -> None:
+    row = Row("a", 1, {"test_x_mse": 1.0})
+    for metrics, shown in ((row.metrics, 0), (row.metrics | {"test_x_mse_p_improved": 0.75}, 1)):
+        html = leaderboard_page("title", leaderboard([replace(row, metrics=metrics)], ["test_x_mse"]))
+        assert html.count("not the probability that the later checkpoint is better") == shown
 
 
 def test_a_first_row_that_is_no_better_than_its_baseline_is_no_winner() -> None:

@@ -22,6 +22,7 @@ from pipeline.report.tables import (
     seeds_text,
 )
 from pipeline.report.tables import score_text as value_text
+from pipeline.statistics.metrics import P_IMPROVED
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -61,7 +62,9 @@ def page(
 
 def leaderboard_page(title: str, board: Leaderboard) -> str:
     """Returns the HTML of several checkpoints side by side."""
-    return _render("leaderboard.html", title=title, board=board, bars=board.bars, every=board.every_metric)
+    every = board.every_metric
+    about = f"{P_IMPROVED}." if any(row[0].endswith("_p_improved") for row in every.rows) else ""
+    return _render("leaderboard.html", title=title, board=board, bars=board.bars, every=every, about=about)
 
 
 def notebook_table(title: str, scores: Sequence[Scores], changes: Changes, notes: Sequence[str]) -> str:

@@ -36,6 +36,10 @@ Since = Literal["start", "best", "random_init"]  # the first or the best measure
 EVERY = (*(name for names in OF_KIND.values() for name in names), *PER_SEQUENCE.values())
 BASELINE = "_baseline"  # between a target, and the probe if it is of a probe, and a metric of a baseline's
 NORMAL = 1.959964  # the half width of a 95 % interval, in standard errors
+P_IMPROVED = (
+    "p_improved is 1 less the one-sided p-value of a paired t test of no improvement, 0.5 for no change: how far the"
+    " change is outside of what chance makes. It is not the probability that the later checkpoint is better"
+)
 _KEY = re.compile(f"test_(.+?)({BASELINE})?({PROBE})?_({'|'.join(EVERY)})")
 _CHANGE = re.compile(f"(_p_improved|_delta_({'|'.join(get_args(Since))})(_ci_(low|high))?)$")
 _END = re.compile("(_seed_std|_ci_(low|high))$")
@@ -188,8 +192,7 @@ class Change:
     Attributes:
         value: the later one less the earlier one, in the metric's own direction.
         interval: of that difference, paired.
-        p_improved: how sure the data make it that the later one is better; 0.5 where they say nothing. It is above
-            0.975, or below 0.025, where the interval leaves 0 out.
+        p_improved: see `P_IMPROVED`; above 0.975, or below 0.025, where the interval leaves 0 out.
     """
 
     value: float
