@@ -20,7 +20,7 @@ from pipeline.heads.architectures import Head
 from pipeline.heads.batches import Data
 from pipeline.heads.fit import predict
 from pipeline.heads.loss import loss_of
-from pipeline.heads.verdict import Verdict, verdicts
+from pipeline.heads.verdict import Verdict, collapsed, verdicts
 from pipeline.load import Examples
 from pipeline.statistics.intervals import intervals
 from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, PROBE, Metric, TargetMetrics, metric_name, over_seeds
@@ -137,7 +137,7 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
     with_intervals, refused = _with_intervals(results, table, examples.targets)
     notes = [f"{names} left out: {reason}" for reason, names in by_reason(omitted, ("is", "are")).items()]
     notes += [f"{names}: {reason}" for reason, names in by_reason(refused).items()]
-    found_wrong = tuple(verdicts(examples, fitted.heads, with_intervals))
+    found_wrong = (*collapsed(embeddings.collapse), *verdicts(examples, fitted.heads, with_intervals))
     return Scores(
         examples,
         with_intervals,

@@ -344,5 +344,7 @@ def test_time_of_the_background_is_counted_once() -> None:
     lines = Lines(["test_x_mcc"])
     lines._began -= 100
     lines.waited(5)
-    assert "3.0 s in the background, 5.00 s here; 5 % of" in lines.of_measurement(7, {"test_x_mcc": 0.5}, 5.0, 3.0)
-    assert "waited 10.0 s at its end; 15 % of" in lines.of_the_end(10.0)
+    assert "3.0 s in the background, 5.00 s here; measurements took 5 % of" in lines.of_measurement(
+        7, {"test_x_mcc": 0.5}, 5.0, 3.0
+    )
+    assert "waited 10.0 s at its end; measurements took 15 % of" in lines.of_the_end(10.0)

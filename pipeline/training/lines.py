@@ -42,7 +42,7 @@ class Lines:
         took = f"{seconds:.1f} s" if elsewhere is None else f"{elsewhere:.1f} s in the background, {seconds:.2f} s here"
         if elsewhere is None:
             self.waited(seconds)
-        line = f"downstream validation at step {step}: {numbers} ({took}; {self._share} of the training time so far)"
+        line = f"downstream validation at step {step}: {numbers} ({took}; {self._share} so far)"
         explained = "" if self._is_explained else footnote([numbers])
         self._is_explained |= bool(explained)
         return "\n".join(filter(None, [line, explained]))
@@ -51,11 +51,12 @@ class Lines:
         """How long the training waited at its end for what was not measured yet."""
         self.waited(seconds)
         waited = f"the training waited {seconds:.1f} s at its end"
-        return f"downstream validation: {waited}; {self._share} of the training time in all"
+        return f"downstream validation: {waited}; {self._share} in all"
 
     @property
     def _share(self) -> str:
-        return f"{100 * self._waited / max(time.perf_counter() - self._began, 1e-9):.0f} %"
+        share = 100 * self._waited / max(time.perf_counter() - self._began, 1e-9)
+        return f"measurements took {share:.0f} % of the training's time"
 
 
 def _with_change(name: str, metrics: Mapping[str, float]) -> str:

@@ -164,10 +164,10 @@ class Progress:
         return made
 
 
-def resolution_of(points: Sequence[tuple[int, Mapping[str, float]]], config: Config) -> str:
-    """What the metrics of a training can see, in Markdown; empty before the third measurement."""
+def resolution_of(points: Sequence[tuple[int, Mapping[str, float]]], config: Config, *, markdown: bool = True) -> str:
+    """What the metrics of a training can see, in words; empty before the third measurement."""
     heads = {task.task_name if config.is_list else "": task.num_seeds for task in config.dataset}
-    return resolution_text(points, heads)
+    return resolution_text(points, heads, markdown)
 
 
 def _packed(table: pa.Table) -> torch.Tensor:
