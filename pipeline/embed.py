@@ -23,7 +23,7 @@ from pipeline.encoders.protocol import Encoder
 from pipeline.encoders.unknown import count_unknown
 from pipeline.engines.workers import ALONE, Workers
 from pipeline.load import Examples
-from pipeline.statistics.label_free import label_free, sample
+from pipeline.statistics.label_free import collapse, label_free, sample
 from pipeline.store.embedding_table import EmbeddingTable, Store, sequence_key
 from pipeline.store.reading import Rows
 from pipeline.store.shards import DamagedShardsError, Entry
@@ -67,12 +67,23 @@ class Embeddings:
         """The key of the table: it changes with the encoder, pooling and dtype."""
         return self.table.folder.name
 
-    @cached_property
+    @property
     def label_free(self) -> dict[str, float]:
         """What the embeddings of train are like, tokens pooled by their mean; see `statistics.label_free`."""
-        rows, keys = self.rows("train"), [sequence_key(text) for text in self.examples.train.sequences]
-        pooled = [rows.gather(np.array([place])).mean(0).numpy() for place in sample(keys)]
-        return {f"embedding_{name}": value for name, value in label_free(np.stack(pooled)).items()}
+        return self._looks[0]
+
+    @property
+    def collapse(self) -> str:
+        """What shows that they have collapsed, in words; empty where nothing does."""
+        return self._looks[1]
+
+    @cached_property
+    def _looks(self) -> tuple[dict[str, float], str]:
+        rows, texts = self.rows("train"), self.examples.train.sequences
+        places = sample([sequence_key(text) for text in texts])
+        pooled = np.stack([rows.gather(np.array([place])).mean(0).numpy() for place in places])
+        named = {f"embedding_{name}": value for name, value in label_free(pooled).items()}
+        return named, collapse(pooled, [texts[place] for place in places])
 
     def rows(self, part: str) -> Rows:
         """The embedding rows of a part, in memory if the rows of all tasks or of the part fit the budget."""

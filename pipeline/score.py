@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from pipeline.heads.architectures import Head
 from pipeline.heads.batches import Data
 from pipeline.heads.fit import predict
 from pipeline.heads.loss import loss_of
-from pipeline.heads.verdict import Verdict, verdicts
+from pipeline.heads.verdict import Verdict, collapsed, verdicts
 from pipeline.load import Examples
 from pipeline.statistics.intervals import intervals
 from pipeline.statistics.metrics import HAVE_CONSTANT, LOSS, PROBE, Metric, TargetMetrics, metric_name, over_seeds
@@ -134,9 +135,9 @@ def score(embeddings: Embeddings, fitted: FittedHead, in_list: bool = False) -> 
         results, omitted = results + found, omitted | why
     table = pa.concat_tables(tables).combine_chunks()
     with_intervals, refused = _with_intervals(results, table, examples.targets)
-    notes = [f"{names} left out: {reason}" for reason, names in _by_reason(omitted, ("is", "are")).items()]
-    notes += [f"{names}: {reason}" for reason, names in _by_reason(refused).items()]
-    found_wrong = tuple(verdicts(examples, fitted.heads, with_intervals))
+    notes = [f"{names} left out: {reason}" for reason, names in by_reason(omitted, ("is", "are")).items()]
+    notes += [f"{names}: {reason}" for reason, names in by_reason(refused).items()]
+    found_wrong = (*collapsed(embeddings.collapse), *verdicts(examples, fitted.heads, with_intervals))
     return Scores(
         examples,
         with_intervals,
@@ -201,10 +202,10 @@ def _with_intervals(
     return tuple(results), refused
 
 
-def _by_reason(reasons: dict[str, str], verbs: tuple[str, str] = ("", "")) -> dict[str, str]:
+def by_reason(reasons: Mapping[str, str], verbs: tuple[str, str] = ("", "")) -> dict[str, str]:
     """Reasons by name to names by reason, in words, and a verb for one name or for several.
 
-    What holds for all that the head and the probe have in common is said once.
+    What holds for the head and the probe alike is named once.
     """
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
@@ -212,9 +213,9 @@ def _by_reason(reasons: dict[str, str], verbs: tuple[str, str] = ("", "")) -> di
     words = {}
     for reason, every in names.items():
         of_probe = {name: metric.beside.key for name in every if (metric := Metric.parse(name)) and metric.probe}
-        others = [name for name in every if name not in of_probe]
-        both = others == list(of_probe.values())
-        said = f"{', '.join(others)} and the probe's" if both else ", ".join(every)
+        both = [name for name in every if name in of_probe.values()]
+        alone = [name for name in every if name not in both and of_probe.get(name) not in both]
+        said = ", ".join([*([f"{', '.join(both)} and the probe's"] if both else []), *alone])
         words[reason] = f"{said} {verbs[len(every) > 1]}".rstrip()
     return words
 

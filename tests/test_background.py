@@ -210,7 +210,7 @@ def test_a_command_of_the_user_s(
     downstream.close()
     assert [step for step, _ in downstream.curve] == [0]
     (waited,) = [line for line in caplog.messages if "the training waited" in line]
-    assert waited.endswith(" % of the training time in all")
+    assert waited.endswith(" % of the training's time in all")
     assert snapshots(tmp_path) == set()
 
 

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError
 from pipeline.load import load
 from pipeline.report import figures
 from pipeline.report.figures import curves, numbers
-from pipeline.report.overview import overview
+from pipeline.report.overview import overview, overview_frame
 from pipeline.report.page import page
 from pipeline.report.tables import score_table
 from pipeline.score import Scores, score
@@ -235,6 +235,7 @@ def test_lines_in_tables_the_page_and_figures(tmp_path: Path, monkeypatch: pytes
         assert [cell for cell, name in zip(row, table.columns, strict=True) if "baseline" in name] == expected
         html = page("title", [scores], {}, {}, "")
         assert all(f">{cell}</td>" in html or f">{cell}</dd>" in html for cell in expected)
+    assert overview_frame([scores])[["baseline", "probe_baseline"]].to_numpy().tolist() == [values]
     target = scores.examples.targets[0]
     assert f"baseline {scores.baselines['test_y_spearman']:.3f}" in figures._headline(scores, target)
     drawn: list[Any] = []

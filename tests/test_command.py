@@ -93,7 +93,7 @@ def test_scripts_get_one_object(job: list[str], tracking: str, tmp_path: Path) -
     (row,) = found["table"]
     assert row["metric"] == "test_share_spearman"
     assert row["score"] == pytest.approx(checkpoint["metrics"]["test_share_spearman"], abs=1e-12)
-    assert row["baseline"] is None
+    assert row["baseline"] is row["probe_baseline"] is None
     assert found["run"]["tracking_uri"] == tracking
     assert "measuring   " in run.stderr
     from mlflow import MlflowClient

@@ -295,6 +295,12 @@ def test_a_leaderboard_as_a_table() -> None:
     assert "<li>&lt;b&gt;[bold]: broken</li>" in html
 
 
+def test_the_page_says_what_p_improved_is_where_it_shows_it() -> None:
+    for further, shown in (({}, 0), ({"test_x_mse_p_improved": 0.75}, 1)):
+        html = leaderboard_page("title", leaderboard([Row("a", 1, {"test_x_mse": 1.0, **further})], ["test_x_mse"]))
+        assert html.count("not the probability that the later checkpoint is better") == shown
+
+
 def test_a_first_row_that_is_no_better_than_its_baseline_is_no_winner() -> None:
     said = ("still learning; not better than its baseline", "not better than its baseline")
     rows = [Row(label, 1, {"a/test_x_r2": 0.5}, verdicts={"a": text}) for label, text in zip("no", said, strict=True)]

@@ -22,6 +22,7 @@ from pipeline import DESCRIPTION, Downstream, LiveModel, PipelineError, open_enc
 from pipeline.config.task import Task
 from pipeline.config.trackers import Logging
 from pipeline.errors import ConfigError, DataError
+from pipeline.report.tables import FOOTNOTE
 from pipeline.tracking.sender import flush
 from pipeline.training.host import LogHost
 from pipeline.training.lines import Lines
@@ -329,10 +330,21 @@ def test_the_line_of_a_step_has_the_interval_of_the_change() -> None:
     assert both in lines.of_measurement(7, {"test_x_mcc": 0.5, **ends}, 1.2)
 
 
+def test_the_first_line_with_a_score_that_hangs_on_its_seeds_says_what_the_mark_means() -> None:
+    numbers = {"test_x_mcc": 0.5, "test_x_mcc_ci_low": 0.4, "test_x_mcc_ci_high": 0.6, "test_x_mcc_seed_std": 0.05}
+    noisy, lines = numbers | {"test_x_mcc_seed_std": 0.25}, Lines(["test_x_mcc"])
+    said = [lines.of_measurement(step, metrics, 1.2) for step, metrics in enumerate((numbers, noisy, noisy))]
+    assert "test_x_mcc 0.5000 (1.2 s; " in said[0]
+    assert all("test_x_mcc 0.5000 ± 0.2500 † (1.2 s; " in line for line in said[1:])
+    assert [line.partition("\n")[2] for line in said] == ["", FOOTNOTE, ""]
+
+
 def test_time_of_the_background_is_counted_once() -> None:
     """The line of an arrival repeats what was counted as the training waited for it."""
     lines = Lines(["test_x_mcc"])
     lines._began -= 100
     lines.waited(5)
-    assert "3.0 s in the background, 5.00 s here; 5 % of" in lines.of_measurement(7, {"test_x_mcc": 0.5}, 5.0, 3.0)
-    assert "waited 10.0 s at its end; 15 % of" in lines.of_the_end(10.0)
+    assert "3.0 s in the background, 5.00 s here; measurements took 5 % of" in lines.of_measurement(
+        7, {"test_x_mcc": 0.5}, 5.0, 3.0
+    )
+    assert "waited 10.0 s at its end; measurements took 15 % of" in lines.of_the_end(10.0)

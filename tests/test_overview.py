@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from pipeline.heads.verdict import Verdict
 from pipeline.report.overview import Changes, change_table, first_lines, headlines, overview
+from pipeline.report.tables import FOOTNOTE, score_table
 from pipeline.statistics.metrics import LOSS, Change, Interval, Metric
 
 RESULTS = (
@@ -74,6 +76,18 @@ def test_whose_change_is_beyond_chance() -> None:
     table = overview([scores()], Changes(change(-0.5, -0.25, head), "start", "step 0"))
     assert list(table.columns)[:4] == ["metric", "score ± seeds", "95 %", "score since step 0"]
     assert table.rows[0][3] == "-0.375 (-0.500, -0.250)"
+
+
+def test_a_score_that_hangs_on_its_seeds_is_marked() -> None:
+    """The interval is 0.1 wide to a side."""
+    for deviation, mark in ((0.09, ""), (0.11, " †")):
+        sure = Metric("", "x", "accuracy", 0.5, interval=Interval(0.4, 0.6), seed_std=deviation)
+        of_task = scores(results=(sure, replace(sure, name="mcc", seed_std=None)))
+        table = overview([of_task])
+        assert table.rows[0][1] == f"0.5000 ± {deviation:.4f}{mark}"
+        assert first_lines([of_task]).startswith(f"- `test_x_accuracy`: **0.5000 ± {deviation:.4f}{mark}** (")
+        for text in (table.text(), table.markdown(), score_table([of_task]).markdown()):
+            assert text.count(FOOTNOTE) == len(mark) // 2
 
 
 def test_a_head_without_a_score() -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlflow
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytorch_lightning as pl
@@ -14,7 +15,7 @@ from mlflow import MlflowClient
 
 from pipeline import setup_dwnstr_task_validation_callbacks
 from pipeline.statistics.intervals import changes
-from pipeline.statistics.metrics import Metric
+from pipeline.statistics.metrics import Interval, Metric
 from pipeline.statistics.predictions import Predictions, from_table
 from pipeline.tracking.protocol import NullTracker
 from pipeline.training.progress import Progress
@@ -93,3 +94,23 @@ def test_curves_go_on_after_a_resume() -> None:
     log(first, 0.75, 50)
     resumed = Progress.from_state(state)
     assert log(resumed, 0.5, 50) == {"test_y_spearman": ((0, 0.25), (50, 0.5))}
+
+
+def test_changes_that_are_not_known_are_told_of_in_one_line() -> None:
+    """Probabilities that rank alike, and are not the same: no difference varies with the test sequences."""
+
+    def measured(scale: float) -> Any:
+        true = pa.array(np.tile([0.0, 1.0], 30))
+        said = pa.array(scale * np.tile([0.0, 1.0], 30))
+        rows = pa.array([f"x000:{row}" for row in range(60)])
+        columns = {"seed": pa.array([0] * 60), "row": rows, "y_target": true, "y_mask": pa.array([True] * 60)}
+        table = pa.table(columns | {"y_prediction": said, "y_probe_prediction": said})
+        results = [
+            Metric("", "y", "spearman", 1.0, interval=Interval(0.9, 1.0), probe=probe) for probe in (False, True)
+        ]
+        return [SimpleNamespace(results=results, task_name="t", table=table)]
+
+    progress = Progress()
+    assert progress.follow(measured(1.0), 0) == ({}, [])
+    same = "no change since the start and the best: the difference is the same whichever test sequence is left out"
+    assert progress.follow(measured(2.0), 10) == ({}, [f"test_y_spearman and the probe's: {same}"])

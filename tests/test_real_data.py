@@ -144,6 +144,7 @@ def test_the_main_job_on_real_data(
     path = client.download_artifacts(run.info.run_id, f"predictions_{name}.parquet", str(tmp_path))
     frame = pq.read_table(path).to_pandas()
     table = {column: frame[column].to_numpy() for column in frame.columns}
+    assert "collapsed" not in run.data.tags["mlflow.note.content"]
     logged = every_metric(run)
     assert logged.pop("dwnstr_task_val_loss") > 0
     targets = task["target_column"] if isinstance(task["target_column"], list) else [task["target_column"]]

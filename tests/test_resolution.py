@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import numpy as np
@@ -67,12 +68,13 @@ def test_the_metric_to_monitor_is_the_one_that_changes_most_for_what_it_can_see(
     (chosen,) = to_monitor(both([0.5, 0.6, 0.7], [0.5, 0.55, 0.6], seed_std=0.2))
     assert chosen.metric.key == PROBE
     (said,) = advice(both([0.5, 0.6, 0.7], [0.5, 0.55, 0.6], seed_std=0.2))
-    assert said.startswith(f"monitor {PROBE}: it changed by +0.100 and can see 0.020")
+    alike = "checkpoints that differ by less than 0.020 look alike to it"
+    assert said.startswith(f"monitor {PROBE}: it improved by 0.100 over the training, and {alike}")
 
 
 def test_what_would_help_where_checkpoints_cannot_be_told_apart() -> None:
     (few_rows,) = advice(resolutions(list(enumerate(curve(PROBE, [0.5, 0.51, 0.5], 0.1))), {}))
-    assert "cannot tell checkpoints apart" in few_rows
+    assert "cannot tell these checkpoints apart" in few_rows
     assert few_rows.endswith("what would help: more test rows, averaging checkpoints")
     (noisy,) = advice(resolutions(list(enumerate(curve(KEY, [0.5, 0.51, 0.5], 0.01, seed_std=0.1))), {"": 1}))
     assert noisy.endswith("what would help: more seeds (num_seeds), the probe, averaging checkpoints")
@@ -81,7 +83,8 @@ def test_what_would_help_where_checkpoints_cannot_be_told_apart() -> None:
 def test_a_metric_that_gets_worse_is_not_one_to_monitor() -> None:
     falling = both([0.7, 0.6, 0.5], [0.6, 0.55, 0.5])
     (said,) = advice(falling)
-    assert said == f"{KEY} is getting worse, beyond noise: it changed by -0.200 and can see 0.020"
+    alike = "checkpoints that differ by less than 0.020 look alike to it"
+    assert said == f"{KEY} is getting worse, beyond noise: by 0.200 over the training, and {alike}"
     head, probe = curve(KEY, [0.7, 0.6, 0.5], 0.01), curve(PROBE, [0.6, 0.55, 0.5], 0.01)
     points = [(step, one | other) for step, (one, other) in enumerate(zip(head, probe, strict=True))]
     assert resolution_text(points, {}).splitlines()[2].endswith("| -10.0 | getting worse |")
@@ -90,7 +93,7 @@ def test_a_metric_that_gets_worse_is_not_one_to_monitor() -> None:
 def test_numbers_are_of_the_metric_that_is_named() -> None:
     (said,) = advice(both([0.5, 0.5, 0.5], [0.5, 0.505, 0.51], seed_std=0.2))
     assert said.startswith(
-        f"{PROBE} cannot tell checkpoints apart: it changed by +0.010 and can see 0.020, nor can {KEY};"
+        f"{PROBE} cannot tell these checkpoints apart, nor can {KEY}: it changed by +0.010 over the training, "
     )
 
 
@@ -98,8 +101,29 @@ def test_the_table_has_a_row_per_metric_and_says_which_to_monitor() -> None:
     head, probe = curve(KEY, [0.5, 0.6, 0.7], 0.2), curve(PROBE, [0.5, 0.55, 0.6], 0.01)
     points = [(1000 * step, one | other) for step, (one, other) in enumerate(zip(head, probe, strict=True))]
     lines = resolution_text(points, {"": 3}).splitlines()
+    heading = "metric | smallest visible difference | gain per 1,000 steps | gain, step 0 to 2000 | ratio | monitor"
+    assert lines[0] == f"| {heading} |"
     assert lines[2] == f"| {KEY} | 0.4000 | +0.1000 | +0.2000 | +0.5 |  |"
     assert lines[3] == f"| {PROBE} | 0.0200 | +0.0500 | +0.1000 | +5.0 | this one |"
+
+
+def test_a_measurement_that_failed_is_counted() -> None:
+    """Also where it is the last one."""
+    points = list(enumerate(curve(KEY, [0.5, 0.6, 0.7], 0.2)))
+    lacking = [*points, (3, curve(PROBE, [0.5, 0.6], 0.2)[1]), (4, dict[str, float]())]
+    (one,) = resolutions(points, {})
+    assert [replace(found, measured=3) for found in resolutions(lacking, {})] == [one]
+    lines = resolution_text(lacking, {}).splitlines()
+    assert lines[0].startswith("| metric | known at measurements | smallest visible difference |")
+    assert lines[2].startswith(f"| {KEY} | 3 of 5 | ")
+    assert "known at" not in resolution_text(points, {})
+
+
+def test_on_a_terminal_it_is_no_markdown() -> None:
+    text = resolution_text(list(enumerate(curve(KEY, [0.5, 0.6, 0.7], 0.2))), {}, markdown=False)
+    assert "│ test_x_accuracy │" in text
+    assert "---" not in text
+    assert text.count("cannot tell these checkpoints apart") == 1
 
 
 def checkpoint(rng: np.random.Generator, share: float, spread: float) -> tuple[Predictions, list[float]]:

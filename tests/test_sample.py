@@ -77,6 +77,7 @@ def test_the_default_configuration_beats_a_constant_guess(tmp_path: Path) -> Non
     scores = {one.task_name: one for one in validate(encoder, config.tasks, Store(tmp_path))}
     assert list(scores) == ["fitness", "secondary_structure", "exposure", "location"]
     for one in scores.values():
+        assert not [verdict for verdict in one.verdicts if "collapsed" in verdict.short]
         for name, floor in one.constant.items():
             better = (
                 one.metrics[name] - floor

@@ -18,7 +18,7 @@ PROGRAM = """
 from pipeline.report.tables import Table
 names = "secondary_structure/test_3state_accuracy", "location/test_location_accuracy"
 verdict = "still learning; not better than its baseline"
-rows = [[name, "0.5947 ± 0.0132", "0.571, 0.618", "0.4943", "0.472, 0.517", verdict] for name in names]
+rows = [[name, "0.5947 ± 0.0132 †", "0.571, 0.618", "0.4943", "0.472, 0.517", verdict] for name in names]
 columns = "metric", "score ± seeds", "95 %", "probe", "95 %", "verdict"
 print(Table(columns, rows, frozenset({0, 5}), "Scores").text())
 steps = [[str(step), "0.5947", "0.4943"] for step in range(2)]
@@ -54,4 +54,5 @@ def test_nothing_is_lost_on_a_narrow_terminal(width: int) -> None:
     assert all(one in scores for one in whole)
     assert scores.count("baseline") == scores.count("0.472, 0.517") == 2
     assert ("│" in scores) == (width >= 140)
+    assert scores.count("another seed") == 1
     assert "│    1 │" in steps

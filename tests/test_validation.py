@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.heads.batches import Data
 from pipeline.load import load
 from pipeline.report.tables import score_table
-from pipeline.score import Scores, score
+from pipeline.score import Scores, by_reason, score
 from pipeline.statistics.intervals import intervals
 from pipeline.statistics.metrics import LOSS, Interval, Metric, metric_name
 from pipeline.statistics.predictions import from_table
@@ -79,6 +79,27 @@ def test_what_is_said_of_the_head_and_the_probe_is_said_once(tmp_path: Path, sto
     assert notes[0] == f"{names} are left out: the test values are all equal"
     few = "an interval takes at least 50 test sequences with labels, and there are 10"
     assert notes[1] == f"test_y_mse, test_y_rmse, test_y_mae and the probe's: {few}"
+
+
+def test_a_perfect_task_is_told_of_in_one_line(tmp_path: Path, store: Store) -> None:
+    def rows(seed: int) -> list[dict[str, object]]:
+        return [{"sequence": text + 30 * "WA"[i % 2], "y": "wa"[i % 2]} for i, text in enumerate(proteins(60, seed))]
+
+    task = make_task(tmp_path, rows(1), rows(2), task_type="classification", optim=ADAM, num_epochs=40)
+    scores = measure(task, store)
+    names = ("balanced_accuracy", "macro_f1", "mcc", "average_precision", "auroc")
+    assert {scores.metrics[f"test_y_{name}"] for name in ("accuracy", *names)} == {1.0}
+    assert scores.metrics["test_y_probe_accuracy"] == 1.0
+    same = "the same whichever test sequence is left out, so without an interval"
+    assert scores.notes == (f"{', '.join(f'test_y_{name}' for name in names)} and the probe's: {same}",)
+
+
+def test_who_has_a_reason_in_common_is_named_once() -> None:
+    names = ("test_y_mcc", "test_y_auroc", "test_y_probe_mcc", "test_y_probe_macro_f1")
+    assert by_reason(dict.fromkeys(names, "why"), ("is", "are")) == {
+        "why": "test_y_mcc and the probe's, test_y_auroc, test_y_probe_macro_f1 are"
+    }
+    assert by_reason({"test_y_mcc": "why", "test_x_mcc": "else"}) == {"why": "test_y_mcc", "else": "test_x_mcc"}
 
 
 def test_the_printed_table_has_the_probe_beside_the_head_and_their_intervals() -> None:

@@ -1,4 +1,4 @@
-"""What is wrong with a trained head, in words, and what to change: from its losses and its scores.
+"""What is wrong with a trained head, or its embeddings, in words, and what to change: from its losses and its scores.
 
 Losses are compared with the loss of the best constant guess, so the rules mean the same for every task:
 the *explained share* of a loss is 1 for a loss of 0, and 0 for a head that knows no more than the labels' distribution.
@@ -57,6 +57,18 @@ class _Shares:
     test: float
     last: float
     before: float
+
+
+def collapsed(how: str) -> list[Verdict]:
+    """That a head can learn little from such embeddings; see `Embeddings.collapse`, nothing where that is empty."""
+    if not how:
+        return []
+    remedy = (
+        "look at the embedding_* metrics of earlier checkpoints, at another layer (layer: -2), and at what the"
+        " pre-training does with its learning rate and weight decay"
+    )
+    text = f"the embeddings have collapsed: they {how}; a score is made of what little is left, {remedy}"
+    return [Verdict("", "embeddings collapsed", text)]
 
 
 def verdicts(examples: Examples, heads: Sequence[SeedHead], results: Sequence[Metric]) -> list[Verdict]:

@@ -81,9 +81,10 @@ class Measured:
 
         Returns:
             Columns `task`, `metric` (the head's, then the probe's), `score`, `other`, `change` (the former less the
-            latter), `ci_low`, `ci_high` (of the change, the ends of its paired 95 % interval), `p_improved` (how sure
-            the data make it that this one is better) and `verdict`: `improved`, `worse`, or `not told apart` where
-            the interval holds 0; where there is none, the reason.
+            latter), `ci_low`, `ci_high` (of the change, the ends of its paired 95 % interval), `p_improved` (1
+            less the one-sided p-value of a paired t test of no improvement, 0.5 for no change: not the probability that
+            this one is better) and `verdict`: `improved`, `worse`, or `not told apart` where the interval holds 0;
+            where there is none, the reason.
 
         Raises:
             DataError: the two were not measured on the same tasks, sequences and labels.

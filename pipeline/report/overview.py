@@ -105,10 +105,13 @@ class Headline:
     @property
     def baseline(self) -> str:
         """What the baseline reaches, `0.703 / 0.580` of head and probe; a dash for the one that it does not have."""
-        keys = [replace(self.main, probe=which).key for which in (HEAD, PROBE) if which in self.pair or not which]
-        found = [self.scores.baselines.get(key) for key in keys]
+        found = [self.baseline_of(which) for which in (HEAD, PROBE) if which in self.pair or not which]
         known = any(value is not None for value in found)
         return " / ".join("-" if value is None else f"{value:z.3f}" for value in found) if known else ""
+
+    def baseline_of(self, which: bool) -> float | None:
+        """What the baseline reaches by the head, or by the probe, also where the checkpoint's is not defined."""
+        return self.scores.baselines.get(replace(self.main, probe=which).key)
 
     @property
     def judgements(self) -> list[tuple[str, str]]:
@@ -172,8 +175,8 @@ def overview_frame(scores: Sequence[Scores], changes: Changes = Changes()) -> pd
 
     Returns:
         Columns `task`, `metric`, `score`, `ci_low`, `ci_high` (the ends of its 95 % interval), the same of the probe
-        (`probe`, ...), `baseline` (of the head, else of the probe), `constant` (a constant guess) and `verdict`. What
-        is not defined is NaN.
+        (`probe`, ...), `baseline` (what the baseline reaches by the head), `probe_baseline` (and by the probe),
+        `constant` (a constant guess) and `verdict`. What is not defined is NaN.
     """
     import pandas as pd
 
@@ -185,10 +188,9 @@ def overview_frame(scores: Sequence[Scores], changes: Changes = Changes()) -> pd
             row["probe" if which else "score"] = metric.value if metric else math.nan
             ends = (metric.interval.low, metric.interval.high) if metric and metric.interval else (math.nan, math.nan)
             row |= dict(zip((f"{prefix}ci_low", f"{prefix}ci_high"), ends, strict=True))
-        baselines = one.scores.baselines
-        lines = [baselines[metric.key] for metric in one.pair.values() if metric.key in baselines]
-        row |= {"baseline": lines[0] if lines else math.nan}
-        row |= {"constant": math.nan if one.main.constant is None else one.main.constant}
+        levels = {"baseline": one.baseline_of(HEAD), "probe_baseline": one.baseline_of(PROBE)}
+        levels["constant"] = one.main.constant
+        row |= {name: math.nan if value is None else value for name, value in levels.items()}
         rows.append(row | {"verdict": one.verdict})
     return pd.DataFrame(rows)
 

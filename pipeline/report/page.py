@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.report.overview import HEAD, PROBE, Changes, Headline, change_table, headlines, overview
 from pipeline.report.sparkline import HEIGHT, WIDTH, sparkline
-from pipeline.report.tables import class_table, companion_table, data_table, interval_text, number, score_table
+from pipeline.report.tables import (
+    class_table,
+    companion_table,
+    data_table,
+    footnote,
+    interval_text,
+    number,
+    score_table,
+    seeds_text,
+)
 from pipeline.report.tables import score_text as value_text
+from pipeline.statistics.metrics import P_IMPROVED
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -52,7 +62,9 @@ def page(
 
 def leaderboard_page(title: str, board: Leaderboard) -> str:
     """Returns the HTML of several checkpoints side by side."""
-    return _render("leaderboard.html", title=title, board=board, bars=board.bars, every=board.every_metric)
+    every = board.every_metric
+    about = f"{P_IMPROVED}." if any(row[0].endswith("_p_improved") for row in every.rows) else ""
+    return _render("leaderboard.html", title=title, board=board, bars=board.bars, every=every, about=about)
 
 
 def notebook_table(title: str, scores: Sequence[Scores], changes: Changes, notes: Sequence[str]) -> str:
@@ -71,7 +83,9 @@ def _environment() -> Environment:
     loader = PackageLoader("pipeline.report")
     found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     found.globals.update(HELPERS)
-    found.filters.update(interval=interval_text, value=value_text, number=number, breakable=_breakable)
+    found.filters.update(
+        interval=interval_text, value=value_text, seeds=seeds_text, number=number, breakable=_breakable
+    )
     return found
 
 
@@ -84,10 +98,11 @@ def _breakable(name: str) -> Markup:
 
 def _task(scores: Scores, pictures: Sequence[Path], changes: Changes) -> dict[str, Any]:
     """What a task's card and its fold show."""
-    data = set(scores.examples.notes)
+    data, found = set(scores.examples.notes), headlines([scores], changes)
     return {
         "name": scores.task_name,
-        "headlines": [(one, _curve(one, changes)) for one in headlines([scores], changes)],
+        "headlines": [(one, _curve(one, changes)) for one in found],
+        "footnote": footnote(value_text(metric) for one in found for metric in one.pair.values()),
         "notes": [note for note in (*scores.earlier_notes, *scores.notes) if note not in data],
         "data_notes": [note for note in scores.earlier_notes if note in data],
         "data": data_table(scores),

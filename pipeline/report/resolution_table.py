@@ -4,29 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.report.tables import Table
+from pipeline.report.tables import Table, append
 from pipeline.statistics.resolution import Points, Resolution, advice, resolutions, to_monitor
 
-COLUMNS = ("metric", "smallest visible difference", "per 1,000 steps", "over the training", "ratio", "monitor")
+ABOUT = (
+    "Gains are those of a straight line through all measurements, positive where a metric improves. Two checkpoints"
+    " that differ by less than the smallest visible difference cannot be told apart from the noise of test sequences"
+    " and head seeds. The ratio is the gain from the first step to the last, in such differences: beyond 1, or -1, it"
+    " is no noise."
+)
 
 
-def resolution_text(points: Points, num_seeds: Mapping[str, int]) -> str:
-    """In Markdown: a row per metric, and for each target what to monitor; empty before the third measurement.
+def resolution_text(points: Points, num_seeds: Mapping[str, int], markdown: bool = True) -> str:
+    """A row per metric, and for each target what to monitor; empty before the third measurement.
 
     Args:
         points: the step and the metrics of each measurement.
         num_seeds: see `resolutions`.
+        markdown: else it is for the terminal.
     """
     found = resolutions(points, num_seeds)
     if not found:
         return ""
+    table = _table(found, points)
+    drawn = [table.markdown(), "", ABOUT, ""] if markdown else [table.text(), ABOUT]
+    return "\n".join([*drawn, *(f"- {line}" for line in advice(found))])
+
+
+def _table(found: list[Resolution], points: Points) -> Table:
+    """The number of measurements is said where a metric is not known at all of them."""
+    columns, rows = ["metric"], [[one.metric.key] for one in found]
+    lacking = any(one.measured < len(points) for one in found)
+    counts = [f"{one.measured} of {len(points)}" if lacking else "" for one in found]
+    append(columns, rows, "known at measurements", counts)
+    append(columns, rows, "smallest visible difference", [f"{one.smallest:.4f}" for one in found])
+    append(columns, rows, "gain per 1,000 steps", [f"{one.slope:+.4f}" for one in found])
+    append(columns, rows, f"gain, step {points[0][0]} to {points[-1][0]}", [f"{one.change:+.4f}" for one in found])
+    append(columns, rows, "ratio", [f"{one.ratio:+.1f}" for one in found])
     chosen = [one for one in to_monitor(found) if abs(one.ratio) >= 1]
-    table = Table(COLUMNS, [_row(one, one in chosen) for one in found], frozenset({0, 5}))
-    about = "Changes are those of a straight line through all measurements, positive where a metric improves."
-    return "\n".join([table.markdown(), "", about, "", *(f"- {line}" for line in advice(found))])
-
-
-def _row(one: Resolution, chosen: bool) -> list[str]:
-    numbers = [f"{one.smallest:.4f}", f"{one.slope:+.4f}", f"{one.change:+.4f}", f"{one.ratio:+.1f}"]
-    word = "this one" if one.ratio > 0 else "getting worse"
-    return [one.metric.key, *numbers, word if chosen else ""]
+    words = [("this one" if one.ratio > 0 else "getting worse") if one in chosen else "" for one in found]
+    append(columns, rows, "monitor", words)
+    left = {0, columns.index("monitor")} if "monitor" in columns else {0}
+    return Table(columns, rows, frozenset(left), "What each score can tell apart")

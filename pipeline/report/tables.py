@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 INTERVAL = "95 %"  # heads the column of the intervals of the scores before it
 WORDS = 24  # the narrowest that a column of words becomes
+MARK = "\N{DAGGER}"  # behind a score, see `Metric.hangs_on_seeds`
+FOOTNOTE = (
+    f"{MARK} the deviation over seeds (±) is larger than half of the interval, which is of the test sequences alone:"
+    " another seed may score outside of it; raise num_seeds"
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class Table:
     left: frozenset[int] = frozenset({0})
     title: str = ""
 
+    @property
+    def footnote(self) -> str:
+        """What the mark behind some of its scores means; empty where none has it."""
+        return footnote(cell for row in self.rows for cell in row)
+
     def text(self) -> str:
         """For the terminal, as wide as it is; 200 characters where the output is a file.
 
@@ -51,8 +61,9 @@ class Table:
             if self._words is not None:
                 widths[self._words] = min(widths[self._words], WORDS)
             if sum(widths) + 3 * len(widths) + 1 <= console.width:
-                return self._drawn(console, headings)
-        return "\n".join([self.title, *(line for row in self.rows for line in self._block(row, console.width))])
+                return "\n".join([self._drawn(console, headings), *wrap(self.footnote, console.width)])
+        blocks = [line for row in self.rows for line in self._block(row, console.width)]
+        return "\n".join([self.title, *blocks, *wrap(self.footnote, console.width)])
 
     @property
     def _words(self) -> int | None:
@@ -93,7 +104,8 @@ class Table:
         """For a run's description."""
         rule = ["---" if index in self.left else "---:" for index in range(len(self.columns))]
         rows = [self.columns, rule, *self.rows]
-        return "\n".join(f"| {' | '.join(map(plain, row))} |" for row in rows)
+        lines = [f"| {' | '.join(map(plain, row))} |" for row in rows]
+        return "\n".join([*lines, *(["", self.footnote] if self.footnote else [])])
 
 
 def _folded(name: str, room: int, breaks: str) -> str:
@@ -198,8 +210,23 @@ def interval_text(metric: Metric | None) -> str:
 
 
 def score_text(metric: Metric) -> str:
-    """A metric's value, with its deviation over the seeds where there are several: `0.6420 ± 0.0040`."""
-    return number(metric.value) + ("" if metric.seed_std is None else f" ± {number(metric.seed_std)}")
+    """A metric's value, with its deviation over the seeds where there are several: `0.6420 ± 0.0040`.
+
+    Marked where that is much beside its interval, see `footnote`.
+    """
+    return number(metric.value) + (f" {seeds_text(metric)}" if metric.seed_std is not None else "")
+
+
+def seeds_text(metric: Metric) -> str:
+    """The deviation over the seeds: `± 0.0040`, or with a mark `± 0.0400 †`; empty for a single one."""
+    if metric.seed_std is None:
+        return ""
+    return f"± {number(metric.seed_std)}" + (f" {MARK}" if metric.hangs_on_seeds else "")
+
+
+def footnote(texts: Iterable[str]) -> str:
+    """What the mark behind a score means; empty where none of the texts has it."""
+    return FOOTNOTE if any(re.search(f"± \\S+ {MARK}", text) for text in texts) else ""
 
 
 def score_title(name: str, found: Sequence[Metric | None]) -> str:

@@ -29,6 +29,7 @@ MIN_OF_CLASS = 10  # test sequences that have a label, for metrics in which each
 BY_CLASS = ("balanced_accuracy", "macro_f1", "mcc", "auroc", "average_precision")
 ALONE = 0.9  # the share of a metric's variance that is too much for one sequence
 UPPER = 0.975
+SAME = 1e-9  # a metric that differs by less does so by rounding
 
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ def intervals(predictions: Predictions) -> Intervals:
             continue
         interval = None if name in reasons else _interval(name, value, measured.without[name])
         if interval is None:
-            found.refused[name] = reasons.get(name) or _unsound(name, measured.without[name])
+            found.refused[name] = reasons.get(name) or f"{_unsound(measured.without[name])}, so without an interval"
         else:
             found.values[name] = interval
     return found
@@ -85,7 +86,7 @@ def changes(now: Predictions, before: Predictions, *, only: str | None = None) -
         change = None if name in reasons else _change(name, first, second, float(now.counts.mean()), same)
         if change is None:
             differences = first.without[name] - second.without[name]
-            found.refused[name] = reasons.get(name) or _unsound(f"the difference in {name}", differences)
+            found.refused[name] = reasons.get(name) or f"the difference is {_unsound(differences)}"
         else:
             found.values[name] = change
     return found
@@ -110,8 +111,10 @@ def _reasons(predictions: Predictions) -> dict[str, str]:
     return found | (dict.fromkeys(BY_CLASS, reason) if rare else {})
 
 
-def _unsound(name: str, without: Floats) -> str:
-    return f"{name} {'rests on one test sequence' if np.ptp(without) else 'is the same whichever sequence is left out'}"
+def _unsound(without: Floats) -> str:
+    """Why there is no interval, in the same words for every metric, so that those with one cause stand in one line."""
+    same = np.allclose(without, without[0], rtol=SAME, atol=SAME)  # a correlation of 1 differs in its last digits
+    return "the same whichever test sequence is left out" if same else "decided by one test sequence"
 
 
 def _influence(value: float, without: Floats) -> Floats:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Literal, get_args
@@ -36,6 +36,10 @@ Since = Literal["start", "best", "random_init"]  # the first or the best measure
 EVERY = (*(name for names in OF_KIND.values() for name in names), *PER_SEQUENCE.values())
 BASELINE = "_baseline"  # between a target, and the probe if it is of a probe, and a metric of a baseline's
 NORMAL = 1.959964  # the half width of a 95 % interval, in standard errors
+P_IMPROVED = (
+    "p_improved is 1 less the one-sided p-value of a paired t test of no improvement, 0.5 for no change: how far the"
+    " change is outside of what chance makes. It is not the probability that the later checkpoint is better"
+)
 _KEY = re.compile(f"test_(.+?)({BASELINE})?({PROBE})?_({'|'.join(EVERY)})")
 _CHANGE = re.compile(f"(_p_improved|_delta_({'|'.join(get_args(Since))})(_ci_(low|high))?)$")
 _END = re.compile("(_seed_std|_ci_(low|high))$")
@@ -102,6 +106,31 @@ class Metric:
         parts = _KEY.fullmatch(last)
         return cls(task, parts[1], parts[4], value, probe=bool(parts[3]), baseline=bool(parts[2])) if parts else None
 
+    @classmethod
+    def logged(cls, key: str, numbers: Mapping[str, float]) -> Metric | None:
+        """The metric `key` among numbers that were logged, with its interval and its deviation over seeds.
+
+        >>> found = Metric.logged("test_x_mcc", {"test_x_mcc": 0.5, "test_x_mcc_ci_low": 0.25, "test_x_mcc_ci_high": 1})
+        >>> (found.value, found.interval, found.seed_std)
+        (0.5, Interval(low=0.25, high=1), None)
+        """
+        found = cls.parse(key, numbers[key])
+        if found is None:
+            return None
+        ends = [numbers[end] for end in (f"{key}_ci_low", f"{key}_ci_high") if end in numbers]
+        return replace(found, interval=Interval(*ends) if ends else None, seed_std=numbers.get(f"{key}_seed_std"))
+
+    @property
+    def hangs_on_seeds(self) -> bool:
+        """Whether its heads differ by more than the interval is wide to a side: it does not say how sure the score is.
+
+        >>> [Metric("", "x", "mcc", 0.5, None, Interval(0.4, 0.6), seed_std=std).hangs_on_seeds for std in (0.09, 0.11)]
+        [False, True]
+        """
+        if self.seed_std is None or self.interval is None:
+            return False
+        return self.seed_std > (self.interval.high - self.interval.low) / 2
+
     @property
     def short(self) -> str:
         """The name under which it is logged, without the task's."""
@@ -163,8 +192,7 @@ class Change:
     Attributes:
         value: the later one less the earlier one, in the metric's own direction.
         interval: of that difference, paired.
-        p_improved: how sure the data make it that the later one is better; 0.5 where they say nothing. It is above
-            0.975, or below 0.025, where the interval leaves 0 out.
+        p_improved: see `P_IMPROVED`; above 0.975, or below 0.025, where the interval leaves 0 out.
     """
 
     value: float

@@ -23,6 +23,7 @@ class Resolution:
         sampling: standard error of such a difference over draws of the test sequences, paired.
         slope: of the straight line through all measurements, for each 1,000 steps; positive where the metric improves.
         change: what that line changes by from the first measurement to the last; positive where the metric improves.
+        measured: at how many of the training's measurements it is known.
     """
 
     metric: Metric
@@ -30,6 +31,7 @@ class Resolution:
     sampling: float
     slope: float
     change: float
+    measured: int = 0
 
     @property
     def smallest(self) -> float:
@@ -56,12 +58,12 @@ def resolutions(points: Points, num_seeds: Mapping[str, int]) -> list[Resolution
     if len(points) < MEASUREMENTS:
         return []
     ends = "_delta_start_ci_low"
-    keys = [key.removesuffix(ends) for key in points[-1][1] if key.endswith(ends)]
+    every = dict.fromkeys(key for _, numbers in reversed(points) for key in numbers if key.endswith(ends))
     heads = {metric_name(task): count for task, count in num_seeds.items()}
     found = []
-    for key in keys:
-        metric = Metric.parse(key, points[-1][1][key])
+    for key in (key.removesuffix(ends) for key in every):
         measured = [(step, numbers) for step, numbers in points if key in numbers]
+        metric = Metric.parse(key, measured[-1][1][key])
         if metric is not None and len(measured) >= MEASUREMENTS:
             found.append(_resolution(metric, key, measured, heads.get(metric.task, 1)))
     return found
@@ -75,7 +77,8 @@ def _resolution(metric: Metric, key: str, measured: Points, heads: int) -> Resol
     steps, values = [step for step, _ in measured], [numbers[key] for _, numbers in measured]
     slope = _slope(steps, values) * (-1 if metric.lower_is_better else 1)
     sampling = fmean(error**2 for error in errors) ** 0.5
-    return Resolution(metric, (2 * one) ** 0.5, sampling, 1000 * slope, slope * (steps[-1] - steps[0]))
+    change = slope * (steps[-1] - steps[0])
+    return Resolution(metric, (2 * one) ** 0.5, sampling, 1000 * slope, change, len(measured))
 
 
 def _slope(steps: Sequence[int], values: Sequence[float]) -> float:
@@ -102,11 +105,11 @@ def advice(found: Sequence[Resolution]) -> list[str]:
 
 
 def _advice(one: Resolution, found: Sequence[Resolution]) -> str:
-    key, seen = one.metric.key, f"it changed by {one.change:+.3f} and can see {one.smallest:.3f}"
+    key, noise = one.metric.key, f"checkpoints that differ by less than {one.smallest:.3f} look alike to it"
     if one.ratio >= 1:
-        return f"monitor {key}: {seen}"
+        return f"monitor {key}: it improved by {one.change:.3f} over the training, and {noise}"
     if one.ratio <= -1:
-        return f"{key} is getting worse, beyond noise: {seen}"
+        return f"{key} is getting worse, beyond noise: by {-one.change:.3f} over the training, and {noise}"
     pair = [each for each in found if each.metric.beside.key == one.metric.beside.key]
     remedies = []
     if one.sampling >= one.seeds:
@@ -117,4 +120,5 @@ def _advice(one: Resolution, found: Sequence[Resolution]) -> str:
         remedies.append("the probe")
     remedies.append("averaging checkpoints")
     others = "".join(f", nor can {each.metric.key}" for each in pair if each is not one)
-    return f"{key} cannot tell checkpoints apart: {seen}{others}; what would help: {', '.join(remedies)}"
+    seen = f"it changed by {one.change:+.3f} over the training, and {noise}"
+    return f"{key} cannot tell these checkpoints apart{others}: {seen}; what would help: {', '.join(remedies)}"

@@ -133,7 +133,8 @@ class Measurement:
             attempt("drawing of the curves", lambda: publish_curves(points, several, f"{FOLDER}/curves"))
         if seen := resolution_of(points, self.config):
             attempt("logging", lambda: run.run.text(seen, f"{FOLDER}/curves/resolution.md"))
-            self.host.say(f"downstream validation, what each score can tell apart:\n{seen}")
+            said = resolution_of(points, self.config, markdown=False)
+            self.host.say(f"downstream validation, what each score can tell apart:\n{said}")
         if run.own and points:
             run.run.describe(self.progress.summary(points, self.config))
         attempt("closing of the MLflow run", lambda: run.end(status))

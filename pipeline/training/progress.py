@@ -16,9 +16,10 @@ from pipeline.config.schema import Config
 from pipeline.errors import DataError
 from pipeline.report.overview import Changes, first_lines, overview, verdicts_of
 from pipeline.report.resolution_table import resolution_text
-from pipeline.report.tables import Table, step_table
+from pipeline.report.tables import Table, footnote, step_table
+from pipeline.score import by_reason
 from pipeline.statistics.intervals import changes
-from pipeline.statistics.metrics import Change, Metric
+from pipeline.statistics.metrics import Change, Metric, Since
 from pipeline.statistics.predictions import from_table
 from pipeline.tracking.protocol import Several, Tracker
 
@@ -78,7 +79,7 @@ class Progress:
             points: the step and the metrics of each measurement.
             config: says which metrics to show of each, and how many heads a score is the mean of.
         """
-        latest = [self._lines, ""] if self._lines else []
+        latest = [self._lines, "", *(f"{text}\n" for text in [footnote([self._lines])] if text)] if self._lines else []
         since = f"Changes are since step {self.start}, the first measurement."
         seen = resolution_of(points, config)
         return "\n".join(
@@ -97,12 +98,12 @@ class Progress:
             and for those without them, why.
         """
         found: dict[str, float] = {}
-        notes: list[str] = []
+        refused: dict[str, str] = {}
         if self.start is None:
             self.start = step
         for one in scores:
             for metric in filter(lambda metric: metric.is_headline, one.results):
-                self._compare(one, metric, found, notes)
+                self._compare(one, metric, found, refused)
                 self._curves.setdefault(metric.key, []).append((step, metric.value))
                 best = self._best.get(metric.key)
                 sign = -1 if metric.lower_is_better else 1
@@ -111,10 +112,10 @@ class Progress:
             self._tables.setdefault((one.task_name, step), one.table)
         needed = {self.start, *(best.step for best in self._best.values())}
         self._tables = {key: table for key, table in self._tables.items() if key[1] in needed}
-        return found, list(dict.fromkeys(notes))
+        return found, [f"{names}: {reason}" for reason, names in by_reason(refused).items()]
 
-    def _compare(self, one: Scores, metric: Metric, found: dict[str, float], notes: list[str]) -> None:
-        """Adds what a metric has changed by to `found`, or to `notes` why that cannot be said."""
+    def _compare(self, one: Scores, metric: Metric, found: dict[str, float], refused: dict[str, str]) -> None:
+        """Adds what a metric has changed by to `found`, or to `refused` why that cannot be said."""
         best = self._best.get(metric.key)
         start = self._tables.get((one.task_name, self.start or 0))
         if best is None or start is None or metric.interval is None:  # the score has said why there is no interval
@@ -125,13 +126,18 @@ class Progress:
             if best.step != self.start:
                 since_best = self._change(one, metric, self._tables[one.task_name, best.step])
         except DataError as error:
-            notes.append(f"{metric.key} has no change since step {self.start}: {error}")
+            refused[metric.key] = f"no change since step {self.start}: {error}"
             return
-        for change, since in ((since_start, "start"), (since_best, "best")):
+        compared: dict[Since, Change | str] = {"start": since_start, "best": since_best}
+        reasons: dict[str, list[str]] = {}
+        for since, change in compared.items():
             if isinstance(change, str):
-                notes.append(f"{metric.key} has no change since the {since}: {change}")
+                reasons.setdefault(change, []).append(since)
             else:
-                found |= change.named(metric.key, "start" if since == "start" else "best")
+                found |= change.named(metric.key, since)
+        if reasons:
+            said = [f"no change since the {' and the '.join(which)}: {why}" for why, which in reasons.items()]
+            refused[metric.key] = "; ".join(said)
 
     def _change(self, one: Scores, metric: Metric, before: pa.Table) -> Change | str:
         """The change since another measurement, or why there is none."""
@@ -158,10 +164,10 @@ class Progress:
         return made
 
 
-def resolution_of(points: Sequence[tuple[int, Mapping[str, float]]], config: Config) -> str:
-    """What the metrics of a training can see, in Markdown; empty before the third measurement."""
+def resolution_of(points: Sequence[tuple[int, Mapping[str, float]]], config: Config, *, markdown: bool = True) -> str:
+    """What the metrics of a training can see, in words; empty before the third measurement."""
     heads = {task.task_name if config.is_list else "": task.num_seeds for task in config.dataset}
-    return resolution_text(points, heads)
+    return resolution_text(points, heads, markdown)
 
 
 def _packed(table: pa.Table) -> torch.Tensor:
