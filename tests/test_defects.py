@@ -404,3 +404,11 @@ def test_labels_are_not_judged_where_their_kind_is_not_known(tmp_path: Path) -> 
     assert_all_said(
         error.value, [column, r"frames\['test'\], row 1: column 'sequence': expected a sequence, found ''; .*"]
     )
+
+
+def test_frames_without_rows_are_counted(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"sequence": ["MK"], "y": ["a"]})
+    with pytest.raises(DataError) as error:
+        measure(FakeEncoder(), {"train": frame.head(0), "test": frame.head(0)}, store=str(tmp_path))
+    expected = r"frames\['train'\]: expected rows, found none; 2 frames are like that, also frames\['test'\]"
+    assert_all_said(error.value, [expected])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
-from tests.support.programs import run_two_ranks
+from tests.support.programs import alike, seen_by_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -15,18 +14,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Any:
     """What each rank saw."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    arguments = [str(folder), str(model_folder("esm"))]
-    run_two_ranks("tests.support.fsdp_ranks", arguments, folder, MLFLOW_TRACKING_URI=f"sqlite:///{folder}/mlflow.db")
-    files = [folder / f"rank-{rank}.json" for rank in range(2)]
-    assert all(file.exists() for file in files), "".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
-    return [json.loads(file.read_text()) for file in files]
-
-
-def both(ranks: Any, case: str) -> Any:
-    first, second = (rank[case] for rank in ranks)
-    assert first == second
-    return first
+    return seen_by_ranks(2, "tests.support.fsdp_ranks", tmp_path_factory.mktemp("fsdp"), model_folder("esm"))
 
 
 def test_hidden_states_are_those_of_the_whole_model(ranks: Any) -> None:
@@ -43,14 +31,14 @@ def test_training_is_untouched(case: str, without: str, ranks: Any) -> None:
 
 @pytest.mark.parametrize("case", ["curve", "compiled curve", "own curve"])
 def test_both_ranks_have_the_same_curve(case: str, ranks: Any) -> None:
-    assert [step for step, _ in both(ranks, case)] == [0, 10, 1, 11, 2, 12]
+    assert [step for step, _ in alike(ranks, case)] == [0, 10, 1, 11, 2, 12]
 
 
 @pytest.mark.parametrize(
     ("case", "whole"), [("curve", "whole"), ("compiled curve", "whole"), ("own curve", "own whole")]
 )
 def test_scores_are_those_of_the_whole_model(case: str, whole: str, ranks: Any) -> None:
-    start, expected = both(ranks, case)[0][1], both(ranks, whole)
+    start, expected = alike(ranks, case)[0][1], alike(ranks, whole)
     named = {name: value for name, value in expected.items() if name in start and "delta" not in name}
     assert len(named) > 20
     assert {name: start[name] for name in named} == pytest.approx(named, abs=1e-5)
@@ -58,14 +46,14 @@ def test_scores_are_those_of_the_whole_model(case: str, whole: str, ranks: Any) 
 
 @pytest.mark.parametrize("case", ["failing", "full"])
 def test_a_failure_on_one_rank_leaves_no_rank_waiting(case: str, ranks: Any) -> None:
-    assert both(ranks, f"{case} curve") == []
+    assert alike(ranks, f"{case} curve") == []
     for rank in ranks:
         assert rank[case] == rank["own without"]
 
 
 def test_copies_of_the_weights_on_two_ranks(ranks: Any) -> None:
     """A mesh of two dimensions, of which one has parts and the other copies (HSDP)."""
-    assert both(ranks, "copies whole") == pytest.approx(both(ranks, "own whole"), abs=1e-5)
+    assert alike(ranks, "copies whole") == pytest.approx(alike(ranks, "own whole"), abs=1e-5)
 
 
 def test_what_cannot_be_measured_is_refused_in_words(ranks: Any) -> None:
@@ -79,8 +67,6 @@ def test_what_cannot_be_measured_is_refused_in_words(ranks: Any) -> None:
 
 
 def test_lightnings_strategy(ranks: Any) -> None:
-    for rank in ranks:  # rank 0 has all weights in its digest, and the other none
-        assert rank["lightning with"]["weights"] == rank["lightning without"]["weights"]
-    curves = [rank["lightning with"]["curve"] for rank in ranks]
-    assert curves[0] == curves[1]
-    assert [step for step, _ in curves[0]] == [0, 2, 4]
+    ours, without = (alike(ranks, f"lightning {name}") for name in ("with", "without"))
+    assert ours["weights"] == without["weights"]
+    assert [step for step, _ in ours["curve"]] == [0, 2, 4]

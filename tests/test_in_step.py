@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
-from tests.support.programs import run_two_ranks
+from tests.support.programs import seen_by_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Any:
     """What each rank saw."""
-    folder = tmp_path_factory.mktemp("in_step")
-    run_two_ranks("tests.support.in_step_ranks", [str(folder), str(model_folder("esm"))], folder)
-    files = [folder / f"rank-{rank}.json" for rank in range(2)]
-    assert all(file.exists() for file in files), "".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
-    return [json.loads(file.read_text()) for file in files]
+    return seen_by_ranks(2, "tests.support.in_step_ranks", tmp_path_factory.mktemp("in_step"), model_folder("esm"))
 
 
 def test_ranks_without_a_common_file_system_hear_of_a_batch_that_failed(ranks: Any) -> None:

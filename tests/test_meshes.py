@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
-from tests.support.programs import run_ranks
+from tests.support.programs import alike, seen_by_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -17,12 +16,7 @@ CASES = ["fsdp2", "fsdp1", "tensors", "both"]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Any:
     """What each rank saw."""
-    folder = tmp_path_factory.mktemp("meshes")
-    arguments, tracking = [str(folder), str(model_folder("esm"))], f"sqlite:///{folder}/mlflow.db"
-    run_ranks(4, "tests.support.mesh_ranks", arguments, folder, range(4), MLFLOW_TRACKING_URI=tracking)
-    files = [folder / f"rank-{rank}.json" for rank in range(4)]
-    assert all(file.exists() for file in files), "".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
-    return [json.loads(file.read_text()) for file in files]
+    return seen_by_ranks(4, "tests.support.mesh_ranks", tmp_path_factory.mktemp("meshes"), model_folder("esm"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -33,8 +27,7 @@ def test_training_is_untouched(case: str, ranks: Any) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_ranks_have_the_scores_of_the_whole_model(case: str, ranks: Any) -> None:
-    curve, expected = ranks[0][f"{case} curve"], ranks[0]["whole"]
-    assert all(rank[f"{case} curve"] == curve for rank in ranks)
+    curve, expected = alike(ranks, f"{case} curve"), ranks[0]["whole"]
     assert [step for step, _ in curve] == [0, 10, 1, 11, 2, 12]
     named = {name: value for name, value in expected.items() if name in curve[0][1] and "delta" not in name}
     assert len(named) > 15
@@ -63,7 +56,6 @@ def test_a_full_disk_of_one_rank_leaves_no_rank_waiting(case: str, ranks: Any) -
 
 
 def test_lightnings_strategy(ranks: Any) -> None:
-    for rank in ranks:  # rank 0 has all weights in its digest, and the others none
-        assert rank["lightning with"]["weights"] == rank["lightning without"]["weights"]
-        assert rank["lightning with"]["curve"] == ranks[0]["lightning with"]["curve"]
-    assert [step for step, _ in ranks[0]["lightning with"]["curve"]] == [0, 2, 4]
+    ours, without = (alike(ranks, f"lightning {name}") for name in ("with", "without"))
+    assert ours["weights"] == without["weights"]
+    assert [step for step, _ in ours["curve"]] == [0, 2, 4]

@@ -12,7 +12,6 @@ from pipeline.config.shipped import CONFIG, shipped_path
 from pipeline.config.task import Task
 from pipeline.config.yaml_file import RENAMED, config_from, read_config, to_mapping
 from pipeline.data.kinds import doubt, kind_of
-from pipeline.data.tables import cell_text
 from pipeline.errors import ConfigError, DataError, nearest
 from pipeline.load import load
 
@@ -91,7 +90,7 @@ def _infer(
 ) -> dict[str, list[DataError]]:
     """Adds level and kind of the labels to `task`. Gives what is not clear about those of train, see `load`."""
     judged = frame.reset_index(drop=True)
-    judged = judged[[cell_text(cell) != "" for cell in judged[sequence]]]
+    judged = judged[(judged[sequence].notna() & (judged[sequence] != "")).to_numpy(dtype=bool)]
     level, kind, why = kind_of(judged, sequence, target)
     unclear = doubt(judged, sequence, target, "frames['train']", task) if why == "texts" else None
     if unclear is not None:

@@ -105,7 +105,7 @@ def _rows(labels: pd.Series[Any]) -> str:
 def _rows_of_lengths(labels: pd.Series[Any], sequences: pd.Series[Any]) -> str:
     """As `_rows`, with the lengths of label and sequence."""
     pairs = zip(labels.iloc[:SHOWN].items(), sequences, strict=False)
-    first, *others = [(row, len(cell_text(label)), len(cell_text(sequence))) for (row, label), sequence in pairs]
+    first, *others = [(row, _length(label), _length(sequence)) for (row, label), sequence in pairs]
     also = [f"row {row} {found} for {length}" for row, found, length in others] + ["..."] * (len(labels) > SHOWN)
     row, found, length = first
     return f"row {row} has {found} for a sequence of {length}" + (f", also {', '.join(also)}" if also else "")
@@ -130,4 +130,8 @@ def _as_numbers(labels: pd.Series[Any], sequences: pd.Series[Any]) -> pd.Series[
 def _one_each(labels: pd.Series[Any], sequences: pd.Series[Any]) -> npt.NDArray[np.bool_]:
     """Of each label whether it is as long as its sequence, shape (labels,)."""
     pairs = zip(sequences, labels, strict=True)
-    return np.array([len(cell_text(sequence)) == len(cell_text(label)) for sequence, label in pairs], dtype=bool)
+    return np.array([_length(sequence) == _length(label) for sequence, label in pairs], dtype=bool)
+
+
+def _length(cell: Any) -> int:
+    return len(cell if isinstance(cell, str) else cell_text(cell))

@@ -5,13 +5,19 @@
 Both libraries take FSDP for GPUs alone, though torch has it on the CPU: accelerate is told here that it is on GPUs, and
 Lightning, which asks for its own class, is given a subclass. What they write is then theirs. Beside each checkpoint
 `FOLDER/<name>`, rank 0 writes the whole weights as they were in training, `<name>.pt`.
+
+Also what ranks of other programs do last, see `finish`.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -21,13 +27,18 @@ from accelerate.state import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader
-from transformers import EsmForMaskedLM
+from transformers import EsmForMaskedLM, EsmTokenizer
 from transformers.models.esm.modeling_esm import EsmLayer
 
-from tests.support.sharded import IDS, write
+from pipeline import DownstreamValidation
+from pipeline.config.schema import Config
+from tests.support.loops import digest
+from tests.support.sharded import FULL, IDS, write
+from tests.support.training import trainer
 
 KINDS = ((1, "SHARDED_STATE_DICT"), (2, "SHARDED_STATE_DICT"), (2, "FULL_STATE_DICT"))
 
@@ -104,6 +115,41 @@ def with_lightning(folder: Path, source: str) -> None:
     )
     trainer.fit(Module(source), DataLoader(IDS.repeat(4, 1), batch_size=2))  # type: ignore[arg-type]
     write(folder / "sharded", strategy.model, lambda: trainer.save_checkpoint(folder / "sharded.ckpt"))
+
+
+class Validated(Module):
+    """The model with its tokenizer, validated after each epoch."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.tokenizer = EsmTokenizer.from_pretrained(folder)
+
+    def validation_step(self, batch: torch.Tensor, _index: int) -> None:
+        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss, sync_dist=True)
+
+
+def weights(model: nn.Module) -> str:
+    """A digest of the whole weights, the same on each rank."""
+    return digest([value for _, value in sorted(get_model_state_dict(model, options=FULL).items())])
+
+
+def finish(
+    folder: Path, found: dict[str, Any], config: Config, make: Callable[[], Validated], strategy: Callable[[], Any]
+) -> NoReturn:
+    """The end of a rank: a training under Lightning, without and with measurements; and the file of all it found."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("without", "with"):
+            pl.seed_everything(5, verbose=False)
+            callbacks, sharded = [DownstreamValidation(config)] if name == "with" else [], strategy()
+            devices = int(os.environ["WORLD_SIZE"])
+            ours = trainer(folder / name, callbacks, devices=devices, strategy=sharded, max_epochs=2)
+            data: Any = DataLoader([*IDS.repeat(4, 1)], batch_size=2)  # type: ignore[arg-type]
+            ours.fit(make(), data, data)
+            curve = callbacks[0].curve if callbacks else []
+            found[f"lightning {name}"] = {"weights": weights(sharded.model), "curve": curve}
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    os._exit(0)
 
 
 def main(folder: Path, source: str) -> None:

@@ -5,31 +5,27 @@ torch has it on the CPU; what accelerate and Lightning have against that is told
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.utils.data import DataLoader
 from transformers import EsmForMaskedLM, EsmTokenizer
 from transformers.models.esm.modeling_esm import EsmLayer
 
-from pipeline import Downstream, DownstreamValidation
+from pipeline import Downstream
 from pipeline.encoders.live import LiveModel
-from tests.support import fsdp
 from tests.support.data import make_task, planted_task, proteins
-from tests.support.fsdp_ranks import TEXTS, Measure, Own, loop, weights
+from tests.support.fsdp import OnCPU, Validated, finish
+from tests.support.fsdp_ranks import TEXTS, Measure, Own, loop
 from tests.support.loops import digest
 from tests.support.sharded import IDS
-from tests.support.training import section, trainer
+from tests.support.training import section
 
 RANK = int(os.environ["RANK"])
 CPU = torch.device("cpu")
@@ -37,17 +33,6 @@ CPU = torch.device("cpu")
 
 def wrapped(model: nn.Module, parts: set[type[nn.Module]], **options: Any) -> Any:
     return FullyShardedDataParallel(model, device_id=CPU, auto_wrap_policy=ModuleWrapPolicy(parts), **options)
-
-
-class Module(fsdp.Module):
-    """The model under Lightning's strategy, with its tokenizer."""
-
-    def __init__(self, folder: str) -> None:
-        super().__init__(folder)
-        self.tokenizer = EsmTokenizer.from_pretrained(folder)
-
-    def validation_step(self, batch: torch.Tensor, _index: int) -> None:
-        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss, sync_dist=True)
 
 
 def accumulating(model: Any, measure: Measure = lambda *_: None) -> list[str]:
@@ -62,15 +47,6 @@ def accumulating(model: Any, measure: Measure = lambda *_: None) -> list[str]:
     loss.backward()
     optimizer.step()
     return [digest([one.detach() for one in model.parameters()])]
-
-
-def with_lightning(folder: Path, model: str, callbacks: list[Any]) -> dict[str, Any]:
-    pl.seed_everything(5, verbose=False)
-    strategy: Any = fsdp.OnCPU(use_orig_params=True)
-    ours = trainer(folder, callbacks, devices=2, strategy=strategy, max_epochs=2)
-    data: Any = DataLoader([*IDS.repeat(4, 1)], batch_size=2)  # type: ignore[arg-type]
-    ours.fit(Module(model), data, data)
-    return {"weights": weights(strategy.model), "curve": callbacks[0].curve if callbacks else []}
 
 
 def main(folder: Path, model: str) -> None:
@@ -145,12 +121,7 @@ def main(folder: Path, model: str) -> None:
         Downstream(config, tokenizer)(esm().module, 1)
     except Exception as error:
         found["within"] = f"{type(error).__name__}: {error}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found["lightning without"] = with_lightning(folder / "a", model, [])
-        found["lightning with"] = with_lightning(folder / "b", model, [DownstreamValidation(config)])
-    (folder / f"rank-{RANK}.json").write_text(json.dumps(found))
-    os._exit(0)
+    finish(folder, found, config, lambda: Validated(model), lambda: OnCPU(use_orig_params=True))
 
 
 if __name__ == "__main__":

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 from transformers import EsmForMaskedLM, EsmTokenizer
 from transformers.modeling_outputs import MaskedLMOutput
 
-from pipeline import Downstream, DownstreamValidation
+from pipeline import Downstream
 from pipeline.encoders import embedding_pass
 from pipeline.encoders.live import LiveModel
 from pipeline.errors import DataError
 from tests.support.data import make_task, planted_task, proteins
+from tests.support.fsdp import Validated, finish
 from tests.support.loops import digest
-from tests.support.sharded import FULL, IDS, shard
-from tests.support.training import section, trainer
+from tests.support.sharded import IDS, shard
+from tests.support.training import section
 
 RANK = int(os.environ["RANK"])
 TEXTS = ["MKVLAW", "ACDEFGHIKL", "GG"]
@@ -64,30 +60,11 @@ class OneByOne(Own):
         return [super(OneByOne, self).hidden_states([text])[0] for text in sequences]
 
 
-class Module(pl.LightningModule):
+class Module(Validated):
     """The model under Lightning's strategy, which it shards itself."""
-
-    def __init__(self, folder: str) -> None:
-        super().__init__()
-        self.model: Any = EsmForMaskedLM.from_pretrained(folder)
-        self.tokenizer = EsmTokenizer.from_pretrained(folder)
 
     def configure_model(self) -> None:
         shard(self.model)
-
-    def training_step(self, batch: Tensor, _index: int) -> Tensor:
-        loss: Tensor = self.model(input_ids=batch, labels=batch).loss
-        return loss
-
-    def validation_step(self, batch: Tensor, _index: int) -> None:
-        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss, sync_dist=True)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
-def weights(model: nn.Module) -> str:
-    return digest([value for _, value in sorted(get_model_state_dict(model, options=FULL).items())])
 
 
 def loop(model: nn.Module, measure: Measure = lambda *_: None) -> list[str]:
@@ -109,16 +86,6 @@ def loop(model: nn.Module, measure: Measure = lambda *_: None) -> list[str]:
 def plain_shard(model: Any) -> Any:
     fully_shard(model.inner)
     return fully_shard(model)
-
-
-def with_lightning(folder: Path, model: str, callbacks: list[Any]) -> dict[str, Any]:
-    pl.seed_everything(5, verbose=False)
-    module = Module(model)
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    ours = trainer(folder, callbacks, devices=2, strategy=strategy, max_epochs=2)
-    data: Any = DataLoader([*IDS.repeat(4, 1)], batch_size=2)  # type: ignore[arg-type]
-    ours.fit(module, data, data)
-    return {"weights": weights(module), "curve": callbacks[0].curve if callbacks else []}
 
 
 def main(folder: Path, model: str) -> None:
@@ -197,12 +164,7 @@ def main(folder: Path, model: str) -> None:
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
     config.on_start, config.on_error = True, "raise"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found["lightning without"] = with_lightning(folder / "a", model, [])
-        found["lightning with"] = with_lightning(folder / "b", model, [DownstreamValidation(config)])
-    (folder / f"rank-{RANK}.json").write_text(json.dumps(found))
-    os._exit(0)
+    finish(folder, found, config, lambda: Module(model), lambda: ModelParallelStrategy(2, 1))
 
 
 if __name__ == "__main__":

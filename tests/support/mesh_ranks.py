@@ -5,15 +5,12 @@ Ranks 0 and 1 divide the layers between them in tensor parallelism, and so do 2 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy
@@ -22,18 +19,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.data import DataLoader
 from transformers import EsmForMaskedLM, EsmTokenizer
 from transformers.models.esm.modeling_esm import EsmLayer
 
-from pipeline import Downstream, DownstreamValidation
+from pipeline import Downstream
 from pipeline.encoders import embedding_pass
 from pipeline.errors import DataError
 from tests.support.data import planted_task
-from tests.support.fsdp_ranks import Module, loop, weights
+from tests.support.fsdp import Validated, finish
+from tests.support.fsdp_ranks import loop
 from tests.support.loops import digest
-from tests.support.sharded import IDS
-from tests.support.training import section, trainer
+from tests.support.training import section
 
 RANK = int(os.environ["RANK"])
 CPU = torch.device("cpu")
@@ -55,22 +51,12 @@ def gathered(model: Any, mesh: DeviceMesh) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
-class Divided(Module):
+class Divided(Validated):
     """The model under Lightning's strategy, on its mesh."""
 
     def configure_model(self) -> None:
         mesh: Any = self.device_mesh
         gathered(divided(self.model, mesh["tensor_parallel"]), mesh["data_parallel"])
-
-
-def with_lightning(folder: Path, model: str, callbacks: list[Any]) -> dict[str, Any]:
-    pl.seed_everything(5, verbose=False)
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=2)
-    ours = trainer(folder, callbacks, devices=4, strategy=strategy, max_epochs=2)
-    data: Any = DataLoader([*IDS.repeat(4, 1)], batch_size=2)  # type: ignore[arg-type]
-    module = Divided(model)
-    ours.fit(module, data, data)
-    return {"weights": weights(module), "curve": callbacks[0].curve if callbacks else []}
 
 
 def embedded(model: nn.Module) -> list[str]:
@@ -130,12 +116,7 @@ def main(folder: Path, model: str) -> None:
             found[f"{name} full curve"] = downstream.curve
         setattr(embedding_pass, "_add", real)  # noqa: B010
     config.on_start, config.on_error = True, "raise"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found["lightning without"] = with_lightning(folder / "a", model, [])
-        found["lightning with"] = with_lightning(folder / "b", model, [DownstreamValidation(config)])
-    (folder / f"rank-{RANK}.json").write_text(json.dumps(found))
-    os._exit(0)
+    finish(folder, found, config, lambda: Divided(model), lambda: ModelParallelStrategy(2, 2))
 
 
 if __name__ == "__main__":

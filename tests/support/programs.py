@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,6 +26,23 @@ def run_two_ranks(
 ) -> list[int | None]:
     """See `run_ranks`."""
     return run_ranks(2, module, arguments, folder, wait_for, **variables)
+
+
+def seen_by_ranks(count: int, module: str, folder: Path, *arguments: object) -> list[Any]:
+    """What each of some ranks wrote, to `rank-N.json` in `folder`, see `run_ranks`; they log to a database there."""
+    tracking = f"sqlite:///{folder}/mlflow.db"
+    words = [str(one) for one in (folder, *arguments)]
+    run_ranks(count, module, words, folder, range(count), MLFLOW_TRACKING_URI=tracking)
+    files = [folder / f"rank-{rank}.json" for rank in range(count)]
+    assert all(file.exists() for file in files), "".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def alike(ranks: Sequence[Any], case: str) -> Any:
+    """What all ranks saw alike in a case."""
+    first, *others = (rank[case] for rank in ranks)
+    assert all(other == first for other in others)
+    return first
 
 
 def run_ranks(
