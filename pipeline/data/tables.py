@@ -202,9 +202,9 @@ def _header(path: Path, defects: Defects) -> tuple[list[str], bool]:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             header = next(csv.reader(stream), None)
     except OSError as error:
-        problem = f", found none ({error.strerror}); the files of a part lie in <dataset_path>/train and"
+        problem = f", found none ({error.strerror}); the files of a part lie in train/ and test/ of dataset_path"
         kind = defects.kind(("missing", error.strerror), "files")
-        kind.add(Place(path.resolve()), f"{problem} <dataset_path>/test", before="expected a CSV file at ")
+        kind.add(Place(path.resolve()), problem, before="expected a CSV file at ")
         return [], False
     except (UnicodeDecodeError, csv.Error) as error:
         if not _not_utf8(path, error, defects):
