@@ -169,7 +169,9 @@ def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun)
     board = compare.leaderboard([row for one in runs for row in rows_of_run(one)], names)
     compare.publish(board, run, run)
     for one in runs:
-        publish_curves(one.points, run, f"curves/{metric_name(one.name)} {one.run_id[:8]}")
+        gaps = [(step, dict[str, float]()) for step in one.missed]
+        points = sorted([*one.points, *gaps], key=lambda point: point[0])
+        publish_curves(points, run, f"curves/{metric_name(one.name)} {one.run_id[:8]}")
     return board
 
 

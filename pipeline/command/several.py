@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from pipeline.checkpoints.names import names_of
+from pipeline.checkpoints.names import named_step, names_of
 from pipeline.command.engine import device_on
 from pipeline.command.measuring import measure_checkpoint
 from pipeline.config.schema import Config
@@ -63,7 +63,7 @@ def measure_checkpoints(
                 row, start = measure(ckpt, name, child)
         except Exception as error:  # whatever a checkpoint is guilty of, such as no memory for it
             kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
-            rows.append(compare.Row(name, None, {}, f"{kind}{' '.join(str(error).split())}"))
+            rows.append(compare.Row(name, named_step(ckpt), {}, f"{kind}{' '.join(str(error).split())}"))
             logger.warning("%s: %s", ckpt, rows[-1].error)
             logger.debug("%s", ckpt, exc_info=True)
             continue
@@ -157,7 +157,9 @@ def _compare(
     board = compare.leaderboard([*rows, *untrained], _shown(rows, config))
     compare.publish(board, several, run, config.logging.figures)
     if config.logging.figures and have_steps:
-        publish_curves(sorted(points, key=lambda point: point[0]), several)
+        failed = {row.step for row in rows if not row.metrics and row.step is not None} - {*steps}
+        gaps = [(step, dict[str, float]()) for step in failed if step is not None]
+        publish_curves(sorted([*points, *gaps], key=lambda point: point[0]), several)
     return board
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 MOST = 1_000  # sequences that are looked at: the first in the order of their digests
 DEAD = 1e-6  # of the largest standard deviation of a dimension
 LEAST = 50  # distinct sequences, below which nothing is said of a collapse
-ALIKE = 0.02  # of how far the compositions lie apart: collapsed encoders are at 0.018 and below, useful ones from 0.045
+ALIKE = 0.03  # of how far the compositions lie apart: collapsed encoders are at 0.025 and below, useful ones from 0.045
 FEW = 0.25  # of the directions that the compositions vary along: useful encoders are at 0.43 and above
 Array = npt.NDArray[np.float64]
 
