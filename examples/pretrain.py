@@ -203,15 +203,6 @@ def make_loggers(out: Path, run: JournalRun) -> list[Any]:
     ]
 
 
-def refuse_mistakes(options: argparse.Namespace, config: Config, sequences: Sequence[str], settings: Settings) -> None:
-    """Raises PipelineError for what a user may have got wrong, before there is a run that would have failed for it."""
-    if options.out and Path(options.out).exists() and any(Path(options.out).iterdir()):
-        raise ConfigError(f"out: '{options.out}' is not empty; give a new folder, or remove it")
-    count_kept(sequences, settings)
-    check(config.dataset)
-    load_all(config.dataset)
-
-
 def run(options: argparse.Namespace) -> None:
     """Trains and measures in an MLflow run, and prints the curve and where everything is, on the first rank."""
     check_tracking(options.tracking_uri)
@@ -222,10 +213,14 @@ def run(options: argparse.Namespace) -> None:
     config = read_config(options.config, options.overrides)
     sequences = read_sequences(Path(options.data), options.files)
     settings = Settings(steps=options.steps, validations=options.validations, seed=options.seed)
+    count_kept(sequences, settings)
+    check(config.dataset)
+    load_all(config.dataset)  # a mistake is found on every rank, before there is a run that would have failed for it
     if getattr(pl.utilities.rank_zero_only, "rank", 0) > 0:  # the first has the MLflow run, the loggers and `out`
         pretrain(sequences, Path(options.out or "pretrained"), settings, config)
         return
-    refuse_mistakes(options, config, sequences, settings)
+    if options.out and Path(options.out).exists() and any(Path(options.out).iterdir()):
+        raise ConfigError(f"out: '{options.out}' is not empty; give a new folder, or remove it")
     name = f"pretrain seed={settings.seed} steps={settings.steps} on {config.title}"
     with open_run(name, config, options.tracking_uri) as opened:
         out = Path(options.out or f"pretrained/{os.environ.get('MLFLOW_RUN_ID', opened.run.key)[:8]}")

@@ -132,26 +132,19 @@ def _ckpt(options: argparse.Namespace) -> str:
 def _measure_tracked(options: argparse.Namespace, config: Config) -> Answer:
     from pipeline.checkpoints.names import expand, name_of
     from pipeline.command.engine import engine_of
+    from pipeline.command.measuring import tracked
     from pipeline.command.ready import ready
-    from pipeline.config.yaml_file import to_mapping
-    from pipeline.report.publishing import describe
     from pipeline.store.embedding_table import Store
-    from pipeline.tracking.mirrors import mirrors
-    from pipeline.tracking.protocol import MEASUREMENT
-    from pipeline.tracking.runs import open_run, reach
+    from pipeline.tracking.runs import reach
 
-    reach(options.tracking_uri)  # the engine's processes download from there
+    reach(config, options.tracking_uri)  # the engine's processes download from there
     ckpts = expand(options.ckpt) if options.ckpt is not None else []
     name = name_of(ckpts[0]) if len(ckpts) == 1 else f"{len(ckpts)} checkpoints" if ckpts else "data"
     store = Store.from_config(config)
     store.clear()
     with engine_of(config) as engine:
         work = ready(ckpts, config, store, options.until, engine)
-        with (  # MLflow's run last: the others may find a mistake too
-            mirrors(config.logging, name, to_mapping(config), store.root.expanduser()) as others,
-            open_run(name, config, options.tracking_uri) as opened,
-        ):
-            describe(opened.run, config, MEASUREMENT)
+        with tracked(name, config, options.tracking_uri) as (opened, others):
             done = work(opened.run, others)
             failed = {row.label: row.error for row in done.rows if row.error}
             if failed:

@@ -19,12 +19,11 @@ from torch import nn
 from pipeline.checkpoints.names import name_of, step_of, with_step
 from pipeline.command.engine import engine_of, open_on
 from pipeline.command.keywords import config_of, config_of_frames, frames_of
-from pipeline.command.measuring import Opened, measure_encoder
+from pipeline.command.measuring import Opened, measure_encoder, tracked
 from pipeline.config.fields import check_choice
 from pipeline.config.schema import POOLINGS, Config
 from pipeline.config.shipped import CKPT, shipped_path
 from pipeline.config.task import Task
-from pipeline.config.yaml_file import to_mapping
 from pipeline.data.parts import Part
 from pipeline.embed import embed
 from pipeline.encoders.custom import CustomEncoder
@@ -97,7 +96,7 @@ def measure(
             result, run_id = measure_encoder(found, silent, store, workers=workers), None
         else:
             uri = track if isinstance(track, str) else ""
-            with _tracked(found.label, checked, uri) as (run, others):
+            with tracked(found.label, checked, uri) as (run, others):
                 result = measure_encoder(found, checked, store, run.run, others, workers=workers)
             run_id = run.ids[1] if run.ids else None
     return Measured(found.label, result.scores, result.changes, result.facts, checked, tuple(notes), run_id)
@@ -196,21 +195,6 @@ def _as_encoder(ckpt: Any, options: EncoderOptions) -> Encoder:
         expected = "a path, a module, or an object with hidden_states and hidden_size"
         raise ConfigError(f"ckpt: expected {expected}, found {ckpt!r:.60}; see pipeline.Encoder")
     return CustomEncoder.from_object(ckpt, find_device(options.device)).with_pooling(options.pooling)
-
-
-@contextmanager
-def _tracked(label: str, config: Config, uri: str) -> Iterator[tuple[Any, Any]]:
-    """The run of a measurement, and the trackers beside MLflow."""
-    from pipeline.report.publishing import describe
-    from pipeline.tracking.mirrors import mirrors
-    from pipeline.tracking.protocol import MEASUREMENT
-    from pipeline.tracking.runs import open_run, reach
-
-    reach(uri)
-    folder = Path(config.store).expanduser()
-    with mirrors(config.logging, label, to_mapping(config), folder) as others, open_run(label, config, uri) as opened:
-        describe(opened.run, config, MEASUREMENT)
-        yield opened, others
 
 
 def _checked_texts(sequences: Iterable[str]) -> list[str]:

@@ -114,6 +114,11 @@ def test_where_the_worker_is_busy(
     assert pending(downstream) == steps
     assert snapshots(tmp_path) == {f"step={step}" for step in steps}
     assert downstream.curve == []
+    assert downstream.session._points == [(step, {}) for step in range(5) if step not in {*steps, 4}] + (
+        [(4, {})] if when_busy == "skip" else []
+    )
+    (noted,) = tmp_path.rglob("missed.json")  # where the worker finds the gaps of what it draws
+    assert {*steps} | {*json.loads(noted.read_text())} == {*range(5)}
 
 
 @pytest.mark.parametrize("hidden", [False, True])

@@ -345,6 +345,25 @@ def test_the_probe_s_line_is_drawn_with_the_head_s(tmp_path: Path, monkeypatch: 
     ]
 
 
+def test_where_a_measurement_failed_is_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one metric alone is not defined; not where another task alone was measured."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(numbers, "save", lambda figure, _path: drawn.append(figure))
+    key = "a/test_y_accuracy"
+    every = {key: 0.5, "a/test_y_mcc": 0.25, "a/test_y_baseline_accuracy": 0.125}
+    points: list[tuple[int, dict[str, float]]] = [(0, every), (5, {}), (10, {key: 0.75}), (20, every)]
+    curves([*points, (15, {"b/test_z_mcc": 0.5})], tmp_path)
+    accuracy, mcc = drawn[0].axes
+    line, baseline = accuracy.get_lines()
+    assert line.get_xdata().tolist() == mcc.get_lines()[0].get_xdata().tolist() == [0, 5, 10, 20]
+    assert np.array_equal(line.get_ydata(), [0.5, np.nan, 0.75, 0.5], equal_nan=True)
+    assert np.array_equal(mcc.get_lines()[0].get_ydata(), [0.25, np.nan, np.nan, 0.25], equal_nan=True)
+    assert list(baseline.get_ydata()) == [0.125, 0.125]
+    assert drawn[0].artists[0].get_text() == (
+        "metrics by training step; 3 measurements; dotted: the baseline; gaps: not measured"
+    )
+
+
 def test_file_names_are_safe_and_all_different(tmp_path: Path) -> None:
     """Of targets whose names would be the same file, another folder, or no name."""
     names = ["", ".", "..", "a b", "A_B", "a_b_2", "a/b", "../a", 'a\\:*?"<>|', "\0\n", "蛋白/", "ß", "SS"]

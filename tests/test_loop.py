@@ -23,6 +23,8 @@ from pipeline.config.task import Task
 from pipeline.config.trackers import Logging
 from pipeline.errors import ConfigError, DataError
 from pipeline.report.tables import FOOTNOTE
+from pipeline.score import score
+from pipeline.tracking.earlier_runs import read_runs
 from pipeline.tracking.sender import flush
 from pipeline.training.host import LogHost
 from pipeline.training.lines import Lines
@@ -174,6 +176,31 @@ def test_a_failure_warns_or_raises(
     strict = Downstream(section(tmp_path, task, on_error="raise"), OwnTokenizer())
     with strict, pytest.raises(DataError, match="injected"):
         strict(make_model(), 3)
+
+
+def test_a_measurement_that_failed_is_a_gap_in_all_that_is_drawn(
+    task: Task, tmp_path: Path, tracking: str, monkeypatch: Any
+) -> None:
+    model = make_model()
+
+    def fail(*_: Any) -> Any:
+        raise DataError("injected")
+
+    settings = section(tmp_path, task, on_start=True, logging=Logging(figures=True))
+    with Downstream(settings, OwnTokenizer()) as downstream:
+        for step in (0, 5, 10, 15):
+            monkeypatch.setattr(validation, "score", fail if step == 10 else score)
+            downstream(model, step)
+    assert [step for step, _ in downstream.curve] == [0, 5, 15]
+    flush()
+    client = MlflowClient(tracking)
+    (run,) = client.search_runs(["0"])
+    for step in (5, 15):
+        path = client.download_artifacts(run.info.run_id, f"downstream/step={step}/report.html", str(tmp_path))
+        assert ("gaps: not measured" in Path(path).read_text()) == (step == 15)
+    assert "| 10 | not measured |" in run.data.tags["mlflow.note.content"]
+    (earlier,) = read_runs([run.info.run_id], tracking)
+    assert earlier.missed == (10,)
 
 
 @pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])

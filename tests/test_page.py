@@ -7,13 +7,14 @@ from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.report.figures import draw
-from pipeline.report.overview import Changes, change_table, headlines
+from pipeline.report.overview import Changes, Reading, change_table, headlines
 from pipeline.report.page import page
 from pipeline.report.sparkline import sparkline
 from pipeline.report.tables import Table, class_table, companion_table, data_table, score_table
@@ -137,33 +138,55 @@ def test_a_training_has_its_curve_and_what_has_changed(measured: tuple[list[Scor
     head, probe = (one.key for one in scores.results if one.is_headline)
     since = Change(0.25, Interval(0.125, 0.5), 0.99).named(head, "start")
     best = Change(-0.25, Interval(-0.5, -0.125), 0.99).named(head, "best")
-    curves = {head: ((0, 0.25), (50, 0.75), (100, 0.5)), probe: ((0, 0.0), (50, 0.0), (100, 1.0))}
+    curves = {head: curve((0, 0.25), (50, 0.75), (100, 0.5)), probe: curve((0, 0.0), (50, 0.0), (100, 1.0))}
     of_data = [cell for row in data_table(scores).rows for cell in row[1:]]
     reader = Reader(page("Title", [scores], {}, {}, "", Changes(since | best, "start", "step 0", curves)))
     terms = dict(zip(reader.texts["dt"], reader.texts["dd"], strict=True))
     assert terms["since step 0"] == "+0.250 (+0.125, +0.500)"
     assert terms["since the best before"] == "-0.250 (-0.500, -0.125)"
-    assert (reader.tags["svg"], reader.tags["polyline"]) == (1, 2)
+    assert (reader.tags["svg"], reader.tags["polyline"], reader.tags["polygon"]) == (1, 2, 0)
+    assert any("dashed: probe; no bands: the scores have no intervals" in text for text in reader.texts["p"])
+    curves[head] = curve((0, 0.25, 0.0, 0.5), (20, 0.5, 0.25, 0.75), (50,), (100, 0.5, 0.25, 0.75))
+    gap = Reader(page("Title", [scores], {}, {}, "", Changes(since, "start", "step 0", curves)))
+    assert (gap.tags["polyline"], gap.tags["polygon"]) == (3, 1)
+    assert any("dashed: probe; bands: 95 % intervals; gaps: not measured" in text for text in gap.texts["p"])
     told = change_table(scores, Changes(since | best, "start", "step 0")).rows
     assert len(told) == 2
     cells = [cell for row in told for cell in row[1:]] + of_data
     assert reader.texts["td"][-len(cells) :] == cells
-    alone = Reader(page("Title", [scores], {}, {}, "", Changes({}, "start", "step 0", {head: ((0, 0.25),)})))
+    alone = Reader(page("Title", [scores], {}, {}, "", Changes({}, "start", "step 0", {head: curve((0, 0.25))})))
     assert not alone.tags["svg"]
     assert not any("since" in text for text in alone.texts["dt"])
 
 
+def curve(*points: tuple[int] | tuple[int, float] | tuple[int, float, float, float]) -> list[Reading]:
+    return [Reading(*point) for point in points]
+
+
 def test_a_sparkline() -> None:
-    found = sparkline({"head": ((0, 0.25), (50, 0.75), (100, 0.5)), "probe": ((50, 1.0),)}, level=0.0)
+    head = curve((0, 0.25), (50, 0.75), (100, 0.5))
+    found = sparkline({"head": head, "probe": curve((50, 1.0))}, level=0.0)
     assert found is not None
-    assert found.lines == {"head": "4,34 120,14 236,24", "probe": "120,4"}
+    assert found.lines == {"head": ["4,34 120,14 236,24"], "probe": ["119,4 121,4"]}
+    assert found.bands == {"head": [], "probe": []}
     assert (found.dot, found.level, found.steps) == ((236.0, 24.0), 44.0, (0, 100))
     assert found.label == "3 measurements, from 0.250 at step 0 to 0.500 at step 100, between 0.250 and 0.750"
-    assert sparkline({"head": ((0, 1.0),)}) is None
+    assert sparkline({"head": curve((0, 1.0))}) is None
     assert sparkline({}) is None
-    level = sparkline({"head": ((3, 1.0), (3, 1.0))})
+    level = sparkline({"head": curve((3, 1.0), (3, 1.0))})
     assert level is not None
     assert level.dot == (4.0, 44.0)
+
+
+def test_a_gap_in_a_sparkline_is_a_gap_and_intervals_are_bands() -> None:
+    """The last value, after the gap, has no interval."""
+    ends: list[Any] = [(0, 0.5, 0.25, 1.0), (25, 0.5, 0.0, 0.75), (50,), (75, 0.5, 0.25, 0.75), (100, 0.75)]
+    found = sparkline({"head": curve(*ends)})
+    assert found is not None
+    assert found.lines["head"] == ["4,24 62,24", "178,24 236,14"]
+    assert found.bands["head"] == ["4,4 62,14 62,44 4,34"]
+    assert (found.gaps, found.steps) == (1, (0, 100))
+    assert found.label.startswith("4 measurements, from 0.500 at step 0 to 0.750 at step 100")
 
 
 printable = st.text(st.characters(exclude_categories=["C"], exclude_characters="\r"))

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from mlflow import MlflowClient
 
 from pipeline import setup_dwnstr_task_validation_callbacks
+from pipeline.report.overview import Reading
 from pipeline.statistics.intervals import changes
 from pipeline.statistics.metrics import Interval, Metric
 from pipeline.statistics.predictions import Predictions, from_table
@@ -89,11 +90,16 @@ def test_curves_go_on_after_a_resume() -> None:
         return dict(progress.log(measured(value), step, NullTracker(), NullTracker()).curves)
 
     first = Progress()
-    assert log(first, 0.25, 0) == {"test_y_spearman": ((0, 0.25),)}
+    assert log(first, 0.25, 0) == {"test_y_spearman": (Reading(0, 0.25),)}
     state = first.state()
     log(first, 0.75, 50)
     resumed = Progress.from_state(state)
-    assert log(resumed, 0.5, 50) == {"test_y_spearman": ((0, 0.25), (50, 0.5))}
+    assert log(resumed, 0.5, 50) == {"test_y_spearman": (Reading(0, 0.25), Reading(50, 0.5))}
+    resumed.missed(75)
+    old = {**resumed.state(), "curves": {"test_y_spearman": [(0, 0.25)]}}  # as earlier versions have it
+    assert log(Progress.from_state(old), 0.75, 100)["test_y_spearman"] == (Reading(0, 0.25), Reading(100, 0.75))
+    gap = (Reading(0, 0.25), Reading(50, 0.5), Reading(75), Reading(100, 0.75))
+    assert log(Progress.from_state(resumed.state()), 0.75, 100)["test_y_spearman"] == gap
 
 
 def test_changes_that_are_not_known_are_told_of_in_one_line() -> None:

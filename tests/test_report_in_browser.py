@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.report.comparison import Row, leaderboard
 from pipeline.report.figures import draw
-from pipeline.report.overview import Changes
+from pipeline.report.overview import Changes, Reading
 from pipeline.report.page import leaderboard_page, page
 from pipeline.score import Scores
 from pipeline.statistics.metrics import Change, Interval
@@ -35,7 +35,7 @@ def of_a_training(scores: list[Scores], folder: Path) -> str:
     for metric, low in zip(headlines, (-0.5, -0.25, 0.125, -0.125), strict=False):
         found |= Change(low + 0.125, Interval(low, low + 0.25), 0.5).named(metric.key, "start")
         found |= Change(low, Interval(low - 0.125, low + 0.125), 0.5).named(metric.key, "best")
-    curves = {metric.key: [(50 * i, metric.value * i / 4) for i in range(5)] for metric in headlines}
+    curves = {metric.key: [Reading(50 * i, metric.value * i / 4) for i in range(5)] for metric in headlines}
     pictures = {one.task_name: draw(one, folder / one.task_name) for one in scores}
     facts = {"checkpoint": "/data/runs/" + 20 * "long" + "/step=200.ckpt", "measured": "2026-01-02 03:04 UTC"}
     return page("step=200: two tasks", scores, pictures, facts, "a: 1\n", Changes(found, "start", "step 0", curves))

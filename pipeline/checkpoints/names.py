@@ -64,6 +64,11 @@ def step_of(ckpt: str, encoder: Encoder) -> int | None:
     written = _trainer_step(Path(ckpt).expanduser())
     if written is not None:
         return written
+    return named_step(ckpt)
+
+
+def named_step(ckpt: str) -> int | None:
+    """The training step in a checkpoint's name, which is all that is known of one that cannot be opened."""
     named = None if _counts_saves(ckpt) else STEP.search(Path(ckpt).name)
     return int(named[1]) if named else None
 

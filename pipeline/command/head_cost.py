@@ -31,7 +31,7 @@ class HeadCost:
     Attributes:
         stored: how many are in the store already.
         steps: that the optimizer takes for the others; fewer where early stopping ends them.
-        seconds: of these steps.
+        seconds: of these steps; validation for early stopping is not counted.
     """
 
     stored: int
@@ -65,7 +65,7 @@ def _cost(examples: Examples, seeds: Sequence[int], width: int, device: torch.de
     """Trains some batches on random numbers, twice as many each time, until the time is up."""
     task, stored = examples.task, len(examples.task.seeds) - len(seeds)
     epoch, batches, seconds = steps_of(examples, 1), 1, 0.0
-    if not seeds or not task.num_epochs:
+    if not seeds or not epoch * task.num_epochs:  # also where early stopping holds all out, which `fit` refuses
         return HeadCost(stored, 0, 0.0)
     _seconds(examples, seeds, width, device, 1)  # the first pass of a process takes longer
     while True:

@@ -1,16 +1,19 @@
-"""The work of the command line: measures one checkpoint or several, and compares them."""
+"""The work of the command line: opens a checkpoint, measures it in a run, and compares measurements made before."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import validation
 from pipeline.checkpoints.names import name_of, step_of, with_step
 from pipeline.command.engine import open_on
 from pipeline.config.schema import Config
+from pipeline.config.yaml_file import to_mapping
 from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.engines.ray_engine import RayEngine
@@ -19,18 +22,19 @@ from pipeline.load import Examples, load_all
 from pipeline.random_init import RandomInit
 from pipeline.report import comparison as compare
 from pipeline.report.overview import Changes, overview, run_name, summary, verdicts_of
-from pipeline.report.publishing import facts_of, parameters_of, publish_curves, tags_of, verdict_tags
+from pipeline.report.publishing import describe, facts_of, parameters_of, publish_curves, tags_of, verdict_tags
 from pipeline.report.tables import Table
 from pipeline.score import Scores
 from pipeline.statistics.metrics import metric_name
 from pipeline.store.embedding_table import Store
 from pipeline.tracking.journal_run import JournalRun
-from pipeline.tracking.protocol import COMPARISON, KIND, Headlines, NullTracker, Run, Several, Tracker
+from pipeline.tracking.protocol import COMPARISON, KIND, MEASUREMENT, Headlines, NullTracker, Run, Several, Tracker
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from pipeline.tracking.earlier_runs import Earlier
+    from pipeline.tracking.runs import OpenRun
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +116,23 @@ def open_checkpoint(ckpt: str, config: Config, name: str | None = None, engine: 
     return Opened(encoder, ckpt, step, with_step(name or name_of(ckpt), step))
 
 
+@contextmanager
+def tracked(name: str, config: Config, tracking_uri: str = "") -> Iterator[tuple[OpenRun, Sequence[Tracker]]]:
+    """The run of a measurement, and the trackers beside MLflow. These are begun first: they may find a mistake too.
+
+    Raises:
+        TrackingError: see `reach`, `mirrors` and `open_run`.
+    """
+    from pipeline.tracking.mirrors import mirrors
+    from pipeline.tracking.runs import open_run, reach
+
+    reach(config, tracking_uri)
+    folder = Path(config.store).expanduser()
+    with mirrors(config.logging, name, to_mapping(config), folder) as others, open_run(name, config) as opened:
+        describe(opened.run, config, MEASUREMENT)
+        yield opened, others
+
+
 def measure_encoder(
     opened: Opened,
     config: Config,
@@ -138,11 +159,7 @@ def measure_encoder(
     encoder, source, step, label = opened.encoder, opened.source, opened.step, opened.label
     tracker: Tracker = Headlines([run]) if run else NullTracker()
     if run is not None:
-        run.rename(f"{label} on {config.title}")
-        run.tags(tags_of(encoder, step))
-        run.parameters(parameters_of(encoder, source, step), "ckpt.")
-        if until == "score":
-            run.checkpoint(label, encoder.digest, source, step, in_stages=True)
+        _introduce(opened, run, config, until)
     start = None
     if config.baseline:
         start = RandomInit(encoder, config, store, Several([tracker, *mirrors]), step or 0, workers)
@@ -172,6 +189,16 @@ def measure_encoder(
     return CheckpointResult(_row(label, step, scores, changes), scores, changes, facts, untrained)
 
 
+def _introduce(opened: Opened, run: Run, config: Config, until: str) -> None:
+    """Logs what is going to be measured."""
+    encoder, source, step = opened.encoder, opened.source, opened.step
+    run.rename(f"{opened.label} on {config.title}")
+    run.tags(tags_of(encoder, step))
+    run.parameters(parameters_of(encoder, source, step), "ckpt.")
+    if until == "score":
+        run.checkpoint(opened.label, encoder.digest, source, step, in_stages=True)
+
+
 def _row(label: str, step: int | None, scores: Sequence[Scores], changes: Changes = Changes()) -> compare.Row:
     """What a leaderboard says of a checkpoint."""
     data = frozenset(one.examples.test.digest for one in scores)
@@ -187,7 +214,9 @@ def compare_runs(runs: Sequence[Earlier], names: Sequence[str], run: JournalRun)
     board = compare.leaderboard([row for one in runs for row in rows_of_run(one)], names)
     compare.publish(board, run, run)
     for one in runs:
-        publish_curves(one.points, run, f"curves/{metric_name(one.name)} {one.run_id[:8]}")
+        gaps = [(step, dict[str, float]()) for step in one.missed]
+        points = sorted([*one.points, *gaps], key=lambda point: point[0])
+        publish_curves(points, run, f"curves/{metric_name(one.name)} {one.run_id[:8]}")
     return board
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from pipeline import validation
 from pipeline.command.measuring import Opened, measure_encoder, open_checkpoint
-from pipeline.command.several import First, measure_checkpoints, open_first
+from pipeline.command.several import measure_checkpoints, open_first
 from pipeline.config.schema import Config
 from pipeline.engines.ray_engine import RayEngine
 from pipeline.engines.workers import ALONE
+from pipeline.errors import PipelineError
 from pipeline.load import Examples, load_all
 from pipeline.report.comparison import Leaderboard, Row
 from pipeline.report.overview import overview_frame
@@ -48,19 +49,32 @@ def ready(ckpts: Sequence[str], config: Config, store: Store, until: str, engine
     """The measurement of checkpoints; with none, a look at the data alone.
 
     The checkpoint is open by now, of several the first, and the data are read. An engine's processes open several
-    checkpoints, and read the data, where they measure them.
+    checkpoints, and read the data, where they measure them. A failure that is no mistake is raised by the measurement.
 
     Raises:
         PipelineError: the configuration, the checkpoint or the data cannot be used.
     """
+    try:
+        return _ready(ckpts, config, store, until, engine)
+    except PipelineError:
+        raise
+    except Exception as error:  # no mistake of the user's: there is to be a run that says it
+        return partial(_fail, error)
+
+
+def _ready(ckpts: Sequence[str], config: Config, store: Store, until: str, engine: RayEngine | None) -> Work:
     validation.check(config.dataset)
     if not ckpts:
         return partial(_look, load_all(config.dataset), config)
     if len(ckpts) == 1:
         opened = open_checkpoint(ckpts[0], config, engine=engine).with_data(config)
         return partial(_measure_one, opened, config, store, until, engine)
-    first = open_first(ckpts, config) if engine is None else First()
+    first = open_first(ckpts, config) if engine is None else ([], ())
     return partial(_measure_several, ckpts, first, config, store, until, engine)
+
+
+def _fail(error: Exception, _run: JournalRun, _mirrors: Sequence[Tracker]) -> Outcome:
+    raise error
 
 
 def _look(examples: Sequence[Examples], config: Config, run: JournalRun, _: Sequence[Tracker]) -> Outcome:
@@ -85,7 +99,7 @@ def _measure_one(
 
 def _measure_several(
     ckpts: Sequence[str],
-    first: First,
+    first: tuple[list[Opened], Sequence[Examples]],
     config: Config,
     store: Store,
     until: str,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from pipeline.checkpoints.names import names_of
+from pipeline.checkpoints.names import named_step, names_of
 from pipeline.checkpoints.opening import refuse_missing
 from pipeline.command.engine import device_on
 from pipeline.command.measuring import Opened, measure_encoder, open_checkpoint
@@ -33,14 +33,6 @@ Rows = tuple[compare.Row, compare.Row | None]
 Measure = Callable[[str, str, Run], Rows]  # of a checkpoint with this name, in this run
 
 
-@dataclass(frozen=True)
-class First:
-    """What is at hand before several checkpoints are measured: the first one open, if it can be, and the data."""
-
-    opened: Opened | None = None
-    examples: Sequence[Examples] = ()
-
-
 def measure_checkpoints(
     ckpts: Sequence[str],
     config: Config,
@@ -48,7 +40,7 @@ def measure_checkpoints(
     run: JournalRun,
     mirrors: Sequence[Tracker],
     until: str = "score",
-    first: First | None = None,
+    first: tuple[list[Opened], Sequence[Examples]] = ([], ()),
     engine: RayEngine | None = None,
 ) -> tuple[list[compare.Row], compare.Leaderboard | None]:
     """Measures each of several checkpoints in a nested run, and compares them in `run`; on an engine, all at once.
@@ -63,7 +55,8 @@ def measure_checkpoints(
         run: gets the leaderboard, and a nested run for each.
         mirrors: get the metrics and the leaderboard's pictures too.
         until: the last stage.
-        first: see `open_first`; not for an engine, whose processes open them.
+        first: see `open_first`; it is taken out of the list when its turn comes. Not for an engine, whose processes
+            open them.
         engine: where they are measured; None for this process.
 
     Returns:
@@ -75,7 +68,7 @@ def measure_checkpoints(
     untrained: list[compare.Row] = []
     names = names_of(ckpts)
     if engine is None:
-        measure = _in_turn(config, store, until, first or First())
+        measure = _in_turn(config, store, until, *first)
     else:
         measure = _at_once(engine, ckpts, names, config, until)
     for number, (ckpt, name) in enumerate(zip(ckpts, names, strict=True), 1):
@@ -86,7 +79,7 @@ def measure_checkpoints(
                 row, start = measure(ckpt, name, child)
         except Exception as error:  # whatever a checkpoint is guilty of, such as no memory for it
             kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
-            rows.append(compare.Row(name, None, {}, f"{kind}{' '.join(str(error).split())}"))
+            rows.append(compare.Row(name, named_step(ckpt), {}, f"{kind}{' '.join(str(error).split())}"))
             logger.warning("%s: %s", ckpt, rows[-1].error)
             logger.debug("%s", ckpt, exc_info=True)
             continue
@@ -97,27 +90,26 @@ def measure_checkpoints(
     return rows + untrained, board
 
 
-def open_first(ckpts: Sequence[str], config: Config) -> First:
-    """Opens the first of several checkpoints, and reads the data: a mistake in them would be each checkpoint's.
+def open_first(ckpts: Sequence[str], config: Config) -> tuple[list[Opened], Sequence[Examples]]:
+    """Opens the first of several checkpoints, if it can be, and reads the data.
 
     Raises:
         CheckpointError: one of the names is nothing that there could be.
-        PipelineError: see `load`.
+        PipelineError: see `load`; what is wrong with the data whatever an encoder takes.
     """
     for ckpt in ckpts:
         refuse_missing(ckpt)
-    opened = None
-    with suppress(Exception):  # it is opened again in its turn, where the failure is said and the others are measured
-        opened = open_checkpoint(ckpts[0], config, names_of(ckpts)[0])
-    if opened is None:
-        return First(None, load_all(config.dataset))
-    opened = opened.with_data(config)
-    return First(opened, opened.examples)
+    try:
+        opened = open_checkpoint(ckpts[0], config, names_of(ckpts)[0]).with_data(config)
+    except Exception:  # it is opened again in its turn, where the failure is said and the others are measured
+        logger.debug("%s", ckpts[0], exc_info=True)
+        return [], load_all(config.dataset)
+    return [opened], opened.examples
 
 
-def _in_turn(config: Config, store: Store, until: str, first: First) -> Measure:
-    """Measures each checkpoint when it is asked for. Data are read once."""
-    ready, known = [first.opened] if first.opened else [], list(first.examples)
+def _in_turn(config: Config, store: Store, until: str, ready: list[Opened], examples: Sequence[Examples]) -> Measure:
+    """Measures each checkpoint when it is asked for. Data are read once; one encoder at a time is in memory."""
+    known = list(examples)
 
     def measure(ckpt: str, name: str, run: Run) -> Rows:
         opened = ready.pop() if ready else open_checkpoint(ckpt, config, name).with_data(config, known)
@@ -200,7 +192,9 @@ def _compare(
     board = compare.leaderboard([*rows, *untrained], _shown(rows, config))
     compare.publish(board, several, run, config.logging.figures)
     if config.logging.figures and have_steps:
-        publish_curves(sorted(points, key=lambda point: point[0]), several)
+        failed = {row.step for row in rows if not row.metrics and row.step is not None} - {*steps}
+        gaps = [(step, dict[str, float]()) for step in failed if step is not None]
+        publish_curves(sorted([*points, *gaps], key=lambda point: point[0]), several)
     return board
 
 

@@ -14,11 +14,13 @@ FLOPS_PER_THREAD = 1e9  # of an optimizer step; `benchmarks/threads.py` shows wh
 
 
 def threads_of(head: Head, examples: Examples) -> int:
-    """The threads that train a head of a task on the CPU: all of torch's for a large one, one for a small one.
+    """The threads that train a head of a task: on a CPU all of torch's for a large one, one for a small one.
 
-    It does not depend on how many heads are trained at once, nor, for a small one, on the machine. Where other programs
+    That does not depend on how many heads are trained at once, nor, for a small one, on the machine. Where other programs
     keep the processors busy, each of the many small products of a step waits for its last thread.
     """
+    if next(head.parameters()).device.type != "cpu":
+        return torch.get_num_threads()
     units = examples.train.counts.mean() * examples.task.batch_size
     parameters = sum(parameter.numel() for parameter in head.parameters())
     work = 6 * units * parameters  # a product and a sum for each, of the outputs and of two gradients

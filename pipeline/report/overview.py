@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.report.tables import (
     INTERVAL,
@@ -30,7 +30,18 @@ if TYPE_CHECKING:
 HEAD, PROBE = False, True
 IMPROVED, WORSE, TIED = "improved", "worse", "not told apart"
 NAMED = 2  # most scores in the name of a run
-Curve = Sequence[tuple[int, float]]
+
+
+class Reading(NamedTuple):
+    """A metric at a step of a training, with the ends of its interval; without a value where it was not measured."""
+
+    step: int
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+Curve = Sequence[Reading]
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Changes:
         values: by the names that they are logged under; see `Change.named`.
         since: which of them.
         start: where the training began, in words.
-        curves: in a training by metric, the step and the value of each measurement so far, with this one.
+        curves: in a training by metric, each measurement so far, with this one and with those that failed.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)

@@ -75,8 +75,8 @@ def write_report(
 
 
 def publish_curves(points: Sequence[tuple[int, Mapping[str, float]]], tracker: Tracker, folder: str = "curves") -> None:
-    """Draws every metric against the step, if there are two steps or more."""
-    if len(points) < 2:
+    """Draws every metric against the step, if there are two measurements or more; without metrics a step is a gap."""
+    if sum(bool(metrics) for _, metrics in points) < 2:
         return
     with temporary_folder() as temporary:
         for path in curves(points, temporary):

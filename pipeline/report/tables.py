@@ -191,8 +191,11 @@ def append(columns: list[str], rows: list[list[str]], title: str, cells: Sequenc
 
 
 def step_table(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str]) -> Table:
-    """A row per measurement of a training: the step, and some of its metrics."""
-    rows = [(str(step), *(number(metrics.get(name)) for name in names)) for step, metrics in points]
+    """A row per measurement of a training: the step, and some of its metrics, or that it failed or was dropped."""
+    missed, rows = dict.fromkeys(names[:1], "not measured"), []
+    for step, metrics in points:
+        cells = {name: number(metrics.get(name)) for name in names} | ({} if metrics else missed)
+        rows.append((str(step), *cells.values()))
     return Table(("step", *names), rows, frozenset(), "Scores on the test set, over the training")
 
 

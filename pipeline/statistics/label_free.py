@@ -20,8 +20,10 @@ import numpy.typing as npt
 MOST = 1_000  # sequences that are looked at: the first in the order of their digests
 DEAD = 1e-6  # of the largest standard deviation of a dimension
 LEAST = 50  # distinct sequences, below which nothing is said of a collapse
-ALIKE = 0.02  # of how far the compositions lie apart: collapsed encoders are at 0.018 and below, useful ones from 0.045
-FEW = 0.25  # of the directions that the compositions vary along: useful encoders are at 0.43 and above
+ALIKE = 0.03  # of how far the compositions lie apart: collapsed encoders are at 0.025 and below, useful ones from 0.1
+# Of the directions that the compositions vary along: useful encoders are at 0.5 and above, models whose pre-training
+# came to nothing under a large weight decay at 0.17 to 0.25.
+FEW = 0.25
 Array = npt.NDArray[np.float64]
 
 

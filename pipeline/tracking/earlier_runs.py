@@ -27,7 +27,7 @@ from pipeline.tracking.delivery import is_bug, replay
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.journal_owner import HOST, deserted, is_original, journals_in, remove_journal
 from pipeline.tracking.mlflow import MAX_RUNS, MlflowSink
-from pipeline.tracking.protocol import CHECKPOINTS, FOLDER, KIND, MEASUREMENT, PREDICTIONS, VERDICT
+from pipeline.tracking.protocol import CHECKPOINTS, FAILED, FOLDER, KIND, MEASUREMENT, PREDICTIONS, VERDICT
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Earlier:
         tables: at each step, the predictions by task, those that were kept and read (`with_predictions`); see
             `Scores.table`.
         verdicts: by task what is said of the last measurement.
+        missed: the steps of a training whose measurement failed.
     """
 
     run_id: str
@@ -52,6 +53,7 @@ class Earlier:
     data: frozenset[str]
     tables: Mapping[int, dict[str, pa.Table]] = field(default_factory=dict)
     verdicts: Mapping[str, str] = field(default_factory=dict)
+    missed: tuple[int, ...] = ()
 
 
 def read_runs(run_ids: Sequence[str], tracking_uri: str = "") -> list[Earlier]:
@@ -96,7 +98,10 @@ def _read_one(client: MlflowClient, run: Run) -> Earlier:
     data = frozenset(dataset.digest for dataset in sets if dataset.name.endswith(" test"))
     label = name.partition(": ")[0] if measurement else name  # the scores follow
     verdicts = {tag.removeprefix(VERDICT): text for tag, text in run.data.tags.items() if tag.startswith(VERDICT)}
-    return Earlier(run.info.run_id, label, sorted(points.items(), key=lambda point: point[0]), data, verdicts=verdicts)
+    failed = [tag.removeprefix(FAILED) for tag in run.data.tags if tag.startswith(FAILED)]
+    missed = tuple(int(step) for step in failed if step.isdecimal() and int(step) not in points)
+    found = sorted(points.items(), key=lambda point: point[0])
+    return Earlier(run.info.run_id, label, found, data, verdicts=verdicts, missed=missed)
 
 
 def _nested(client: MlflowClient, run: Run) -> list[Run]:

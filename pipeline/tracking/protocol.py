@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "downstream"  # of a measurement's files, in the run of a training
 KIND = f"{FOLDER}.kind"  # tag of every run: what it is of
 VERDICT = f"{FOLDER}.verdict."  # begins the tags with what is said of each task
+FAILED = f"{FOLDER}.failed.step "  # begins the tags with why a measurement of a training failed
 MEASUREMENT, CHECKPOINTS, COMPARISON, STAGE, TRAINING = "measurement", "checkpoints", "comparison", "stage", "training"
 PREDICTIONS = "predictions_"  # before the task's name, in the name of the file of its predictions
 

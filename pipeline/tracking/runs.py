@@ -81,15 +81,20 @@ def _sender(path: Path, uri: str, remove: bool) -> Sender:
     return known
 
 
-def reach(tracking_uri: str = "") -> str:
+def reach(config: Config, tracking_uri: str = "") -> str:
     """Has this process, and those that it starts, use a server or database from here on; "" for the one in force.
 
     Returns:
         Its address.
 
     Raises:
-        TrackingError: the database cannot be used. Whether a server answers is not asked.
+        TrackingError: the database cannot be used, or the journal's folder. Whether a server answers is not asked.
     """
+    folder = journal_path(config, "").absolute().parent
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    with _writable(config):
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise PermissionError(f"'{there}' is no folder that can be written")
     if tracking_uri:
         mlflow.set_tracking_uri(tracking_uri)
     uri = mlflow.get_tracking_uri()
@@ -107,20 +112,25 @@ def open_run(name: str, config: Config, tracking_uri: str = "") -> Iterator[Open
     Raises:
         TrackingError: the tracking database cannot be used, or the journal. A server that does not answer only warns.
     """
-    uri = reach(tracking_uri)
-    try:
-        given = os.environ.get("MLFLOW_RUN_ID")
-        remove = config.logging.journal is None
+    uri, given, remove = reach(config, tracking_uri), os.environ.get("MLFLOW_RUN_ID"), config.logging.journal is None
+    with _writable(config):
         opened = OpenRun(journal_path(config, name), uri, remove, name=name, run_id=given, mine=True)
-    except OSError as error:
-        key, folder = ("logging.journal", config.logging.journal) if config.logging.journal else ("store", config.store)
-        raise TrackingError(f"{key}: '{folder}' cannot be written ({error}); set {key} to another folder") from error
     try:
         with opened.run.ending():
             yield opened
     finally:
         interrupted = opened.run.ended == "KILLED"  # then the user does not want to wait
         opened.sender.close(LIMIT_INTERRUPTED if interrupted else LIMIT)
+
+
+@contextmanager
+def _writable(config: Config) -> Iterator[None]:
+    """Raises TrackingError in place of OSError where the journal cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        key, folder = ("logging.journal", config.logging.journal) if config.logging.journal else ("store", config.store)
+        raise TrackingError(f"{key}: '{folder}' cannot be written ({error}); set {key} to another folder") from error
 
 
 def journal_path(config: Config, name: str) -> Path:

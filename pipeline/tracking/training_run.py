@@ -17,6 +17,7 @@ from pipeline.tracking.client import shown
 from pipeline.tracking.journal_run import JournalRun
 from pipeline.tracking.mirrors import is_kind
 from pipeline.tracking.protocol import (
+    FAILED,
     FOLDER,
     KIND,
     MEASUREMENT,
@@ -126,7 +127,7 @@ class TrainingRun:
 
     def failed(self, step: int, message: str) -> None:
         """Tags the run with the failure of a measurement."""
-        self.run.tags({f"{FOLDER}.failed.step {step}": message})
+        self.run.tags({f"{FAILED}{step}": message})
 
     def end(self, status: str) -> None:
         """Ends the run if it was opened here. What has not arrived is sent before the program ends."""

@@ -38,7 +38,7 @@ class Arrival:
 
     Attributes:
         step: of the snapshot.
-        metrics: by name.
+        metrics: by name; none where the snapshot was dropped or skipped, or failed.
         seconds: that the worker took.
         waited: seconds that the training took for the snapshot, and for the result.
         is_new: False where it was logged before an interruption already.
@@ -227,10 +227,12 @@ class Background:
             self.snapshots.of(dropped).remove()
             why = "the worker is busy (when_busy: drop_oldest)"
             self._host.say(f"downstream validation: the snapshot of step {dropped} is dropped, {why}")
+            self.miss(dropped)
         self.skipped = len(self.pending) > own.max_pending
         if self.skipped:
             why = "skip" if own.when_busy == "skip" else f"wait; still after {longest:g} s, timeout"
             self._host.say(f"downstream validation: step {step} is skipped, the worker is busy (when_busy: {why})")
+            self.miss(step)
         return not self.skipped
 
     def _wait(self, seconds: float, most: int) -> None:
@@ -289,10 +291,16 @@ class Background:
         self._host.warn(text)
         self.work.tell_failure(step, why)
         self.failures.append(text)
+        self.miss(step)
         self.pending.remove(step)
         snapshot.remove()
         for after in map(self.snapshots.of, self.pending[:1]):
             self._call(after)
+
+    def miss(self, step: int) -> None:
+        """Leaves a gap in the curves at a step that is not measured: here, and in what the worker draws."""
+        self._arrivals.append(Arrival(step, {}, 0.0, 0.0))
+        self.snapshots.miss(step)
 
     def _named(self, steps: list[int]) -> str:
         return f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"

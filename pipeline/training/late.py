@@ -49,6 +49,7 @@ class Late:
             self.work.host.warn(text)
             self.work.tell_failure(step, str(error))
             self.background.failures.append(text)
+            self.background.miss(step)
 
     def poll(self) -> list[Arrival]:
         """What has come back. Raises PipelineError as `Session.poll` says."""

@@ -111,7 +111,6 @@ def _name_in(logger: Any) -> str | None:
         return getattr(vars(logger).get("_experiment"), "name", None)
     if not any(is_kind(logger, kind) for kind in ("TensorBoardLogger", "CSVLogger")):
         return None
-    if logger.name in (None, "", UNNAMED):
-        return None
-    version = logger.version
-    return f"{logger.name}/version_{version}" if isinstance(version, int) else f"{logger.name}/{version}"
+    name = None if logger.name == UNNAMED else logger.name or None
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}" if name else None
+    return "/".join(filter(None, [name, version])) or None

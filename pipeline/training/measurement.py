@@ -105,6 +105,7 @@ class Measurement:
             try:
                 metrics = self._measure(module, step)
             except Exception as error:
+                self.progress.missed(step)
                 if self.workers.rank == 0:
                     self.tell_failure(step, str(error))
                 raise
@@ -135,7 +136,7 @@ class Measurement:
             attempt("logging", lambda: run.run.text(seen, f"{FOLDER}/curves/resolution.md"))
             said = resolution_of(points, self.config, markdown=False)
             self.host.say(f"downstream validation, what each score can tell apart:\n{said}")
-        if run.own and points:
+        if run.own and any(metrics for _, metrics in points):
             run.run.describe(self.progress.summary(points, self.config))
         attempt("closing of the MLflow run", lambda: run.end(status))
         if run.own and run.opened is not None and (lines := links(run.opened)):

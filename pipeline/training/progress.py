@@ -14,7 +14,7 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.errors import DataError
-from pipeline.report.overview import Changes, first_lines, overview, verdicts_of
+from pipeline.report.overview import Changes, Reading, first_lines, overview, verdicts_of
 from pipeline.report.resolution_table import resolution_text
 from pipeline.report.tables import Table, footnote, step_table
 from pipeline.score import by_reason
@@ -53,7 +53,7 @@ class Progress:
         self.overview: Table | None = None
         self.verdicts: dict[str, str] = {}
         self._lines = ""  # the same in the first lines of a description
-        self._curves: dict[str, list[tuple[int, float]]] = {}  # of each main metric
+        self._curves: dict[str, list[Reading]] = {}  # of each main metric
         self._best: dict[str, Best] = {}
         self._tables: dict[tuple[str, int], pa.Table] = {}  # of predictions, by task and step
 
@@ -104,15 +104,23 @@ class Progress:
         for one in scores:
             for metric in filter(lambda metric: metric.is_headline, one.results):
                 self._compare(one, metric, found, refused)
-                self._curves.setdefault(metric.key, []).append((step, metric.value))
+                ends = (metric.interval.low, metric.interval.high) if metric.interval else ()
+                self._curves.setdefault(metric.key, []).append(Reading(step, metric.value, *ends))
                 best = self._best.get(metric.key)
                 sign = -1 if metric.lower_is_better else 1
                 if best is None or sign * metric.value > sign * best.value:
                     self._best[metric.key] = Best(step, metric.value)
             self._tables.setdefault((one.task_name, step), one.table)
+        self.missed(step)
         needed = {self.start, *(best.step for best in self._best.values())}
         self._tables = {key: table for key, table in self._tables.items() if key[1] in needed}
         return found, [f"{names}: {reason}" for reason, names in by_reason(refused).items()]
+
+    def missed(self, step: int) -> None:
+        """Leaves a gap in the curves that have come to a step, and have no value there."""
+        for curve in self._curves.values():
+            if curve[-1].step < step:
+                curve.append(Reading(step))
 
     def _compare(self, one: Scores, metric: Metric, found: dict[str, float], refused: dict[str, str]) -> None:
         """Adds what a metric has changed by to `found`, or to `refused` why that cannot be said."""
@@ -149,7 +157,7 @@ class Progress:
         """What a checkpoint keeps: numbers, names, and tensors that hold Parquet files."""
         tables = [(task, step, _packed(table)) for (task, step), table in self._tables.items()]
         best = {key: (one.step, one.value) for key, one in self._best.items()}
-        curves = {key: list(curve) for key, curve in self._curves.items()}
+        curves = {key: [tuple(one) for one in curve] for key, curve in self._curves.items()}
         return {"start": self.start, "best": best, "tables": tables, "curves": curves, "lines": self._lines}
 
     @classmethod
@@ -158,7 +166,7 @@ class Progress:
         made = cls()
         made.start = state["start"]
         made._best = {key: Best(*values) for key, values in state["best"].items()}
-        made._curves = {key: [(step, value) for step, value in curve] for key, curve in state["curves"].items()}
+        made._curves = {key: [Reading(*one) for one in curve] for key, curve in state["curves"].items()}
         made._lines = state["lines"]
         made._tables = {(task, step): _unpacked(packed) for task, step, packed in state["tables"]}
         return made

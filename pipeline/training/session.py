@@ -56,7 +56,8 @@ class Session:
         self.summary: str = ""
         self._validations = 0
         self._run: str | None = None
-        self._points: list[tuple[int, dict[str, float]]] = []  # the curve, with what came before an interruption
+        # The curve, with what came before an interruption; nothing is known of a step that failed or was dropped.
+        self._points: list[Point] = []
         self._progress: dict[str, Any] | None = None  # of rank 0, in the form in which a checkpoint has it
         self._lines = Lines(config.headlines)
         self._may_be_late = False
@@ -153,10 +154,11 @@ class Session:
             kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
             if self.ranks.is_first:
                 work.host.warn(f"downstream validation failed at step {step}, training goes on: {kind}{error}")
+            self._add(step, {})
             return {}
         self.last_step = step
         self.curve.append((step, metrics))
-        self._points.append((step, metrics))
+        self._add(step, metrics)
         self._say(self._lines.of_measurement(step, metrics, time.perf_counter() - began))
         return metrics
 
@@ -308,12 +310,19 @@ class Session:
         """Adds measurements that have come back to the curve, and says them. Returns those that are new."""
         new = []
         for one in arrivals:
-            self._points.append((one.step, one.metrics))
-            if one.is_new:
+            self._add(one.step, one.metrics)
+            if one.is_new and one.metrics:
                 new.append((one.step, one.metrics))
                 self._say(self._lines.of_measurement(one.step, one.metrics, one.waited, one.seconds))
         self.curve += new
         return new
+
+    def _add(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds a measurement to the points, in the order of their steps; a step without any gives way to one with."""
+        if not metrics and any(known == step for known, _ in self._points):
+            return
+        others = [point for point in self._points if point[0] != step or point[1]]
+        self._points = sorted([*others, (step, metrics)], key=lambda point: point[0])
 
     def _close_late(self) -> None:
         """Takes in what is there, and ends the worker."""

@@ -3,6 +3,7 @@
 <output>/downstream/background-<training>/
 config.yaml  worker.json    what the worker needs to know
 progress.pt                 what changes were since, where the training was resumed
+missed.json                 the steps that were dropped or skipped, or failed
 step=<N>/                   whole, or not there; in done/ when the result has been logged
 weights.ckpt              a checkpoint that describes itself, until it is measured
 snapshot.json             step, training, tasks, digest of the configuration
@@ -112,6 +113,17 @@ class Snapshots:
         for pattern in ("draft-*", "gone-*", "done/gone-*"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def miss(self, step: int) -> None:
+        """Notes that a step is not measured, for the worker's curves."""
+        with suppress(OSError):
+            write_json(self.folder / "missed.json", [*self.missed(), step])
+
+    def missed(self) -> list[int]:
+        """The steps that are not measured, in the order in which that was known."""
+        with suppress(OSError, ValueError):
+            return list(json.loads((self.folder / "missed.json").read_text(encoding="utf-8")))
+        return []
 
     def waiting(self) -> list[Snapshot]:
         """Those that are not logged yet, in the order of their steps."""

@@ -100,6 +100,9 @@ class Worker:
             self._examples = load_all(self.config.dataset, self._limit)
         progress = self._progress_before(step)
         run, mirrors, source = Recording(draft / "files"), Recording(draft / "files"), f"snapshot of step {step}"
+        for missed in sorted(self.snapshots.missed()):
+            if missed < step:
+                progress.missed(missed)
         with _warnings() as said:
             metrics = measured(encoder, self.config, self._examples, progress, run, mirrors, source, step)
         content = {

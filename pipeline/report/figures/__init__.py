@@ -53,12 +53,12 @@ def draw(scores: Scores, folder: Path) -> list[Path]:
 def curves(points: Sequence[tuple[int, Mapping[str, float]]], folder: Path) -> list[Path]:
     """Draws every metric against the step of a training, the probe's beside the head's, baselines as level lines.
 
-    The main metrics are the first.
+    The main metrics are the first. A line has a gap where its metric is not known, and others of the task are, or none.
 
     Returns a PNG file per task.
 
     Args:
-        points: the step and the metrics of each measurement.
+        points: the step and the metrics of each measurement; none where it failed or was dropped.
         folder: where the files go; it is made if it does not exist.
 
     Raises:
@@ -71,7 +71,9 @@ def curves(points: Sequence[tuple[int, Mapping[str, float]]], folder: Path) -> l
                 lines = tasks.setdefault(metric.task, {}).setdefault(metric.beside.short, {})
                 low, high = (metrics.get(f"{metric.key}_ci_{end}", np.nan) for end in ("low", "high"))
                 lines.setdefault((metric.baseline, metric.probe), []).append((step, metric.value, low, high))
+    missed = {step for step, metrics in points if not metrics}
     for task, lines_of in tasks.items():
+        _leave_gaps(lines_of, missed)
         tasks[task] = dict(sorted(lines_of.items(), key=lambda one: not _is_headline(one[0])))
     folder.mkdir(parents=True, exist_ok=True)
     stems = file_stems([f"curve_{task}" if task else "curve" for task in tasks])
@@ -79,6 +81,16 @@ def curves(points: Sequence[tuple[int, Mapping[str, float]]], folder: Path) -> l
         return [
             training_figure(task, tasks[task], folder / f"{stem}.png") for task, stem in zip(tasks, stems, strict=True)
         ]
+
+
+def _leave_gaps(lines_of: Mapping[str, Lines], missed: set[int]) -> None:
+    """Adds the steps without a value to the lines of a task: the `missed` ones, and those at which others have one."""
+    every = missed | {step for lines in lines_of.values() for line in lines.values() for step, *_ in line}
+    for lines in lines_of.values():
+        for (baseline, probe), line in lines.items():
+            gaps = set() if baseline else every - {step for step, *_ in line}
+            empty = [(step, np.nan, np.nan, np.nan) for step in gaps]
+            lines[baseline, probe] = sorted([*line, *empty], key=lambda one: one[0])
 
 
 def _is_headline(name: str) -> bool:

@@ -119,7 +119,10 @@ def training_figure(task: str, metrics: Mapping[str, Lines], path: Path) -> Path
     beside += "; dotted: the baseline" if any(baseline for baseline, _ in every) else ""
     lows = [low for lines in metrics.values() for points in lines.values() for _, _, low, _ in points]
     beside += "; bands: 95 % intervals" if np.isfinite(lows).any() else ""
-    subtitle = f"metrics by training step; {len(steps)} measurements{beside}"
+    known = [(step, value) for lines in metrics.values() for points in lines.values() for step, value, *_ in points]
+    measured = len({step for step, value in known if np.isfinite(value)})
+    beside += "; gaps: not measured" if any(np.isnan(value) for _, value in known) else ""
+    subtitle = f"metrics by training step; {measured} measurements{beside}"
     figure = new_figure(max(3.1 * columns, 5), 1.9 * rows + 0.7, task or "Downstream validation", subtitle)
     for place, (name, lines) in enumerate(metrics.items(), 1):
         axes = figure.add_subplot(rows, columns, place)
@@ -138,5 +141,9 @@ def training_figure(task: str, metrics: Mapping[str, Lines], path: Path) -> Path
 
 def _last(lines: Lines) -> str:
     """The last values, `head 0.933, probe 0.951`."""
-    kept = [(probe, points[-1][1]) for (baseline, probe), points in sorted(lines.items()) if not baseline]
-    return ", ".join(f"{'probe' if probe else 'head'} {value:.4g}" for probe, value in kept)
+    kept = {
+        probe: [value for _, value, *_ in points if np.isfinite(value)][-1]
+        for (baseline, probe), points in sorted(lines.items())
+        if not baseline
+    }
+    return ", ".join(f"{'probe' if probe else 'head'} {value:.4g}" for probe, value in kept.items())
