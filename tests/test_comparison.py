@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,14 +17,43 @@ from mlflow.artifacts import load_text
 from pipeline.__main__ import main
 from pipeline.checkpoints.names import expand, names_of, step_of, with_step
 from pipeline.checkpoints.opening import open_encoder
+from pipeline.encoders.protocol import Encoder
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.report.comparison import Row, choose, comparable, leaderboard
 from pipeline.report.page import leaderboard_page
+from tests.support.encoders import FakeEncoder
 from tests.support.lab import STAGES, VALUE, Lab, furnished, own_signals, write_checkpoint
 from tests.support.readers import in_tensorboard, in_wandb, pictures_in_tensorboard
 
 SPEARMAN = "test_value_spearman"
+OWN = "tests.test_comparison."
 WIDTH = {"ckpt.hidden_size": "32"}
+
+
+class Counted(FakeEncoder):
+    """Knows how many of its kind there are when it is made."""
+
+    alive: ClassVar[weakref.WeakSet[Encoder]] = weakref.WeakSet()
+    most: ClassVar[list[int]] = []
+
+    @classmethod
+    def from_checkpoint(cls, path: str) -> Counted:
+        gc.collect()
+        encoder = cls(name=path)
+        encoder.max_seq_length = 5 if "step=0" in path else None
+        cls.alive.add(encoder)
+        cls.most.append(len(cls.alive))
+        return encoder
+
+
+class Broken(FakeEncoder):
+    """With a mistake in a user's own code: the limit is a text."""
+
+    @classmethod
+    def from_checkpoint(cls, path: str) -> Broken:
+        encoder = cls(name=path)
+        vars(encoder)["max_seq_length"] = "many"
+        return encoder
 
 
 @pytest.fixture
@@ -147,6 +178,26 @@ def test_one_that_cannot_be_measured_does_not_stop_the_others(
     assert [point.step for point in lab.client.get_metric_history(parent.info.run_id, SPEARMAN)] == [50, 100]
     assert main(["compare", parent.info.run_id, f"--tracking-uri={lab.uri}"]) == 0
     assert f"run {parent.info.run_id}: left out, as they have no scores: step=70" in caplog.text
+
+
+def test_one_encoder_is_in_memory_at_a_time(lab: Lab) -> None:
+    """And what one of them takes does not stop the others: the first takes 5 residues, and no sequence is so short."""
+    lab.task["infer_target"] = OWN + "Counted"
+    Counted.most.clear()
+    assert measure(lab, f"{lab.folder}/run/step={{0,50,100}}.ckpt") == 2
+    statuses = [run.info.status for run in lab.nested(lab.parents()[0]).values()]
+    assert statuses == ["FAILED", "FINISHED", "FINISHED"]
+    assert measure(lab, f"{lab.folder}/run/step={{50,100,1000}}.ckpt") == 0
+    assert set(Counted.most) == {1}
+
+
+def test_a_failure_that_is_no_mistake_is_that_of_a_run(lab: Lab) -> None:
+    lab.task["infer_target"] = OWN + "Broken"
+    with pytest.raises(TypeError):
+        measure(lab, f"{lab.folder}/run/step=50.ckpt")
+    (parent,) = lab.parents()
+    assert parent.info.status == "FAILED"
+    assert "not supported between instances" in parent.data.tags["mlflow.note.content"]
 
 
 @pytest.mark.parametrize(

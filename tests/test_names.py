@@ -37,6 +37,7 @@ LOGGERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "none": (lambda _: False, f"{TIME} Busy on planted"),
     "without a name": (CSVLogger, f"{TIME} Busy on planted"),
     "CSV": (lambda folder: CSVLogger(folder, "small"), "small/version_0"),
+    "its version": (lambda folder: TensorBoardLogger(folder, version="second"), "second"),
     "TensorBoard": (lambda folder: TensorBoardLogger(folder, "small", "second"), "small/second"),
     "W&B": (lambda folder: WandbLogger("small", folder, offline=True), "small"),
 }

@@ -14,10 +14,10 @@ FLOPS_PER_THREAD = 1e9  # of an optimizer step; `benchmarks/threads.py` shows wh
 
 
 def threads_of(head: Head, examples: Examples) -> int:
-    """The threads that train a head of a task: on a CPU all of torch's for a large one, one for a small one.
+    """The threads that train a head: on a CPU all of torch's for a large one, one for a small one.
 
-    That does not depend on how many heads are trained at once, nor, for a small one, on the machine. Where other programs
-    keep the processors busy, each of the many small products of a step waits for its last thread.
+    That does not depend on how many heads are trained at once, nor, for a small one, on the machine. Where other
+    programs keep the processors busy, each of the many small products of a step waits for its last thread.
     """
     if next(head.parameters()).device.type != "cpu":
         return torch.get_num_threads()

@@ -21,7 +21,7 @@ WORDS = 24  # the narrowest that a column of words becomes
 MARK = "\N{DAGGER}"  # behind a score, see `Metric.hangs_on_seeds`
 FOOTNOTE = (
     f"{MARK} the deviation over seeds (±) is larger than half of the interval, which is of the test sequences alone:"
-    " another seed may score outside of it; raise num_seeds"
+    " another seed may score outside of it; the probe has no seeds"
 )
 
 

@@ -29,7 +29,7 @@ MIN_OF_CLASS = 10  # test sequences that have a label, for metrics in which each
 BY_CLASS = ("balanced_accuracy", "macro_f1", "mcc", "auroc", "average_precision")
 ALONE = 0.9  # the share of a metric's variance that is too much for one sequence
 UPPER = 0.975
-SAME = 1e-9  # a metric that differs by less does so by rounding
+SAME = 1e-9  # a metric that differs by less of its size does so by rounding
 
 
 T = TypeVar("T")
@@ -62,7 +62,9 @@ def intervals(predictions: Predictions) -> Intervals:
             continue
         interval = None if name in reasons else _interval(name, value, measured.without[name])
         if interval is None:
-            found.refused[name] = reasons.get(name) or f"{_unsound(measured.without[name])}, so without an interval"
+            found.refused[name] = (
+                reasons.get(name) or f"{_unsound(measured.without[name], abs(value))}, so without an interval"
+            )
         else:
             found.values[name] = interval
     return found
@@ -85,8 +87,8 @@ def changes(now: Predictions, before: Predictions, *, only: str | None = None) -
             continue
         change = None if name in reasons else _change(name, first, second, float(now.counts.mean()), same)
         if change is None:
-            differences = first.without[name] - second.without[name]
-            found.refused[name] = reasons.get(name) or f"the difference is {_unsound(differences)}"
+            differences, size = first.without[name] - second.without[name], max(abs(value), abs(second.values[name]))
+            found.refused[name] = reasons.get(name) or f"the difference is {_unsound(differences, size)}"
         else:
             found.values[name] = change
     return found
@@ -111,9 +113,12 @@ def _reasons(predictions: Predictions) -> dict[str, str]:
     return found | (dict.fromkeys(BY_CLASS, reason) if rare else {})
 
 
-def _unsound(without: Floats) -> str:
-    """Why there is no interval, in the same words for every metric, so that those with one cause stand in one line."""
-    same = np.allclose(without, without[0], rtol=SAME, atol=SAME)  # a correlation of 1 differs in its last digits
+def _unsound(without: Floats, size: float) -> str:
+    """Why there is no interval, in the same words for every metric, so that those with one cause stand in one line.
+
+    `size` is that of the metric, whose last digits differ.
+    """
+    same = np.allclose(without, without[0], rtol=0, atol=SAME * size)
     return "the same whichever test sequence is left out" if same else "decided by one test sequence"
 
 

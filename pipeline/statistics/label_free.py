@@ -97,17 +97,24 @@ def composition(sequences: Sequence[str]) -> Array:
 
 
 def apart(values: Array, sequences: Sequence[str]) -> float:
-    """How far the embeddings lie apart, of the median dimension, beside how far the compositions do.
+    """How far the embeddings lie apart, of the median dimension that is not dead, beside how far the compositions do.
 
-    Each is a standard deviation beside the root mean square.
+    Each is a standard deviation beside the root mean square. Where all dimensions are dead, it is 0.
     """
-    size, known = np.sqrt((values**2).mean(0)), composition(sequences)
-    median = np.median(values.std(0) / np.where(size > 0, size, 1.0))
+    alive, known = _alive(values), composition(sequences)
+    if not alive.shape[1]:
+        return 0.0
+    median = np.median(alive.std(0) / np.sqrt((alive**2).mean(0)))
     return float(median / np.sqrt(known.var(0).sum() / (known**2).sum(1).mean()))
 
 
 def directions(values: Array) -> float:
     """RankMe of what is left without the mean, each dimension that is not dead scaled to the same deviation."""
+    alive = _alive(values)
+    return _rank_me((alive - alive.mean(0)) / alive.std(0))
+
+
+def _alive(values: Array) -> Array:
+    """The dimensions that are not dead, shape (sequences, of them)."""
     deviations = values.std(0)
-    alive = deviations > DEAD * deviations.max()
-    return _rank_me((values - values.mean(0))[:, alive] / deviations[alive])
+    return values[:, deviations > DEAD * deviations.max()]
