@@ -104,8 +104,10 @@ def _photograph(browser: Browser, server: str, out: Path) -> None:
     measured = client.search_runs(["0"], f"tags.`{PARENT}` = '{several}'", order_by=["attributes.start_time ASC"])
     page = Ui(browser, server, 1400, 1020).compare([measured[0].info.run_id, measured[-1].info.run_id])
     page.get_by_role("link", name=METRICS[0], exact=True).wait_for()
-    page.get_by_text("Visualizations", exact=True).click()  # folded: of two runs they say nothing
+    page.get_by_text("Visualizations", exact=True).click()  # folded: of two runs the tables say more
     page.get_by_role("tab", name="Parallel Coordinates Plot").wait_for(state="hidden")
+    page.get_by_text("Show diff only", exact=True).first.click()  # of the parameters
+    page.get_by_text("cfg.device", exact=True).wait_for(state="hidden")
     _save(page, out / "mlflow-compare.png")
 
     with tempfile.TemporaryDirectory() as folder:

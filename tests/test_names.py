@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from mlflow import MlflowClient
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
@@ -52,7 +53,9 @@ def test_lightning(
     model_folder: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # it keeps the settings of an earlier run of this process
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
     make, expected = LOGGERS[kind]
     task.task_name = "planted"
     callbacks = setup_dwnstr_task_validation_callbacks(section(tmp_path, task, on_start=True))
