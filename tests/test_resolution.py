@@ -103,6 +103,7 @@ def test_the_table_has_a_row_per_metric_and_says_which_to_monitor() -> None:
     lines = resolution_text(points, {"": 3}).splitlines()
     heading = "metric | smallest visible difference | gain per 1,000 steps | gain, step 0 to 2000 | ratio | monitor"
     assert lines[0] == f"| {heading} |"
+    assert "1,000" not in resolution_text([(step // 3, numbers) for step, numbers in points], {})
     assert lines[2] == f"| {KEY} | 0.4000 | +0.1000 | +0.2000 | +0.5 |  |"
     assert lines[3] == f"| {PROBE} | 0.0200 | +0.0500 | +0.1000 | +5.0 | this one |"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import wrap
 
 from pipeline.report.tables import Table, append
 from pipeline.statistics.resolution import Points, Resolution, advice, resolutions, to_monitor
@@ -27,22 +28,25 @@ def resolution_text(points: Points, num_seeds: Mapping[str, int], markdown: bool
     if not found:
         return ""
     table = _table(found, points)
-    drawn = [table.markdown(), "", ABOUT, ""] if markdown else [table.text(), ABOUT]
+    drawn = [table.markdown(), "", ABOUT, ""] if markdown else [table.text().strip("\n"), *wrap(ABOUT, 120)]
     return "\n".join([*drawn, *(f"- {line}" for line in advice(found))])
 
 
 def _table(found: list[Resolution], points: Points) -> Table:
-    """The number of measurements is said where a metric is not known at all of them."""
+    """At how many measurements metrics are known is said where one lacks some; a short training has no 1,000 steps."""
     columns, rows = ["metric"], [[one.metric.key] for one in found]
     lacking = any(one.measured < len(points) for one in found)
     counts = [f"{one.measured} of {len(points)}" if lacking else "" for one in found]
     append(columns, rows, "known at measurements", counts)
     append(columns, rows, "smallest visible difference", [f"{one.smallest:.4f}" for one in found])
-    append(columns, rows, "gain per 1,000 steps", [f"{one.slope:+.4f}" for one in found])
-    append(columns, rows, f"gain, step {points[0][0]} to {points[-1][0]}", [f"{one.change:+.4f}" for one in found])
+    first, last = points[0][0], points[-1][0]
+    append(
+        columns, rows, "gain per 1,000 steps", [f"{one.slope:+.4f}" if last - first >= 1000 else "" for one in found]
+    )
+    append(columns, rows, f"gain, step {first} to {last}", [f"{one.change:+.4f}" for one in found])
     append(columns, rows, "ratio", [f"{one.ratio:+.1f}" for one in found])
     chosen = [one for one in to_monitor(found) if abs(one.ratio) >= 1]
     words = [("this one" if one.ratio > 0 else "getting worse") if one in chosen else "" for one in found]
     append(columns, rows, "monitor", words)
     left = {0, columns.index("monitor")} if "monitor" in columns else {0}
-    return Table(columns, rows, frozenset(left), "What each score can tell apart")
+    return Table(columns, rows, frozenset(left))
