@@ -11,8 +11,8 @@ from pipeline.statistics.resolution import Points, Resolution, advice, resolutio
 ABOUT = (
     "Gains are those of a straight line through all measurements, positive where a metric improves. Two checkpoints"
     " that differ by less than the smallest visible difference cannot be told apart from the noise of test sequences"
-    " and head seeds. The ratio is the gain from the first step to the last, in such differences: beyond 1, or -1, it"
-    " is no noise."
+    " and head seeds. The ratio is the gain from the first measurement to the last, in such differences: beyond 1, or"
+    " -1, it is no noise."
 )
 
 
@@ -36,17 +36,27 @@ def _table(found: list[Resolution], points: Points) -> Table:
     """At how many measurements metrics are known is said where one lacks some; a short training has no 1,000 steps."""
     columns, rows = ["metric"], [[one.metric.key] for one in found]
     lacking = any(one.measured < len(points) for one in found)
-    counts = [f"{one.measured} of {len(points)}" if lacking else "" for one in found]
-    append(columns, rows, "known at measurements", counts)
-    append(columns, rows, "smallest visible difference", [f"{one.smallest:.4f}" for one in found])
     first, last = points[0][0], points[-1][0]
+    append(columns, rows, "known at measurements", [_known(one, points) if lacking else "" for one in found])
+    append(columns, rows, "smallest visible difference", [f"{one.smallest:.4f}" for one in found])
+    slopes = [f"{one.slope:+.4f}" if last - first >= 1000 else "" for one in found]
+    append(columns, rows, "gain per 1,000 steps", slopes)
+    whole = all(one.steps == (first, last) for one in found)
     append(
-        columns, rows, "gain per 1,000 steps", [f"{one.slope:+.4f}" if last - first >= 1000 else "" for one in found]
+        columns,
+        rows,
+        f"gain, step {first} to {last}" if whole else "gain over them",
+        [f"{one.change:+.4f}" for one in found],
     )
-    append(columns, rows, f"gain, step {first} to {last}", [f"{one.change:+.4f}" for one in found])
     append(columns, rows, "ratio", [f"{one.ratio:+.1f}" for one in found])
     chosen = [one for one in to_monitor(found) if abs(one.ratio) >= 1]
     words = [("this one" if one.ratio > 0 else "getting worse") if one in chosen else "" for one in found]
     append(columns, rows, "monitor", words)
     left = {0, columns.index("monitor")} if "monitor" in columns else {0}
     return Table(columns, rows, frozenset(left))
+
+
+def _known(one: Resolution, points: Points) -> str:
+    """`3 of 5`, and from where to where if not over the whole training."""
+    count, (first, last) = f"{one.measured} of {len(points)}", one.steps
+    return count if (first, last) == (points[0][0], points[-1][0]) else f"{count}, step {first} to {last}"

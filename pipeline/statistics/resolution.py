@@ -24,6 +24,7 @@ class Resolution:
         slope: of the straight line through all measurements, for each 1,000 steps; positive where the metric improves.
         change: what that line changes by from the first measurement to the last; positive where the metric improves.
         measured: at how many of the training's measurements it is known.
+        steps: the first and the last of these.
     """
 
     metric: Metric
@@ -32,6 +33,7 @@ class Resolution:
     slope: float
     change: float
     measured: int = 0
+    steps: tuple[int, int] = (0, 0)
 
     @property
     def smallest(self) -> float:
@@ -78,7 +80,7 @@ def _resolution(metric: Metric, key: str, measured: Points, heads: int) -> Resol
     slope = _slope(steps, values) * (-1 if metric.lower_is_better else 1)
     sampling = fmean(error**2 for error in errors) ** 0.5
     change = slope * (steps[-1] - steps[0])
-    return Resolution(metric, (2 * one) ** 0.5, sampling, 1000 * slope, change, len(measured))
+    return Resolution(metric, (2 * one) ** 0.5, sampling, 1000 * slope, change, len(measured), (steps[0], steps[-1]))
 
 
 def _slope(steps: Sequence[int], values: Sequence[float]) -> float:
@@ -106,10 +108,11 @@ def advice(found: Sequence[Resolution]) -> list[str]:
 
 def _advice(one: Resolution, found: Sequence[Resolution]) -> str:
     key, noise = one.metric.key, f"checkpoints that differ by less than {one.smallest:.3f} look alike to it"
+    when = f"from step {one.steps[0]} to {one.steps[1]}"
     if one.ratio >= 1:
-        return f"monitor {key}: it improved by {one.change:.3f} over the training, and {noise}"
+        return f"monitor {key}: it improved by {one.change:.3f} {when}, and {noise}"
     if one.ratio <= -1:
-        return f"{key} is getting worse, beyond noise: by {-one.change:.3f} over the training, and {noise}"
+        return f"{key} is getting worse, beyond noise: by {-one.change:.3f} {when}, and {noise}"
     pair = [each for each in found if each.metric.beside.key == one.metric.beside.key]
     remedies = []
     if one.sampling >= one.seeds:
@@ -120,5 +123,5 @@ def _advice(one: Resolution, found: Sequence[Resolution]) -> str:
         remedies.append("the probe")
     remedies.append("averaging checkpoints")
     others = "".join(f", nor can {each.metric.key}" for each in pair if each is not one)
-    seen = f"it changed by {one.change:+.3f} over the training, and {noise}"
+    seen = f"it changed by {one.change:+.3f} {when}, and {noise}"
     return f"{key} cannot tell these checkpoints apart{others}: {seen}; what would help: {', '.join(remedies)}"
