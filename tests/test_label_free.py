@@ -72,7 +72,8 @@ def test_useful_embeddings_have_not_collapsed() -> None:
         cosine = label_free(values.astype(np.float32))["mean_cosine"]
         assert cosine > (0.999 if len(texts[0]) == 200 else 0.8)
         rogue = np.c_[values, np.full(80, 1e4), np.zeros(80)]
-        for one in (values, rogue, pooled(texts, 4), values[:, :1], values.astype(np.float16)):
+        sparse = np.c_[values, np.zeros((80, 200)), np.ones((80, 200))]
+        for one in (values, rogue, sparse, pooled(texts, 4), values[:, :1], values.astype(np.float16)):
             assert collapse(one.astype(np.float32), texts) == ""
     letters = ["".join(np.random.default_rng(seed).choice(list("ACGT"), 60)) for seed in range(80)]
     assert collapse(pooled(letters), letters) == ""

@@ -97,17 +97,22 @@ def composition(sequences: Sequence[str]) -> Array:
 
 
 def apart(values: Array, sequences: Sequence[str]) -> float:
-    """How far the embeddings lie apart, of the median dimension, beside how far the compositions do.
+    """How far the embeddings lie apart, of the median dimension that is not dead, beside how far the compositions do.
 
     Each is a standard deviation beside the root mean square.
     """
-    size, known = np.sqrt((values**2).mean(0)), composition(sequences)
-    median = np.median(values.std(0) / np.where(size > 0, size, 1.0))
+    values, known = _alive(np.asarray(values, np.float64)), composition(sequences)
+    median = np.median(values.std(0) / np.sqrt((values**2).mean(0))) if values.size else 0.0
     return float(median / np.sqrt(known.var(0).sum() / (known**2).sum(1).mean()))
 
 
 def directions(values: Array) -> float:
     """RankMe of what is left without the mean, each dimension that is not dead scaled to the same deviation."""
+    values = _alive(values)
+    return _rank_me((values - values.mean(0)) / values.std(0)) if values.size else 0.0
+
+
+def _alive(values: Array) -> Array:
+    """The dimensions that are not dead."""
     deviations = values.std(0)
-    alive = deviations > DEAD * deviations.max()
-    return _rank_me((values - values.mean(0))[:, alive] / deviations[alive])
+    return values[:, deviations > DEAD * deviations.max()]
