@@ -181,7 +181,7 @@ def test_it_is_measured_once(tmp_path: Path, fits: list[Any]) -> None:
 def test_a_checkpoint_that_is_no_better_is_said_to_be(tmp_path: Path) -> None:
     """Neither head nor probe; one that sees what the baseline does not is not."""
     scores = measured(composed(tmp_path, num_seeds=2), tmp_path, Blind())
-    (note,) = (note for note in scores.notes if "composition" in note)
+    (note,) = (note for note in scores.notes if "better than composition" in note)
     baseline = baseline_scores.measure_baseline(scores.examples, Store(tmp_path / "store"), CPU)
     for who, probe in (("", False), ("_probe", True)):
         key = f"test_y{who}_spearman"
