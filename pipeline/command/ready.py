@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline import validation
-from pipeline.command.measuring import Opened, measure_encoder, open_checkpoint
+from pipeline.command.measuring import CheckpointResult, measure_encoder, open_checkpoint
 from pipeline.command.several import measure_checkpoints, open_first
 from pipeline.config.schema import Config
 from pipeline.engines.ray_engine import RayEngine
@@ -67,10 +67,12 @@ def _ready(ckpts: Sequence[str], config: Config, store: Store, until: str, engin
     if not ckpts:
         return partial(_look, load_all(config.dataset), config)
     if len(ckpts) == 1:
-        opened = open_checkpoint(ckpts[0], config, engine=engine).with_data(config)
-        return partial(_measure_one, opened, config, store, until, engine)
+        opened, workers = open_checkpoint(ckpts[0], config, engine=engine).with_data(config), engine or ALONE
+        return lambda run, mirrors: _of_one(measure_encoder(opened, config, store, run, mirrors, until, workers))
     first = open_first(ckpts, config) if engine is None else ([], ())
-    return partial(_measure_several, ckpts, first, config, store, until, engine)
+    return lambda run, mirrors: _of_several(
+        *measure_checkpoints(ckpts, config, store, run, mirrors, until, first, engine)
+    )
 
 
 def _fail(error: Exception, _run: JournalRun, _mirrors: Sequence[Tracker]) -> Outcome:
@@ -83,29 +85,10 @@ def _look(examples: Sequence[Examples], config: Config, run: JournalRun, _: Sequ
     return Outcome()
 
 
-def _measure_one(
-    opened: Opened,
-    config: Config,
-    store: Store,
-    until: str,
-    engine: RayEngine | None,
-    run: JournalRun,
-    mirrors: Sequence[Tracker],
-) -> Outcome:
-    found = measure_encoder(opened, config, store, run, mirrors, until, engine or ALONE)
+def _of_one(found: CheckpointResult) -> Outcome:
     lines = [found.overview.text()] if found.scores else []
     return Outcome([found.row], lines, overview_frame(found.scores, found.changes))
 
 
-def _measure_several(
-    ckpts: Sequence[str],
-    first: tuple[list[Opened], Sequence[Examples]],
-    config: Config,
-    store: Store,
-    until: str,
-    engine: RayEngine | None,
-    run: JournalRun,
-    mirrors: Sequence[Tracker],
-) -> Outcome:
-    rows, board = measure_checkpoints(ckpts, config, store, run, mirrors, until, first, engine)
+def _of_several(rows: Sequence[Row], board: Leaderboard | None) -> Outcome:
     return Outcome(rows, [board.table.text(), *board.remarks], board.frame, board) if board else Outcome(rows)
