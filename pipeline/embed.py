@@ -221,11 +221,19 @@ def _embeddings(level: _Level, examples: Examples, metrics: Mapping[str, float],
     """The embeddings of a task of this level."""
     parts = examples.parts.items()
     entries = {name: [level.entries[sequence_key(text)] for text in part.sequences] for name, part in parts}
-    unknown = [level.entries[key].unknown for key in _texts([examples])]
-    some = f"{sum(unknown)} tokens in {len(unknown) - unknown.count(0)} of {len(unknown)} sequences"
-    notes = (f"{some} are unknown to the tokenizer",) if any(unknown) else ()
+    notes = _unknown({text: level.entries[key].unknown for key, text in _texts([examples]).items()})
     assert level.rows is not None
     return Embeddings(examples, level.rows, entries, memory_bytes, metrics, notes, level.reusable)
+
+
+def _unknown(counts: Mapping[str, int]) -> tuple[str, ...]:
+    """A warning where sequences have tokens that the tokenizer does not know."""
+    some = [text for text, count in counts.items() if count]
+    if not some:
+        return ()
+    tokens, found = sum(counts.values()), f"{len(some)} of {len(counts)} sequences"
+    capitals = "; it may know capital letters alone" if some[0].isalpha() and not some[0].isupper() else ""
+    return (f"{tokens} tokens in {found} are unknown to the tokenizer, such as in '{some[0][:60]}'{capitals}",)
 
 
 def _texts(examples: Sequence[Examples]) -> dict[bytes, str]:

@@ -354,6 +354,13 @@ def test_all_sequences_that_the_encoder_does_not_know_are_counted(tmp_path: Path
     )
 
 
+def test_letters_in_lower_case_are_told(tmp_path: Path) -> None:
+    rows = [{"sequence": text, "y": number} for number, text in enumerate(["MK", "acw", "AC"])]
+    with pytest.raises(DataError) as error:
+        validate(FakeEncoder(), make_task(tmp_path, rows, rows[:1]), Store(tmp_path / "store"))
+    assert str(error.value).endswith("found 'acw'; it knows capital letters: upper-case the column")
+
+
 NUMBERS = [str(number / 10) for number in range(40)]
 STATES = [f"{number:06b}".replace("1", "H").replace("0", "C") for number in range(40)]
 LISTS: list[Any] = [[float(number)] * 6 for number in range(40)]

@@ -128,7 +128,9 @@ def test_rows_that_cannot_be_told_apart_are_marked() -> None:
     assert third[3].startswith("+0.2")
     assert not third[3].endswith("=")
     (told, *_) = said = leaderboard(rows, ["test_y_mse"]).remarks
-    assert told == "Rows with = cannot be told apart from the first: the interval of the difference holds 0."
+    assert (
+        told == "Rows with = cannot be told apart from the first by test_y_mse: the interval of the difference holds 0."
+    )
     assert said[1:] == ["The first is the best of 3: its lead is not corrected for that choice."]
     assert len(leaderboard(rows[1:], ["test_y_mse"]).remarks) == 1
 
@@ -142,7 +144,7 @@ def test_remarks_are_about_the_first_of_the_table_in_whatever_order_the_rows_are
     assert list(np.isfinite(shown["test_y_mse" + FIRST])) == [False, True, False]
     assert board.remarks == [
         "There is no difference to the first row: the predictions of some rows were not kept",
-        "Rows with = cannot be told apart from the first: the interval of the difference holds 0.",
+        "Rows with = cannot be told apart from the first by test_y_mse: the interval of the difference holds 0.",
         "The first is the best of 3: its lead is not corrected for that choice.",
         "The rows are of different steps: how long each was trained is part of the difference.",
     ]

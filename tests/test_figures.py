@@ -360,7 +360,7 @@ def test_where_a_measurement_failed_is_a_gap(tmp_path: Path, monkeypatch: pytest
     assert np.array_equal(mcc.get_lines()[0].get_ydata(), [0.25, np.nan, np.nan, 0.25], equal_nan=True)
     assert list(baseline.get_ydata()) == [0.125, 0.125]
     assert drawn[0].artists[0].get_text() == (
-        "metrics by training step; 3 measurements; dotted: the baseline; gaps: not measured"
+        "metrics by training step; 3 measurements; dotted: the baseline; gaps: no value"
     )
 
 

@@ -197,7 +197,7 @@ def test_a_measurement_that_failed_is_a_gap_in_all_that_is_drawn(
     (run,) = client.search_runs(["0"])
     for step in (5, 15):
         path = client.download_artifacts(run.info.run_id, f"downstream/step={step}/report.html", str(tmp_path))
-        assert ("gaps: not measured" in Path(path).read_text()) == (step == 15)
+        assert ("gaps: no value" in Path(path).read_text()) == (step == 15)
     assert "| 10 | not measured |" in run.data.tags["mlflow.note.content"]
     (earlier,) = read_runs([run.info.run_id], tracking)
     assert earlier.missed == (10,)
@@ -361,8 +361,8 @@ def test_the_first_line_with_a_score_that_hangs_on_its_seeds_says_what_the_mark_
     numbers = {"test_x_mcc": 0.5, "test_x_mcc_ci_low": 0.4, "test_x_mcc_ci_high": 0.6, "test_x_mcc_seed_std": 0.05}
     noisy, lines = numbers | {"test_x_mcc_seed_std": 0.25}, Lines(["test_x_mcc"])
     said = [lines.of_measurement(step, metrics, 1.2) for step, metrics in enumerate((numbers, noisy, noisy))]
-    assert "test_x_mcc 0.5000 (1.2 s; " in said[0]
-    assert all("test_x_mcc 0.5000 ± 0.2500 † (1.2 s; " in line for line in said[1:])
+    assert "test_x_mcc 0.5000 (95 %: 0.400 to 0.600) (1.2 s; " in said[0]
+    assert all("test_x_mcc 0.5000 ± 0.2500 † (95 %: 0.400 to 0.600) (1.2 s; " in line for line in said[1:])
     assert [line.partition("\n")[2] for line in said] == ["", FOOTNOTE, ""]
 
 

@@ -149,7 +149,7 @@ def test_a_training_has_its_curve_and_what_has_changed(measured: tuple[list[Scor
     curves[head] = curve((0, 0.25, 0.0, 0.5), (20, 0.5, 0.25, 0.75), (50,), (100, 0.5, 0.25, 0.75))
     gap = Reader(page("Title", [scores], {}, {}, "", Changes(since, "start", "step 0", curves)))
     assert (gap.tags["polyline"], gap.tags["polygon"]) == (3, 1)
-    assert any("dashed: probe; bands: 95 % intervals; gaps: not measured" in text for text in gap.texts["p"])
+    assert any("dashed: probe; bands: 95 % intervals; gaps: no value" in text for text in gap.texts["p"])
     told = change_table(scores, Changes(since | best, "start", "step 0")).rows
     assert len(told) == 2
     cells = [cell for row in told for cell in row[1:]] + of_data

@@ -69,7 +69,7 @@ def test_the_metric_to_monitor_is_the_one_that_changes_most_for_what_it_can_see(
     assert chosen.metric.key == PROBE
     (said,) = advice(both([0.5, 0.6, 0.7], [0.5, 0.55, 0.6], seed_std=0.2))
     alike = "checkpoints that differ by less than 0.020 look alike to it"
-    assert said.startswith(f"monitor {PROBE}: it improved by 0.100 from step 0 to 2, and {alike}")
+    assert said.startswith(f"monitor {PROBE}: it improved by 0.100 on a straight line from step 0 to 2, and {alike}")
 
 
 def test_what_would_help_where_checkpoints_cannot_be_told_apart() -> None:
@@ -84,16 +84,24 @@ def test_a_metric_that_gets_worse_is_not_one_to_monitor() -> None:
     falling = both([0.7, 0.6, 0.5], [0.6, 0.55, 0.5])
     (said,) = advice(falling)
     alike = "checkpoints that differ by less than 0.020 look alike to it"
-    assert said == f"{KEY} is getting worse, beyond noise: by 0.200 from step 0 to 2, and {alike}"
+    assert said == f"{KEY} is getting worse, beyond noise: by 0.200 on a straight line from step 0 to 2, and {alike}"
     head, probe = curve(KEY, [0.7, 0.6, 0.5], 0.01), curve(PROBE, [0.6, 0.55, 0.5], 0.01)
     points = [(step, one | other) for step, (one, other) in enumerate(zip(head, probe, strict=True))]
     assert resolution_text(points, {}).splitlines()[2].endswith("| -10.0 | getting worse |")
 
 
+def test_a_head_that_gets_worse_where_its_probe_does_not_is_doubted() -> None:
+    (said,) = advice(both([0.7, 0.6, 0.5], [0.5, 0.501, 0.5]))
+    doubt = f"; {PROBE} is not: it may be the head that learns less, see its verdict"
+    assert said.startswith(f"{KEY} is getting worse")
+    assert said.endswith(doubt)
+    assert "it may be" not in advice(both([0.7, 0.6, 0.5], [0.6, 0.55, 0.5]))[0]
+
+
 def test_numbers_are_of_the_metric_that_is_named() -> None:
     (said,) = advice(both([0.5, 0.5, 0.5], [0.5, 0.505, 0.51], seed_std=0.2))
     assert said.startswith(
-        f"{PROBE} cannot tell these checkpoints apart, nor can {KEY}: it changed by +0.010 from step 0 to 2, "
+        f"{PROBE} cannot tell these checkpoints apart, nor can {KEY}: it changed by +0.010 on a straight line from step"
     )
 
 

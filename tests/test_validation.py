@@ -318,7 +318,7 @@ def test_stages_stop_where_they_are_told(tmp_path: Path, store: Store, fake: Fak
 def test_unknown_residues_are_counted_and_warned_of(tmp_path: Path, store: Store, fake: FakeEncoder) -> None:
     rows = [{"sequence": "MK?V", "y": 1}, {"sequence": "MKV", "y": 2}]
     (scores,) = validate(fake, make_task(tmp_path, rows, num_epochs=1), store)
-    assert "1 tokens in 1 of 2 sequences are unknown to the tokenizer" in scores.earlier_notes
+    assert "1 tokens in 1 of 2 sequences are unknown to the tokenizer, such as in 'MK?V'" in scores.earlier_notes
 
 
 def test_a_loss_that_is_no_number_is_an_error(tmp_path: Path, store: Store) -> None:

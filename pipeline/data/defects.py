@@ -148,9 +148,9 @@ class Defects:
         """How many cells are not as expected, or could not be read."""
         return sum(len(found.rows) for found in self._found if isinstance(found, BadCells))
 
-    def kind(self, key: Hashable, what: str, several: str = "") -> Kind:
+    def kind(self, key: Hashable, what: str, several: str = "", one: str = "") -> Kind:
         """Those of a kind that is found in files or parts; see `Kind`."""
-        return self._kinds.setdefault(key, Kind(what, several=several))
+        return self._kinds.setdefault(key, Kind(what, one, several))
 
     def add(self, *errors: PipelineError) -> None:
         """Adds what is wrong once."""

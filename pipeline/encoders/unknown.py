@@ -52,9 +52,16 @@ def _refuse(alien: Collection[str], encoder: Encoder, examples: Sequence[Example
             key = (id(part) if in_memory else path, row)  # tasks may share a file; texts alone are train and test
             if text not in alien or key in known:
                 continue
-            why = "" if known else encoder.why_unknown(text)
+            why = "" if known else encoder.why_unknown(text) or _in_capitals(text, encoder)
             known.add(key)
             problem = f": {column}: expected a sequence with characters the encoder knows, found {shown(text)}{why}"
-            kind = defects.kind("unknown", "cells", "" if why else "; correct or remove these rows")
+            remedies = ("", "") if why else ("; correct or remove these rows", "; correct or remove the row")
+            kind = defects.kind("unknown", "cells", *remedies)
             kind.add(Place(path, int(row), in_memory=in_memory), problem, shown(text))
     defects.refuse()
+
+
+def _in_capitals(text: str, encoder: Encoder) -> str:
+    """That the encoder knows a sequence in capital letters, to follow an error message; empty where it does not."""
+    ((unknown, tokens),) = encoder.count_unknown([text.upper()])
+    return "; it knows capital letters: upper-case the column" if unknown < tokens else ""

@@ -209,7 +209,9 @@ def _remarks(measured: Sequence[Row], compared: bool, name: str) -> list[str]:
         which = "these" if len(said) == len(measured) else "those with a verdict"
         lines.append(f"None of {which} is better than its baseline in {name}: that one is the first says little.")
     if compared:
-        lines.append("Rows with = cannot be told apart from the first: the interval of the difference holds 0.")
+        lines.append(
+            f"Rows with = cannot be told apart from the first by {name}: the interval of the difference holds 0."
+        )
     if compared and len(measured) > 2:
         lines.append(f"The first is the best of {len(measured)}: its lead is not corrected for that choice.")
     if len({row.step for row in measured}) > 1:

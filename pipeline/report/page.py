@@ -57,7 +57,10 @@ def page(
         OSError: a picture cannot be read.
     """
     tasks = [_task(one, pictures.get(one.task_name, ()), changes) for one in scores]
-    return _render("measurement.html", title=title, tasks=tasks, facts=facts, yaml=yaml, changes=changes)
+    repeats = all(one.examples.task.dataset_path for one in scores)  # else the data were DataFrames
+    return _render(
+        "measurement.html", title=title, tasks=tasks, facts=facts, yaml=yaml, changes=changes, repeats=repeats
+    )
 
 
 def leaderboard_page(title: str, board: Leaderboard) -> str:

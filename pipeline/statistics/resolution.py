@@ -108,12 +108,14 @@ def advice(found: Sequence[Resolution]) -> list[str]:
 
 def _advice(one: Resolution, found: Sequence[Resolution]) -> str:
     key, noise = one.metric.key, f"checkpoints that differ by less than {one.smallest:.3f} look alike to it"
-    when = f"from step {one.steps[0]} to {one.steps[1]}"
+    when = f"on a straight line from step {one.steps[0]} to {one.steps[1]}"
+    pair = [each for each in found if each.metric.beside.key == one.metric.beside.key]
     if one.ratio >= 1:
         return f"monitor {key}: it improved by {one.change:.3f} {when}, and {noise}"
     if one.ratio <= -1:
-        return f"{key} is getting worse, beyond noise: by {-one.change:.3f} {when}, and {noise}"
-    pair = [each for each in found if each.metric.beside.key == one.metric.beside.key]
+        probes = [each.metric.key for each in pair if each.metric.probe and not one.metric.probe and each.ratio > -1]
+        doubt = "".join(f"; {probe} is not: it may be the head that learns less, see its verdict" for probe in probes)
+        return f"{key} is getting worse, beyond noise: by {-one.change:.3f} {when}, and {noise}{doubt}"
     remedies = []
     if one.sampling >= one.seeds:
         remedies.append("more test rows")

@@ -62,11 +62,12 @@ class Lines:
 def _with_change(name: str, metrics: Mapping[str, float]) -> str:
     """`test_x_mcc 0.7500 (+0.125 since the start, 95 %: +0.050 to +0.200)`; the change where it has an interval.
 
-    With the deviation over seeds where the score is marked, see `footnote`.
+    Else the interval of the score. With the deviation over seeds where the score is marked, see `footnote`.
     """
     change, metric = f"{name}_delta_start", Metric.logged(name, metrics)
     said = f"{name} {score_text(metric) if metric and metric.hangs_on_seeds else number(metrics[name])}"
     if f"{change}_ci_low" not in metrics:
-        return said
+        ends = metric.interval if metric else None
+        return f"{said} (95 %: {ends.low:z.3f} to {ends.high:z.3f})" if ends else said
     by, low, high = (metrics[key] for key in (change, f"{change}_ci_low", f"{change}_ci_high"))
     return f"{said} ({by:+z.3f} since the start, 95 %: {low:+z.3f} to {high:+z.3f})"

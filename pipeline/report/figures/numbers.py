@@ -121,7 +121,7 @@ def training_figure(task: str, metrics: Mapping[str, Lines], path: Path) -> Path
     beside += "; bands: 95 % intervals" if np.isfinite(lows).any() else ""
     known = [(step, value) for lines in metrics.values() for points in lines.values() for step, value, *_ in points]
     measured = len({step for step, value in known if np.isfinite(value)})
-    beside += "; gaps: not measured" if any(np.isnan(value) for _, value in known) else ""
+    beside += "; gaps: no value" if any(np.isnan(value) for _, value in known) else ""
     subtitle = f"metrics by training step; {measured} measurements{beside}"
     figure = new_figure(max(3.1 * columns, 5), 1.9 * rows + 0.7, task or "Downstream validation", subtitle)
     for place, (name, lines) in enumerate(metrics.items(), 1):
