@@ -231,7 +231,9 @@ def test_checkpoints_are_measured_at_once(cluster: None, lab: Lab, capsys: pytes
         runs.append(everything(lab, lab.parents()[0]))
     assert found[0] == found[1]
     assert runs[0] == runs[1]
-    assert [sorted(one) for one in found[0][0]] == 2 * [["label", "metrics", "step"]] + [["error", "label", "metrics"]]
+    assert [sorted(one) for one in found[0][0]] == 2 * [["label", "metrics", "step"]] + [
+        ["error", "label", "metrics", "step"]
+    ]
 
 
 @pytest.mark.parametrize(
