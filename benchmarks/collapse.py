@@ -151,7 +151,7 @@ def embedded(model: Any, texts: Sequence[str], tokenizer: Any) -> Any:
 def row(values: Any, texts: Sequence[str]) -> list[str]:
     """The numbers of an encoder on a set, and what is said."""
     found, known = statistics.label_free(values), statistics.composition(texts)
-    apart = statistics.apart(values, texts)
+    apart = statistics.apart(values, known)
     directions = [statistics.directions(np.asarray(one, np.float64)) for one in (values, known)]
     said = "collapsed" if statistics.collapse(values, texts) else ""
     numbers = [f"{found['rank_me']:.2f}", f"{found['mean_cosine']:.5f}", f"{apart:.4f}"]

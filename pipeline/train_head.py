@@ -123,7 +123,7 @@ def fit_seeds(embeddings: Embeddings, seeds: Sequence[int], store: Store, device
     task, targets = embeddings.examples.task, embeddings.examples.targets
     with _as_trained_alone(device):
         heads = [_fresh(task, seed, embeddings.table.hidden_size, targets, device) for seed in seeds]
-        paths = head_paths(embeddings.examples, embeddings.key if embeddings.reusable else None, heads, seeds, store)
+        paths = head_paths(embeddings.examples, embeddings.key if embeddings.reusable else None, heads[0], seeds, store)
         found = [_restore(head, path) for head, path in zip(heads, paths, strict=True)]
         missing = [index for index, losses in enumerate(found) if losses is None]
         trained = dict[int, Losses]()
@@ -141,14 +141,14 @@ def fit_seeds(embeddings: Embeddings, seeds: Sequence[int], store: Store, device
 
 
 def head_paths(
-    examples: Examples, embeddings: str | None, heads: Sequence[Head], seeds: Sequence[int], store: Store
+    examples: Examples, embeddings: str | None, head: Head, seeds: Sequence[int], store: Store
 ) -> list[Path | None]:
     """Where the heads of some seeds are stored once they are trained.
 
     Args:
         examples: what they are trained on.
         embeddings: the key of their embeddings; None where these are not stored.
-        heads: fresh ones, on their device.
+        head: one of them, on its device.
         seeds: of the heads.
         store: where they would be.
 
@@ -158,8 +158,8 @@ def head_paths(
     code = code_of_head(examples.task)
     if embeddings is None or code is None:
         return [None] * len(seeds)
-    folder, threads = store.root.expanduser() / "heads", threads_of(heads[0], examples)
-    device = next(heads[0].parameters()).device
+    folder, threads = store.root.expanduser() / "heads", threads_of(head, examples)
+    device = next(head.parameters()).device
     keys = [head_key(examples, embeddings, seed, code, device, threads) for seed in seeds]
     return [folder / f"{key}.safetensors" for key in keys]
 

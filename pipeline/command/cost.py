@@ -87,10 +87,12 @@ def estimate(examples: Sequence[Examples], encoder: Encoder, store: Store, secon
     rows = {one.task.task_name: {name: len(part) for name, part in one.parts.items()} for one in examples}
     expected = _expected(times, sizes) if planned else None
     tokens, stored = _tokens([*missing.values()], encoder), len(every) - len(missing)
-    names, device = [one.task.task_name for one in examples], encoder.device
-    own = [of_checkpoint(one, tables[one.task.level], encoder.hidden_size, store, device) for one in examples]
-    others = zip(names, [of_baseline(one, store, device) for one in examples], strict=True)
-    heads, baselines = dict(zip(names, own, strict=True)), {name: cost for name, cost in others if cost}
+    heads, baselines = dict[str, HeadCost](), dict[str, HeadCost]()
+    for one in examples:
+        name, key = one.task.task_name, tables[one.task.level]
+        heads[name] = of_checkpoint(one, key, encoder.hidden_size, store, encoder.device)
+        if of_baselines := of_baseline(one, store, encoder.device):
+            baselines[name] = of_baselines
     return Cost(rows, len(every), stored, tokens, expected, len(times), len(planned), disk, heads, baselines)
 
 

@@ -28,6 +28,7 @@ from pipeline.encoders.protocol import Encoder
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.load import Examples, load_all
 from pipeline.store.embedding_table import Store
+from pipeline.store.temporary import nearest
 from pipeline.validation import check
 
 NAME = "downstream-validation"
@@ -155,10 +156,10 @@ def _device(found: Findings, config: Config) -> None:
 
 def _store(found: Findings, config: Config) -> None:
     folder = Path(config.store).expanduser()
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there, can_be_written = nearest(folder)
     free = shutil.disk_usage(there).free
     found.content["store"] = {"folder": str(folder), "free_bytes": free}
-    if not os.access(there, os.W_OK) or not there.is_dir():
+    if not can_be_written:
         raise ConfigError(f"store: expected a folder that can be written, found '{there}'; set store to another folder")
     found.say("store", f"{folder}, {_size(free)} free")
 

@@ -16,6 +16,7 @@ from pipeline.encoders.options import EncoderOptions
 from pipeline.encoders.protocol import Encoder
 from pipeline.encoders.remote import RemoteEncoder
 from pipeline.engines.ray_engine import Needs, RayEngine, connected
+from pipeline.heads.threads import on_threads
 from pipeline.store.temporary import remove_left
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,7 @@ def engine_of(config: Config) -> Iterator[RayEngine | None]:
     with ExitStack() as stack:
         stack.callback(remove_left)  # worker processes are killed, and what they downloaded stays
         if own.threads:  # here too: what is said of how embeddings were made is said here
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(own.threads)
+            stack.enter_context(on_threads(own.threads))
         engine = stack.enter_context(connected(Needs(torch.get_num_threads(), gpus, own.workers)))
         logger.info("engine      ray: %s", engine)
         yield engine

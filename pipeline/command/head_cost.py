@@ -42,8 +42,8 @@ class HeadCost:
 def of_checkpoint(examples: Examples, key: str | None, width: int, store: Store, device: torch.device) -> HeadCost:
     """Of the heads on embeddings of a checkpoint; `key` is that of their table, None where it is not stored."""
     task, targets = examples.task, examples.targets
-    heads = [make_head(task, width, targets, device)]
-    there = [path and path.exists() for path in head_paths(examples, key, heads, task.seeds, store)]
+    head = make_head(task, width, targets, device)
+    there = [path and path.exists() for path in head_paths(examples, key, head, task.seeds, store)]
     missing = [seed for seed, stored in zip(task.seeds, there, strict=True) if not stored]
     return _cost(examples, missing, width, device)
 

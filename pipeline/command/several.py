@@ -39,8 +39,8 @@ def measure_checkpoints(
     store: Store,
     run: JournalRun,
     mirrors: Sequence[Tracker],
-    until: str = "score",
-    first: tuple[list[Opened], Sequence[Examples]] = ([], ()),
+    until: str,
+    first: tuple[list[Opened], Sequence[Examples]],
     engine: RayEngine | None = None,
 ) -> tuple[list[compare.Row], compare.Leaderboard | None]:
     """Measures each of several checkpoints in a nested run, and compares them in `run`; on an engine, all at once.

@@ -65,7 +65,7 @@ def collapse(embeddings: npt.NDArray[np.float32], sequences: Sequence[str]) -> s
     values, known = np.asarray(embeddings, np.float64), composition(sequences)
     if len(values) < LEAST or not np.isfinite(values).all() or not known.std(0).any():
         return ""
-    share = apart(values, sequences)
+    share = apart(values, known)
     if share < ALIKE:
         return f"are almost the same for all sequences, {100 * share:.2f} % as far apart as the sequences' compositions"
     found, expected = directions(values), directions(known)
@@ -96,12 +96,12 @@ def composition(sequences: Sequence[str]) -> Array:
     return shares
 
 
-def apart(values: Array, sequences: Sequence[str]) -> float:
+def apart(values: Array, known: Array) -> float:
     """How far the embeddings lie apart, of the median dimension that is not dead, beside how far the compositions do.
 
-    Each is a standard deviation beside the root mean square. Where all dimensions are dead, it is 0.
+    `known` are the compositions. Each is a standard deviation beside the root mean square; 0 where all are dead.
     """
-    alive, known = _alive(values), composition(sequences)
+    alive = _alive(values)
     if not alive.shape[1]:
         return 0.0
     median = np.median(alive.std(0) / np.sqrt((alive**2).mean(0)))

@@ -17,6 +17,12 @@ from filelock import FileLock, Timeout
 from pipeline.errors import CacheError
 
 
+def nearest(folder: Path) -> tuple[Path, bool]:
+    """The folder, or what is there of those above it where it is yet to be made; and whether that can be written."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return there, there.is_dir() and os.access(there, os.W_OK)
+
+
 @contextmanager
 def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
     """A new folder in `parent`, removed afterwards; the folders that killed processes of this host left go, too.

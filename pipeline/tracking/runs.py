@@ -18,7 +18,7 @@ from mlflow.tracking.context.registry import resolve_tags
 
 from pipeline.config.schema import Config
 from pipeline.errors import TrackingError
-from pipeline.store.temporary import host_mark
+from pipeline.store.temporary import host_mark, nearest
 from pipeline.tracking.client import connect, shown
 from pipeline.tracking.earlier_runs import catch_up
 from pipeline.tracking.journal import Journal
@@ -90,10 +90,9 @@ def reach(config: Config, tracking_uri: str = "") -> str:
     Raises:
         TrackingError: the database cannot be used, or the journal's folder. Whether a server answers is not asked.
     """
-    folder = journal_path(config, "").absolute().parent
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there, can_be_written = nearest(journal_path(config, "").parent)
     with _writable(config):
-        if not there.is_dir() or not os.access(there, os.W_OK):
+        if not can_be_written:
             raise PermissionError(f"'{there}' is no folder that can be written")
     if tracking_uri:
         mlflow.set_tracking_uri(tracking_uri)
